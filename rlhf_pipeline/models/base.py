@@ -1,0 +1,134 @@
+"""The base: loaded frozen, in 4-bit where asked, as a causal LM or under a score head."""
+
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.schema import Model
+
+Head = Literal["causal", "score"]
+
+
+def device() -> torch.device:
+    """The one device a stage runs on."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 where the GPU computes in it, else float32.
+
+    Raises:
+        InputError: float16 on a CPU, which lacks most of its kernels.
+    """
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if name == "float16" and not torch.cuda.is_available():
+        raise InputError("float16 needs a GPU", place="model.dtype", hint="use auto, float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def load_config(spec: Model, head: Head = "causal") -> PretrainedConfig:
+    """A model's configuration, checked for the head it shall get.
+
+    Raises:
+        InputError: it cannot be loaded, or Transformers has no such model class for it.
+    """
+    place = f"model.path: {spec.path}"
+    try:
+        config = AutoConfig.from_pretrained(spec.path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"this is neither a model folder nor a hub model that can be reached: {str(error).splitlines()[0]}",
+            place=place,
+            hint="check the spelling, the network and, for gated models, `hf auth login`",
+        ) from None
+    auto = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+    if type(config) not in auto._model_mapping:
+        what = "a causal language model" if head == "causal" else "a sequence classifier, which a reward model is"
+        raise InputError(f"Transformers cannot load `{config.model_type}` as {what}", place=place)
+    return config
+
+
+def quantization_config(spec: Model) -> BitsAndBytesConfig | None:
+    """How bitsandbytes shall load the base; None for `none`.
+
+    NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, section 3). The heads stay unquantized.
+    """
+    skip = ["lm_head", "score"]
+    if spec.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=resolve_dtype(spec.dtype),
+            llm_int8_skip_modules=skip,
+        )
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return None
+
+
+def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "causal") -> PreTrainedModel:
+    """Load the base and freeze it.
+
+    Args:
+        spec: the recipe's `model`.
+        tokenizer: the one from `load_tokenizer`; its pad and EOS become the model's.
+        head: `causal`, or `score` for a sequence classifier with one output, whose head is freshly drawn.
+
+    Returns:
+        The model on `device()`, in evaluation mode, no parameter trainable.
+
+    Raises:
+        InputError: see `load_config`.
+    """
+    config = load_config(spec, head)
+    options = {
+        "dtype": resolve_dtype(spec.dtype),
+        "quantization_config": quantization_config(spec),
+        "device_map": {"": device()},
+        "use_safetensors": True,
+    }
+    if head == "causal":
+        model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
+    else:
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_pretrained(spec.path, config=config, **options)
+    model.requires_grad_(False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    # A checkpoint's own generation settings (top-p, repetition penalty, several EOS) would make what is sampled differ
+    # from what the log-probabilities are taken of.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model.eval()
+
+
+def remove_dropout(model: torch.nn.Module) -> None:
+    """Switch dropout off for good, the kind that lives in modules and the kind passed to functions as a number."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def checksum(tensors: list[torch.Tensor]) -> int:
+    """A number that changes when any of the tensors' bytes do (their sum, weighted by place; order matters)."""
+    total = 0
+    for i, tensor in enumerate(tensors):
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        total += (i + 1) * int(data.sum(dtype=torch.int64))
+    return total

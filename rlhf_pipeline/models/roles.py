@@ -1,0 +1,186 @@
+"""Four roles on one base: policy, reference, reward and value are views that switch adapters for one call.
+
+TRL's PPOTrainer is given four modules and believes in four models. There is one: a frozen base with four adapters, and
+two score heads. A view makes its adapter active for the length of a call and puts the former one back.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from rlhf_pipeline.models import adapters, base
+
+TRAINED = ("policy", "value")
+FROZEN = ("reference", "reward")
+
+
+class SharedBase:
+    """One PEFT model with an adapter for each role.
+
+    Args:
+        model: the frozen causal LM.
+        lora: the recipe's `lora`, for a policy that starts from the bare base.
+        init: the adapter that policy and reference are copies of; None for the bare base.
+        reward: the reward stage's artifact; adapter and head of `reward`, and what `value` starts from.
+
+    Attributes:
+        peft: the PEFT model, for saving adapters.
+        policy, reference, reward, value: the views that TRL's PPOTrainer takes.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: dict[str, Any], init: Path | None, reward: Path) -> None:
+        self.causal_lm = model
+        policy_config = adapters.lora_config(lora, init)
+        reward_config = adapters.lora_config(lora, reward)
+        self.peft: PeftModel = get_peft_model(model, policy_config, adapter_name="policy")
+        self.peft.add_adapter("reference", policy_config)
+        self.peft.add_adapter("reward", reward_config)
+        self.peft.add_adapter("value", reward_config)
+        if init is None:  # a fresh adapter changes nothing: the reference is the bare base
+            ours = adapters.adapter_parameters(self.peft, "policy")
+            for name, parameter in adapters.adapter_parameters(self.peft, "reference").items():
+                parameter.data.copy_(ours[name.replace(".reference", ".policy")].data)
+        else:
+            adapters.load_weights(self.peft, init, "policy")
+            adapters.load_weights(self.peft, init, "reference")
+        adapters.load_weights(self.peft, reward, "reward")
+        adapters.load_weights(self.peft, reward, "value")
+        base.remove_dropout(self.peft)
+        self.layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
+        # Once, and never again: PEFT's own way of switching also toggles requires_grad, and the critic stops learning.
+        for role in (*TRAINED, *FROZEN):
+            for parameter in adapters.adapter_parameters(self.peft, role).values():
+                parameter.requires_grad_(role in TRAINED)
+        self._active = "policy"
+        self._switch("policy")
+        device = model.device
+        self.policy = PolicyView(self, "policy")
+        self.reference = PolicyView(self, "reference")
+        self.reward = ScoreView(self, "reward", adapters.load_head(reward).to(device))
+        self.value = ScoreView(self, "value", adapters.load_head(reward).to(device).requires_grad_())
+
+    def _switch(self, role: str) -> None:
+        for layer in self.layers:
+            layer._active_adapter = [role]
+        self._active = role
+
+    @contextlib.contextmanager
+    def acting_as(self, role: str) -> Iterator[None]:
+        """Make a role's adapter the active one inside the block."""
+        before = self._active
+        self._switch(role)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, each under the adapter that computed it first.
+
+        Backward may run while another role is active; recomputing with its adapter would give wrong gradients
+        without a word. Non-reentrant checkpointing lets the forward pass leave a context for the recomputation.
+        """
+        self.causal_lm.gradient_checkpointing_enable(
+            {
+                "use_reentrant": False,
+                "context_fn": lambda: (contextlib.nullcontext(), self.acting_as(self._active)),
+            }
+        )
+        self.causal_lm.train()  # layers checkpoint in training mode only; there is no dropout left to wake
+
+    def checksums(self) -> dict[str, int]:
+        """A checksum of the base and of each role's adapter and head, to show what training did and did not touch."""
+        owned = {role: list(adapters.adapter_parameters(self.peft, role).values()) for role in (*TRAINED, *FROZEN)}
+        ours = {id(parameter) for parameters in owned.values() for parameter in parameters}
+        owned["reward"] += list(self.reward.score.parameters())
+        owned["value"] += list(self.value.score.parameters())
+        owned["base"] = [parameter for parameter in self.causal_lm.parameters() if id(parameter) not in ours]
+        return {name: base.checksum(tensors) for name, tensors in owned.items()}
+
+
+class _View(nn.Module):
+    """What both views share: the adapter's own parameters, and the base without registering it.
+
+    Registering the base would list and save every parameter of the four adapters once per view.
+    """
+
+    def __init__(self, shared: SharedBase, role: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "shared", shared)
+        self.role = role
+        for name, parameter in adapters.adapter_parameters(shared.peft, role).items():
+            self.register_parameter(name.replace(".", "_"), parameter)
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+        return self.shared.causal_lm.config
+
+
+class PolicyView(_View):
+    """The base under one adapter as a causal LM: `policy` or `reference`."""
+
+    def forward(self, **inputs: Any) -> Any:
+        """Logits `[batch, length, vocabulary]` under this role's adapter.
+
+        TRL asks for the hidden states of every layer and reads none of them; they are not kept.
+        """
+        inputs.pop("output_hidden_states", None)
+        with self.shared.acting_as(self.role):
+            return self.shared.causal_lm(**inputs, use_cache=False)
+
+    def generate(self, **inputs: Any) -> Any:
+        """Sample under this role's adapter; see `transformers.GenerationMixin.generate`."""
+        model = self.shared.causal_lm
+        was_training = model.training
+        model.eval()  # a layer that checkpoints its activations drops the cache
+        try:
+            with self.shared.acting_as(self.role):
+                return model.generate(**inputs, use_cache=True)
+        finally:
+            model.train(was_training)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's generation settings; TRL writes the stop token into them."""
+        return self.shared.causal_lm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self.shared.causal_lm.generation_config = value
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Always False for TRL, which would switch checkpointing off and on around generation without our context."""
+        return False
+
+
+class ScoreView(_View):
+    """The base's backbone under one adapter, and a head that reads one number per token: `reward` or `value`."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, shared: SharedBase, role: str, score: nn.Linear) -> None:
+        super().__init__(shared, role)
+        self.score = score
+        object.__setattr__(self, "backbone", self._backbone)
+
+    def _backbone(self, **inputs: Any) -> BaseModelOutput:
+        """The last hidden states, float32 `[batch, length, hidden]`, as the one entry of `hidden_states`."""
+        inputs.pop("output_hidden_states", None)
+        inputs["use_cache"] = False
+        with self.shared.acting_as(self.role):
+            output = self.shared.causal_lm.base_model(**inputs)
+        return BaseModelOutput(hidden_states=(output.last_hidden_state.to(self.score.weight.dtype),))
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """Scores `[batch, length, 1]`, float32."""
+        return self.score(self._backbone(**inputs).hidden_states[-1])

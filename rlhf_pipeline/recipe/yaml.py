@@ -1,0 +1,97 @@
+"""YAML as people mean it: `2e-5` is a number, `no` is a word, a key written twice is an error.
+
+Beside the values, the line of every key is kept, so that each message can point at the place.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+from rlhf_pipeline.errors import InputError
+
+KeyPath = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2 (PyYAML reads 1.1: `2e-5` a string, `no` a boolean)."""
+
+    yaml_implicit_resolvers: dict = {}  # none of the 1.1 resolvers: those below are all there are
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), None)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), None)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    None,
+)
+
+
+def parse_value(text: str) -> Any:
+    """Read one YAML value, such as the right side of `key=value` on the command line.
+
+    Raises:
+        yaml.YAMLError: `text` is not YAML.
+    """
+    return _value(_Loader(text).get_single_node(), (), {}, "")
+
+
+def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Read a YAML document.
+
+    Args:
+        text: the document.
+        source: the file's name, for messages.
+
+    Returns:
+        The value, and the line (from 1) of each key path in it.
+
+    Raises:
+        InputError: the text is not YAML, or a key stands twice in one mapping.
+    """
+    lines: dict[KeyPath, int] = {}
+    try:
+        node = _Loader(text).get_single_node()
+        return _value(node, (), lines, source), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{source}:{mark.line + 1}" if mark else source
+        hint = "indent with spaces, not tabs" if "\\t" in str(error.problem) else "check indentation, colons and quotes"
+        raise InputError(f"this is not YAML: {error.problem}", place=place, hint=hint) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"this is not YAML: {str(error).splitlines()[0]}", place=source) from None
+
+
+def _value(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], source: str) -> Any:
+    if node is None:
+        return None
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = _scalar(key_node)
+            line = key_node.start_mark.line + 1
+            if key in result:
+                first = lines[(*path, key)]
+                raise InputError(
+                    f"the key `{key}` stands twice here, first on line {first}",
+                    place=f"{source}:{line}",
+                    hint="keep one of them",
+                )
+            lines[(*path, key)] = line
+            result[key] = _value(value_node, (*path, key), lines, source)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, (*path, i), lines, source) for i, item in enumerate(node.value)]
+    return _scalar(node)
+
+
+def _scalar(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:float":
+        return float(node.value.replace("_", ""))
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int":
+        return int(node.value.replace("_", ""))  # `010` is ten, not eight
+    constructor = yaml.constructor.SafeConstructor()
+    return constructor.construct_object(node, deep=True)

@@ -1,0 +1,67 @@
+"""The warm server: imports TRL once, then forks a worker for each job it is told of on standard input.
+
+One JSON object a line: `{"job": FILE, "log": FILE}` in, `{"exit": CODE}` out. Where a fork would not be safe, `{"unsafe":
+REASON}` comes back instead, and the asker spawns.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+
+
+def fork_hazard() -> str | None:
+    """Why a fork of this process would not be safe; None where it would be.
+
+    CUDA cannot be used in a child of a process that has used it, and a lock held by a thread that the child does not
+    inherit is held for ever.
+    """
+    import torch
+
+    if torch.cuda.is_initialized():
+        return "CUDA is already in use"
+    if threading.active_count() > 1:
+        return f"{threading.active_count()} Python threads are running"
+    return None
+
+
+def serve() -> None:
+    """Answer jobs until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker and the runner, who decide
+
+    from rlhf_pipeline.run import worker  # seconds of imports, which every fork then has
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        hazard = fork_hazard()
+        if hazard:
+            answer = {"unsafe": hazard}
+        else:
+            child = os.fork()
+            if child == 0:
+                _become_worker(request["log"])
+                os._exit(worker.main(request["job"]))
+            _, status = os.waitpid(child, 0)
+            answer = {"exit": os.waitstatus_to_exitcode(status)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _become_worker(log: str) -> None:
+    """In the child: die with the server, listen to Ctrl-C again, and write to the log alone."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,66 @@
+"""Direct preference optimization: TRL's DPOTrainer on preference pairs, the start as its reference."""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import DPOConfig, DPOTrainer
+
+from rlhf_pipeline import data
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import load_base, remove_dropout
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.monitoring.metrics import MetricsLog, final
+from rlhf_pipeline.stages.evaluation import judge_policy
+from rlhf_pipeline.stages.job import Job
+
+
+class EncodedDPOTrainer(DPOTrainer):
+    """TRL's DPOTrainer for rows that are encoded already, which its SFT and reward trainers take and it does not."""
+
+    def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
+        limit = args.max_length
+        if limit is None or args.truncation_mode != "keep_start":
+            return dataset
+        # As in TRL: where the prompt alone fills `max_length`, no token of the replies would be left.
+        return dataset.filter(lambda row: len(row["prompt_ids"]) < limit)
+
+
+def prepare(job: Job) -> tuple[DPOConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """See `sft.prepare`."""
+    args = job.trainer_config(DPOConfig)
+    tokenizer = load_tokenizer(job.recipe.model.path)
+    train, held_out = data.preferences(job.stage.data, tokenizer, job.recipe.seed)
+    limit = args.max_length
+    if limit is not None and args.truncation_mode == "keep_start":
+        job.require(sum(len(prompt) < limit for prompt in train["prompt_ids"]), len(train), limit)
+    return args, tokenizer, train, held_out
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train, evaluate and save the adapter; returns the final metrics.
+
+    The adapter is loaded under the name `default`, of which TRL makes a frozen copy, `ref`: the reference is what the
+    stage starts from, not the bare base.
+    """
+    args, tokenizer, train, held_out = prepare(job)
+    set_seed(job.recipe.seed)
+    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.recipe.lora, job.init)
+    if args.disable_dropout:
+        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
+    with adapters.exact_adapters(model):
+        trainer = EncodedDPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
+        )
+    trainer.train()
+    if held_out is not None:
+        trainer.evaluate()
+    adapters.save_adapter(model, "default", job.artifact, tokenizer)
+    dropped = len(train) - len(trainer.train_dataset)
+    metrics = final(trainer.state.log_history) | ({"dropped_pairs": dropped} if dropped else {})
+    return metrics | judge_policy(job, model, tokenizer)

@@ -1,0 +1,132 @@
+"""The judge: replies of a policy to held-out prompts, scored by a function that knows better than any loss."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf_pipeline import data
+from rlhf_pipeline.data import rows
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe.schema import Evaluate
+from rlhf_pipeline.stages.job import Job
+
+Judge = Callable[..., Sequence[float]]
+
+
+def load_judge(name: str, folders: Sequence[Path]) -> Judge:
+    """Import `module:function`, looking in `folders` after the installed packages.
+
+    Raises:
+        InputError: it cannot be imported or is not a function.
+    """
+    module_name, function_name = name.split(":")
+    for folder in folders:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    place = "evaluate.judge"
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except AttributeError:
+        raise InputError(f"module `{module_name}` has no `{function_name}`", place=place) from None
+    except Exception as error:  # a user's module may fail in any way
+        raise InputError(
+            f"`{module_name}` cannot be imported: {type(error).__name__}: {error}",
+            place=place,
+            hint="put the module beside the recipe, in the current folder, or install it",
+        ) from None
+    if not callable(function):
+        raise InputError(f"`{name}` is not a function", place=place)
+    return function
+
+
+def prepare(job: Job) -> tuple[Evaluate, Judge, list[dict[str, Any]]] | None:
+    """The judge and the first `n` rows to ask; None where the recipe has no `evaluate`.
+
+    Raises:
+        InputError: judge or data cannot be used.
+    """
+    spec = job.recipe.evaluate
+    if spec is None:
+        return None
+    judge = load_judge(spec.judge, [Path(job.recipe.folder), Path.cwd()])
+    table = rows.load(spec.data)
+    table = table.select(range(min(spec.n, len(table))))
+    rows.check(table, spec.data, rows.prompt)
+    return spec, judge, table.to_list()
+
+
+def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Sample a reply to each prompt and have it judged; writes `samples.jsonl`.
+
+    Every stage samples with the recipe's seed, so that stages differ by their weights alone.
+
+    Args:
+        job: the stage.
+        model: what has `generate` and answers as the stage's policy.
+        tokenizer: the stage's tokenizer.
+
+    Returns:
+        `judge_mean`, or nothing where the recipe has no `evaluate`.
+
+    Raises:
+        ValueError: the judge returned something other than one number per reply.
+    """
+    prepared = prepare(job)
+    if prepared is None:
+        return {}
+    spec, judge, table = prepared
+    prompts = [rows.prompt(row) for row in table]
+    replies = sample_replies(model, tokenizer, spec, prompts, job.recipe.seed)
+    chats = [isinstance(prompt, list) for prompt in prompts]
+    completions = [
+        [{"role": "assistant", "content": reply}] if chat else reply for chat, reply in zip(chats, replies, strict=True)
+    ]
+    others = {name: [row[name] for row in table] for name in table[0] if name not in ("prompt", "completion")}
+    scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
+    if len(scores) != len(prompts):
+        raise ValueError(f"{spec.judge} returned {len(scores)} scores for {len(prompts)} replies")
+    with (job.folder / "samples.jsonl").open("w", encoding="utf-8") as lines:
+        for prompt, reply, score in zip(prompts, replies, scores, strict=True):
+            row = {"prompt": prompt, "completion": reply, "judge": score}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return {"judge_mean": sum(scores) / len(scores)}
+
+
+def judge_artifact(job: Job) -> dict[str, float]:
+    """Judge the policy of a stage that is done; see `judge_policy`."""
+    tokenizer = load_tokenizer(job.recipe.model.path)
+    base = load_base(job.recipe.model, tokenizer)
+    policy = adapters.with_policy_adapter(base, job.recipe.lora, job.folder / "adapter")
+    return judge_policy(job, policy, tokenizer)
+
+
+@torch.no_grad()
+def sample_replies(
+    model: Any, tokenizer: PreTrainedTokenizerBase, spec: Evaluate, prompts: Sequence[rows.Prompt], seed: int
+) -> list[str]:
+    """One reply per prompt, without special tokens; greedy where the temperature is 0."""
+    sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}
+    settings = GenerationConfig(
+        max_new_tokens=spec.max_new_tokens, **(sampling if spec.temperature else {"do_sample": False})
+    )
+    device = next(model.parameters()).device
+    torch.manual_seed(seed)
+    model.eval()
+    replies: list[str] = []
+    for start in range(0, len(prompts), spec.batch_size):
+        batch = [
+            data.encode_prompt(tokenizer, spec.data, prompt) for prompt in prompts[start : start + spec.batch_size]
+        ]
+        inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(device)
+        output = model.generate(**inputs, generation_config=settings)
+        replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return replies

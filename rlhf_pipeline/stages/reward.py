@@ -1,0 +1,53 @@
+"""Reward modelling: TRL's RewardTrainer (Bradley-Terry) on preference pairs, from the SFT adapter."""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import RewardConfig, RewardTrainer
+
+from rlhf_pipeline import data
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import load_base, remove_dropout
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.monitoring.metrics import MetricsLog, final
+from rlhf_pipeline.stages.job import Job
+
+
+def prepare(job: Job) -> tuple[RewardConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """See `sft.prepare`."""
+    args = job.trainer_config(RewardConfig)
+    tokenizer = load_tokenizer(job.recipe.model.path)
+    train, held_out = data.whole_preferences(job.stage.data, tokenizer, job.recipe.seed)
+    limit = args.max_length
+    for table in (train, held_out):
+        if table is not None and limit is not None:
+            longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in table]
+            job.require(sum(length <= limit for length in longest), len(table), limit)
+    return args, tokenizer, train, held_out
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train, evaluate on the held-out pairs and save the adapter with its score head; returns the final metrics."""
+    args, tokenizer, train, held_out = prepare(job)
+    set_seed(job.recipe.seed)
+    base = load_base(job.recipe.model, tokenizer, head="score")
+    model = adapters.with_reward_adapter(base, job.recipe.lora, job.init)
+    if args.disable_dropout:
+        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
+    with adapters.exact_adapters(model):
+        trainer = RewardTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
+        )
+    trainer.train()
+    if held_out is not None:
+        trainer.evaluate()
+    adapters.save_adapter(model, "default", job.artifact, tokenizer)
+    # TRL drops pairs longer than `max_length` without a word.
+    dropped = len(train) - len(trainer.train_dataset)
+    return final(trainer.state.log_history) | ({"dropped_pairs": dropped} if dropped else {})

@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: TRL's SFTTrainer on demonstrations, loss on the reply only."""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_pipeline import data
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.monitoring.metrics import MetricsLog, final
+from rlhf_pipeline.stages.evaluation import judge_policy
+from rlhf_pipeline.stages.job import Job
+
+
+def prepare(job: Job) -> tuple[SFTConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """Build the trainer's config, the tokenizer, and the rows to train on and to hold out.
+
+    Raises:
+        InputError: for settings or data that cannot work.
+    """
+    args = job.trainer_config(SFTConfig)
+    tokenizer = load_tokenizer(job.recipe.model.path)
+    train, held_out = data.demonstrations(job.stage.data, tokenizer, job.recipe.seed)
+    fitting = sum(any(label != -100 for label in row[: args.max_length]) for row in train["labels"])
+    job.require(fitting, len(train), args.max_length)
+    return args, tokenizer, train, held_out
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train, evaluate and save the adapter; returns the final metrics."""
+    args, tokenizer, train, held_out = prepare(job)
+    set_seed(job.recipe.seed)
+    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.recipe.lora, job.init)
+    with adapters.exact_adapters(model):
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
+        )
+    trainer.train()
+    if held_out is not None:
+        trainer.evaluate()
+    adapters.save_adapter(model, "default", job.artifact, tokenizer)
+    return final(trainer.state.log_history) | judge_policy(job, model, tokenizer)
