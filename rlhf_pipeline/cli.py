@@ -36,6 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
+    """Take the options that stand before a command."""
     if version:
         typer.echo(f"rlhf-pipeline {__version__}")
         raise typer.Exit

@@ -1,7 +1,7 @@
 """From files and hub datasets to the token columns that TRL's trainers read.
 
-One encoding serves all stages: the prompt's tokens, then the reply's tokens and one EOS. So the reward is trained at the
-same token, the last of the reply, where PPO reads it.
+One encoding serves all stages: the prompt's tokens, then the reply's tokens and one EOS. So the reward is trained at
+the same token, the last of the reply, where PPO reads it.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """The base: loaded frozen, in 4-bit where asked, as a causal LM or under a score head."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -125,7 +126,7 @@ def remove_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def checksum(tensors: list[torch.Tensor]) -> int:
+def checksum(tensors: Sequence[torch.Tensor]) -> int:
     """A number that changes when any of the tensors' bytes do (their sum, weighted by place; order matters)."""
     total = 0
     for i, tensor in enumerate(tensors):

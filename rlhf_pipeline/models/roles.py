@@ -114,7 +114,7 @@ class _View(nn.Module):
 
     def __init__(self, shared: SharedBase, role: str) -> None:
         super().__init__()
-        object.__setattr__(self, "shared", shared)
+        self.shared = shared  # no module itself, so nothing of it is registered here
         self.role = role
         for name, parameter in adapters.adapter_parameters(shared.peft, role).items():
             self.register_parameter(name.replace(".", "_"), parameter)
@@ -171,9 +171,8 @@ class ScoreView(_View):
     def __init__(self, shared: SharedBase, role: str, score: nn.Linear) -> None:
         super().__init__(shared, role)
         self.score = score
-        object.__setattr__(self, "backbone", self._backbone)
 
-    def _backbone(self, **inputs: Any) -> BaseModelOutput:
+    def backbone(self, **inputs: Any) -> BaseModelOutput:
         """The last hidden states, float32 `[batch, length, hidden]`, as the one entry of `hidden_states`."""
         inputs.pop("output_hidden_states", None)
         inputs["use_cache"] = False
@@ -183,4 +182,4 @@ class ScoreView(_View):
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Scores `[batch, length, 1]`, float32."""
-        return self.score(self._backbone(**inputs).hidden_states[-1])
+        return self.score(self.backbone(**inputs).hidden_states[-1])

@@ -16,9 +16,8 @@ KeyPath = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2 (PyYAML reads 1.1: `2e-5` a string, `no` a boolean)."""
 
-    yaml_implicit_resolvers: dict = {}  # none of the 1.1 resolvers: those below are all there are
 
-
+_Loader.yaml_implicit_resolvers = {}  # none of the 1.1 resolvers: those below are all there are
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), None)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), None)

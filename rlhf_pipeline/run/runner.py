@@ -1,9 +1,10 @@
 """From a recipe to finished stages: check everything, then one worker after the other. No torch."""
 
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def run(
 
     Args:
         recipe: from `recipe.load`.
-        until, only, force: see `plan.select`.
+        until: stop after this stage; see `plan.select`.
+        only: run this stage alone.
+        force: stages to run even if done.
         say: takes one line at a time, about what is going on.
 
     Returns:
@@ -46,18 +49,17 @@ def run(
     if not chosen and not judged:
         return plans
     directory.refuse_if_locked()
-    with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as scratch:
-        with Launcher(Path(scratch) / "server.log") as launcher:
-            say("check   settings and data of every stage")
-            _check(recipe, chosen, launcher, Path(scratch))
-            with directory.locked():
-                # Another run may have come between; what it did counts.
-                chosen, judged = _to_do(plan.make(recipe), until, only, force)
-                write_atomically(directory.path / "recipe.yaml", to_yaml(recipe))
-                for stage in chosen:
-                    _train(recipe, stage, directory, launcher, say)
-                for stage in judged:
-                    _judge(recipe, stage, directory, launcher, Path(scratch), say)
+    with _scratch() as scratch, Launcher(scratch / "server.log") as launcher:
+        say("check   settings and data of every stage")
+        _check(recipe, chosen, launcher, scratch)
+        with directory.locked():
+            # Another run may have come between; what it did counts.
+            chosen, judged = _to_do(plan.make(recipe), until, only, force)
+            write_atomically(directory.path / "recipe.yaml", to_yaml(recipe))
+            for stage in chosen:
+                _train(recipe, stage, directory, launcher, say)
+            for stage in judged:
+                _judge(recipe, stage, directory, launcher, scratch, say)
     return plan.make(recipe)
 
 
@@ -74,9 +76,15 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: for the first thing found wrong.
     """
-    with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as scratch:
-        with Launcher(Path(scratch) / "server.log", fork=False) as launcher:
-            _check(recipe, plan.make(recipe), launcher, Path(scratch))
+    with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
+        _check(recipe, plan.make(recipe), launcher, scratch)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for jobs that belong to no stage, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as folder:
+        yield Path(folder)
 
 
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path) -> None:

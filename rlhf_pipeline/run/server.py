@@ -1,7 +1,7 @@
 """The warm server: imports TRL once, then forks a worker for each job it is told of on standard input.
 
-One JSON object a line: `{"job": FILE, "log": FILE}` in, `{"exit": CODE}` out. Where a fork would not be safe, `{"unsafe":
-REASON}` comes back instead, and the asker spawns.
+One JSON object a line: `{"job": FILE, "log": FILE}` in, `{"exit": CODE}` out. Where a fork would not be safe,
+`{"unsafe": REASON}` comes back instead, and the asker spawns.
 """
 
 import ctypes
@@ -38,13 +38,18 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         hazard = fork_hazard()
+        answer: dict[str, str | int]
         if hazard:
             answer = {"unsafe": hazard}
         else:
             child = os.fork()
             if child == 0:
-                _become_worker(request["log"])
-                os._exit(worker.main(request["job"]))
+                code = 1
+                try:
+                    _become_worker(request["log"])
+                    code = worker.main(request["job"])
+                finally:
+                    os._exit(code)
             _, status = os.waitpid(child, 0)
             answer = {"exit": os.waitstatus_to_exitcode(status)}
         answers.write(json.dumps(answer) + "\n")
@@ -53,8 +58,8 @@ def serve() -> None:
 
 def _become_worker(log: str) -> None:
     """In the child: die with the server, listen to Ctrl-C again, and write to the log alone."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -74,7 +74,8 @@ def check_weights(before: dict[str, int], after: dict[str, int]) -> None:
     """See that PPO moved policy and value and nothing else.
 
     Args:
-        before, after: `SharedBase.checksums` around training.
+        before: `SharedBase.checksums` before training.
+        after: the same afterwards.
 
     Raises:
         RuntimeError: it did not.

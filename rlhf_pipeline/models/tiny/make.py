@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_pipeline.models.tiny import world
 
@@ -69,7 +69,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, seed: int = SEED) -> torch.nn.Module:
+def pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, seed: int = SEED) -> PreTrainedModel:
     """Train a Llama-shaped model of about 1 M parameters on `texts` with next-token prediction; float32."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
@@ -120,6 +120,7 @@ def write_data(folder: Path, seed: int = SEED) -> None:
 
 
 def main() -> None:
+    """Write `data/` and `checkpoint/` into the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=400)
