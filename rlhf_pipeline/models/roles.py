@@ -129,13 +129,16 @@ class PolicyView(_View):
     """The base under one adapter as a causal LM: `policy` or `reference`."""
 
     def forward(self, **inputs: Any) -> Any:
-        """Logits `[batch, length, vocabulary]` under this role's adapter.
+        """Logits `[batch, length, vocabulary]` in float32 under this role's adapter.
 
-        TRL asks for the hidden states of every layer and reads none of them; they are not kept.
+        TRL asks for the hidden states of every layer and reads none of them; they are not kept. It takes
+        log-probabilities of these logits, which in bfloat16 would be off by more than one update moves them.
         """
         inputs.pop("output_hidden_states", None)
         with self.shared.acting_as(self.role):
-            return self.shared.causal_lm(**inputs, use_cache=False)
+            output = self.shared.causal_lm(**inputs, use_cache=False)
+        output.logits = output.logits.float()
+        return output
 
     def generate(self, **inputs: Any) -> Any:
         """Sample under this role's adapter; see `transformers.GenerationMixin.generate`."""
@@ -144,7 +147,7 @@ class PolicyView(_View):
         model.eval()  # a layer that checkpoints its activations drops the cache
         try:
             with self.shared.acting_as(self.role):
-                return model.generate(**inputs, use_cache=True)
+                return model.generate(**inputs)
         finally:
             model.train(was_training)
 
