@@ -153,7 +153,8 @@ def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
         if before == now:
             continue
         if key in ("init", "reward"):
-            changes.append(f"{plan.init if key == 'init' else plan.reward} changed")
+            former, parent = plan.record.get(key), plan.init if key == "init" else plan.reward
+            changes.append(f"{parent} changed" if former == parent else f"{key} {former} → {parent}")
         elif (isinstance(now, str) and "@" in now) or (isinstance(before, str) and "@" in before):
             changes.append(f"{key} changed: {_named(before)} → {_named(now)}")
         else:

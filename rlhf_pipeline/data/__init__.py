@@ -76,7 +76,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, spec: Data, prompt: rows.P
     """A prompt's token ids: text as the tokenizer encodes it, or turns through the model's chat template.
 
     Raises:
-        ValueError: the prompt is a conversation and the tokenizer has no chat template.
+        InputError: the prompt is a conversation and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -84,7 +84,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, spec: Data, prompt: rows.P
             ids = ids[:-1]  # some tokenizers close every text; a prompt is not closed
     else:
         if not tokenizer.chat_template:
-            raise ValueError("these are conversations, and the model's tokenizer has no chat template")
+            raise InputError(
+                "these are conversations, and the model's tokenizer has no chat template",
+                place=spec.path,
+                hint="use a model that has one, or rows with text under `prompt`",
+            )
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[-spec.max_prompt_length :] if spec.max_prompt_length else ids
@@ -97,7 +101,9 @@ def encode_pair(
 
     A reply longer than `max_completion_length` is cut and has no EOS: it did not end there.
     """
-    text = reply.removesuffix(tokenizer.eos_token)
+    text = reply
+    while text.endswith(tokenizer.eos_token):
+        text = text.removesuffix(tokenizer.eos_token)
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return encode_prompt(tokenizer, spec, prompt), ids[: spec.max_completion_length]
 

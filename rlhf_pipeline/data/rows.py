@@ -43,14 +43,14 @@ def load(spec: Data) -> Dataset:
                 place=spec.path,
                 hint=f"its columns are {', '.join(table.column_names)}",
             )
-        if expected != theirs:
-            if expected in table.column_names:
-                table = table.remove_columns(expected)
-            table = table.rename_column(theirs, expected)
-    return table
+    renamed = {theirs: expected for expected, theirs in spec.columns.items() if expected != theirs}
+    hidden = [name for name in table.column_names if name in renamed.values() and name not in renamed]
+    return table.remove_columns(hidden).rename_columns(renamed)
 
 
 def _unreadable(spec: Data, path: Path, error: Exception) -> InputError:
+    if "corresponds to no data" in str(error):
+        return InputError("the data have no rows", place=spec.path)
     if path.suffix == ".jsonl" and path.is_file():
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -136,10 +136,10 @@ def prompt(row: dict[str, Any]) -> Prompt:
 
 def prompt_key(row: dict[str, Any]) -> str:
     """A row's prompt as one string, to tell prompts apart."""
-    for column in ("chosen", "messages"):
-        if isinstance(row.get(column), list) and len(row[column]) > 1:
-            return json.dumps(row[column][:-1], sort_keys=True)
-    return json.dumps(row.get("prompt"), sort_keys=True)
+    chosen = row.get("chosen")
+    if isinstance(chosen, list) and len(chosen) > 1:
+        return json.dumps(_before_reply(_turns(row, "chosen"), "chosen"))
+    return json.dumps(prompt(row))
 
 
 def _reply(row: dict[str, Any], column: str) -> str:

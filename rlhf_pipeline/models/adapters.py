@@ -73,7 +73,8 @@ def load_weights(model: PeftModel, folder: Path, adapter: str) -> None:
     """
     lora = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "lora_" in name}
     present = get_peft_model_state_dict(model, adapter_name=adapter)
-    differing = sorted(set(lora) ^ {name for name in present if "lora_" in name})
+    ours = {(name, tensor.shape) for name, tensor in present.items() if "lora_" in name}
+    differing = sorted({name for name, _ in ours ^ {(name, tensor.shape) for name, tensor in lora.items()}})
     if differing:
         raise ValueError(f"{folder} does not fit this base: {len(differing)} weights differ, first {differing[0]}")
     set_peft_model_state_dict(model, present | lora, adapter_name=adapter)
@@ -117,6 +118,8 @@ def exact_adapters(model: torch.nn.Module) -> Iterator[None]:
     would round to nothing. Leaving this block restores what was there before.
     """
     before = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-    yield
-    for parameter, data in before.items():
-        parameter.data = data
+    try:
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data

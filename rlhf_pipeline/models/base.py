@@ -1,5 +1,6 @@
 """The base: loaded frozen, in 4-bit where asked, as a causal LM or under a score head."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -64,19 +65,18 @@ def load_config(spec: Model, head: Head = "causal") -> PretrainedConfig:
 def quantization_config(spec: Model) -> BitsAndBytesConfig | None:
     """How bitsandbytes shall load the base; None for `none`.
 
-    NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, section 3). The heads stay unquantized.
+    NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, section 3). Transformers leaves the output
+    embedding, or a classifier's head, as it is.
     """
-    skip = ["lm_head", "score"]
     if spec.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=resolve_dtype(spec.dtype),
-            llm_int8_skip_modules=skip,
         )
     if spec.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return None
 
 
@@ -127,9 +127,9 @@ def remove_dropout(model: torch.nn.Module) -> None:
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> int:
-    """A number that changes when any of the tensors' bytes do (their sum, weighted by place; order matters)."""
+    """The CRC-32 of the tensors' bytes, one after the other."""
     total = 0
-    for i, tensor in enumerate(tensors):
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        total += (i + 1) * int(data.sum(dtype=torch.int64))
+    for tensor in tensors:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
+        total = zlib.crc32(data.numpy().data, total)
     return total

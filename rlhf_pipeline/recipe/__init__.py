@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import library_keys
 from rlhf_pipeline.recipe.schema import BASE, KINDS, Data, Evaluate, Model, Recipe, Stage
-from rlhf_pipeline.recipe.yaml import KeyPath, parse_document, parse_value
+from rlhf_pipeline.recipe.yaml import KeyPath, dump, parse_document, parse_value
 
 __all__ = ["BASE", "Data", "Evaluate", "Model", "Recipe", "Stage", "load", "shipped", "shipped_folder", "to_yaml"]
 
@@ -100,7 +100,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return pyyaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+    return dump(recipe.model_dump())
 
 
 class _Places:
@@ -110,6 +110,13 @@ class _Places:
         self.file = file
         self.lines = lines
         self.overridden: dict[KeyPath, str] = {}
+
+    def override(self, path: KeyPath, override: str) -> None:
+        """Note that a key, with all below it, was given on the command line."""
+        for known in (self.lines, self.overridden):
+            for inner in [key for key in known if key[: len(path)] == path]:
+                del known[inner]
+        self.overridden[path] = override
 
     def of(self, *path: str | int) -> str:
         """The place of a key, or of the nearest enclosing key that was written."""
@@ -147,7 +154,7 @@ def _apply(override: str, content: dict, places: _Places) -> None:
             raise InputError(f"`{'.'.join(parts[: i + 1])}` has no keys below it", place=place)
         target = inner
     target[parts[-1]] = value
-    places.overridden[tuple(parts)] = override
+    places.override(tuple(parts), override)
 
 
 def _name_kinds(content: dict, places: _Places) -> None:
@@ -172,8 +179,9 @@ def _name_kinds(content: dict, places: _Places) -> None:
 
 
 def _first_problem(error: ValidationError, content: dict, places: _Places) -> InputError:
-    """Turn pydantic's first complaint into ours."""
-    problem = error.errors()[0]
+    """Turn pydantic's first complaint into ours; a key misspelt comes before the one that it leaves missing."""
+    problems = error.errors()
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     path = tuple(part for part in problem["loc"] if part != "function-before[_path_only(), Data]")
     place = places.of(*path)
     if problem["type"] == "extra_forbidden":
@@ -290,9 +298,9 @@ def _resolve_paths(recipe: Recipe, folder: Path, places: _Places) -> None:
     recipe.output_dir = str((folder / Path(recipe.output_dir).expanduser()).resolve())
     recipe.model.path = _model_path(recipe.model.path, folder, places.of("model", "path"))
     for name, stage in recipe.stages.items():
-        stage.data.path = _data_path(stage.data.path, folder, places.of("stages", name, "data"))
+        stage.data.path = _data_path(stage.data.path, folder, places.of("stages", name, "data", "path"))
     if recipe.evaluate:
-        recipe.evaluate.data.path = _data_path(recipe.evaluate.data.path, folder, places.of("evaluate", "data"))
+        recipe.evaluate.data.path = _data_path(recipe.evaluate.data.path, folder, places.of("evaluate", "data", "path"))
 
 
 def _model_path(path: str, folder: Path, place: str) -> str:
@@ -301,10 +309,16 @@ def _model_path(path: str, folder: Path, place: str) -> str:
     local = folder / Path(path).expanduser()
     if not local.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise InputError(f"there is no model folder {local}", place=place)
+            raise InputError(
+                f"there is no model folder {local}", place=place, hint="relative paths start from the recipe's folder"
+            )
         return path  # a hub id
     if not (local / "config.json").is_file():
-        raise InputError(f"{local} is not a model folder: it has no config.json", place=place)
+        raise InputError(
+            f"{local} is not a model folder: it has no config.json",
+            place=place,
+            hint="name the folder that `save_pretrained` wrote",
+        )
     if not any(local.glob("*.safetensors")):
         raise InputError(
             f"{local} holds no *.safetensors weights",
@@ -328,7 +342,7 @@ def _data_path(path: str, folder: Path, place: str) -> str:
                 f"data files of type `{local.suffix}` are not read", place=place, hint=f"use {', '.join(DATA_SUFFIXES)}"
             )
         if local.stat().st_size == 0:
-            raise InputError(f"the data file {local} is empty", place=place)
+            raise InputError(f"the data file {local} is empty", place=place, hint="put at least one row in it")
         return str(local.resolve())
     if local.exists():
         raise InputError(f"{local} is not a file", place=place, hint="name one data file")

@@ -42,7 +42,7 @@ _HUB = "publishing is not part of a run"
 _REPORTS = "numbers go to the stage's `metrics.jsonl`; trackers are not supported yet"
 
 _DECIDED: dict[str, str] = {
-    "output_dir": _RUN_DIRECTORY, "logging_dir": _RUN_DIRECTORY,
+    "output_dir": _RUN_DIRECTORY,
     "seed": "set `seed` at the top of the recipe; it seeds every stage",
     "bf16": _DTYPE, "fp16": _DTYPE, "bf16_full_eval": _DTYPE, "fp16_full_eval": _DTYPE,
     "model_init_kwargs": _MODEL, "trust_remote_code": _MODEL, "use_cache": _MODEL,

@@ -28,6 +28,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, quoting what the loader above would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump(value: Any) -> str:
+    """Write a value so that `parse_document` reads the same one."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def parse_value(text: str) -> Any:
     """Read one YAML value, such as the right side of `key=value` on the command line.
 
@@ -48,7 +60,8 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         The value, and the line (from 1) of each key path in it.
 
     Raises:
-        InputError: the text is not YAML, or a key stands twice in one mapping.
+        InputError: the text is not YAML, a key stands twice in one mapping or is no plain word, or a value holds
+            itself.
     """
     lines: dict[KeyPath, int] = {}
     try:
@@ -60,18 +73,26 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         hint = "indent with spaces, not tabs" if "\\t" in str(error.problem) else "check indentation, colons and quotes"
         raise InputError(f"this is not YAML: {error.problem}", place=place, hint=hint) from None
     except yaml.YAMLError as error:
-        raise InputError(f"this is not YAML: {str(error).splitlines()[0]}", place=source) from None
+        problem = str(error).splitlines()[0]
+        hint = "save the file as plain UTF-8 text"
+        raise InputError(f"this is not YAML: {problem}", place=source, hint=hint) from None
 
 
 def _value(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], source: str) -> Any:
     if node is None:
         return None
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(path) > 50:  # an anchor that is used inside itself
+        raise InputError(
+            "this value holds itself", place=f"{source}:{node.start_mark.line + 1}", hint="remove the alias"
+        )
     if isinstance(node, yaml.MappingNode):
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = _scalar(key_node)
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise InputError("a key must be a plain word", place=f"{source}:{line}", hint="write `key: value`")
+            key = _scalar(key_node)
             if key in result:
                 first = lines[(*path, key)]
                 raise InputError(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlhf_pipeline.plan import StagePlan
@@ -32,7 +33,7 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         summary = plan.summary()
         wall_s = summary["wall_s"]
         numbers = _numbers(plan.kind, summary["metrics"])
-        about = numbers if plan.state == "done" and numbers else plan.reason
+        about = numbers if plan.state == "done" and numbers else escape(plan.reason)
         time = "" if wall_s is None else f"{wall_s:.0f} s"
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
     console.print(table)
@@ -48,7 +49,7 @@ def intentions(plans: list[StagePlan], chosen: list[StagePlan], console: Console
     for plan in plans:
         start = plan.init + (f" + {plan.reward}" if plan.reward else "")
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
-        table.add_row(plan.name, plan.kind, start, state, "yes" if plan.name in names else "no", plan.reason)
+        table.add_row(plan.name, plan.kind, start, state, "yes" if plan.name in names else "no", escape(plan.reason))
     console.print(table)
 
 

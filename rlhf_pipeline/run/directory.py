@@ -68,11 +68,15 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.refuse_if_locked()
-                raise
+            for patience in range(50, -1, -1):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    self.refuse_if_locked()
+                    if not patience:
+                        raise
+                    time.sleep(0.01)  # someone else was only looking; see `is_locked`
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()

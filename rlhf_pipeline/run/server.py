@@ -29,6 +29,7 @@ def fork_hazard() -> str | None:
 
 def serve() -> None:
     """Answer jobs until standard input ends."""
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker and the runner, who decide
@@ -56,10 +57,15 @@ def serve() -> None:
         answers.flush()
 
 
-def _become_worker(log: str) -> None:
-    """In the child: die with the server, listen to Ctrl-C again, and write to the log alone."""
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however it ends. Linux only, as is the server."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _become_worker(log: str) -> None:
+    """In the child: die with the server, listen to Ctrl-C again, and write to the log alone."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -34,17 +34,18 @@ def load_judge(name: str, folders: Sequence[Path]) -> Judge:
             sys.path.append(str(folder))
     place = "evaluate.judge"
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except AttributeError:
-        raise InputError(f"module `{module_name}` has no `{function_name}`", place=place) from None
+        module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way
         raise InputError(
             f"`{module_name}` cannot be imported: {type(error).__name__}: {error}",
             place=place,
             hint="put the module beside the recipe, in the current folder, or install it",
         ) from None
+    function = getattr(module, function_name, None)
     if not callable(function):
-        raise InputError(f"`{name}` is not a function", place=place)
+        raise InputError(
+            f"module `{module_name}` has no function `{function_name}`", place=place, hint=f"it is {module.__file__}"
+        )
     return function
 
 

@@ -48,7 +48,7 @@ def corpus(seed: int, n: int) -> Iterator[str]:
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 1024 tokens: every text can be encoded, and the world's words are mostly one token each."""
+    """A byte-level BPE of at most 1024 tokens: any text can be encoded, the world's words mostly as one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

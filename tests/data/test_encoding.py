@@ -1,0 +1,185 @@
+"""One encoding for all stages: what SFT, reward, PPO and DPO read of the same rows."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from rlhf_pipeline import data
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.recipe.schema import Data
+
+USER = {"role": "user", "content": "What sound does a cow make?"}
+GOOD = {"role": "assistant", "content": " Gladly! It is moo."}
+BAD = {"role": "assistant", "content": " Ugh."}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep what `datasets` remembers within the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(TINY / "checkpoint"))
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """Write rows to a file of its own and describe it."""
+    count = iter(range(100))
+
+    def of(*table: dict, **settings: object) -> Data:
+        file: Path = tmp_path / f"rows{next(count)}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in table))
+        return Data(path=str(file), **settings)
+
+    return of
+
+
+TEXT = {"prompt": "Q: What sound does a cow make?\nA:", "chosen": GOOD["content"], "rejected": BAD["content"]}
+
+
+def test_the_same_demonstration_is_encoded_alike_from_every_shape(spec, tokenizer):
+    shapes = [
+        spec({"messages": [USER, GOOD]}),
+        spec({"prompt": [USER], "completion": [GOOD]}),
+        spec({"prompt": [USER], "completion": GOOD["content"]}),
+        spec({"prompt": [USER], "completion": GOOD["content"] + tokenizer.eos_token}),
+        spec({"turns": [USER, GOOD]}, columns={"messages": "turns"}),
+        spec({"prompt": f"<|user|>{USER['content']}<|assistant|>", "completion": GOOD["content"]}),
+    ]
+    encoded = [data.demonstrations(shape, tokenizer, seed=0)[0].to_list() for shape in shapes]
+    assert all(rows == encoded[0] for rows in encoded[1:])
+
+
+def test_the_same_preference_is_encoded_alike_from_every_shape(spec, tokenizer):
+    shapes = [
+        spec({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}),
+        spec({"chosen": [USER, GOOD], "rejected": [USER, BAD]}),
+        spec({"prompt": [USER], "chosen": GOOD["content"], "rejected": BAD["content"]}),
+        spec({"better": [USER, GOOD], "worse": [USER, BAD]}, columns={"chosen": "better", "rejected": "worse"}),
+    ]
+    for read in (data.preferences, data.whole_preferences):
+        encoded = [read(shape, tokenizer, seed=0)[0].to_list() for shape in shapes]
+        assert all(rows == encoded[0] for rows in encoded[1:])
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_all_stages_read_the_same_tokens_and_end_at_the_same_one(spec, tokenizer, turns):
+    prompt = [USER] if turns else TEXT["prompt"]
+    table = {"prompt": prompt, "chosen": TEXT["chosen"], "rejected": TEXT["rejected"]}
+    sft = data.demonstrations(spec(table, columns={"completion": "chosen"}), tokenizer, seed=0)[0][0]
+    dpo = data.preferences(spec(table), tokenizer, seed=0)[0][0]
+    reward = data.whole_preferences(spec(table), tokenizer, seed=0)[0][0]
+    ppo = data.prompts(spec({"prompt": prompt}), tokenizer)[0]
+    assert set(dpo) == {"prompt_ids", "chosen_ids", "rejected_ids"}
+    assert set(reward) == {"chosen_ids", "rejected_ids"}
+    assert set(ppo) == {"input_ids"}
+
+    assert sft["input_ids"] == reward["chosen_ids"] == dpo["prompt_ids"] + dpo["chosen_ids"]
+    assert reward["rejected_ids"] == dpo["prompt_ids"] + dpo["rejected_ids"]
+    assert ppo["input_ids"] == dpo["prompt_ids"]
+    for reply in (dpo["chosen_ids"], dpo["rejected_ids"]):
+        assert reply[-1] == tokenizer.eos_token_id
+        assert reply.count(tokenizer.eos_token_id) == 1
+    assert dpo["prompt_ids"][-1] != tokenizer.eos_token_id
+
+
+def test_labels_are_hidden_exactly_on_the_prompt(spec, tokenizer):
+    row = data.demonstrations(spec({"prompt": TEXT["prompt"], "completion": TEXT["chosen"]}), tokenizer, seed=0)[0][0]
+    prompt = tokenizer(TEXT["prompt"])["input_ids"]
+    assert row["labels"][: len(prompt)] == [-100] * len(prompt)
+    assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
+    assert -100 not in row["labels"][len(prompt) :]
+    assert tokenizer.decode(row["labels"][len(prompt) :]) == TEXT["chosen"] + tokenizer.eos_token
+
+
+def test_the_tokens_decode_to_prompt_and_reply(spec, tokenizer):
+    row = data.preferences(spec({"chosen": [USER, GOOD], "rejected": [USER, BAD]}), tokenizer, seed=0)[0][0]
+    assert tokenizer.decode(row["prompt_ids"]) == f"<|user|>{USER['content']}<|assistant|>"
+    assert tokenizer.decode(row["chosen_ids"]) == GOOD["content"] + tokenizer.eos_token
+
+
+def test_long_prompts_keep_their_end_and_long_replies_their_start(spec, tokenizer):
+    whole = data.preferences(spec(TEXT), tokenizer, seed=0)[0][0]
+    limits = {"max_prompt_length": 3, "max_completion_length": 4}
+    cut = data.preferences(spec(TEXT, **limits), tokenizer, seed=0)[0][0]
+    assert cut["prompt_ids"] == whole["prompt_ids"][-3:]
+    assert cut["chosen_ids"] == whole["chosen_ids"][:4]
+    assert tokenizer.eos_token_id not in cut["chosen_ids"]
+    assert data.prompts(spec(TEXT, **limits), tokenizer)[0]["input_ids"] == whole["prompt_ids"][-3:]
+    reward = data.whole_preferences(spec(TEXT, **limits), tokenizer, seed=0)[0][0]
+    assert reward["chosen_ids"] == cut["prompt_ids"] + cut["chosen_ids"]
+
+
+def test_limits_that_nothing_exceeds_change_nothing(spec, tokenizer):
+    whole = data.preferences(spec(TEXT), tokenizer, seed=0)[0][0]
+    limits = {
+        "max_prompt_length": len(whole["prompt_ids"]),
+        "max_completion_length": max(len(whole["chosen_ids"]), len(whole["rejected_ids"])),
+    }
+    assert data.preferences(spec(TEXT, **limits), tokenizer, seed=0)[0][0] == whole
+
+
+def test_turns_without_a_chat_template_are_an_error_of_the_input(spec):
+    bare = load_tokenizer(str(TINY / "checkpoint"))
+    bare.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        data.demonstrations(spec({"messages": [USER, GOOD]}), bare, seed=0)
+
+
+PAIRS = [
+    {"prompt": f"Q: {i % 10}?\nA:", "chosen": f" yes {i}.", "rejected": f" no {i}."} for i in range(30)
+]  # ten prompts, three rows each
+
+
+def test_the_split_is_by_prompt_and_the_same_for_reward_and_dpo(spec, tokenizer):
+    table = spec(*PAIRS, eval_fraction=0.3)
+    train, held_out = data.preferences(table, tokenizer, seed=7)
+    prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (train, held_out)]
+    assert not prompts[0] & prompts[1]
+    assert (len(prompts[0]), len(prompts[1])) == (7, 3)
+    assert (len(train), len(held_out)) == (21, 9)
+
+    whole = data.whole_preferences(table, tokenizer, seed=7)
+    for dpo_rows, reward_rows in zip((train, held_out), whole, strict=True):
+        joined = [row["prompt_ids"] + row["chosen_ids"] for row in dpo_rows]
+        assert joined == list(reward_rows["chosen_ids"])
+
+
+def test_the_split_depends_on_the_seed_alone(spec, tokenizer):
+    table = spec(*PAIRS, eval_fraction=0.3)
+    held_out = [data.preferences(table, tokenizer, seed=seed)[1].to_list() for seed in (1, 1, 2)]
+    assert held_out[0] == held_out[1]
+    assert held_out[0] != held_out[2]
+    other_order = spec(*reversed(PAIRS), eval_fraction=0.3)
+    again = data.preferences(other_order, tokenizer, seed=1)[1].to_list()
+    assert sorted(map(str, again)) == sorted(map(str, held_out[0]))
+
+
+def test_without_a_fraction_nothing_is_held_out(spec, tokenizer):
+    train, held_out = data.preferences(spec(*PAIRS), tokenizer, seed=7)
+    assert len(train) == len(PAIRS)
+    assert held_out is None
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(1, 0.5), (3, 0.1), (3, 0.9)])
+def test_a_split_that_would_leave_one_side_empty_is_refused(spec, tokenizer, count, fraction):
+    table = spec(*PAIRS[:count], eval_fraction=fraction)
+    with pytest.raises(InputError, match=f"{count} distinct prompts cannot be split") as caught:
+        data.preferences(table, tokenizer, seed=7)
+    assert caught.value.place == table.path
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["demonstrations", "preferences", "prompts"])
+def test_the_shipped_rows_can_be_read_by_their_stage(name, tokenizer):
+    spec = Data(path=str(TINY / "data" / f"{name}.jsonl"))
+    read = {"prompts": lambda *_: (data.prompts(spec, tokenizer), None)}.get(name) or getattr(data, name)
+    table = read(spec, tokenizer, 0)[0]
+    assert len(table) > 100

@@ -1,0 +1,123 @@
+"""Random checkpoints of three architectures, and artifacts over them, small enough to build in the tests."""
+
+import os
+import zlib
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+
+import rlhf_pipeline.models.tiny
+from rlhf_pipeline.models import adapters, base
+from rlhf_pipeline.models.roles import SharedBase
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe.schema import Model
+
+TINY = Path(rlhf_pipeline.models.tiny.__file__).parent
+PAD, EOS = 0, 1  # of the shipped tokenizer, which all checkpoints here share
+# Large initial weights, so that logits differ by far more than the tolerances of the tests.
+COMMON = {"vocab_size": 1024, "initializer_range": 0.3, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+ROTARY = COMMON | {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**ROTARY, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**ROTARY, head_dim=8, tie_word_embeddings=True),
+    "gpt2": GPT2Config(**COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}
+
+
+class Artifacts(NamedTuple):
+    """What the earlier stages of a run would have left: the model's settings, an SFT and a reward artifact."""
+
+    spec: Model
+    init: Path
+    reward: Path
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[PeftModel], None]:
+    """A function that gives a model's fresh adapter an effect: its B matrices start as zeros."""
+
+    @torch.no_grad()
+    def draw(model: PeftModel) -> None:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(str(TINY / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """A folder with model and tokenizer for each architecture."""
+    folders = {}
+    for i, (shape, config) in enumerate(CONFIGS.items()):
+        torch.manual_seed(i)
+        folders[shape] = tmp_path_factory.mktemp(shape)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[shape])
+        tokenizer.save_pretrained(folders[shape])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def make_artifacts(tmp_path_factory, checkpoints, tokenizer, randomise) -> Callable[..., Artifacts]:
+    """A function that makes an SFT and a reward artifact that both change what the base says; made once each."""
+    made: dict[tuple, Artifacts] = {}
+
+    def make(shape: str = "llama", quantization: str = "none", ranks: tuple[int, int] = (4, 8)) -> Artifacts:
+        key = (shape, quantization, ranks)
+        if key not in made:
+            torch.manual_seed(zlib.crc32(repr(key).encode()))  # the same whichever test asks first
+            folder = tmp_path_factory.mktemp("artifacts")
+            spec = Model(path=str(checkpoints[shape]), quantization=quantization)
+            init_lora, reward_lora = ({"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"} for r in ranks)
+            policy = adapters.with_policy_adapter(base.load_base(spec, tokenizer), init_lora, None)
+            randomise(policy)
+            adapters.save_adapter(policy, "default", folder / "init", tokenizer)
+            reward = adapters.with_reward_adapter(base.load_base(spec, tokenizer, "score"), reward_lora, None)
+            randomise(reward)
+            adapters.save_adapter(reward, "default", folder / "reward", tokenizer)
+            made[key] = Artifacts(spec, folder / "init", folder / "reward")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def share(tokenizer) -> Callable[[Artifacts], SharedBase]:
+    """A function that puts four roles on a freshly loaded base."""
+
+    def make(artifacts: Artifacts) -> SharedBase:
+        model = base.load_base(artifacts.spec, tokenizer)
+        return SharedBase(model, {}, artifacts.init, artifacts.reward)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch() -> dict[str, torch.Tensor]:
+    """Three sequences of unequal length, padded on the left, with positions that count the real tokens."""
+    ids = torch.randint(5, 1024, (3, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 2, 5)):
+        ids[row, :padding], mask[row, :padding] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1) - mask}

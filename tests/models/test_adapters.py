@@ -1,0 +1,204 @@
+"""Artifacts are what PEFT itself loads, fit their base or are refused, and keep their exact weights."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import DPOConfig, DPOTrainer
+
+from rlhf_pipeline.models import adapters, base
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def causal_lm(spec):
+    return AutoModelForCausalLM.from_pretrained(spec.path).requires_grad_(False).eval()
+
+
+def classifier(spec):
+    return AutoModelForSequenceClassification.from_pretrained(spec.path, num_labels=1).requires_grad_(False).eval()
+
+
+class TestSaveAdapter:
+    @torch.no_grad()
+    @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+    def test_policy_artifact_loads_with_peft_alone(self, make_artifacts, tokenizer, randomise, batch, tmp_path, shape):
+        """PEFT's own loader gives the model that was saved, and the folder has the tokenizer."""
+        spec = make_artifacts(shape).spec
+        model = adapters.with_policy_adapter(causal_lm(spec), LORA, None)
+        fresh = model(**batch).logits
+        randomise(model)
+        adapters.save_adapter(model, "default", tmp_path / "adapter", tokenizer)
+        loaded = PeftModel.from_pretrained(causal_lm(spec), str(tmp_path / "adapter"))
+        assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+        assert not torch.allclose(loaded(**batch).logits, fresh, atol=1e-2)
+        assert type(tokenizer).from_pretrained(tmp_path / "adapter").get_vocab() == tokenizer.get_vocab()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+    def test_reward_artifact_loads_with_peft_alone(self, make_artifacts, tokenizer, randomise, batch, tmp_path, shape):
+        """The head travels with the adapter: over a freshly drawn head, PEFT still gives the same scores."""
+        spec = make_artifacts(shape).spec
+        model = adapters.with_reward_adapter(classifier(spec), LORA, None)
+        randomise(model)
+        adapters.save_adapter(model, "default", tmp_path / "adapter", tokenizer)
+        assert any("score" in name for name in load_file(tmp_path / "adapter" / adapters.WEIGHTS))
+        loaded = PeftModel.from_pretrained(classifier(spec), str(tmp_path / "adapter"))
+        assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+
+    def test_saving_leaves_the_model_trainable(self, make_artifacts, tokenizer, tmp_path):
+        """The artifact says it is for inference; the adapter in memory is not changed by that."""
+        model = adapters.with_policy_adapter(causal_lm(make_artifacts().spec), LORA, None)
+        adapters.save_adapter(model, "default", tmp_path / "adapter", tokenizer)
+        assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).inference_mode
+        assert not model.peft_config["default"].inference_mode
+
+    def test_artifact_holds_no_base_weights(self, make_artifacts):
+        """An artifact is small: LoRA weights, and one head in the reward stage's."""
+        artifacts = make_artifacts()
+        assert all("lora_" in name for name in load_file(artifacts.init / adapters.WEIGHTS))
+        others = [name for name in load_file(artifacts.reward / adapters.WEIGHTS) if "lora_" not in name]
+        assert len(others) == 1
+
+
+class TestContinuing:
+    @torch.no_grad()
+    def test_policy_starts_as_a_trainable_copy_of_init(self, make_artifacts, batch):
+        """`init` decides weights and shape; the recipe's `lora` does not speak."""
+        artifacts = make_artifacts(ranks=(4, 8))
+        model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA | {"r": 2}, artifacts.init).eval()
+        expected = PeftModel.from_pretrained(causal_lm(artifacts.spec), str(artifacts.init))
+        assert_close(model(**batch).logits, expected(**batch).logits, rtol=0, atol=0)
+        assert model.peft_config["default"].r == 4
+        assert all(p.requires_grad for p in adapters.adapter_parameters(model, "default").values())
+
+    def test_reward_starts_from_the_policy_adapter_with_a_trainable_head(self, make_artifacts):
+        """The reward stage takes over the LoRA weights of an SFT artifact, bit by bit, and adds a head."""
+        artifacts = make_artifacts()
+        model = adapters.with_reward_adapter(classifier(artifacts.spec), LORA, artifacts.init)
+        saved = load_file(artifacts.init / adapters.WEIGHTS)
+        ours = {name.replace(".default", ""): p for name, p in adapters.adapter_parameters(model, "default").items()}
+        assert ours.keys() == saved.keys()
+        assert all(torch.equal(ours[name], saved[name]) for name in saved)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        heads = trainable - set(adapters.adapter_parameters(model, "default"))
+        assert len(heads) == 1
+        assert "score" in heads.pop()
+
+    def test_first_rewards_have_about_unit_variance(self, make_artifacts):
+        """The head is drawn with variance 1/(d+1): over normalized features of width d that gives about 1."""
+        spec = make_artifacts().spec
+        torch.manual_seed(0)
+        heads = []
+        for _ in range(20):
+            model = classifier(spec)
+            adapters.with_reward_adapter(model, LORA, None)
+            heads.append(next(p for name, p in model.named_parameters() if "score.modules_to_save" in name))
+        variance = torch.cat(heads).var() * (heads[0].shape[1] + 1)
+        assert 0.75 < variance < 1.25  # five standard errors of 640 draws
+
+
+class TestLoadWeights:
+    def test_another_rank_is_refused(self, make_artifacts):
+        """Weights of rank 8 do not go into an adapter of rank 4."""
+        artifacts = make_artifacts(ranks=(4, 8))
+        model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA, None)
+        with pytest.raises(ValueError):
+            adapters.load_weights(model, artifacts.reward, "default")
+
+    def test_another_architecture_is_refused(self, make_artifacts):
+        """An adapter over GPT-2 does not fit a Llama."""
+        model = adapters.with_policy_adapter(causal_lm(make_artifacts("llama").spec), LORA, None)
+        with pytest.raises(ValueError, match="does not fit this base"):
+            adapters.load_weights(model, make_artifacts("gpt2").init, "default")
+
+    def test_other_target_modules_are_refused(self, make_artifacts):
+        """An artifact with more weights than the adapter has is not loaded in part."""
+        artifacts = make_artifacts()
+        model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA | {"target_modules": ["q_proj"]}, None)
+        before = {name: p.clone() for name, p in adapters.adapter_parameters(model, "default").items()}
+        with pytest.raises(ValueError, match="does not fit this base"):
+            adapters.load_weights(model, artifacts.init, "default")
+        assert all(torch.equal(p, before[name]) for name, p in adapters.adapter_parameters(model, "default").items())
+
+    def test_head_is_left_alone(self, make_artifacts):
+        """Loading LoRA weights into a reward model keeps its own head."""
+        artifacts = make_artifacts(ranks=(4, 4))
+        model = adapters.with_reward_adapter(classifier(artifacts.spec), LORA, None)
+        name = next(name for name, _ in model.named_parameters() if "score.modules_to_save" in name)
+        before = model.get_parameter(name).clone()
+        adapters.load_weights(model, artifacts.reward, "default")
+        assert torch.equal(model.get_parameter(name), before)
+
+
+class TestHead:
+    @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+    def test_head_name_is_the_child_that_scores(self, make_artifacts, shape):
+        """The named module maps hidden states to one label."""
+        model = classifier(make_artifacts(shape).spec)
+        head = model.get_submodule(adapters.head_name(model))
+        assert head is not model.base_model
+        assert (head.in_features, head.out_features) == (32, 1)
+
+    def test_model_without_a_head_is_refused(self, make_artifacts):
+        """A model with no child beside its backbone has no head, and says so."""
+        model = classifier(make_artifacts().spec)
+        with pytest.raises(ValueError, match="no single head"):
+            adapters.head_name(model.base_model)
+
+    @pytest.mark.parametrize("shape", ["llama", "gpt2"])
+    def test_loaded_head_is_the_saved_one(self, make_artifacts, shape):
+        """`load_head` gives the numbers PEFT restores, in float32 and frozen."""
+        artifacts = make_artifacts(shape)
+        head = adapters.load_head(artifacts.reward)
+        model = PeftModel.from_pretrained(classifier(artifacts.spec), str(artifacts.reward))
+        restored = next(p for name, p in model.named_parameters() if "score.modules_to_save" in name)
+        assert torch.equal(head.weight, restored)
+        assert head.weight.dtype == torch.float32
+        assert head.bias is None
+        assert not head.weight.requires_grad
+
+
+class TestExactAdapters:
+    def test_cast_is_undone_exactly(self, make_artifacts):
+        """After a cast to bfloat16 inside, every trainable weight is the float32 number it was."""
+        artifacts = make_artifacts()
+        model = adapters.with_reward_adapter(classifier(artifacts.spec), LORA, artifacts.init)
+        before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+        with adapters.exact_adapters(model):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+            assert any((model.get_parameter(name) != was).any() for name, was in before.items())  # rounded
+        for name, was in before.items():
+            assert model.get_parameter(name).dtype == torch.float32
+            assert torch.equal(model.get_parameter(name), was)
+
+    def test_dpo_trainer_on_a_quantized_base_keeps_float32(self, make_artifacts, tokenizer, tmp_path):
+        """TRL's own cast, which its DPO trainer makes for QLoRA, does not reach the weights that train."""
+        artifacts = make_artifacts("llama", "nf4")
+        model = adapters.with_policy_adapter(base.load_base(artifacts.spec, tokenizer), LORA, artifacts.init)
+        before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+        rows = Dataset.from_list([{"prompt": "Q:", "chosen": " yes", "rejected": " no"}])
+        args = DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        with adapters.exact_adapters(model):
+            DPOTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+        for name, was in before.items():
+            assert model.get_parameter(name).dtype == torch.float32
+            assert torch.equal(model.get_parameter(name), was)
+
+
+class TestAdapterParameters:
+    def test_names_that_contain_each_other_stay_apart(self, make_artifacts):
+        """`ref` and `reference` are two adapters."""
+        model = adapters.with_policy_adapter(causal_lm(make_artifacts().spec), LORA, None)
+        model.add_adapter("ref", adapters.lora_config(LORA, None))
+        model.add_adapter("reference", adapters.lora_config(LORA, None))
+        names = [set(adapters.adapter_parameters(model, name)) for name in ("default", "ref", "reference")]
+        assert all(names)
+        assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+        assert set().union(*names) == {name for name, _ in model.named_parameters() if "lora_" in name}

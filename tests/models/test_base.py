@@ -1,0 +1,200 @@
+"""The base is loaded frozen, quantized where asked, with its heads whole and no surprise left in it."""
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CLIPVisionConfig,
+    CodeGenConfig,
+    OPTConfig,
+    ViTConfig,
+)
+
+import rlhf_pipeline.models.tiny
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import base
+from rlhf_pipeline.recipe.schema import Model
+
+SHIPPED = Path(rlhf_pipeline.models.tiny.__file__).parent / "checkpoint"
+BLOCKS = {"llama": 2 * 7, "qwen3": 2 * 7, "gpt2": 2 * 4}  # linear layers in two decoder layers
+
+
+def layers_of(model, kind):
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+class TestQuantization:
+    @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+    def test_nf4_quantizes_the_blocks_and_no_head(self, checkpoints, tokenizer, shape):
+        """All linear layers of the blocks are 4-bit NF4 with double quantization; the head is an ordinary layer."""
+        model = base.load_base(Model(path=str(checkpoints[shape]), quantization="nf4"), tokenizer)
+        quantized = layers_of(model, bnb.nn.Linear4bit)
+        assert len(quantized) == BLOCKS[shape]
+        assert layers_of(model, torch.nn.Linear) - quantized == {"lm_head"}
+        assert model.lm_head.weight.dtype == torch.float32
+        for name in quantized:
+            weight = model.get_submodule(name).weight
+            assert weight.dtype == torch.uint8
+            assert (weight.quant_state.quant_type, weight.quant_state.nested) == ("nf4", True)
+
+    @pytest.mark.parametrize("shape", ["llama", "gpt2"])
+    def test_nf4_leaves_the_score_head_whole(self, checkpoints, tokenizer, shape):
+        """A sequence classifier's head has one output in full precision."""
+        model = base.load_base(Model(path=str(checkpoints[shape]), quantization="nf4"), tokenizer, "score")
+        assert layers_of(model, torch.nn.Linear) - layers_of(model, bnb.nn.Linear4bit) == {"score"}
+        assert model.score.weight.shape == (1, 32)
+        assert model.score.weight.dtype == torch.float32
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(("quantization", "layer"), [("nf4", bnb.nn.Linear4bit), ("int8", bnb.nn.Linear8bitLt)])
+    def test_quantized_shipped_checkpoint_speaks_nearly_as_the_whole_one(self, tokenizer, quantization, layer):
+        """On a question of the tiny world, logits point where the unquantized ones point."""
+        inputs = tokenizer("Q: What color is a lemon?\nA: It is yellow.", return_tensors="pt")
+        whole = base.load_base(Model(path=str(SHIPPED), quantization="none"), tokenizer)
+        quantized = base.load_base(Model(path=str(SHIPPED), quantization=quantization), tokenizer)
+        assert layers_of(quantized, layer)
+        assert not layers_of(whole, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+        expected, logits = whole(**inputs).logits, quantized(**inputs).logits
+        cosine = torch.nn.functional.cosine_similarity(logits, expected, dim=-1)
+        assert cosine.min() > (0.99 if quantization == "int8" else 0.9)
+        assert not torch.equal(logits, expected)
+
+
+class TestLoadBase:
+    @pytest.mark.parametrize("head", ["causal", "score"])
+    @pytest.mark.parametrize("quantization", ["none", "nf4"])
+    def test_base_is_frozen_in_evaluation_mode_with_our_padding(self, checkpoints, tokenizer, quantization, head):
+        """Nothing trains, nothing drops out, and padding is the tokenizer's."""
+        model = base.load_base(Model(path=str(checkpoints["gpt2"]), quantization=quantization), tokenizer, head)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not any(module.training for module in model.modules())
+        assert model.config.pad_token_id == tokenizer.pad_token_id
+        assert model.device == base.device()
+
+    @torch.no_grad()
+    def test_weights_are_those_of_the_checkpoint(self, checkpoints, tokenizer, batch):
+        """Unquantized, the base says exactly what Transformers alone would say."""
+        model = base.load_base(Model(path=str(checkpoints["qwen3"]), quantization="none"), tokenizer)
+        expected = AutoModelForCausalLM.from_pretrained(checkpoints["qwen3"])(**batch).logits
+        assert_close(model(**batch).logits, expected, rtol=0, atol=0)
+
+    def test_generation_settings_are_reset(self, checkpoints, tokenizer, tmp_path):
+        """No sampling setting of the checkpoint survives; its end of text is the tokenizer's."""
+        spec = Model(path=str(checkpoints["llama"]), quantization="none")
+        original = base.load_base(spec, tokenizer)
+        original.generation_config.update(
+            do_sample=True, repetition_penalty=3.0, top_p=0.5, temperature=0.2, eos_token_id=[1, 7]
+        )
+        original.save_pretrained(tmp_path)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.top_p == 0.5
+        settings = base.load_base(Model(path=str(tmp_path), quantization="none"), tokenizer).generation_config
+        for name in ("do_sample", "repetition_penalty", "top_p", "temperature"):
+            assert getattr(settings, name) is None, name
+        assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+class TestDtype:
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="says what holds without a GPU")
+    def test_cpu_computes_in_float32_and_refuses_float16(self):
+        """`auto` on a CPU is float32; float16 is an input error with its place."""
+        assert base.resolve_dtype("auto") == torch.float32
+        with pytest.raises(InputError) as error:
+            base.resolve_dtype("float16")
+        assert error.value.place == "model.dtype"
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="says what holds on a GPU")
+    def test_gpu_computes_in_bfloat16_where_it_can(self):
+        """`auto` on a GPU with bfloat16 is bfloat16, and float16 may be asked for."""
+        expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        assert base.resolve_dtype("auto") == expected
+        assert base.resolve_dtype("float16") == torch.float16
+
+    @pytest.mark.parametrize("name", ["float32", "bfloat16"])
+    def test_asked_dtype_is_the_dtype_of_the_weights(self, checkpoints, tokenizer, name):
+        """An explicit dtype is what the base is loaded in."""
+        spec = Model(path=str(checkpoints["llama"]), quantization="none", dtype=name)
+        assert {p.dtype for p in base.load_base(spec, tokenizer).parameters()} == {getattr(torch, name)}
+
+
+class TestLoadConfig:
+    @pytest.mark.parametrize("config", [ViTConfig(), CLIPVisionConfig()], ids=["vit", "clip"])
+    @pytest.mark.parametrize("head", ["causal", "score"])
+    def test_model_that_reads_no_text_is_refused(self, tmp_path, config, head):
+        """An image model is neither a causal LM nor a sequence classifier."""
+        config.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=config.model_type) as error:
+            base.load_config(Model(path=str(tmp_path)), head)
+        assert str(tmp_path) in error.value.place
+
+    def test_causal_lm_without_sequence_classifier_is_refused_for_reward_only(self, tmp_path):
+        """An architecture may do for SFT and not for a reward model."""
+        CodeGenConfig().save_pretrained(tmp_path)
+        assert base.load_config(Model(path=str(tmp_path)), "causal").model_type == "codegen"
+        with pytest.raises(InputError, match="reward model"):
+            base.load_config(Model(path=str(tmp_path)), "score")
+
+    def test_folder_without_a_model_is_refused(self, tmp_path):
+        """A wrong path is the user's error, in one line."""
+        with pytest.raises(InputError) as error:
+            base.load_config(Model(path=str(tmp_path)))
+        assert "\n" not in str(error.value)
+        assert error.value.hint
+
+
+class TestRemoveDropout:
+    @torch.no_grad()
+    @pytest.mark.parametrize("head", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+    def test_training_mode_says_what_evaluation_mode_says(self, batch, head):
+        """OPT passes its dropout to a function, where no module can be found to switch off."""
+        config = OPTConfig(
+            vocab_size=1024, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=64, dropout=0.5, attention_dropout=0.5, pad_token_id=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = head.from_config(config)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        expected = model.eval()(**inputs).logits
+        assert not torch.allclose(model.train()(**inputs).logits, expected)
+        base.remove_dropout(model)
+        assert_close(model.train()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+    @torch.no_grad()
+    def test_dropout_modules_are_switched_off(self, checkpoints, batch):
+        """GPT-2 keeps its dropout in modules, and has some by default."""
+        model = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"])
+        expected = model.eval()(**batch).logits
+        assert not torch.allclose(model.train()(**batch).logits, expected)
+        base.remove_dropout(model)
+        assert_close(model.train()(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+class TestChecksum:
+    def test_equal_tensors_have_equal_checksums(self):
+        """The checksum depends on the numbers alone."""
+        tensor = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+        assert base.checksum([tensor]) == base.checksum([tensor.clone()])
+        assert base.checksum([tensor.T]) == base.checksum([tensor.T.contiguous()])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_every_single_change_shows(self, dtype):
+        """A change of one number among many is noticed, whichever number it is."""
+        tensor = torch.randn(2000, generator=torch.Generator().manual_seed(0)).to(dtype)
+        before = base.checksum([tensor])
+        unnoticed = []
+        for i in range(len(tensor)):
+            changed = tensor.clone()
+            changed[i] += 1
+            if base.checksum([changed]) == before:
+                unnoticed.append(i)
+        assert unnoticed == []
+
+    def test_order_shows(self):
+        """The same numbers in another place are another model, within a tensor and across tensors."""
+        one, other = torch.arange(4.0), torch.arange(4.0) + 1
+        assert base.checksum([one, other]) != base.checksum([other, one])
+        assert base.checksum([one]) != base.checksum([one.flip(0)])

@@ -1,0 +1,301 @@
+"""From a recipe's text and overrides to a resolved recipe, or to one message with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline import recipe
+from rlhf_pipeline.errors import InputError
+
+FULL = """\
+model: {path: tiny, quantization: none}
+stages:
+  sft:
+    data: tiny:demonstrations
+    trainer:
+      learning_rate: 2e-5
+  reward:
+    data: tiny:preferences
+  ppo:
+    data: tiny:prompts
+  dpo:
+    data: tiny:preferences
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a recipe into a folder and return its path."""
+
+    def to(text: str, name: str = "my.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return to
+
+
+def problem(path: str, *overrides: str) -> InputError:
+    with pytest.raises(InputError) as caught:
+        recipe.load(path, overrides)
+    return caught.value
+
+
+def test_every_default_is_filled_in(write, tmp_path):
+    loaded = recipe.load(write(FULL))
+    assert loaded.name == "my"
+    assert loaded.run == tmp_path / "runs" / "my"
+    assert {name: stage.kind for name, stage in loaded.stages.items()} == {
+        name: name for name in ("sft", "reward", "ppo", "dpo")
+    }
+    assert {name: stage.init for name, stage in loaded.stages.items()} == {
+        "sft": "base",
+        "reward": "sft",
+        "ppo": "sft",
+        "dpo": "sft",
+    }
+    assert loaded.stages["ppo"].reward == "reward"
+    assert loaded.stages["dpo"].reward is None
+    assert loaded.stages["ppo"].trainer == {"stop_token": "eos"}
+    assert loaded.stages["sft"].trainer == {"learning_rate": 2e-5}
+    assert loaded.lora["target_modules"] == "all-linear"
+
+
+def test_init_and_reward_default_to_the_latest_earlier_stage(write):
+    loaded = recipe.load(
+        write("""\
+model: {path: tiny}
+stages:
+  first: {kind: sft, data: tiny:demonstrations}
+  judge_a: {kind: reward, data: tiny:preferences, init: base}
+  second: {kind: sft, data: tiny:demonstrations}
+  judge_b: {kind: reward, data: tiny:preferences}
+  play: {kind: ppo, data: tiny:prompts}
+  replay: {kind: ppo, data: tiny:prompts, init: play, reward: judge_a}
+""")
+    )
+    inits = {name: stage.init for name, stage in loaded.stages.items()}
+    assert inits == {
+        "first": "base",
+        "judge_a": "base",
+        "second": "first",
+        "judge_b": "second",
+        "play": "second",
+        "replay": "play",
+    }
+    assert (loaded.stages["play"].reward, loaded.stages["replay"].reward) == ("judge_b", "judge_a")
+
+
+def test_a_stop_token_of_ones_own_is_kept(write):
+    path = write(FULL)
+    assert recipe.load(path, ["ppo.trainer.stop_token_id=7"]).stages["ppo"].trainer == {"stop_token_id": 7}
+    assert recipe.load(path, ["ppo.trainer.stop_token=null"]).stages["ppo"].trainer == {"stop_token": None}
+
+
+def test_relative_paths_start_from_the_recipes_folder(write, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = write("model: {path: tiny}\noutput_dir: out\nstages: {sft: {data: data/rows.jsonl}}\n")
+    monkeypatch.chdir(elsewhere)
+    loaded = recipe.load(path)
+    assert loaded.stages["sft"].data.path == str(tmp_path / "data" / "rows.jsonl")
+    assert loaded.run == tmp_path / "out" / "my"
+    assert loaded.folder == tmp_path
+    assert recipe.load("../my.yaml").run == loaded.run
+
+
+def test_a_shipped_recipe_called_by_name_runs_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe.load("tiny").run == tmp_path / "runs" / "tiny"
+
+
+def test_a_file_in_the_current_folder_goes_before_a_shipped_recipe(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("name: mine\nmodel: {path: tiny}\nstages: {sft: {data: tiny:demonstrations}}\n", name="tiny")
+    assert recipe.load("tiny").name == "mine"
+
+
+@pytest.mark.parametrize("override", ["sft.trainer.learning_rate=1e-3", "stages.sft.trainer.learning_rate=1e-3"])
+def test_an_override_reaches_a_stage_with_and_without_the_prefix(write, override):
+    assert recipe.load(write(FULL), [override]).stages["sft"].trainer == {"learning_rate": 0.001}
+
+
+def test_overrides_reach_the_top_and_make_missing_sections(write):
+    loaded = recipe.load(
+        write(FULL), ["seed=7", "model.dtype=float32", "lora.r=4", "dpo.trainer.beta=.3", "name=other", "seed=8"]
+    )
+    assert (loaded.seed, loaded.model.dtype, loaded.name) == (8, "float32", "other")
+    assert loaded.model.quantization == "none"
+    assert loaded.stages["dpo"].trainer == {"beta": 0.3}
+    assert loaded.lora["r"] == 4
+
+
+def test_an_override_can_refine_data_given_as_a_path_alone(write):
+    data = recipe.load(write(FULL), ["dpo.data.eval_fraction=0.25"]).stages["dpo"].data
+    assert data.eval_fraction == 0.25
+    assert Path(data.path).name == "preferences.jsonl"
+
+
+def test_an_override_can_replace_data_by_a_path(write):
+    text = FULL.replace("tiny:demonstrations", "{path: tiny:demonstrations, eval_fraction: 0.5}")
+    data = recipe.load(write(text), ["sft.data=tiny:preferences"]).stages["sft"].data
+    assert (Path(data.path).name, data.eval_fraction) == ("preferences.jsonl", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate", "form key=value"),
+        ("=3", "form key=value"),
+        ("a..b=3", "form key=value"),
+        ("seed=[1", "not a YAML value"),
+        ("model.path.deep=1", "`model.path` has no keys below"),
+        ("seed=abc", "expected a valid integer"),
+        ("tempo=1", "unknown key `tempo`"),
+        ("sft.trainer.learning_rte=1", "unknown key `learning_rte`"),
+        ("ppo.init=dpo", "stands after it"),
+        ("model.path=./nowhere", "no model folder"),
+        ("sft.data=nowhere.jsonl", "no data file"),
+        ("sft.data.path=nowhere.jsonl", "no data file"),
+        ("sft.trainer={learning_rate: fast}", "expected a number"),
+    ],
+)
+def test_a_bad_override_is_named_as_the_place(write, override, message):
+    found = problem(write(FULL), override)
+    assert message in found.message
+    assert found.place == f"override `{override}`"
+
+
+def test_an_error_of_the_file_names_its_line_even_beside_overrides(write):
+    path = write(FULL.replace("learning_rate", "learning_rte"))
+    assert problem(path, "seed=3").place == f"{path}:6: stages.sft.trainer.learning_rte"
+
+
+ONE = "model: {path: tiny}\nstages:\n"
+SFT = "  sft: {data: tiny:demonstrations}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message", "hint"),
+    [
+        ("just text\n", None, "a recipe is a mapping", "cp tiny"),
+        ("", None, "a recipe is a mapping", "cp tiny"),
+        (ONE, 2, "expected a valid mapping", None),
+        ("model: {path: tiny}\n", None, "`stages` is missing", None),
+        (f"stages:\n{SFT}", None, "`model` is missing", None),
+        (ONE + "  7: {data: tiny:prompts}\n", 3, "cannot name a stage", "letters"),
+        (ONE + "  a b: {kind: sft, data: tiny:prompts}\n", 3, "cannot name a stage", "letters"),
+        (ONE + "  model: {kind: sft, data: tiny:prompts}\n", 3, "has a meaning of its own", None),
+        (ONE + "  base: {kind: sft, data: tiny:prompts}\n", 3, "has a meaning of its own", None),
+        (ONE + "  warmup: {data: tiny:prompts}\n", 3, "kind of stage `warmup` is not given", "sft, reward, ppo, dpo"),
+        (ONE + "  a: {kind: rlo, data: tiny:prompts}\n", 3, "expected 'sft'", None),
+        (ONE + "  sft: {trainer: {}}\n", 3, "`data` is missing", None),
+        (ONE + SFT + "  dpo:\n    init: sff\n    data: tiny:preferences\n", 5, "not in the recipe", "`sft`"),
+        (ONE + "  dpo: {init: sft, data: tiny:preferences}\n" + SFT, 3, "stands after it", "in order"),
+        (ONE + "  sft: {init: sft, data: tiny:preferences}\n", 3, "cannot depend on itself", None),
+        (
+            ONE + "  reward: {data: tiny:preferences}\n  dpo: {init: reward, data: tiny:preferences}\n",
+            4,
+            "`reward` is of kind `reward`",
+            None,
+        ),
+        (ONE + SFT + "  ppo: {data: tiny:prompts}\n", 4, "needs a reward model", "kind `reward`"),
+        (ONE + SFT + "  ppo: {data: tiny:prompts, reward: sft}\n", 4, "needs reward", None),
+        (ONE + "  sft: {data: tiny:demonstrations, reward: x}\n", 3, "`reward` has no effect", "remove"),
+        (ONE + "  sft:\n    data: tiny:replies\n", 4, "no data `tiny:replies`", "tiny:demonstrations"),
+        (ONE + "  sft:\n    data: nowhere.jsonl\n", 4, "no data file", "recipe's folder"),
+        (ONE + "  sft:\n    data: ./hub/name\n", 4, "no data file", "recipe's folder"),
+        (ONE + "  sft:\n    data: rows.txt\n", 4, "type `.txt`", ".jsonl"),
+        (ONE + "  sft:\n    data: empty.jsonl\n", 4, "is empty", None),
+        (ONE + "  sft:\n    data: folder\n", 4, "is not a file", None),
+        ("model: {path: folder}\nstages:\n" + SFT, 1, "no config.json", None),
+        ("model: {path: half}\nstages:\n" + SFT, 1, "no *.safetensors", "save_pretrained"),
+        ("model: {path: ./none}\nstages:\n" + SFT, 1, "no model folder", None),
+        (ONE + SFT + "lora: {init_lora_weights: pissa}\n", 4, "initialisation changes the base", "gaussian"),
+        (ONE + SFT + "lora: {bias: all}\n", 4, "`bias` cannot be set: the base is never changed", "remove"),
+        (ONE + SFT + "name: a/b\n", 4, "pattern", None),
+        (ONE + "  sft: {data: {path: tiny:prompts, eval_fraction: 1.0}}\n", 3, "less than 1", None),
+    ],
+)
+def test_every_rule_has_a_message_with_its_place(write, tmp_path, text, line, message, hint):
+    (tmp_path / "rows.txt").write_text("a\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{}")
+    path = write(text)
+    found = problem(path)
+    assert message in str(found).replace("*.safetensors weights", "*.safetensors").replace("holds no", "no")
+    assert found.place == path or found.place.startswith(f"{path}:{line}: " if line else f"{path}: ")
+    if hint:
+        assert hint in found.hint
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "nearest"),
+    [
+        ("stages:\n", "output_dirr: x\nstages:\n", "output_dir"),
+        ("path: tiny", "path: tiny, quantisation: none", "quantization"),
+        ("    trainer:\n", "    inti: base\n    trainer:\n", "init"),
+        ("      learning_rate", "      learning_rte", "learning_rate"),
+        ("data: tiny:demonstrations", "data: {path: tiny:prompts, colums: {}}", "columns"),
+        ("stages:\n", "lora: {target_module: all-linear}\nstages:\n", "target_modules"),
+        ("stages:\n", "evaluate: {data: tiny:heldout, judge: 'a:b', temprature: 1.0}\nstages:\n", "temperature"),
+        ("stages:\n", "evaluate: {data: {path: tiny:heldout, splt: x}, judge: 'a:b'}\nstages:\n", "split"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_known_one(write, old, new, nearest):
+    path = write(FULL.replace(old, new, 1))
+    found = problem(path)
+    assert found.message.startswith("unknown key")
+    assert found.hint == f"did you mean `{nearest}`?"
+    assert found.place.startswith(f"{path}:")
+
+
+def test_a_key_like_no_other_is_answered_with_all_that_are_known(write):
+    found = problem(write(FULL), "model.zzz=1")
+    assert found.hint == "the keys here are path, quantization, dtype"
+
+
+def test_a_missing_recipe_is_answered_with_the_nearest_shipped_one():
+    assert problem("tinny").hint == "did you mean the shipped recipe `tiny`?"
+    assert "ls" in problem("zzzzz.yaml").hint
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    assert "folder" in problem(str(tmp_path)).message
+
+
+def test_a_recipe_in_another_encoding_cannot_be_read(tmp_path):
+    (tmp_path / "r.yaml").write_bytes("name: \xe9\n".encode("latin-1"))
+    found = problem(str(tmp_path / "r.yaml"))
+    assert found.message.startswith("cannot be read")
+    assert found.place == str(tmp_path / "r.yaml")
+
+
+def test_the_resolved_recipe_loads_to_itself(write, tmp_path):
+    evaluate = "evaluate: {data: tiny:heldout, judge: 'rlhf_pipeline.models.tiny.world:judge', temperature: 0.7}\n"
+    loaded = recipe.load(write(evaluate + FULL), ["ppo.trainer.stop_token_id=3", "dpo.data.eval_fraction=0.1"])
+    again = recipe.load(write(recipe.to_yaml(loaded), name="recipe.yaml"))
+    assert again.model_dump() == loaded.model_dump()
+    assert recipe.to_yaml(again) == recipe.to_yaml(loaded)
+
+
+@pytest.mark.parametrize("name", ["08", "1e3", "no", "true", "null", "1_000", ".5e1"])
+def test_text_that_looks_like_a_number_is_still_text_in_the_resolved_recipe(write, name):
+    """The words of YAML 1.1 and 1.2 differ; what is written must be quoted for the reader that reads it back."""
+    loaded = recipe.load(
+        write(FULL.replace("tiny:preferences", f"{{path: tiny:preferences, columns: {{chosen: '{name}'}}}}"))
+    )
+    again = recipe.load(write(recipe.to_yaml(loaded), name="recipe.yaml"))
+    assert again.stages["dpo"].data.columns == {"chosen": name}
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_loads_and_its_resolved_form_too(name, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = recipe.load(name)
+    again = recipe.load(write(recipe.to_yaml(loaded), name="recipe.yaml"))
+    assert again.model_dump() == loaded.model_dump()
+    assert loaded.stages

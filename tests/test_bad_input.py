@@ -1,0 +1,286 @@
+"""What people get wrong: one sentence with its place and a hint, exit code 2, nothing written, no traceback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from rlhf_pipeline import recipe
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe import TINY
+
+GOOD = """\
+name: t
+model: {path: tiny, quantization: none, dtype: float32}
+lora: {r: 4, target_modules: all-linear}
+evaluate: {data: tiny:heldout, judge: 'rlhf_pipeline.models.tiny.world:judge', n: 4}
+stages:
+  sft:
+    data: tiny:demonstrations
+    trainer: {learning_rate: 1e-3}
+  reward: {data: tiny:preferences}
+  ppo: {data: tiny:prompts}
+  dpo: {data: tiny:preferences}
+"""
+SHIPPED = ("demonstrations", "preferences", "prompts")
+ROW = '{"prompt": "a", "completion": "b"}\n'
+
+
+def write(folder: Path, text: str) -> None:
+    """Write the recipe with the first rows of the shipped data, which are checked sooner than all of them."""
+    for name in SHIPPED:
+        rows = (TINY / "data" / f"{name}.jsonl").read_text().splitlines(True)[:64]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+        text = text.replace(f"tiny:{name}", f"{name}.jsonl")
+    (folder / "r.yaml").write_text(text)
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run the command in a folder; returns what it did and the modules it imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "rlhf_pipeline", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | environment, timeout=120, check=False
+    )
+    imported = re.findall(r"^import time:.*\|\s+(\S+)$", done.stderr, re.MULTILINE)
+    done.stderr = "".join(line for line in done.stderr.splitlines(True) if not line.startswith("import time:"))
+    return done, imported
+
+
+def assert_refused(done: subprocess.CompletedProcess, folder: Path, *words: str) -> None:
+    """One `error:` line with all the words, exit code 2, data nowhere, no traceback, no run directory."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    for word in words:
+        assert word in errors[0]
+    assert not (folder / "runs").exists()
+
+
+RECIPE_ALONE = {
+    "unknown key at the top": ("name: t", "nmae: t", "r.yaml:1: nmae: unknown key `nmae`", "`name`"),
+    "unknown key of the model": ("dtype:", "dtyp:", "r.yaml:2: model.dtyp: unknown key", "`dtype`"),
+    "unknown key of lora": ("{r: 4", "{lora_alfa: 4", "r.yaml:3: lora.lora_alfa: unknown key", "`lora_alpha`"),
+    "unknown key of evaluate": ("n: 4", "max_new_token: 4", "r.yaml:4: evaluate.max_new_token: ", "`max_new_tokens`"),
+    "unknown key of a stage": ("    data: tiny:dem", "    dta: tiny:dem", "r.yaml:7: stages.sft.dta", "`data`"),
+    "unknown key of a trainer": (
+        "learning_rate",
+        "learning_rat",
+        "r.yaml:8: stages.sft.trainer.learning_rat",
+        "`learning_rate`",
+    ),
+    "unknown key of data": (
+        "data: tiny:demonstrations",
+        "data: {path: tiny:demonstrations, eval_fractoin: 0.1}",
+        "r.yaml:7: stages.sft.data.eval_fractoin",
+        "`eval_fraction`",
+    ),
+    "wrong type": ("1e-3", "fast", "r.yaml:8: stages.sft.trainer.learning_rate: expected a number, got 'fast'", "SFT"),
+    "a stage that is not there": ("dpo: {", "dpo: {init: sftt, ", "r.yaml:11: stages.dpo.init: ", "`sft`"),
+    "ppo without a reward": ("  reward: {data: tiny:preferences}\n", "", "r.yaml:9: stages.ppo", "`reward`"),
+    "data that are not there": ("tiny:demonstrations", "gone.jsonl", "r.yaml:7: stages.sft.data", "recipe's folder"),
+    "an empty data file": ("tiny:demonstrations", "empty.jsonl", "empty.jsonl is empty", ""),
+    "a model folder that is not there": ("path: tiny", "path: ./gone", "r.yaml:2: model.path: there is no", ""),
+    "a folder that is no model": ("path: tiny", "path: notes", "r.yaml:2: model.path", "config.json"),
+    "a key that PPO ignores": (
+        "ppo: {",
+        "ppo: {trainer: {num_mini_batches: 2}, ",
+        "r.yaml:10: stages.ppo.trainer.num_mini_batches: `num_mini_batches` cannot be set: it does nothing",
+        "remove it",
+    ),
+    "a tab": ("    data: tiny:dem", "\tdata: tiny:dem", "r.yaml:7: this is not YAML", "tabs"),
+    "broken YAML": ("float32}", "float32", "this is not YAML", "indentation"),
+    "a key written twice": ("name: t\n", "name: t\nname: u\n", "r.yaml:2: the key `name` stands twice", "keep one"),
+}
+
+
+@pytest.mark.parametrize("mistake", RECIPE_ALONE)
+def test_what_the_recipe_alone_shows_is_refused_at_once(tmp_path, mistake):
+    """Without importing torch, which would take seconds."""
+    old, new, words, hint = RECIPE_ALONE[mistake]
+    assert old in GOOD
+    (tmp_path / "r.yaml").write_text(GOOD.replace(old, new, 1))
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "notes").mkdir()
+    done, imported = run(tmp_path, "run", "r.yaml")
+    assert_refused(done, tmp_path, words)
+    assert "rlhf_pipeline.recipe" in imported
+    assert not {"torch", "trl", "transformers", "datasets"} & set(imported)
+    hints = [line for line in done.stderr.splitlines() if line.startswith("hint: ")]
+    if mistake in ("an empty data file", "a model folder that is not there", "a folder that is no model"):
+        assert hint in done.stderr
+    else:
+        assert len(hints) == 1, done.stderr
+        assert hint in hints[0]
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "status", "validate"])
+def test_a_recipe_that_is_not_there_is_refused_by_every_command(tmp_path, command):
+    done, imported = run(tmp_path, command, "tinny")
+    assert_refused(done, tmp_path, "tinny: there is no such recipe")
+    assert "hint: did you mean the shipped recipe `tiny`?" in done.stderr
+    assert "torch" not in imported
+
+
+def test_a_bad_override_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text(GOOD)
+    done, imported = run(tmp_path, "run", "r.yaml", "ppo.trainer.kl_cof=0.1")
+    assert_refused(done, tmp_path, "override `ppo.trainer.kl_cof=0.1`: unknown key `kl_cof`")
+    assert "hint: did you mean `kl_coef`?" in done.stderr
+    assert "torch" not in imported
+
+
+def test_a_bad_row_of_a_late_stage_is_refused_before_the_first_one_trains(tmp_path):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'rejected': None})}\n")
+    write(tmp_path, GOOD.replace("dpo: {data: tiny:preferences}", "dpo: {data: pairs.jsonl}"))
+    done, _ = run(tmp_path, "run", "r.yaml", HF_HOME=str(tmp_path / "hf"))
+    assert_refused(done, tmp_path, f"{tmp_path / 'pairs.jsonl'}: row 2: `rejected` is missing")
+    assert "hint: the row has prompt, chosen, rejected" in done.stderr
+
+
+def test_a_hub_model_without_network_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text(GOOD.replace("path: tiny", "path: nobody/no-such-model"))
+    done, _ = run(tmp_path, "validate", "r.yaml", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert_refused(done, tmp_path, "model.path: nobody/no-such-model", "neither a model folder nor a hub model")
+    assert "hint: check the spelling, the network" in done.stderr
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Do the worker's check of a changed recipe in this process."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from rlhf_pipeline.run import worker
+
+    def of(*names: str, replace: tuple[str, str] = ("", ""), overrides: tuple[str, ...] = ()) -> InputError:
+        write(tmp_path, GOOD.replace(*replace))
+        loaded = recipe.load(str(tmp_path / "r.yaml"), overrides)
+        with pytest.raises(InputError) as caught:
+            worker.check(loaded, list(names))
+        assert not loaded.run.exists()
+        return caught.value
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "message"),
+    [
+        (ROW + '{"prompt": "a"}\n', ": row 2", "`completion` is missing"),
+        (ROW + '{"prompt": "a", "completion"\n', ":2", "not JSON"),
+        ('{"question": "a", "answer": "b"}\n', ": row 1", "`prompt` is missing"),
+        ('{"prompt": "a", "completion": 3}\n', ": row 1", "should be text"),
+    ],
+)
+def test_bad_data_name_file_and_row(check, tmp_path, content, place, message):
+    (tmp_path / "rows.jsonl").write_text(content)
+    found = check("sft", replace=("tiny:demonstrations", "rows.jsonl"))
+    assert found.place == f"{tmp_path / 'rows.jsonl'}{place}"
+    assert message in found.message
+
+
+def test_data_of_the_wrong_stage_show_the_way_to_columns(check):
+    found = check("dpo", overrides=("dpo.data=tiny:demonstrations",))
+    assert found.place == f"{TINY / 'data' / 'demonstrations.jsonl'}: row 1"
+    assert "columns" in found.hint
+
+
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "no-such-type"}', "not JSON"])
+def test_a_model_folder_that_cannot_be_read_is_named(check, tmp_path, config):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(config)
+    (tmp_path / "model" / "model.safetensors").touch()
+    found = check("sft", replace=("path: tiny", "path: model"))
+    assert found.place == f"model.path: {tmp_path / 'model'}"
+
+
+def test_a_model_that_cannot_write_text_is_refused(check, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "model" / "model.safetensors").touch()
+    found = check("sft", replace=("path: tiny", "path: model"))
+    assert "cannot load `vit` as a causal language model" in found.message
+
+
+def test_a_lora_target_that_matches_no_layer_is_refused(check):
+    found = check("sft", replace=("all-linear", "[no_such_layer]"))
+    assert found.place == "lora"
+    assert "no_such_layer" in found.message
+    assert "all-linear" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("no_such_module:judge", "ModuleNotFoundError"),
+        ("json:no_such_function", "module `json` has no function `no_such_function`"),
+        ("broken_judge:judge", "ZeroDivisionError"),
+        ("json:__name__", "module `json` has no function `__name__`"),
+    ],
+)
+def test_a_judge_that_cannot_be_used_is_refused(check, tmp_path, judge, message):
+    (tmp_path / "broken_judge.py").write_text("1 / 0\n")
+    found = check("sft", overrides=(f"evaluate.judge='{judge}'",))
+    assert found.place == "evaluate.judge"
+    assert message in found.message
+
+
+def test_a_judge_that_forgets_an_import_of_its_own_is_not_blamed_for_its_name(check, tmp_path):
+    """The module is there; what it asks for is not."""
+    (tmp_path / "forgetful_judge.py").write_text("import json\njson.no_such_thing\n")
+    found = check("sft", overrides=("evaluate.judge='forgetful_judge:judge'",))
+    assert "has no `judge`" not in found.message
+    assert "no_such_thing" in found.message
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("sft.trainer.lr_scheduler_type=nonsense", "nonsense"),
+        ("sft.trainer.optim=nonsense", "nonsense"),
+        ("sft.trainer.eval_strategy=nonsense", "nonsense"),
+    ],
+)
+def test_a_value_that_the_library_refuses_is_refused_in_its_words(check, override, word):
+    found = check("sft", overrides=(override,))
+    assert found.place == "stages.sft.trainer"
+    assert word in found.message
+
+
+def test_fewer_prompts_than_a_batch_are_refused(check, tmp_path):
+    """TRL would wait for a full batch for ever."""
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n' * 3)
+    found = check(
+        "ppo", overrides=(f"ppo.data={tmp_path / 'few.jsonl'}", "ppo.trainer.per_device_train_batch_size=4",
+                          "ppo.trainer.gradient_accumulation_steps=1")
+    )  # fmt: skip
+    assert found.place == "stages.ppo.data"
+    assert "3 prompts are fewer than one batch of 4" in found.message
+    assert "per_device_train_batch_size" in found.hint
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_a_length_limit_that_nothing_fits_in_is_refused(check, stage):
+    found = check(stage, overrides=(f"{stage}.trainer.max_length=2",))
+    assert found.place == f"stages.{stage}.trainer.max_length"
+    assert "fits in max_length 2" in found.message
+    assert found.hint
+
+
+def test_a_sound_recipe_passes_the_check(tmp_path, monkeypatch):
+    """Else every refusal above could be of something else."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from rlhf_pipeline.run import worker
+
+    write(tmp_path, GOOD)
+    loaded = recipe.load(str(tmp_path / "r.yaml"))
+    assert worker.check(loaded, list(loaded.stages)) is None
+    assert not loaded.run.exists()

@@ -1,0 +1,182 @@
+"""The door: quick, readable without colour, data on standard output and everything else on standard error."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline import __version__, recipe
+
+RECIPE = """\
+# A small one.
+name: t
+model: {path: tiny}
+stages:
+  sft: {data: tiny:demonstrations}
+  reward: {data: tiny:preferences}
+  ppo: {data: tiny:prompts}
+"""
+HEAVY = {"torch", "trl", "transformers", "datasets", "peft"}
+
+
+def run(folder: Path, *arguments: str, flags: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *flags, "-m", "rlhf_pipeline", *arguments]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | environment, timeout=60, check=False
+    )
+
+
+def imported(folder: Path, *arguments: str) -> set[str]:
+    done = run(folder, *arguments, flags=("-X", "importtime"))
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"^import time:.*\|\s+(\S+)$", done.stderr, re.MULTILINE))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_help_answers_at_once(folder):
+    """Measured as processor time, which other work on the machine does not lengthen."""
+    times = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run(folder, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert done.returncode == 0
+    for command in ("run", "plan", "status", "validate", "ls", "cp", "env"):
+        assert re.search(rf"^\s*{command}\b", done.stdout, re.MULTILINE), command
+    assert min(times) < 0.3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), ("ls",), ("plan", "r.yaml"), ("status", "r.yaml"), ("status", "r.yaml", "--json")],
+)
+def test_what_looks_and_tells_imports_no_torch(folder, arguments):
+    modules = imported(folder, *arguments)
+    assert "rlhf_pipeline.cli" in modules
+    assert not modules & HEAVY
+
+
+def test_version_and_env_name_the_version(folder):
+    assert run(folder, "--version").stdout == f"rlhf-pipeline {__version__}\n"
+    done = run(folder, "env")
+    shown = dict(line.removeprefix("- ").split(": ", 1) for line in done.stdout.splitlines())
+    assert shown["rlhf-pipeline"] == __version__
+    assert shown["python"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
+    assert re.match(r"1\.12\.", shown["trl"])
+    assert {"torch", "transformers", "peft", "bitsandbytes", "platform", "cpus", "gpu"} <= set(shown)
+    assert "not installed" not in done.stdout
+
+
+def test_ls_lists_every_shipped_recipe_with_its_first_line(folder):
+    lines = run(folder, "ls").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipe.shipped())
+    for line, path in zip(lines, recipe.shipped().values(), strict=True):
+        about = line.split(maxsplit=1)[1]
+        assert path.read_text().startswith(f"# {about}")
+
+
+def test_cp_copies_a_recipe_and_refuses_to_overwrite(folder):
+    done = run(folder, "cp", "tiny")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "tiny.yaml\n", "")
+    assert (folder / "tiny.yaml").read_text() == recipe.shipped()["tiny"].read_text()
+    (folder / "tiny.yaml").write_text("mine")
+    again = run(folder, "cp", "tiny")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == "error: tiny.yaml exists already\nhint: name another file\n"
+    assert (folder / "tiny.yaml").read_text() == "mine"
+
+
+def test_cp_takes_a_name_or_a_folder_to_copy_to(folder):
+    (folder / "sub").mkdir()
+    assert run(folder, "cp", "tiny", "other.yaml").stdout == "other.yaml\n"
+    assert run(folder, "cp", "tiny", "sub").stdout == "sub/tiny.yaml\n"
+    assert (folder / "other.yaml").is_file()
+    assert (folder / "sub" / "tiny.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("tinny",), "no shipped recipe `tinny`"), (("tiny", "gone/my.yaml"), "there is no folder gone")],
+)
+def test_cp_refuses_what_it_cannot_do(folder, arguments, message):
+    done = run(folder, "cp", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_of_a_fresh_directory(folder):
+    shown = {command: json.loads(run(folder, command, "r.yaml", "--json").stdout) for command in ("plan", "status")}
+    for command, object_ in shown.items():
+        assert object_["run"] == str(folder / "runs" / "t")
+        assert [stage["name"] for stage in object_["stages"]] == ["sft", "reward", "ppo"]
+        for stage in object_["stages"]:
+            keys = {"name", "kind", "state", "reason", "init", "reward", "fingerprint", "wall_s", "peak_memory_bytes",
+                    "metrics", "artifact", "log"}  # fmt: skip
+            assert set(stage) == keys | ({"will_run"} if command == "plan" else set())
+            assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)
+    assert [(stage["init"], stage["reward"]) for stage in shown["status"]["stages"]] == [
+        ("base", None),
+        ("sft", None),
+        ("sft", "reward"),
+    ]
+    assert not (folder / "runs").exists()
+
+
+def test_plan_takes_overrides_and_options_as_run_does(folder):
+    done = run(folder, "plan", "r.yaml", "sft.trainer.learning_rate=1e-3", "--until", "reward", "--json")
+    assert [stage["will_run"] for stage in json.loads(done.stdout)["stages"]] == [True, True, False]
+    wrong = run(folder, "plan", "r.yaml", "--until", "rewrad")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: --until: there is no stage `rewrad`\nhint: ")
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+def test_output_that_is_no_terminal_has_no_escape_codes(folder, environment):
+    for arguments in (("plan", "r.yaml"), ("plan", "gone.yaml")):
+        done = run(folder, *arguments, **environment)
+        assert done.stdout + done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_has_colour_unless_no_color_is_set(folder, environment, coloured):
+    """Through a pseudo-terminal, which Rich takes for a real one."""
+    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this platform")
+    ours, theirs = pty.openpty()
+    plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_pipeline", "status", "r.yaml"],
+        cwd=folder, stdout=theirs, env=plain | {"TERM": "xterm-256color"} | environment,
+    )  # fmt: skip
+    assert process.wait(timeout=60) == 0
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "missing" in shown
+    assert bool(re.search(r"\x1b\[[\d;]*3\dm", shown)) is coloured
+
+
+def test_errors_go_to_standard_error_and_data_to_standard_output(folder):
+    good, bad = run(folder, "plan", "r.yaml"), run(folder, "plan", "r.yaml", "seed=x")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "has not run yet" in good.stdout
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: override `seed=x`: ")
+
+
+def test_a_command_that_does_not_exist_is_refused(folder):
+    done = run(folder, "trian", "r.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "trian" in done.stderr

@@ -1,0 +1,67 @@
+"""The wheel has all that `run tiny` needs, and the checkout's own recipes and commands stay in step."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel, unpacked into a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    assert wheel.stat().st_size < 5e6
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_runs_without_the_checkout(unpacked: Path, tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(unpacked)}
+    probe = "import rlhf_pipeline; print(rlhf_pipeline.__file__)"
+    where = subprocess.run([sys.executable, "-P", "-c", probe], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert where.stdout.startswith(str(unpacked))
+    settings = ["sft.trainer.max_steps=1", "evaluate.n=4", "--only", "sft"]
+    run = [sys.executable, "-P", "-m", "rlhf_pipeline", "run", "tiny", *settings]
+    done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs" / "tiny" / "sft" / "stage.json").read_text())
+    assert record["state"] == "done" and "judge_mean" in record["metrics"]
+
+
+def test_the_wheel_holds_every_recipe(unpacked: Path) -> None:
+    shipped = {path.name for path in (unpacked / "rlhf_pipeline" / "recipes").glob("*.yaml")}
+    assert shipped == {path.name for path in (ROOT / "recipes").glob("*.yaml")} != set()
+
+
+def test_pins_lie_within_the_declared_ranges_and_serve_everywhere() -> None:
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    declared = [Requirement(line) for line in requires("rlhf-pipeline") or []]
+    assert {need.name.lower() for need in declared} <= {name.lower() for name in pins}
+    for need in declared:
+        pin = next(version for name, version in pins.items() if name.lower() == need.name.lower())
+        assert need.specifier.contains(pin), need
+    for file in ("Makefile", "Dockerfile"):
+        assert "--constraint constraints.txt" in (ROOT / file).read_text()
+
+
+def test_readme_opens_with_the_two_commands_ci_runs() -> None:
+    block = (ROOT / "README.md").read_text().split("```sh\n")[1].split("```")[0]
+    commands = [line.split("#")[0].strip() for line in block.splitlines()]
+    assert commands == ["make demo", "make test"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert all(command in ci for command in commands)

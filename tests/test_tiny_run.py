@@ -1,0 +1,168 @@
+"""The whole tiny recipe through the real command: all four stages, what they learn, and what a second run does."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_pipeline.recipe import TINY
+
+# Enough steps to see that a stage runs, few enough to run it often.
+SHORT = [
+    "sft.trainer.max_steps=4",
+    "reward.trainer.max_steps=4",
+    "ppo.trainer.total_episodes=128",
+    "dpo.trainer.max_steps=3",
+    "evaluate.n=16",
+]
+
+
+def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_pipeline", *arguments], cwd=cwd, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def stages_of(cwd: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    shown = json.loads(command("status", *arguments, "--json", cwd=cwd).stdout)
+    assert shown["run"].endswith("/runs/tiny")
+    return {stage["name"]: stage for stage in shown["stages"]}
+
+
+def logged(run: Path, stage: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def base_digest() -> str:
+    return hashlib.sha256((TINY / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """`run tiny` in an empty folder; the folder, and what the command printed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    before = base_digest()
+    done = command("run", "tiny", cwd=folder)
+    assert base_digest() == before
+    return folder, done.stdout
+
+
+def test_ends_with_a_table_of_all_stages(finished: tuple[Path, str]) -> None:
+    lines = finished[1].splitlines()
+    assert [line.split()[0] for line in lines if " done " in line] == ["sft", "reward", "ppo", "dpo"]
+    assert "judge_mean" in finished[1] and "eval_accuracy" in finished[1]
+
+
+def test_learning_shows_in_gold_and_held_out_numbers(finished: tuple[Path, str]) -> None:
+    stages = stages_of(finished[0], "tiny")
+    assert list(stages) == ["sft", "reward", "ppo", "dpo"]
+    assert all(stage["state"] == "done" and stage["wall_s"] > 0 for stage in stages.values())
+    gold = {name: stages[name]["metrics"]["judge_mean"] for name in ("sft", "ppo", "dpo")}
+    assert 0.3 <= gold["sft"] <= 0.65
+    assert gold["ppo"] >= gold["sft"] + 0.25
+    assert gold["dpo"] >= gold["sft"] + 0.25
+    assert 0.85 <= stages["reward"]["metrics"]["eval_accuracy"] < 1.0
+
+
+def test_policy_and_reference_are_equal_at_the_first_step(finished: tuple[Path, str]) -> None:
+    run = finished[0] / "runs" / "tiny"
+    assert abs(logged(run, "ppo")[0]["objective/kl"]) < 1e-3
+    assert abs(logged(run, "dpo")[0]["rewards/margins"]) < 1e-4
+    # Later they are not: the numbers are of two different adapters.
+    assert logged(run, "ppo")[-1]["objective/kl"] > 0.1
+    assert logged(run, "dpo")[-3]["rewards/margins"] > 0.1
+
+
+def test_every_artifact_is_an_adapter_of_its_own(finished: tuple[Path, str]) -> None:
+    run = finished[0] / "runs" / "tiny"
+    weights = {name: load_file(run / name / "adapter" / "adapter_model.safetensors") for name in ("sft", "ppo", "dpo")}
+    assert list(weights["ppo"]) == list(weights["dpo"]) == list(weights["sft"])
+    for name in ("ppo", "dpo"):
+        assert any(not torch.equal(weights[name][key], weights["sft"][key]) for key in weights["sft"])
+    head = load_file(run / "reward" / "adapter" / "adapter_model.safetensors")
+    assert [tuple(head[key].shape) for key in head if "score" in key] == [(1, 128)]
+
+
+def test_the_run_directory_holds_what_it_promises(finished: tuple[Path, str]) -> None:
+    run = finished[0] / "runs" / "tiny"
+    record = json.loads((run / "ppo" / "stage.json").read_text())
+    assert record["state"] == "done" and record["init"] == "sft" and record["reward"] == "reward"
+    assert record["inputs"]["trainer.kl_coef"] == 0.3 and record["versions"]["trl"].startswith("1.12")
+    assert record["peak_memory_bytes"] > 100e6
+    samples = [json.loads(line) for line in (run / "ppo" / "samples.jsonl").read_text().splitlines()]
+    assert sum(sample["judge"] for sample in samples) / len(samples) == record["metrics"]["judge_mean"]
+    assert [row["step"] for row in logged(run, "ppo")] == list(range(1, 21))
+    assert not (run / "ppo" / "work").exists() and (run / "ppo" / "log.txt").stat().st_size > 0
+    again = command("plan", str(run / "recipe.yaml"), "--json", cwd=finished[0])
+    assert {stage["state"] for stage in json.loads(again.stdout)["stages"]} == {"done"}
+
+
+def test_a_second_run_does_nothing_at_once(finished: tuple[Path, str]) -> None:
+    before = (finished[0] / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns
+    probe = (
+        "import sys; from rlhf_pipeline import cli; sys.argv = ['rlhf-pipeline', 'run', 'tiny']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", probe], cwd=finished[0], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 5
+    assert done.stdout.count(" done ") == 4
+    assert (finished[0] / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns == before
+
+
+def test_a_changed_setting_runs_its_stage_and_no_other(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    done = command("run", "tiny", "ppo.trainer.total_episodes=64", cwd=tmp_path)
+    assert "ppo     trainer.total_episodes 1280 → 64; the former results are now in ppo." in done.stderr
+    assert "sft " not in done.stderr and "dpo " not in done.stderr
+    (aside,) = (tmp_path / "runs" / "tiny").glob("ppo.*")
+    assert (aside / "adapter" / "adapter_model.safetensors").is_file()
+    assert stages_of(tmp_path, "tiny", "ppo.trainer.total_episodes=64")["ppo"]["metrics"]["episode"] == 64
+
+
+def test_a_changed_evaluation_judges_again_and_trains_nothing(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    done = command("run", "tiny", "evaluate.n=8", "--only", "sft", cwd=tmp_path)
+    assert "training" not in done.stderr and "sft     judged again" in done.stderr
+    samples = (tmp_path / "runs" / "tiny" / "sft" / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 8
+    # The reloaded adapter is the one that was trained: the same seed gives the same first replies.
+    former = (finished[0] / "runs" / "tiny" / "sft" / "samples.jsonl").read_text().splitlines()[:8]
+    assert [json.loads(line)["prompt"] for line in samples] == [json.loads(line)["prompt"] for line in former]
+
+
+def test_all_stages_run_on_a_4_bit_base(tmp_path: Path) -> None:
+    setting = "model.quantization=nf4"
+    command("run", "tiny", setting, *SHORT, cwd=tmp_path)
+    stages = stages_of(tmp_path, "tiny", setting, *SHORT)
+    assert [stage["state"] for stage in stages.values()] == ["done"] * 4
+    run = tmp_path / "runs" / "tiny"
+    assert abs(logged(run, "ppo")[0]["objective/kl"]) < 1e-3
+    assert abs(logged(run, "dpo")[0]["rewards/margins"]) < 1e-4
+    weights = load_file(run / "dpo" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_the_same_seed_gives_the_same_adapters_and_another_does_not(tmp_path: Path) -> None:
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        command("run", "tiny", f"seed={seed}", *SHORT, cwd=folder)
+        files = (folder / "runs" / "tiny").glob("*/adapter/adapter_model.safetensors")
+        runs[name] = {file.parts[-3]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert set(runs["a"]) == {"sft", "reward", "ppo", "dpo"} and runs["a"] == runs["b"]
+    assert all(runs["a"][stage] != runs["c"][stage] for stage in runs["a"])
