@@ -68,7 +68,7 @@ def make(recipe: Recipe) -> list[StagePlan]:
         InputError: a data file cannot be read.
     """
     directory = RunDirectory(recipe.run)
-    digests = Digests(recipe.run / "digests.json")
+    digests = Digests(recipe.run / ".digests.json")
     busy = directory.is_locked()
     plans: dict[str, StagePlan] = {}
     for name, stage in recipe.stages.items():

@@ -284,3 +284,9 @@ def test_a_sound_recipe_passes_the_check(tmp_path, monkeypatch):
     loaded = recipe.load(str(tmp_path / "r.yaml"))
     assert worker.check(loaded, list(loaded.stages)) is None
     assert not loaded.run.exists()
+
+
+def test_evaluation_during_training_without_held_out_rows_is_refused(check):
+    """Transformers would find out only when the stage starts."""
+    found = check("sft", overrides=("sft.trainer.eval_strategy=steps",))
+    assert found.place == "stages.sft.trainer.eval_strategy" and "eval_fraction" in found.hint

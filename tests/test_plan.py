@@ -165,13 +165,13 @@ def test_the_content_of_the_model_counts_for_every_stage(folder, file):
 def test_digests_are_remembered_only_where_a_run_directory_is(folder):
     finish(folder)
     make(folder)
-    known = json.loads((folder / "runs" / "t" / "digests.json").read_text())
+    known = json.loads((folder / "runs" / "t" / ".digests.json").read_text())
     assert str(folder / "rows.jsonl") in known
 
 
 def test_a_damaged_memory_of_digests_does_no_harm(folder):
     finish(folder)
-    (folder / "runs" / "t" / "digests.json").write_text("{")
+    (folder / "runs" / "t" / ".digests.json").write_text("{")
     assert states(make(folder)) == ALL_DONE
 
 

@@ -297,10 +297,28 @@ def _resolve_paths(recipe: Recipe, folder: Path, places: _Places) -> None:
     recipe._folder = folder
     recipe.output_dir = str((folder / Path(recipe.output_dir).expanduser()).resolve())
     recipe.model.path = _model_path(recipe.model.path, folder, places.of("model", "path"))
-    for name, stage in recipe.stages.items():
-        stage.data.path = _data_path(stage.data.path, folder, places.of("stages", name, "data", "path"))
+    data: dict[tuple[str, ...], Data] = {("stages", name, "data"): stage.data for name, stage in recipe.stages.items()}
     if recipe.evaluate:
-        recipe.evaluate.data.path = _data_path(recipe.evaluate.data.path, folder, places.of("evaluate", "data", "path"))
+        data["evaluate", "data"] = recipe.evaluate.data
+    for path, spec in data.items():
+        spec.path = _data_path(spec.path, folder, places.of(*path, "path"))
+        prompts_only = path[0] == "evaluate" or recipe.stages[path[1]].kind == "ppo"
+        _refuse_idle_keys(spec, prompts_only, path, places)
+
+
+def _refuse_idle_keys(spec: Data, prompts_only: bool, path: KeyPath, places: _Places) -> None:
+    """Refuse what would have no effect: no setting is ignored in silence."""
+    idle = {}
+    if prompts_only:
+        idle = {
+            "eval_fraction": "only prompts are read here, all of them",
+            "max_completion_length": "no reply is read here",
+        }
+    if Path(spec.path).is_absolute():
+        idle["split"] = "a data file has no splits"
+    for key, reason in idle.items():
+        if getattr(spec, key) != Data.model_fields[key].default:
+            raise InputError(f"`{key}` has no effect: {reason}", place=places.of(*path, key), hint="remove it")
 
 
 def _model_path(path: str, folder: Path, place: str) -> str:

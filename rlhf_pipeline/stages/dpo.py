@@ -31,6 +31,7 @@ def prepare(job: Job) -> tuple[DPOConfig, PreTrainedTokenizerBase, Dataset, Data
     args = job.trainer_config(DPOConfig)
     tokenizer = load_tokenizer(job.recipe.model.path)
     train, held_out = data.preferences(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, held_out)
     limit = args.max_length
     if limit is not None and args.truncation_mode == "keep_start":
         job.require(sum(len(prompt) < limit for prompt in train["prompt_ids"]), len(train), limit)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from rlhf_pipeline.errors import InputError
@@ -80,6 +81,19 @@ class Job:
             return config(**settings, **self.stage.trainer)
         except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
             raise InputError(str(error).strip().splitlines()[0], place=f"stages.{self.name}.trainer") from None
+
+    def require_eval_data(self, args: TrainingArguments, held_out: Dataset | None) -> None:
+        """See that evaluation during training has something to evaluate on.
+
+        Raises:
+            InputError: `eval_strategy` is set and no rows are held out.
+        """
+        if args.eval_strategy != "no" and held_out is None:
+            raise InputError(
+                "there are no held-out rows to evaluate on",
+                place=f"stages.{self.name}.trainer.eval_strategy",
+                hint=f"set `eval_fraction` in stages.{self.name}.data",
+            )
 
     def require(self, kept: int, total: int, limit: int | None) -> None:
         """See that a length limit leaves something to train on.

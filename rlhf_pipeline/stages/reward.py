@@ -19,6 +19,7 @@ def prepare(job: Job) -> tuple[RewardConfig, PreTrainedTokenizerBase, Dataset, D
     args = job.trainer_config(RewardConfig)
     tokenizer = load_tokenizer(job.recipe.model.path)
     train, held_out = data.whole_preferences(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, held_out)
     limit = args.max_length
     for table in (train, held_out):
         if table is not None and limit is not None:

@@ -24,6 +24,7 @@ def prepare(job: Job) -> tuple[SFTConfig, PreTrainedTokenizerBase, Dataset, Data
     args = job.trainer_config(SFTConfig)
     tokenizer = load_tokenizer(job.recipe.model.path)
     train, held_out = data.demonstrations(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, held_out)
     fitting = sum(any(label != -100 for label in row[: args.max_length]) for row in train["labels"])
     job.require(fitting, len(train), args.max_length)
     return args, tokenizer, train, held_out

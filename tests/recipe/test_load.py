@@ -299,3 +299,21 @@ def test_every_shipped_recipe_loads_and_its_resolved_form_too(name, write, tmp_p
     again = recipe.load(write(recipe.to_yaml(loaded), name="recipe.yaml"))
     assert again.model_dump() == loaded.model_dump()
     assert loaded.stages
+
+
+@pytest.mark.parametrize(
+    ("stages", "place"),
+    [
+        ("ppo: {data: {path: tiny:prompts, eval_fraction: 0.1}}", "stages.ppo.data.eval_fraction"),
+        ("ppo: {data: {path: tiny:prompts, max_completion_length: 9}}", "stages.ppo.data.max_completion_length"),
+        ("dpo: {data: {path: tiny:preferences, split: test}}", "stages.dpo.data.split"),
+    ],
+)
+def test_data_keys_without_effect_are_refused(tmp_path, stages, place):
+    """A key that would be ignored is an error that says so."""
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: tiny}}\nstages:\n  reward: {{data: tiny:preferences}}\n  {stages}\n"
+    )
+    with pytest.raises(InputError, match="has no effect") as error:
+        recipe.load(str(tmp_path / "r.yaml"))
+    assert place in error.value.place
