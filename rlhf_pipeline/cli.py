@@ -61,7 +61,10 @@ def run(
     from rlhf_pipeline.run import runner
 
     loaded = recipes.load(recipe, overrides or [])
-    plans = runner.run(loaded, until=until, only=only, force=force, say=_say)
+    try:
+        plans = runner.run(loaded, until=until, only=only, force=force, say=_say)
+    except KeyboardInterrupt:
+        _fail("interrupted", "stages that are done stay usable; the same command goes on from there", 130)
     tables.results(loaded.run, plans, Console())
 
 
@@ -204,5 +207,3 @@ def main() -> None:
         _fail(str(error), error.hint, 2)
     except RunError as error:
         _fail(error.message, error.hint, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", "the same command goes on from the last stage that was done", 130)
