@@ -19,9 +19,9 @@ from rlhf_pipeline.recipe import TINY
 SHORT = [
     "sft.trainer.max_steps=4",
     "reward.trainer.max_steps=4",
-    "ppo.trainer.total_episodes=128",
+    "ppo.trainer.total_episodes=64",
     "dpo.trainer.max_steps=3",
-    "evaluate.n=16",
+    "evaluate.n=8",
 ]
 
 

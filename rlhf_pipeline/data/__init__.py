@@ -4,9 +4,8 @@ One encoding serves all stages: the prompt's tokens, then the reply's tokens and
 the same token, the last of the reply, where PPO reads it.
 """
 
-import functools
-import operator
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline.data import rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.schema import Data
+
+Columns = dict[str, list[list[int]]]  # token ids, one list per row
 
 
 def demonstrations(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -27,10 +28,14 @@ def demonstrations(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         InputError: with file and row, where the data cannot be read or lack something.
     """
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt, reply = rows.demonstration(row)
-        prompt_ids, reply_ids = encode_pair(tokenizer, spec, prompt, reply)
-        return {"input_ids": prompt_ids + reply_ids, "labels": [-100] * len(prompt_ids) + reply_ids}
+    def encode(pairs: list[tuple[rows.Prompt, str]]) -> Columns:
+        prompt_ids = encode_prompts(tokenizer, spec, [prompt for prompt, _ in pairs])
+        reply_ids = encode_replies(tokenizer, spec, [reply for _, reply in pairs])
+        both = list(zip(prompt_ids, reply_ids, strict=True))
+        return {
+            "input_ids": [prompt + reply for prompt, reply in both],
+            "labels": [[-100] * len(prompt) + reply for prompt, reply in both],
+        }
 
     return _prepare(spec, seed, rows.demonstration, encode)
 
@@ -38,13 +43,11 @@ def demonstrations(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) ->
 def preferences(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset | None]:
     """Rows for DPO: `prompt_ids`, `chosen_ids`, `rejected_ids`; see `demonstrations`."""
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt, chosen, rejected = rows.preference(row)
-        prompt_ids, chosen_ids = encode_pair(tokenizer, spec, prompt, chosen)
+    def encode(triples: list[tuple[rows.Prompt, str, str]]) -> Columns:
         return {
-            "prompt_ids": prompt_ids,
-            "chosen_ids": chosen_ids,
-            "rejected_ids": encode_pair(tokenizer, spec, prompt, rejected)[1],
+            "prompt_ids": encode_prompts(tokenizer, spec, [prompt for prompt, _, _ in triples]),
+            "chosen_ids": encode_replies(tokenizer, spec, [chosen for _, chosen, _ in triples]),
+            "rejected_ids": encode_replies(tokenizer, spec, [rejected for _, _, rejected in triples]),
         }
 
     return _prepare(spec, seed, rows.preference, encode)
@@ -53,11 +56,13 @@ def preferences(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> tu
 def whole_preferences(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset | None]:
     """Rows for the reward model: `chosen_ids` and `rejected_ids`, each prompt and reply; see `demonstrations`."""
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt, chosen, rejected = rows.preference(row)
+    def encode(triples: list[tuple[rows.Prompt, str, str]]) -> Columns:
+        prompt_ids = encode_prompts(tokenizer, spec, [prompt for prompt, _, _ in triples])
+        chosen_ids = encode_replies(tokenizer, spec, [chosen for _, chosen, _ in triples])
+        rejected_ids = encode_replies(tokenizer, spec, [rejected for _, _, rejected in triples])
         return {
-            "chosen_ids": functools.reduce(operator.iadd, encode_pair(tokenizer, spec, prompt, chosen), []),
-            "rejected_ids": functools.reduce(operator.iadd, encode_pair(tokenizer, spec, prompt, rejected), []),
+            "chosen_ids": [prompt + reply for prompt, reply in zip(prompt_ids, chosen_ids, strict=True)],
+            "rejected_ids": [prompt + reply for prompt, reply in zip(prompt_ids, rejected_ids, strict=True)],
         }
 
     return _prepare(spec, seed, rows.preference, encode)
@@ -66,22 +71,26 @@ def whole_preferences(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int)
 def prompts(spec: Data, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Rows for PPO: `input_ids` of the prompt alone."""
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        return {"input_ids": encode_prompt(tokenizer, spec, rows.prompt(row))}
+    def encode(asked: list[rows.Prompt]) -> Columns:
+        return {"input_ids": encode_prompts(tokenizer, spec, asked)}
 
     return _prepare(spec, 0, rows.prompt, encode)[0]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, spec: Data, prompt: rows.Prompt) -> list[int]:
-    """A prompt's token ids: text as the tokenizer encodes it, or turns through the model's chat template.
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, spec: Data, asked: Sequence[rows.Prompt]) -> list[list[int]]:
+    """Prompts' token ids: text as the tokenizer encodes it, or turns through the model's chat template.
 
     Raises:
-        InputError: the prompt is a conversation and the tokenizer has no chat template.
+        InputError: prompts are conversations and the tokenizer has no chat template.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-            ids = ids[:-1]  # some tokenizers close every text; a prompt is not closed
+    if isinstance(asked[0], str):
+        encoded = tokenizer(list(asked))["input_ids"]
+        eos = tokenizer.eos_token_id
+        # Some tokenizers close every text; a prompt is not closed.
+        encoded = [
+            ids[:-1] if ids and ids[-1] == eos and not str(prompt).endswith(tokenizer.eos_token) else ids
+            for ids, prompt in zip(encoded, asked, strict=True)
+        ]
     else:
         if not tokenizer.chat_template:
             raise InputError(
@@ -89,23 +98,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, spec: Data, prompt: rows.P
                 place=spec.path,
                 hint="use a model that has one, or rows with text under `prompt`",
             )
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[-spec.max_prompt_length :] if spec.max_prompt_length else ids
+        texts = tokenizer.apply_chat_template(list(asked), add_generation_prompt=True, tokenize=False)
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [ids[-spec.max_prompt_length :] for ids in encoded] if spec.max_prompt_length else encoded
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, spec: Data, prompt: rows.Prompt, reply: str
-) -> tuple[list[int], list[int]]:
-    """A prompt's ids and its reply's, encoded apart as they are in generation; the reply ends in one EOS.
+def encode_replies(tokenizer: PreTrainedTokenizerBase, spec: Data, replies: Sequence[str]) -> list[list[int]]:
+    """Replies' token ids, encoded apart from their prompts as they are in generation; each ends in one EOS.
 
     A reply longer than `max_completion_length` is cut and has no EOS: it did not end there.
     """
-    text = reply
-    while text.endswith(tokenizer.eos_token):
-        text = text.removesuffix(tokenizer.eos_token)
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return encode_prompt(tokenizer, spec, prompt), ids[: spec.max_completion_length]
+    bare = []
+    for reply in replies:
+        while reply.endswith(tokenizer.eos_token):
+            reply = reply.removesuffix(tokenizer.eos_token)
+        bare.append(reply)
+    encoded = tokenizer(bare, add_special_tokens=False)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id][: spec.max_completion_length] for ids in encoded]
 
 
 def _prepare(spec: Data, seed: int, read: Any, encode: Any) -> tuple[Dataset, Dataset | None]:
@@ -113,11 +122,14 @@ def _prepare(spec: Data, seed: int, read: Any, encode: Any) -> tuple[Dataset, Da
     table = rows.load(spec)
     rows.check(table, spec, read)
     train, held_out = split_by_prompt(table, spec, seed)
-    return _encoded(train, encode), None if held_out is None else _encoded(held_out, encode)
+    return _encoded(train, read, encode), None if held_out is None else _encoded(held_out, read, encode)
 
 
-def _encoded(table: Dataset, encode: Any) -> Dataset:
-    return table.map(encode, remove_columns=table.column_names, desc="Encoding")
+def _encoded(table: Dataset, read: Any, encode: Any) -> Dataset:
+    def encode_batch(batch: dict[str, list[Any]]) -> Columns:
+        return encode([read(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)])
+
+    return table.map(encode_batch, batched=True, remove_columns=table.column_names, desc="Encoding")
 
 
 def split_by_prompt(table: Dataset, spec: Data, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -20,6 +20,8 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    # Ask the driver's management library whether there is a GPU: asking CUDA itself would spoil it for every fork.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
 

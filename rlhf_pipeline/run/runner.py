@@ -66,8 +66,11 @@ def run(
 def _to_do(
     plans: list[StagePlan], until: str | None, only: str | None, force: list[str] | None
 ) -> tuple[list[StagePlan], list[StagePlan]]:
+    """The stages to train, and those that stand but are to be judged again."""
     chosen = plan.select(plans, until, only, force or [])
-    return chosen, [stage for stage in plans if stage.to_judge and stage not in chosen and only in (None, stage.name)]
+    names = [stage.name for stage in plans]
+    asked = [only] if only else names[: names.index(until) + 1] if until else names
+    return chosen, [stage for stage in plans if stage.to_judge and stage not in chosen and stage.name in asked]
 
 
 def check(recipe: Recipe) -> None:

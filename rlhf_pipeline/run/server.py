@@ -5,11 +5,14 @@ One JSON object a line: `{"job": FILE, "log": FILE}` in, `{"exit": CODE}` out. W
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
 import sys
 import threading
+
+SPOILED = 113  # the exit code of a fork in which CUDA cannot be used; no worker uses it
 
 
 def fork_hazard() -> str | None:
@@ -27,6 +30,13 @@ def fork_hazard() -> str | None:
     return None
 
 
+def cuda_is_spoiled() -> bool:
+    """In a child: whether its parent touched CUDA in a way that keeps the child from using it."""
+    import torch
+
+    return torch.cuda._is_in_bad_fork()
+
+
 def serve() -> None:
     """Answer jobs until standard input ends."""
     die_with_parent()
@@ -36,6 +46,7 @@ def serve() -> None:
 
     from rlhf_pipeline.run import worker  # seconds of imports, which every fork then has
 
+    gc.freeze()  # a worker's collector need not walk, and so copy, all that was imported; TRL's PPO calls it often
     for line in sys.stdin:
         request = json.loads(line)
         hazard = fork_hazard()
@@ -48,11 +59,12 @@ def serve() -> None:
                 code = 1
                 try:
                     _become_worker(request["log"])
-                    code = worker.main(request["job"])
+                    code = SPOILED if cuda_is_spoiled() else worker.main(request["job"])
                 finally:
                     os._exit(code)
             _, status = os.waitpid(child, 0)
-            answer = {"exit": os.waitstatus_to_exitcode(status)}
+            code = os.waitstatus_to_exitcode(status)
+            answer = {"unsafe": "CUDA was touched before the fork"} if code == SPOILED else {"exit": code}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

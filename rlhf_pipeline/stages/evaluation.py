@@ -124,9 +124,7 @@ def sample_replies(
     model.eval()
     replies: list[str] = []
     for start in range(0, len(prompts), spec.batch_size):
-        batch = [
-            data.encode_prompt(tokenizer, spec.data, prompt) for prompt in prompts[start : start + spec.batch_size]
-        ]
+        batch = data.encode_prompts(tokenizer, spec.data, prompts[start : start + spec.batch_size])
         inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(device)
         output = model.generate(**inputs, generation_config=settings)
         replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,7 +1,6 @@
 """What the runner does when a stage, or its process, goes wrong; and workers that are spawned, not forked."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -93,29 +92,37 @@ def test_a_fault_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path:
     assert not recipe.run.exists()
 
 
-def test_spawned_workers_do_the_same_job(tmp_path: Path) -> None:
+def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write(tmp_path, FINE)
     job = {"task": "check", "recipe": recipe.model_dump(), "folder": str(tmp_path), "stages": ["sft", "dpo"]}
-    for fork in (True, False):
-        scratch = tmp_path / f"fork-{fork}"
-        scratch.mkdir()
-        with Launcher(scratch / "server.log", fork=fork) as launcher:
-            assert (launcher._server is not None) == fork
-            assert launcher.run(job, scratch / "job.json", scratch / "log.txt") == 0
-        assert json.loads((scratch / "result.json").read_text()) == {}
-
-
-def test_the_server_asks_for_spawning_where_a_fork_is_not_safe(tmp_path: Path) -> None:
-    """With a second thread alive in the server, its answer is not a worker but the reason."""
-    program = (
-        "import threading, time\n"
-        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
-        "from rlhf_pipeline.run import server\n"
-        "server.serve()\n"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Launcher(tmp_path / "server.log", fork=True) as launcher:
+        assert launcher._server is not None
+        assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
+        assert launcher._server is None
+    assert json.loads((tmp_path / "result.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+    ("circumstance", "reason"),
+    [
+        (
+            "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+            "2 Python threads are running",
+        ),
+        ("import torch; torch.cuda._is_in_bad_fork = lambda: True", "CUDA was touched before the fork"),
+    ],
+)
+def test_the_server_refuses_to_fork_where_that_is_not_safe(tmp_path: Path, circumstance: str, reason: str) -> None:
+    program = f"{circumstance}\nfrom rlhf_pipeline.run import server\nserver.serve()\n"
     job = json.dumps({"job": str(tmp_path / "job.json"), "log": str(tmp_path / "log.txt")})
     done = subprocess.run(
-        [sys.executable, "-c", program], input=job + "\n", capture_output=True, text=True, timeout=120, env=os.environ
+        [sys.executable, "-c", program], input=job + "\n", capture_output=True, text=True, timeout=120
     )
-    assert json.loads(done.stdout) == {"unsafe": "2 Python threads are running"}, done.stderr
-    assert not (tmp_path / "log.txt").exists()
+    assert json.loads(done.stdout) == {"unsafe": reason}, done.stderr
+    assert not (tmp_path / "result.json").exists()

@@ -1,0 +1,217 @@
+"""Each stage by itself on the tiny checkpoint: what its first numbers must be, and what it must leave alone."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from trl.experimental.utils import get_reward
+
+from rlhf_pipeline import data, stages
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.data import rows
+from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.roles import SharedBase
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.stages.evaluation import judge_policy
+from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.ppo import check_weights
+
+RECIPE = """
+name: short
+seed: 7
+model: {path: tiny, quantization: none, dtype: float32}
+lora: {r: 4, lora_alpha: 8, target_modules: all-linear}
+stages:
+  sft:
+    data: demonstrations.jsonl
+    trainer: {max_steps: 2, learning_rate: 1e-2, per_device_train_batch_size: 8, gradient_checkpointing: false,
+              logging_steps: 1}
+  reward:
+    data: {path: preferences.jsonl, eval_fraction: 0.5}
+    trainer: {max_steps: 6, learning_rate: 1e-2, per_device_train_batch_size: 8, gradient_checkpointing: false,
+              per_device_eval_batch_size: 4}
+  ppo:
+    data: prompts.jsonl
+    trainer: {learning_rate: 1e-3, total_episodes: 16, per_device_train_batch_size: 2, num_ppo_epochs: 1,
+              gradient_accumulation_steps: 2, response_length: 6, gradient_checkpointing: false}
+  dpo:
+    data: preferences.jsonl
+    trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false, logging_steps: 1}
+"""
+
+
+def train(folder: Path, stage: str, *overrides: str) -> tuple[Job, dict]:
+    """Run one stage of the recipe in this process and publish its adapter; the job and its metrics."""
+    recipe = recipes.load(str(folder / "recipe.yaml"), overrides)
+    job = Job(recipe, stage, recipe.run)
+    job.work.mkdir(parents=True)
+    metrics = stages.BY_KIND[job.stage.kind].run(job)
+    job.artifact.rename(job.folder / "adapter")
+    return job, metrics
+
+
+def logged(job: Job) -> list[dict]:
+    return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A folder with a little of the tiny world, an SFT and a reward adapter trained on it; the reward's metrics."""
+    folder = tmp_path_factory.mktemp("stages")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    for name, count in (("demonstrations", 8), ("preferences", 32), ("prompts", 8)):
+        lines = (TINY / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
+    train(folder, "sft")
+    return folder, train(folder, "reward")[1]
+
+
+@pytest.fixture
+def folder(prepared: tuple[Path, dict], tmp_path: Path) -> Path:
+    """A copy of the prepared folder, to go on from."""
+    return Path(shutil.copytree(prepared[0], tmp_path / "copy"))
+
+
+def test_the_first_sft_loss_is_that_of_the_replies_alone(prepared: tuple[Path, dict]) -> None:
+    recipe = recipes.load(str(prepared[0] / "recipe.yaml"))
+    tokenizer = load_tokenizer(recipe.model.path)
+    base = load_base(recipe.model, tokenizer)
+    losses = []
+    for row in rows.load(recipe.stages["sft"].data):
+        (prompt,) = data.encode_prompts(tokenizer, recipe.stages["sft"].data, [row["prompt"]])
+        (reply,) = data.encode_replies(tokenizer, recipe.stages["sft"].data, [row["completion"]])
+        ids = torch.tensor([prompt + reply])
+        logits = base(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(reply), reduction="none"))
+    first = logged(Job(recipe, "sft", recipe.run))[0]["loss"]
+    assert first == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+
+
+def test_ppo_reads_the_scores_that_the_reward_model_was_evaluated_with(prepared: tuple[Path, dict]) -> None:
+    """TRL's `get_reward` on the shared base, over the pairs the reward stage held out, gives that stage's numbers."""
+    folder, metrics = prepared
+    recipe = recipes.load(str(folder / "recipe.yaml"))
+    tokenizer = load_tokenizer(recipe.model.path)
+    _, held_out = data.preferences(recipe.stages["reward"].data, tokenizer, recipe.seed)
+    assert held_out is not None and len(held_out) > 4
+    job = Job(recipe, "ppo", recipe.run)
+    shared = SharedBase(load_base(recipe.model, tokenizer), recipe.lora, job.init, job.reward)
+    pad = [tokenizer.pad_token_id]  # one token of padding: TRL finds a reply's end by it
+
+    def score(prompt: list[int], reply: list[int]) -> float:
+        ids = torch.tensor([prompt + reply + pad])
+        return get_reward(shared.reward, ids, tokenizer.pad_token_id, len(prompt))[1].item()
+
+    with torch.no_grad():
+        margins = [
+            score(row["prompt_ids"], row["chosen_ids"]) - score(row["prompt_ids"], row["rejected_ids"])
+            for row in held_out
+        ]
+    # TRL averages over batches, the last of which may be smaller: the mean of means.
+    batches = [margins[i : i + 4] for i in range(0, len(margins), 4)]
+    means = [sum(batch) / len(batch) for batch in batches]
+    assert metrics["eval_margin"] == pytest.approx(sum(means) / len(means), abs=1e-4)
+    shares = [sum(margin > 0 for margin in batch) / len(batch) for batch in batches]
+    assert metrics["eval_accuracy"] == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+
+
+@pytest.mark.parametrize("init", ["sft", "base"])
+def test_ppo_starts_at_its_reference_whatever_that_is(folder: Path, init: str) -> None:
+    job, _ = train(folder, "ppo", f"ppo.init={init}", "ppo.trainer.total_episodes=8")
+    assert abs(logged(job)[0]["objective/kl"]) < 1e-4
+    assert logged(job)[0]["objective/scores"] != 0
+
+
+def test_ppo_takes_one_step_an_epoch_on_the_last_batch_of_a_pass_too(folder: Path) -> None:
+    """Eight prompts, four an update: every second update ends a pass, where TRL would step once per micro-batch."""
+    steps = []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        job, _ = train(folder, "ppo")
+    finally:
+        handle.remove()
+    assert len(logged(job)) == 4
+    assert len(steps) == 4
+
+
+def test_ppo_with_gradient_checkpointing_gives_the_same_numbers(folder: Path) -> None:
+    first, _ = train(folder, "ppo", "name=short")
+    shutil.move(first.folder, folder / "without")
+    second, _ = train(folder, "ppo", "ppo.trainer.gradient_checkpointing=true")
+    without = [json.loads(line) for line in (folder / "without" / "metrics.jsonl").read_text().splitlines()]
+    for one, other in zip(without, logged(second), strict=True):
+        for name in ("objective/kl", "objective/scores", "loss/policy_avg", "loss/value_avg"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("role", ["base", "reference", "reward", "policy", "value"])
+def test_weights_that_should_not_have_moved_or_stayed_are_reported(role: str) -> None:
+    before = dict.fromkeys(("base", "reference", "reward", "policy", "value"), 1)
+    right = before | {"policy": 2, "value": 2}
+    check_weights(before, right)
+    with pytest.raises(RuntimeError, match=f"`{role}`"):
+        check_weights(before, right | {role: 3 - right[role]})
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_first_dpo_loss_is_ln_2_from_an_sft_adapter(folder: Path, quantization: str) -> None:
+    job, _ = train(folder, "dpo", f"model.quantization={quantization}")
+    assert logged(job)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(job)[0]["rewards/margins"] == 0
+
+
+EVALUATE = "evaluate={data: asked.jsonl, judge: 'my_judge:judge', n: 3, max_new_tokens: 4, batch_size: 2}"
+
+
+@pytest.fixture
+def judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, float]]:
+    """Judge the SFT policy with a function of the user's, given as source."""
+
+    def with_judge(source: str) -> dict[str, float]:
+        turns = [{"role": "user", "content": "What color is a lemon?"}]
+        asked = [{"prompt": "Q: What?\nA:", "weight": 2.0}] * 2 + [{"prompt": "Q: Who?\nA:", "weight": 5.0}] * 2
+        if "chat" in source:
+            asked = [{"prompt": turns, "weight": 1.0}]
+        (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        (folder / "my_judge.py").write_text(source)
+        monkeypatch.delitem(__import__("sys").modules, "my_judge", raising=False)
+        recipe = recipes.load(str(folder / "recipe.yaml"), [EVALUATE])
+        tokenizer = load_tokenizer(recipe.model.path)
+        return judge_policy(Job(recipe, "sft", recipe.run), load_base(recipe.model, tokenizer), tokenizer)
+
+    monkeypatch.syspath_prepend(str(folder))
+    return with_judge
+
+
+def test_the_judge_gets_prompts_replies_and_columns_and_its_mean_is_the_metric(
+    judged: Callable[[str], dict[str, float]], folder: Path
+) -> None:
+    metrics = judged(
+        "def judge(prompts, completions, weight, **_):\n"
+        "    assert prompts == ['Q: What?\\nA:', 'Q: What?\\nA:', 'Q: Who?\\nA:']\n"
+        "    assert all(isinstance(reply, str) for reply in completions)\n"
+        "    return weight\n"
+    )
+    assert metrics == {"judge_mean": 3.0}
+    samples = [json.loads(line) for line in (folder / "runs/short/sft/samples.jsonl").read_text().splitlines()]
+    assert [sample["judge"] for sample in samples] == [2.0, 2.0, 5.0]
+
+
+def test_a_judge_sees_conversations_as_turns(judged: Callable[[str], dict[str, float]]) -> None:
+    metrics = judged(
+        "def judge(prompts, completions, **_):  # a chat\n"
+        "    assert prompts[0][0]['role'] == 'user' and completions[0][0]['role'] == 'assistant'\n"
+        "    return [1]\n"
+    )
+    assert metrics == {"judge_mean": 1.0}
+
+
+def test_a_judge_that_loses_count_is_an_error(judged: Callable[[str], dict[str, float]]) -> None:
+    with pytest.raises(ValueError, match="returned 1 scores for 3 replies"):
+        judged("def judge(prompts, completions, **_):\n    return [1.0]\n")
