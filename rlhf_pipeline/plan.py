@@ -97,12 +97,13 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], diges
         "model.dtype": recipe.model.dtype,
         "init": earlier[stage.init].fingerprint if stage.init in earlier else BASE,
     }
-    if stage.init not in earlier:  # else the adapter it starts from decides the shape
-        inputs |= {f"lora.{key}": value for key, value in recipe.lora.items()}
     if stage.reward:
         inputs["reward"] = earlier[stage.reward].fingerprint
+    inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
     inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
     inputs |= _data_inputs("data", stage.data, digests)
+    if stage.ptx_data:
+        inputs |= _data_inputs("ptx_data", stage.ptx_data, digests)
     return inputs
 
 

@@ -90,8 +90,8 @@ RECIPE_ALONE = {
     "a folder that is no model": ("path: tiny", "path: notes", "r.yaml:2: model.path", "config.json"),
     "a key that PPO ignores": (
         "ppo: {",
-        "ppo: {trainer: {num_mini_batches: 2}, ",
-        "r.yaml:10: stages.ppo.trainer.num_mini_batches: `num_mini_batches` cannot be set: it does nothing",
+        "ppo: {trainer: {mini_batch_size: 2}, ",
+        "r.yaml:10: stages.ppo.trainer.mini_batch_size: `mini_batch_size` cannot be set: it is computed",
         "remove it",
     ),
     "a tab": ("    data: tiny:dem", "\tdata: tiny:dem", "r.yaml:7: this is not YAML", "tabs"),
@@ -262,9 +262,9 @@ def test_fewer_prompts_than_a_batch_are_refused(check, tmp_path):
         "ppo", overrides=(f"ppo.data={tmp_path / 'few.jsonl'}", "ppo.trainer.per_device_train_batch_size=4",
                           "ppo.trainer.gradient_accumulation_steps=1")
     )  # fmt: skip
-    assert found.place == "stages.ppo.data"
+    assert found.place.startswith("stages.ppo")
     assert "3 prompts are fewer than one batch of 4" in found.message
-    assert "per_device_train_batch_size" in found.hint
+    assert "per_device_train_batch_size" in f"{found.message} {found.hint}"
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
@@ -290,3 +290,71 @@ def test_evaluation_during_training_without_held_out_rows_is_refused(check):
     """Transformers would find out only when the stage starts."""
     found = check("sft", overrides=("sft.trainer.eval_strategy=steps",))
     assert found.place == "stages.sft.trainer.eval_strategy" and "eval_fraction" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("kl_horizon", "100", "target_kl"),
+        ("eval_delay", "2", "eval_strategy"),
+        ("eval_on_start", "true", "eval_strategy"),
+        ("per_device_eval_batch_size", "2", "eval_strategy"),
+    ],
+)
+def test_a_ppo_key_without_the_one_that_it_needs_is_refused(check, key, value, needed):
+    found = check("ppo", overrides=(f"ppo.trainer.{key}={value}",))
+    assert found.place == f"stages.ppo.trainer.{key}"
+    assert found.message == f"`{key}` has no effect without `{needed}`"
+
+
+@pytest.mark.parametrize("other", ["total_episodes=8", "max_steps=2"])
+def test_two_lengths_of_ppo_are_refused(check, other):
+    found = check("ppo", overrides=("ppo.trainer.num_train_epochs=1", f"ppo.trainer.{other}"))
+    assert found.place == "stages.ppo.trainer.num_train_epochs"
+    assert other.partition("=")[0] in found.message
+
+
+def test_prompts_held_out_for_nothing_are_refused(check):
+    found = check("ppo", overrides=("ppo.data.eval_fraction=0.5",))
+    assert found.place == "stages.ppo.data.eval_fraction"
+    assert "eval_steps" in found.hint
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+def test_steps_of_evaluation_ask_for_evaluation(check, stage):
+    """In Transformers, `eval_steps` alone evaluates nothing, without a word."""
+    found = check(stage, overrides=(f"{stage}.trainer.eval_steps=2",))
+    assert "held-out" in found.message and "eval_fraction" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    [("ppo", "save"), *((stage, what) for stage in ("sft", "reward", "ppo", "dpo") for what in ("logging", "eval"))],
+)
+def test_steps_beside_another_strategy_are_refused(check, stage, what):
+    for strategy in ("epoch", "no"):
+        overrides = (f"{stage}.trainer.{what}_strategy='{strategy}'", f"{stage}.trainer.{what}_steps=2")
+        found = check(stage, overrides=(*overrides, f"{stage}.data.eval_fraction=0.5"))
+        assert found.place == f"stages.{stage}.trainer.{what}_steps"
+        assert f"`{what}_strategy`" in found.message
+
+
+@pytest.mark.parametrize("override", ["ppo.trainer.ptx_coef=0.5", "ppo.ptx_data=demonstrations.jsonl"])
+def test_demonstrations_and_their_weight_need_each_other(check, override):
+    found = check("ppo", overrides=(override,))
+    assert found.place.startswith("stages.ppo")
+    assert "`ptx_coef`" in found.message and "demonstrations" in found.message
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("ppo.trainer.lr_scheduler_type=reduce_lr_on_plateau", "reduce_lr_on_plateau"),
+        ("ppo.trainer.num_mini_batches=3", "3 mini-batches"),
+        ("ppo.trainer.gamma=1.5", "`gamma`"),
+    ],
+)
+def test_a_value_that_ppo_cannot_train_with_is_refused(check, override, word):
+    found = check("ppo", overrides=(override,))
+    assert found.place == "stages.ppo.trainer"
+    assert word in found.message

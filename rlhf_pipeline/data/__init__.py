@@ -68,13 +68,13 @@ def whole_preferences(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int)
     return _prepare(spec, seed, rows.preference, encode)
 
 
-def prompts(spec: Data, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows for PPO: `input_ids` of the prompt alone."""
+def prompts(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Rows for PPO: `input_ids` of the prompt alone; see `demonstrations`."""
 
     def encode(asked: list[rows.Prompt]) -> Columns:
         return {"input_ids": encode_prompts(tokenizer, spec, asked)}
 
-    return _prepare(spec, 0, rows.prompt, encode)[0]
+    return _prepare(spec, seed, rows.prompt, encode)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, spec: Data, asked: Sequence[rows.Prompt]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Adapters: made fresh or from an earlier stage's artifact, and saved as PEFT itself would load them."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,27 +10,28 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of PEFT's names for a base's modules
+# The parts of an artifact's names behind `.lora_`: the axis of the rank, and what is multiplied by the scaling alone.
+_RANK_AXIS = {"A.weight": 0, "B.weight": 1, "embedding_A": 0, "embedding_B": 1}
+_SECOND_FACTOR = ("B.weight", "B.bias", "embedding_B")
 
 
-def lora_config(lora: dict[str, Any], init: Path | None, task: TaskType = TaskType.CAUSAL_LM) -> LoraConfig:
-    """The shape of a stage's adapter: that of the adapter it starts from, else the recipe's `lora`."""
-    if init is None:
-        return LoraConfig(**lora, task_type=task)
-    config = LoraConfig.from_pretrained(str(init))
-    config.task_type, config.inference_mode, config.modules_to_save = task, False, None
-    return config
+def lora_config(lora: dict[str, Any], task: TaskType = TaskType.CAUSAL_LM) -> LoraConfig:
+    """The shape of a stage's adapter as PEFT takes it."""
+    return LoraConfig(**lora, task_type=task)
 
 
 def with_policy_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path | None) -> PeftModel:
-    """The base with one trainable adapter named `default`: a copy of `init`, or a fresh one that changes nothing.
+    """The base with one trainable adapter named `default`, which computes what `init` does, or changes nothing yet.
 
     TRL's DPOTrainer makes the frozen reference from the adapter of that name.
     """
-    model = get_peft_model(base, lora_config(lora, init))
+    model = get_peft_model(base, lora_config(lora))
     if init is not None:
         load_weights(model, init, "default")
     return model
@@ -45,7 +47,7 @@ def with_reward_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path 
     name = head_name(base)
     head = base.get_submodule(name)
     torch.nn.init.normal_(head.weight, std=(head.weight.shape[-1] + 1) ** -0.5)
-    config = lora_config(lora, init, TaskType.SEQ_CLS)
+    config = lora_config(lora, TaskType.SEQ_CLS)
     config.modules_to_save = [name]
     model = get_peft_model(base, config)
     if init is not None:
@@ -66,18 +68,70 @@ def head_name(classifier: PreTrainedModel) -> str:
 
 
 def load_weights(model: PeftModel, folder: Path, adapter: str) -> None:
-    """Copy an artifact's LoRA weights (not its score head) into an adapter the model already has.
+    """Copy an artifact's LoRA weights (not its score head) into a fresh adapter, which then computes the same.
+
+    The adapter may be larger. What the artifact does not fill, modules or ranks, stays as it was drawn and changes
+    nothing yet: one factor of each product is zero. Where PEFT scales the two differently, the second factor makes up
+    for it. An adapter of the same size gets the artifact's weights bit by bit.
 
     Raises:
-        ValueError: the artifact's weights and the adapter's do not match one to one.
+        ValueError: the adapter has less room than the artifact needs.
     """
-    lora = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "lora_" in name}
-    present = get_peft_model_state_dict(model, adapter_name=adapter)
-    ours = {(name, tensor.shape) for name, tensor in present.items() if "lora_" in name}
-    differing = sorted({name for name, _ in ours ^ {(name, tensor.shape) for name, tensor in lora.items()}})
-    if differing:
-        raise ValueError(f"{folder} does not fit this base: {len(differing)} weights differ, first {differing[0]}")
-    set_peft_model_state_dict(model, present | lora, adapter_name=adapter)
+    theirs = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "lora_" in name}
+    problem = misfit({name: tensor.shape for name, tensor in theirs.items()}, adapter_shapes(model, adapter))
+    if problem:
+        raise ValueError(f"{folder} does not fit: {problem}")
+    config = LoraConfig.from_pretrained(str(folder))
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    for name, tensor in theirs.items():
+        module, part = _split(name)
+        if part in _SECOND_FACTOR:
+            layer: Any = model.get_submodule(module)
+            tensor = tensor * (_scaling(config, module) / layer.scaling[adapter])
+        larger = state[name].detach().clone()
+        larger[tuple(slice(size) for size in tensor.shape)] = tensor.to(larger)
+        state[name] = larger
+    set_peft_model_state_dict(model, state, adapter_name=adapter)
+
+
+def adapter_shapes(model: PeftModel, adapter: str) -> dict[str, torch.Size]:
+    """The shapes of one adapter's LoRA weights, by their names in an artifact."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    return {name: tensor.shape for name, tensor in state.items() if "lora_" in name}
+
+
+def misfit(theirs: dict[str, torch.Size], ours: dict[str, torch.Size]) -> str | None:
+    """Why an adapter of the shapes `ours` cannot begin as one of the shapes `theirs`; None where it can."""
+    for name, needed in sorted(theirs.items()):
+        module, part = _split(name)
+        module = module.removeprefix(_PREFIX)
+        if name not in ours:
+            return f"there is no place for the weights of `{module}`"
+        axis, room = _RANK_AXIS.get(part), list(ours[name])
+        if axis is not None and len(room) > axis:
+            if room[axis] < needed[axis]:
+                return f"rank {room[axis]} at `{module}` is less than {needed[axis]}"
+            room[axis] = needed[axis]
+        if room != list(needed):
+            return f"the weights of `{module}` have another size: {list(ours[name])}, not {list(needed)}"
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The module that a weight of an artifact belongs to, and which of the adapter's weights it is there."""
+    module, _, part = name.rpartition(".lora_")
+    return module, part
+
+
+def _scaling(config: LoraConfig, module: str) -> float:
+    """What PEFT multiplies an adapter's change by at a module."""
+
+    def at_module(pattern: dict[str, int] | None, default: int) -> int:
+        pattern = pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), module.removeprefix(_PREFIX)), default)
+
+    r, alpha = at_module(config.rank_pattern, config.r), at_module(config.alpha_pattern, config.lora_alpha)
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def load_head(folder: Path) -> torch.nn.Linear:

@@ -1,7 +1,7 @@
 """The base: loaded frozen, in 4-bit where asked, as a causal LM or under a score head."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.schema import Model
@@ -114,6 +115,52 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return model.eval()
+
+
+def find_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a causal LM makes of its last hidden states: a function from `[N, hidden]` to logits `[N, vocabulary]`.
+
+    For most models that is the output embedding. Some scale or cap its logits; for them the model itself is called,
+    with a backbone that stands in and returns the given states. Which it is, the model's own logits decide.
+
+    Raises:
+        ValueError: neither gives the model's own logits.
+    """
+    ids = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[0]
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        embedding = model.get_output_embeddings()
+        # To the bit: an untrained model's logits are so small that a cap on them hardly shows.
+        if torch.equal(embedding(hidden[None])[0], expected):
+            return embedding
+
+        def with_stand_in(states: torch.Tensor) -> torch.Tensor:
+            backbone = model.base_model
+            model._modules[model.base_model_prefix] = _StandIn(states[None])
+            try:
+                return model(input_ids=ids[:, :1], use_cache=False).logits[0]
+            finally:
+                model._modules[model.base_model_prefix] = backbone
+
+        try:
+            same = torch.allclose(with_stand_in(hidden), expected, rtol=1e-3, atol=1e-3)
+        except (AttributeError, RuntimeError, TypeError):
+            same = False
+    if not same:
+        raise ValueError(f"{type(model).__name__} makes its logits in a way that cannot be told from outside")
+    return with_stand_in
+
+
+class _StandIn(torch.nn.Module):
+    """In a backbone's place: returns hidden states that are there already."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
 
 
 def remove_dropout(model: torch.nn.Module) -> None:

@@ -1,11 +1,12 @@
 """Four roles on one base: policy, reference, reward and value are views that switch adapters for one call.
 
-TRL's PPOTrainer is given four modules and believes in four models. There is one: a frozen base with four adapters, and
+Where TRL's PPOTrainer expects four models, it gets four modules. There is one: a frozen base with four adapters, and
 two score heads. A view makes its adapter active for the length of a call and puts the former one back.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,37 @@ class SharedBase:
 
     Args:
         model: the frozen causal LM.
-        lora: the recipe's `lora`, for a policy that starts from the bare base.
-        init: the adapter that policy and reference are copies of; None for the bare base.
+        lora: the shape of policy and reference.
+        init: the adapter that policy and reference start from; None for the bare base.
         reward: the reward stage's artifact; adapter and head of `reward`, and what `value` starts from.
+        reward_lora: the shape of that artifact, for reward and value.
 
     Attributes:
         peft: the PEFT model, for saving adapters.
         policy, reference, reward, value: the views that TRL's PPOTrainer takes.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: dict[str, Any], init: Path | None, reward: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lora: dict[str, Any],
+        init: Path | None,
+        reward: Path,
+        reward_lora: dict[str, Any],
+    ) -> None:
         self.causal_lm = model
-        policy_config = adapters.lora_config(lora, init)
-        reward_config = adapters.lora_config(lora, reward)
+        policy_config = adapters.lora_config(lora)
+        reward_config = adapters.lora_config(reward_lora)
         self.peft: PeftModel = get_peft_model(model, policy_config, adapter_name="policy")
         self.peft.add_adapter("reference", policy_config)
         self.peft.add_adapter("reward", reward_config)
         self.peft.add_adapter("value", reward_config)
-        if init is None:  # a fresh adapter changes nothing: the reference is the bare base
-            ours = adapters.adapter_parameters(self.peft, "policy")
-            for name, parameter in adapters.adapter_parameters(self.peft, "reference").items():
-                parameter.data.copy_(ours[name.replace(".reference", ".policy")].data)
-        else:
+        if init is not None:
             adapters.load_weights(self.peft, init, "policy")
-            adapters.load_weights(self.peft, init, "reference")
+        # A copy by parameter, not a second start: rows that a larger rank adds are drawn, and differ between two draws.
+        ours = adapters.adapter_parameters(self.peft, "policy")
+        for name, parameter in adapters.adapter_parameters(self.peft, "reference").items():
+            parameter.data.copy_(ours[name.replace(".reference", ".policy")].data)
         adapters.load_weights(self.peft, reward, "reward")
         adapters.load_weights(self.peft, reward, "value")
         base.remove_dropout(self.peft)
@@ -96,14 +104,24 @@ class SharedBase:
         )
         self.causal_lm.train()  # layers checkpoint in training mode only; there is no dropout left to wake
 
-    def checksums(self) -> dict[str, int]:
-        """A checksum of the base and of each role's adapter and head, to show what training did and did not touch."""
+    @cached_property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes logits of last hidden states; see `base.find_head`."""
+        with self.acting_as("reference"):
+            return base.find_head(self.causal_lm)
+
+    def checksums(self, *names: str) -> dict[str, int]:
+        """Checksums of `base` and of roles' adapters and heads, to show what training did and did not touch.
+
+        Args:
+            names: of which; by default of all.
+        """
         owned = {role: list(adapters.adapter_parameters(self.peft, role).values()) for role in (*TRAINED, *FROZEN)}
         ours = {id(parameter) for parameters in owned.values() for parameter in parameters}
         owned["reward"] += list(self.reward.score.parameters())
         owned["value"] += list(self.value.score.parameters())
         owned["base"] = [parameter for parameter in self.causal_lm.parameters() if id(parameter) not in ours]
-        return {name: base.checksum(tensors) for name, tensors in owned.items()}
+        return {name: base.checksum(owned[name]) for name in names or owned}
 
 
 class _View(nn.Module):
@@ -124,6 +142,19 @@ class _View(nn.Module):
         """The base's configuration."""
         return self.shared.causal_lm.config
 
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The last hidden states under this role's adapter, `[batch, length, hidden]`, in the base's dtype.
+
+        Args:
+            input_ids: int64 `[batch, length]`, padded on the right.
+            attention_mask: 1 on tokens, 0 on padding.
+        """
+        with self.shared.acting_as(self.role):
+            output = self.shared.causal_lm.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
+        return output.last_hidden_state
+
 
 class PolicyView(_View):
     """The base under one adapter as a causal LM: `policy` or `reference`."""
@@ -139,6 +170,16 @@ class PolicyView(_View):
             output = self.shared.causal_lm(**inputs, use_cache=False)
         output.logits = output.logits.float()
         return output
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits `[N, vocabulary]` that follow last hidden states `[N, hidden]`, as the model itself makes them."""
+        with self.shared.acting_as(self.role):
+            return self.shared.head(hidden)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether an adapter sits on the output embedding."""
+        return any(parameter.requires_grad for parameter in self.shared.causal_lm.get_output_embeddings().parameters())
 
     def generate(self, **inputs: Any) -> Any:
         """Sample under this role's adapter; see `transformers.GenerationMixin.generate`."""
@@ -182,6 +223,11 @@ class ScoreView(_View):
         with self.shared.acting_as(self.role):
             output = self.shared.causal_lm.base_model(**inputs)
         return BaseModelOutput(hidden_states=(output.last_hidden_state.to(self.score.weight.dtype),))
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's number for each hidden state, float32 `[...]` of `[..., hidden]`, whatever dtype that has."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Scores `[batch, length, 1]`, float32."""

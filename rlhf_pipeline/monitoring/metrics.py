@@ -1,5 +1,6 @@
 """Numbers written down as training logs them."""
 
+import contextlib
 import json
 import math
 import time
@@ -19,6 +20,10 @@ class MetricsLog(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a broken-off run wrote after the checkpoint that this one goes on from."""
+        keep_until(self.file, state.global_step)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -31,6 +36,18 @@ class MetricsLog(TrainerCallback):
         row = {"step": state.global_step, "time": round(time.time(), 3), **numbers(logs or {})}
         with self.file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Drop the rows of a `.jsonl` file whose `step` is later, and a last line that was not written whole."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line + "\n")
+    file.write_text("".join(kept), encoding="utf-8")
 
 
 def numbers(logs: dict[str, Any]) -> dict[str, float | int | None]:

@@ -24,6 +24,14 @@ PACKAGE = Path(str(importlib.resources.files("rlhf_pipeline")))
 TINY = PACKAGE / "models" / "tiny"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 POLICY_KINDS = ("sft", "ppo", "dpo")
+# PEFT's keys that make another function of the same weights, or share or repeat them.
+FUNCTION_KEYS = (
+    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "alora_invocation_tokens", "layer_replication",
+    "ensure_weight_tying", "velora_config", "monteclora_config", "use_bdlora", "kasa_config", "arrow_config",
+)  # fmt: skip
+# With one of these, the weights are not two plain factors that a larger rank extends.
+RIGID_KEYS = ("target_parameters", "monteclora_config", "use_bdlora", "kasa_config", "arrow_config")
+SIZE_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def shipped_folder() -> Path:
@@ -146,7 +154,7 @@ def _apply(override: str, content: dict, places: _Places) -> None:
     target = content
     for i, part in enumerate(parts[:-1]):
         inner = target.get(part)
-        if parts[i] == "data" and isinstance(inner, str):  # `data: FILE` is short for `data: {path: FILE}`
+        if part in ("data", "ptx_data") and isinstance(inner, str):  # `data: FILE` is short for `data: {path: FILE}`
             inner = target[part] = {"path": inner}
         if inner is None:
             inner = target[part] = {}
@@ -210,9 +218,11 @@ def _keys_beside(path: KeyPath) -> list[str]:
 
 
 def _check_library_keys(recipe: Recipe, places: _Places) -> None:
-    """Hold `trainer:` and `lora:` against TRL's and PEFT's own classes."""
+    """Hold `trainer:` and every `lora:` against TRL's and PEFT's own classes."""
     sections: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [("lora", recipe.lora, ("lora",))]
-    sections += [(stage.kind, stage.trainer, ("stages", name, "trainer")) for name, stage in recipe.stages.items()]
+    for name, stage in recipe.stages.items():
+        sections.append(("lora", stage.lora, ("stages", name, "lora")))
+        sections.append((stage.kind, stage.trainer, ("stages", name, "trainer")))
     for config, values, path in sections:
         known, owner = library_keys.accepted(config), library_keys.CONFIG_NAMES[config]
         for key, value in values.items():
@@ -227,22 +237,23 @@ def _check_library_keys(recipe: Recipe, places: _Places) -> None:
             problem = library_keys.type_problem(known[key], value)
             if problem:
                 raise InputError(problem, place=place, hint=f"see {owner}")
-    if recipe.lora.get("init_lora_weights", True) not in (True, "gaussian"):
-        raise InputError(
-            "this initialisation changes the base, or starts away from it",
-            place=places.of("lora", "init_lora_weights"),
-            hint="use true or `gaussian`: an adapter starts as no change to the base, which is never written again",
-        )
+        if config == "lora" and values.get("init_lora_weights", True) not in (True, "gaussian"):
+            raise InputError(
+                "this initialisation changes the base, or starts away from it",
+                place=places.of(*path, "init_lora_weights"),
+                hint="use true or `gaussian`: an adapter starts as no change to the base, which is never written again",
+            )
 
 
 def _resolve_stages(recipe: Recipe, places: _Places) -> None:
-    """Fill in which earlier stage each stage starts from and which reward it uses."""
+    """Fill in which earlier stage each stage starts from, its adapter's shape, and which reward it uses."""
     earlier: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():
         sfts = [other for other, spec in earlier.items() if spec.kind == "sft"]
         stage.init = stage.init or (sfts[-1] if sfts else BASE)
         if stage.init != BASE:
             _require(recipe, earlier, name, "init", stage.init, POLICY_KINDS, places)
+        _resolve_lora(recipe, name, stage, places)
         if stage.kind == "ppo":
             rewards = [other for other, spec in earlier.items() if spec.kind == "reward"]
             if stage.reward is None and not rewards:
@@ -256,13 +267,43 @@ def _resolve_stages(recipe: Recipe, places: _Places) -> None:
             stage.trainer = (
                 {"stop_token": "eos", **stage.trainer} if "stop_token_id" not in stage.trainer else stage.trainer
             )
-        elif stage.reward is not None:
-            raise InputError(
-                f"`reward` has no effect in a stage of kind `{stage.kind}`",
-                place=places.of("stages", name, "reward"),
-                hint="remove it",
-            )
+        for key in ("reward", "ptx_data"):
+            if stage.kind != "ppo" and getattr(stage, key) is not None:
+                raise InputError(
+                    f"`{key}` has no effect in a stage of kind `{stage.kind}`",
+                    place=places.of("stages", name, key),
+                    hint="remove it",
+                )
         earlier[name] = stage
+
+
+def _resolve_lora(recipe: Recipe, name: str, stage: Stage, places: _Places) -> None:
+    """Fill in the whole shape of a stage's adapter, and see that it can begin as the adapter it starts from.
+
+    Only what the keys alone show; the worker's check compares the adapters themselves, module by module.
+    """
+    before = recipe.lora if stage.init == BASE else recipe.stages[str(stage.init)].lora
+    stage.lora = {**before, **stage.lora}
+    if stage.init == BASE:
+        return
+    rigid = next((key for key in RIGID_KEYS if stage.lora.get(key)), None)
+    for key in (*FUNCTION_KEYS, *(SIZE_KEYS if rigid else ())):
+        if (stage.lora.get(key) or None) != (before.get(key) or None):  # no value and `false` are the same
+            why = f"with `{rigid}` a change of size would" if key in SIZE_KEYS else "that would"
+            raise InputError(
+                f"`{key}` is not that of stage `{stage.init}`, whose adapter stage `{name}` starts from: {why} "
+                "change what the adapter computes",
+                place=places.of("stages", name, "lora", key),
+                hint=f"leave it as in `{stage.init}`, or start from the base: `init: {BASE}`",
+            )
+    patterned = stage.lora.get("rank_pattern") or before.get("rank_pattern")
+    if not patterned and "r" in before and stage.lora["r"] < before["r"]:
+        raise InputError(
+            f"rank {stage.lora['r']} is less than {before['r']}, that of stage `{stage.init}`, whose adapter stage "
+            f"`{name}` starts from and would not fit",
+            place=places.of("stages", name, "lora", "r"),
+            hint=f"use {before['r']} or more, or start from the base: `init: {BASE}`",
+        )
 
 
 def _require(
@@ -298,22 +339,25 @@ def _resolve_paths(recipe: Recipe, folder: Path, places: _Places) -> None:
     recipe.output_dir = str((folder / Path(recipe.output_dir).expanduser()).resolve())
     recipe.model.path = _model_path(recipe.model.path, folder, places.of("model", "path"))
     data: dict[tuple[str, ...], Data] = {("stages", name, "data"): stage.data for name, stage in recipe.stages.items()}
+    for name, stage in recipe.stages.items():
+        if stage.ptx_data:
+            data["stages", name, "ptx_data"] = stage.ptx_data
     if recipe.evaluate:
         data["evaluate", "data"] = recipe.evaluate.data
     for path, spec in data.items():
         spec.path = _data_path(spec.path, folder, places.of(*path, "path"))
-        prompts_only = path[0] == "evaluate" or recipe.stages[path[1]].kind == "ppo"
-        _refuse_idle_keys(spec, prompts_only, path, places)
+        idle = {}
+        if path[0] == "evaluate":
+            idle["eval_fraction"] = "all rows are held out here"
+        elif path[2] == "ptx_data":
+            idle["eval_fraction"] = "nothing evaluates on these rows"
+        if path[0] == "evaluate" or (path[2] == "data" and recipe.stages[path[1]].kind == "ppo"):
+            idle["max_completion_length"] = "only prompts are read here"
+        _refuse_idle_keys(spec, idle, path, places)
 
 
-def _refuse_idle_keys(spec: Data, prompts_only: bool, path: KeyPath, places: _Places) -> None:
-    """Refuse what would have no effect: no setting is ignored in silence."""
-    idle = {}
-    if prompts_only:
-        idle = {
-            "eval_fraction": "only prompts are read here, all of them",
-            "max_completion_length": "no reply is read here",
-        }
+def _refuse_idle_keys(spec: Data, idle: dict[str, str], path: KeyPath, places: _Places) -> None:
+    """Refuse what would have no effect, each key for its reason: no setting is ignored in silence."""
     if Path(spec.path).is_absolute():
         idle["split"] = "a data file has no splits"
     for key, reason in idle.items():

@@ -15,7 +15,11 @@ _TRAINING_ARGUMENTS = [("transformers", "training_args.py", "TrainingArguments")
 _CLASSES = {
     "sft": [*_TRAINING_ARGUMENTS, ("trl", "trainer/sft_config.py", "SFTConfig")],
     "reward": [*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")],
-    "ppo": [*_TRAINING_ARGUMENTS, ("trl", "experimental/ppo/ppo_config.py", "PPOConfig")],
+    "ppo": [
+        *_TRAINING_ARGUMENTS,
+        ("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
+        ("rlhf_pipeline", "ppo/config.py", "PPOConfig"),
+    ],
     "dpo": [*_TRAINING_ARGUMENTS, ("trl", "trainer/dpo_config.py", "DPOConfig")],
     "lora": [
         ("peft", "config.py", "PeftConfigMixin"),
@@ -26,7 +30,7 @@ _CLASSES = {
 CONFIG_NAMES = {
     "sft": "trl.SFTConfig",
     "reward": "trl.RewardConfig",
-    "ppo": "trl.experimental.ppo.PPOConfig",
+    "ppo": "trl.experimental.ppo.PPOConfig and, beyond it, docs/ppo.md",
     "dpo": "trl.DPOConfig",
     "lora": "peft.LoraConfig",
 }
@@ -72,27 +76,39 @@ _DECIDED: dict[str, str] = {
     "ref_model_sync_steps": "the reference is a frozen copy of the adapter that the stage starts from",
 }  # fmt: skip
 
-# TRL 1.12's `PPOTrainer.train` reads these and nothing else of its config; all other keys do nothing there.
+# What our PPO reads of its config; every other key does nothing there.
 _PPO_READS = {
-    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "total_episodes", "num_train_epochs", "num_ppo_epochs", "local_rollout_forward_batch_size", "response_length",
-    "stop_token", "stop_token_id", "temperature", "missing_eos_penalty", "whiten_rewards",
-    "kl_coef", "kl_estimator", "cliprange", "cliprange_value", "vf_coef", "gamma", "lam",
+    "learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim",
+    "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "max_skipped_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "num_mini_batches",
+    "total_episodes", "max_steps", "num_train_epochs", "num_ppo_epochs", "local_rollout_forward_batch_size",
+    "response_length", "stop_token", "stop_token_id", "temperature", "missing_eos_penalty", "missing_eos_score",
+    "normalize_scores", "score_clip", "whiten_rewards", "kl_coef", "kl_estimator", "target_kl", "kl_horizon",
+    "kl_budget", "cliprange", "cliprange_value", "log_ratio_clamp", "vf_coef", "value_warmup_updates", "ptx_coef",
+    "gamma", "lam", "data_seed", "full_determinism",
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
+    "logging_strategy", "logging_steps", "logging_first_step", "num_sample_generations",
+    "save_strategy", "save_steps", "save_total_limit",
 }  # fmt: skip
+_NAMED = "the pipeline names the adapters"
+_COMPUTED = "it is computed"
+_NOTHING_TO_LOAD = "prompts are encoded before training starts: there is nothing left to load or to spread over workers"
 _PPO_REASONS = {
-    "num_mini_batches": "it does nothing in TRL 1.12's PPOTrainer: every epoch is one optimizer step",
-    "max_grad_norm": "TRL 1.12's PPOTrainer does not clip gradients",
-    "max_steps": "TRL 1.12's PPOTrainer counts episodes: set `total_episodes`",
-    "logging_steps": "TRL 1.12's PPOTrainer logs every update",
-    "num_sample_generations": "samples come from the recipe's `evaluate`",
-    "model_adapter_name": "the pipeline names the adapters",
-    "ref_adapter_name": "the pipeline names the adapters",
-    "world_size": "it is computed", "num_total_batches": "it is computed", "micro_batch_size": "it is computed",
-    "local_batch_size": "it is computed", "batch_size": "it is computed", "local_mini_batch_size": "it is computed",
-    "mini_batch_size": "it is computed",
+    "gradient_checkpointing_kwargs": "the shared base needs its own, so that each layer is recomputed for its own role",
+    "model_adapter_name": _NAMED, "ref_adapter_name": _NAMED,
+    "world_size": _COMPUTED, "num_total_batches": _COMPUTED, "micro_batch_size": _COMPUTED,
+    "local_batch_size": _COMPUTED, "batch_size": _COMPUTED, "local_mini_batch_size": _COMPUTED,
+    "mini_batch_size": _COMPUTED,
     "sft_model_path": _MODEL, "reward_model_path": _MODEL,
+    "dataset_num_proc": _NOTHING_TO_LOAD, "dataloader_num_workers": _NOTHING_TO_LOAD,
+    "dataloader_pin_memory": _NOTHING_TO_LOAD, "dataloader_prefetch_factor": _NOTHING_TO_LOAD,
+    "dataloader_persistent_workers": _NOTHING_TO_LOAD,
+    "dataloader_drop_last": _NOTHING_TO_LOAD,
+    "save_only_model": "a checkpoint is there to go on from", "resume_from_checkpoint": "a run goes on by itself",
+    "load_best_model_at_end": "set `kl_budget`, which keeps the best policy within it",
+    "metric_for_best_model": "set `kl_budget`, which keeps the best policy within it",
+    "greater_is_better": "set `kl_budget`, which keeps the best policy within it",
+    "tf32": _DTYPE,
 }  # fmt: skip
 
 _BASE_STAYS = "the base is never changed: only adapters are trained"
@@ -110,6 +126,7 @@ WITHOUT_EFFECT_ON_RESULT = {
     "include_num_input_tokens_seen", "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     "skip_memory_metrics", "torch_empty_cache_steps", "debug",
+    "num_sample_generations", "save_strategy", "save_steps", "save_total_limit",
 }  # fmt: skip
 
 
@@ -147,11 +164,9 @@ def refusal(config: str, key: str) -> str | None:
     """Why a recipe may not set a key that the library takes; None where it may."""
     if config == "lora":
         return _LORA_DECIDED.get(key)
-    if key in _DECIDED:
-        return _DECIDED[key]
-    if config == "ppo" and key not in _PPO_READS:
-        return _PPO_REASONS.get(key, "TRL 1.12's PPOTrainer does not read it")
-    return None
+    if config == "ppo":
+        return None if key in _PPO_READS else (_PPO_REASONS | _DECIDED).get(key, "PPO does not read it")
+    return _DECIDED.get(key)
 
 
 def type_problem(annotation: str, value: Any) -> str | None:

@@ -60,12 +60,20 @@ class Evaluate(_Strict):
 
 
 class Stage(_Strict):
-    """One step of a recipe. `init` and `reward` name earlier stages; once loaded, they are always filled in."""
+    """One step of a recipe. `init` and `reward` name earlier stages; once loaded, they are always filled in.
+
+    `ptx_data` are demonstrations that PPO mixes in, with the weight `ptx_coef`.
+
+    `lora` is what this stage's adapter has otherwise than the one it starts from, or than the recipe's `lora` where it
+    starts from the base; once loaded, it is the whole shape.
+    """
 
     kind: Literal["sft", "reward", "ppo", "dpo"]
     init: str | None = None
     reward: str | None = None
     data: DataField
+    ptx_data: DataField | None = None
+    lora: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
 
 

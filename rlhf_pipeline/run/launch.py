@@ -84,7 +84,7 @@ class Launcher:
             self._fork = False  # forking turned out to be unsafe: spawn from now on
             self.__exit__()
             self._server = None
-        with log.open("w") as output:
+        with log.open("a") as output:
             worker = subprocess.Popen(
                 _command("rlhf_pipeline.run.worker", str(job_file)),
                 env=os.environ | ENVIRONMENT,

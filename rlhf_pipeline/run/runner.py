@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def run(
             chosen, judged = _to_do(plan.make(recipe), until, only, force)
             write_atomically(directory.path / "recipe.yaml", to_yaml(recipe))
             for stage in chosen:
-                _train(recipe, stage, directory, launcher, say)
+                _train(recipe, stage, directory, launcher, say, fresh=stage.name in (force or []))
             for stage in judged:
                 _judge(recipe, stage, directory, launcher, scratch, say)
     return plan.make(recipe)
@@ -105,13 +106,20 @@ def _job(recipe: Recipe, task: str, **details: Any) -> dict[str, Any]:
     return {"task": task, "recipe": recipe.model_dump(), "folder": str(recipe.folder), **details}
 
 
-def _train(recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: Launcher, say: Say) -> None:
-    """Run one stage in a worker and publish what it made."""
-    aside = directory.set_aside(stage.name)
-    if aside:
-        say(f"{stage.name:<7} {stage.reason}; the former results are now in {aside.name}/")
+def _train(
+    recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: Launcher, say: Say, fresh: bool
+) -> None:
+    """Run one stage in a worker and publish what it made; it goes on from a checkpoint of its own unless `fresh`."""
     folder = directory.stage(stage.name)
-    (folder / "work").mkdir(parents=True)
+    if not fresh and _resumable(stage, folder / "work"):
+        say(f"{stage.name:<7} goes on from its last checkpoint")
+        shutil.rmtree(folder / "work" / "adapter", ignore_errors=True)
+        (folder / "work" / "result.json").unlink(missing_ok=True)
+    else:
+        aside = directory.set_aside(stage.name)
+        if aside:
+            say(f"{stage.name:<7} {stage.reason}; the former results are now in {aside.name}/")
+        (folder / "work").mkdir(parents=True)
     record: dict[str, Any] = {
         "name": stage.name,
         "kind": stage.kind,
@@ -155,6 +163,12 @@ def _train(recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: 
     directory.write_record(stage.name, record)
     judged = result["metrics"].get("judge_mean")
     say(f"{stage.name:<7} done in {wall_s:.0f} s" + (f", judge_mean {judged:.3f}" if judged is not None else ""))
+
+
+def _resumable(stage: StagePlan, work: Path) -> bool:
+    """Whether the stage broke off with the inputs of now, and left a checkpoint."""
+    same = stage.record.get("fingerprint") == stage.fingerprint
+    return stage.state == "failed" and same and any(work.glob("checkpoint-*"))
 
 
 def _judge(

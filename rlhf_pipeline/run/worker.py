@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_pipeline import stages
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_config
-from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.recipe import BASE, Recipe, Stage
 from rlhf_pipeline.stages import evaluation
 from rlhf_pipeline.stages.job import Job
 
@@ -62,7 +61,7 @@ def check(recipe: Recipe, names: list[str]) -> None:
     load_config(recipe.model)
     if any(recipe.stages[name].kind in ("reward", "ppo") for name in names):
         load_config(recipe.model, head="score")
-    check_lora(recipe)
+    check_lora(recipe, names)
     for name in names:
         job = Job(recipe, name, recipe.run)
         stages.BY_KIND[job.stage.kind].prepare(job)
@@ -70,23 +69,56 @@ def check(recipe: Recipe, names: list[str]) -> None:
             evaluation.prepare(job)
 
 
-def check_lora(recipe: Recipe) -> None:
-    """See that the recipe's `lora` makes an adapter for its model, on a model without weights.
+def check_lora(recipe: Recipe, names: list[str]) -> None:
+    """See that each stage's `lora` makes an adapter, with room for the one it starts from, on models without weights.
 
     Raises:
-        InputError: PEFT refuses it, or it matches no layer.
+        InputError: PEFT refuses it, it matches no layer, or it is too small.
     """
-    try:
-        LoraConfig(**recipe.lora)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_config(recipe.model))
-            adapters.with_policy_adapter(model, recipe.lora, None)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            str(error).strip().splitlines()[0],
-            place="lora",
-            hint="`target_modules: all-linear` fits every architecture",
-        ) from None
+    known: dict[str, dict[str, torch.Size]] = {}
+
+    def shapes(name: str) -> dict[str, torch.Size]:
+        stage = recipe.stages[name]
+        key = json.dumps([stage.kind == "reward", stage.lora], sort_keys=True)
+        if key not in known:
+            try:
+                known[key] = _shapes_without_weights(recipe, stage)
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    str(error).strip().splitlines()[0],
+                    place=_written_at(recipe, name),
+                    hint="`target_modules: all-linear` fits every architecture",
+                ) from None
+        return known[key]
+
+    for name in names:
+        ours, init = shapes(name), recipe.stages[name].init
+        problem = adapters.misfit(shapes(init), ours) if init in recipe.stages else None
+        if problem:
+            raise InputError(
+                f"the adapter of stage `{name}` cannot begin as that of `{init}`, which it starts from: {problem}",
+                place=_written_at(recipe, name),
+                hint=f"it needs every module of `{init}` at no smaller rank, or to start from the base: `init: {BASE}`",
+            )
+
+
+def _shapes_without_weights(recipe: Recipe, stage: Stage) -> dict[str, torch.Size]:
+    """The shapes of a stage's LoRA weights."""
+    with torch.device("meta"):
+        if stage.kind == "reward":
+            scorer = AutoModelForSequenceClassification.from_config(load_config(recipe.model, head="score"))
+            return adapters.adapter_shapes(adapters.with_reward_adapter(scorer, stage.lora, None), "default")
+        model = AutoModelForCausalLM.from_config(load_config(recipe.model))
+        return adapters.adapter_shapes(adapters.with_policy_adapter(model, stage.lora, None), "default")
+
+
+def _written_at(recipe: Recipe, name: str) -> str:
+    """The key under which a stage's `lora` was written: its own, or that of what it took the whole shape over from."""
+    stage = recipe.stages[name]
+    init = stage.init if stage.init in recipe.stages else None
+    if stage.lora != (recipe.stages[init].lora if init else recipe.lora):
+        return f"stages.{name}.lora"
+    return _written_at(recipe, init) if init else "lora"
 
 
 def peak_memory() -> int:

@@ -46,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
     """
     args, tokenizer, train, held_out = prepare(job)
     set_seed(job.recipe.seed)
-    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.recipe.lora, job.init)
+    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     if args.disable_dropout:
         remove_dropout(model)  # TRL leaves the dropout that models pass to functions
     with adapters.exact_adapters(model):

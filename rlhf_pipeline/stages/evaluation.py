@@ -66,7 +66,7 @@ def prepare(job: Job) -> tuple[Evaluate, Judge, list[dict[str, Any]]] | None:
 
 
 def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Sample a reply to each prompt and have it judged; writes `samples.jsonl`.
+    """Sample a reply to each prompt and have it judged; writes them to `samples.jsonl`, after those of training.
 
     Every stage samples with the recipe's seed, so that stages differ by their weights alone.
 
@@ -95,7 +95,10 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
     if len(scores) != len(prompts):
         raise ValueError(f"{spec.judge} returned {len(scores)} scores for {len(prompts)} replies")
-    with (job.folder / "samples.jsonl").open("w", encoding="utf-8") as lines:
+    samples = job.folder / "samples.jsonl"
+    rows_before = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.is_file() else []
+    with samples.open("w", encoding="utf-8") as lines:
+        lines.writelines(line for line in rows_before if "judge" not in json.loads(line))
         for prompt, reply, score in zip(prompts, replies, scores, strict=True):
             row = {"prompt": prompt, "completion": reply, "judge": score}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -106,7 +109,7 @@ def judge_artifact(job: Job) -> dict[str, float]:
     """Judge the policy of a stage that is done; see `judge_policy`."""
     tokenizer = load_tokenizer(job.recipe.model.path)
     base = load_base(job.recipe.model, tokenizer)
-    policy = adapters.with_policy_adapter(base, job.recipe.lora, job.folder / "adapter")
+    policy = adapters.with_policy_adapter(base, job.stage.lora, job.folder / "adapter")
     return judge_policy(job, policy, tokenizer)
 
 

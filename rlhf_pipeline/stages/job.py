@@ -76,9 +76,19 @@ class Job:
             "save_strategy": "no",
             "disable_tqdm": True,
             **decided,
+            **self.stage.trainer,
         }
+        for what in ("logging", "eval", "save"):
+            if f"{what}_steps" in self.stage.trainer and self.stage.trainer.get(f"{what}_strategy", "steps") != "steps":
+                raise InputError(
+                    f"`{what}_steps` has no effect unless `{what}_strategy` is `steps`",
+                    place=f"stages.{self.name}.trainer.{what}_steps",
+                    hint="remove one of the two",
+                )
+            if f"{what}_steps" in self.stage.trainer:
+                settings[f"{what}_strategy"] = "steps"
         try:
-            return config(**settings, **self.stage.trainer)
+            return config(**settings)
         except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
             raise InputError(str(error).strip().splitlines()[0], place=f"stages.{self.name}.trainer") from None
 

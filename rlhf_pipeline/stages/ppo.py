@@ -1,72 +1,88 @@
-"""Proximal policy optimization: TRL's PPOTrainer with its four models as four roles on one base."""
+"""Proximal policy optimization: policy, reference, reward and value as four roles on one base."""
 
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf_pipeline import data
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.monitoring.metrics import MetricsLog, final
+from rlhf_pipeline.ppo.config import PPOConfig
+from rlhf_pipeline.ppo.trainer import PPOTrainer, check_data
 from rlhf_pipeline.stages.evaluation import judge_policy
 from rlhf_pipeline.stages.job import Job
 
+# A key, and what it would have no effect without.
+NEEDS = {
+    "kl_horizon": "target_kl",
+    "eval_delay": "eval_strategy",
+    "eval_on_start": "eval_strategy",
+    "per_device_eval_batch_size": "eval_strategy",
+}
 
-def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, Dataset]:
-    """Build the trainer's config, the tokenizer and the prompts.
+
+def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, dict[str, Dataset | None]]:
+    """Build the trainer's config, the tokenizer, and the trainer's three datasets by their names.
 
     Raises:
         InputError: for settings or data that cannot work.
     """
-    args = job.trainer_config(PPOConfig, num_sample_generations=0)
+    args = job.trainer_config(PPOConfig, save_strategy="steps")
+    place, given = f"stages.{job.name}.trainer", job.stage.trainer
+    for key, needed in NEEDS.items():
+        if key in given and getattr(args, needed) in (None, "no"):
+            raise InputError(f"`{key}` has no effect without `{needed}`", place=f"{place}.{key}", hint="remove it")
+    for key in ("total_episodes", "max_steps"):
+        if key in given and "num_train_epochs" in given:
+            raise InputError(
+                f"`num_train_epochs` has no effect beside `{key}`", place=f"{place}.num_train_epochs", hint="remove it"
+            )
+    if job.stage.data.eval_fraction and args.eval_strategy == "no":
+        raise InputError(
+            "prompts are held out, and nothing evaluates on them",
+            place=f"stages.{job.name}.data.eval_fraction",
+            hint="set `eval_steps` in `trainer`, or remove it",
+        )
     tokenizer = load_tokenizer(job.recipe.model.path)
-    prompts = data.prompts(job.stage.data, tokenizer)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if len(prompts) < batch:  # TRL would wait for a full batch for ever
-        raise InputError(
-            f"{len(prompts)} prompts are fewer than one batch of {batch}",
-            place=f"stages.{job.name}.data",
-            hint="lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or give more prompts",
-        )
-    if args.whiten_rewards and batch < 8:
-        raise InputError(
-            f"`whiten_rewards` needs a batch of at least 8, and it is {batch}", place=f"stages.{job.name}.trainer"
-        )
-    return args, tokenizer, prompts
+    prompts, held_out = data.prompts(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, held_out)
+    demonstrations = None
+    if job.stage.ptx_data:
+        demonstrations = data.demonstrations(job.stage.ptx_data, tokenizer, job.recipe.seed)[0]
+    try:
+        check_data(args, prompts, held_out, demonstrations)
+    except ValueError as error:
+        raise InputError(str(error), place=f"stages.{job.name}") from None
+    return args, tokenizer, {"train_dataset": prompts, "eval_dataset": held_out, "ptx_dataset": demonstrations}
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, judge and save the policy's adapter; returns the final metrics.
+    """Train, judge and save the policy's adapter, from the last checkpoint if there is one; returns the final metrics.
 
     Raises:
         RuntimeError: training moved a weight that must stay, or left one that must move.
     """
-    args, tokenizer, prompts = prepare(job)
+    args, tokenizer, datasets = prepare(job)
     set_seed(job.recipe.seed)
-    shared = SharedBase(load_base(job.recipe.model, tokenizer), job.recipe.lora, job.init, job.reward)
-    if args.gradient_checkpointing:
-        shared.enable_gradient_checkpointing()
+    reward_lora = job.recipe.stages[str(job.stage.reward)].lora
+    shared = SharedBase(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init, job.reward, reward_lora)
     trainer = PPOTrainer(
-        args=args,
-        processing_class=tokenizer,
-        model=shared.policy,
-        ref_model=shared.reference,
-        reward_model=shared.reward,
-        value_model=shared.value,
-        train_dataset=prompts,
+        args,
+        tokenizer,
+        shared,
+        **datasets,
         callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
+        samples_file=job.folder / "samples.jsonl",
     )
-    # Else the last batch of each pass over the prompts takes an optimizer step per micro-batch.
-    trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     before = shared.checksums()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(job.work))
     check_weights(before, shared.checksums())
-    adapters.save_adapter(shared.peft, "policy", job.artifact, tokenizer)
+    trainer.save_model(str(job.artifact))
     return final(trainer.state.log_history) | judge_policy(job, shared.policy, tokenizer)
 
 

@@ -33,7 +33,7 @@ def run(job: Job) -> dict[str, Any]:
     args, tokenizer, train, held_out = prepare(job)
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer, head="score")
-    model = adapters.with_reward_adapter(base, job.recipe.lora, job.init)
+    model = adapters.with_reward_adapter(base, job.stage.lora, job.init)
     if args.disable_dropout:
         remove_dropout(model)  # TRL leaves the dropout that models pass to functions
     with adapters.exact_adapters(model):

@@ -34,7 +34,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train, evaluate and save the adapter; returns the final metrics."""
     args, tokenizer, train, held_out = prepare(job)
     set_seed(job.recipe.seed)
-    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.recipe.lora, job.init)
+    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     with adapters.exact_adapters(model):
         trainer = SFTTrainer(
             model=model,

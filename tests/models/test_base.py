@@ -11,6 +11,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     CLIPVisionConfig,
     CodeGenConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     ViTConfig,
 )
@@ -146,6 +152,94 @@ class TestLoadConfig:
         assert error.value.hint
 
 
+SMALL = {
+    "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+}  # fmt: skip
+
+
+def logits_and_states(model, batch):
+    """A model's own logits of a row without padding, and the last hidden states it makes them of."""
+    ids = batch["input_ids"][:1]
+    output = model(input_ids=ids, output_hidden_states=True)
+    return output.logits[0], output.hidden_states[-1][0]
+
+
+class TestFindHead:
+    @torch.no_grad()
+    @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2", "mistral"])
+    def test_plain_head_is_the_output_embedding(self, checkpoints, tokenizer, batch, shape):
+        """Where nothing comes after the output embedding, it is the head itself."""
+        model = base.load_base(Model(path=str(checkpoints[shape]), quantization="none"), tokenizer)
+        head = base.find_head(model)
+        assert head is model.get_output_embeddings()
+        logits, states = logits_and_states(model, batch)
+        assert_close(head(states), logits, rtol=1e-5, atol=1e-5)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "config",
+        [
+            GraniteConfig(**SMALL, logits_scaling=4.0),
+            CohereConfig(**SMALL, logit_scale=0.25),
+            Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0),
+        ],
+        ids=["granite", "cohere", "gemma2"],
+    )
+    def test_scaled_and_capped_logits_are_the_models_own(self, batch, config):
+        """What scales or caps logits after the output embedding is part of the head, for any number of rows."""
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        backbone, head = model.base_model, base.find_head(model)
+        logits, states = logits_and_states(model, batch)
+        assert not torch.allclose(model.get_output_embeddings()(states), logits, atol=1e-2)
+        assert_close(head(states), logits, rtol=1e-5, atol=1e-5)
+        assert_close(head(states[3:4]), logits[3:4], rtol=1e-5, atol=1e-5)
+        assert model.base_model is backbone
+
+    @torch.no_grad()
+    def test_weak_cap_on_small_logits_is_seen(self, batch):
+        """A cap of 30 moves the logits of an untrained model by next to nothing, and those of a trained one by much."""
+        config = Gemma2Config(**SMALL | {"initializer_range": 0.02}, num_key_value_heads=2, head_dim=8)
+        assert config.final_logit_softcapping == 30
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        head = base.find_head(model)
+        states = 1000 * logits_and_states(model, batch)[1]
+        assert model.get_output_embeddings()(states).abs().max() > 60
+        assert head(states).abs().max() <= 30
+
+    def test_backbone_returns_after_an_error(self, batch):
+        """The stand-in is gone also when the head cannot compute."""
+        model = AutoModelForCausalLM.from_config(GraniteConfig(**SMALL, logits_scaling=4.0)).eval()
+        backbone, head = model.base_model, base.find_head(model)
+        with pytest.raises(RuntimeError):
+            head(torch.zeros(2, 31))
+        assert model.base_model is backbone
+
+    def test_gradient_by_hidden_states(self):
+        """The head of a model that caps its logits is differentiated through the cap."""
+        config = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        states = torch.randn(3, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        (given,) = torch.autograd.grad(base.find_head(model)(states).sum(), states)
+        (expected,) = torch.autograd.grad((5 * torch.tanh(model.lm_head(states) / 5)).sum(), states)
+        assert_close(given, expected, rtol=1e-5, atol=1e-5)
+
+    def test_model_that_uses_more_than_hidden_states_is_refused(self):
+        """Logits that also depend on the row's tokens cannot be made of hidden states alone."""
+
+        class Biased(LlamaForCausalLM):
+            def forward(self, input_ids=None, **inputs):
+                output = super().forward(input_ids=input_ids, **inputs)
+                output.logits = output.logits + input_ids[..., None]
+                return output
+
+        model = Biased(LlamaConfig(**SMALL)).eval()
+        with pytest.raises(ValueError, match="Biased"):
+            base.find_head(model)
+
+
 class TestRemoveDropout:
     @torch.no_grad()
     @pytest.mark.parametrize("head", [AutoModelForCausalLM, AutoModelForSequenceClassification])
@@ -162,6 +256,31 @@ class TestRemoveDropout:
         assert not torch.allclose(model.train()(**inputs).logits, expected)
         base.remove_dropout(model)
         assert_close(model.train()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "config",
+        [
+            FalconConfig(
+                **{name: value for name, value in SMALL.items() if name != "intermediate_size"},
+                hidden_dropout=0.5,
+                attention_dropout=0.5,
+            ),
+            OPTConfig(**SMALL, word_embed_proj_dim=32, ffn_dim=64, dropout=0.0, layerdrop=0.5),
+        ],
+        ids=["read from the configuration", "of whole layers"],
+    )
+    def test_dropout_under_other_names(self, batch, config):
+        """Falcon reads its dropout from the configuration at every call, and OPT can leave out whole layers."""
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        expected = model.eval()(**inputs).logits
+        model.train()
+        assert not all(torch.allclose(model(**inputs).logits, expected, atol=1e-3) for _ in range(10))
+        base.remove_dropout(model)
+        for _ in range(10):
+            assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
     @torch.no_grad()
     def test_dropout_modules_are_switched_off(self, checkpoints, batch):

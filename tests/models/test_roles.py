@@ -114,16 +114,97 @@ def test_bfloat16_base_gives_float32_logits_and_scores(share, make_artifacts, ba
     assert {shared.reward(**batch).dtype, shared.value(**batch).dtype} == {torch.float32}
 
 
+def moved_right(batch):
+    """Ids and attention mask of the batch with its padding on the right."""
+    lengths = batch["attention_mask"].sum(1)
+    mask = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    ids = torch.zeros_like(batch["input_ids"])
+    ids[mask.bool()] = real(batch["input_ids"], batch)
+    return ids, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [*SHAPES, "gemma2"])
+class TestParts:
+    def test_states_and_head_give_the_logits_of_the_init_adapter(self, share, make_artifacts, batch, shape):
+        """Taken apart into last hidden states and head, policy and reference are still the init adapter."""
+        artifacts = make_artifacts(shape)
+        shared, (ids, mask) = share(artifacts), moved_right(batch)
+        expected = real(plain_policy(artifacts.spec, artifacts.init)(**batch).logits, batch)
+        for view in (shared.policy, shared.reference):
+            with shared.acting_as("value"):
+                states = view.hidden_states(ids, mask)
+                assert states.shape == (3, 10, 32)
+                assert_close(view.head(states[mask.bool()]), expected, rtol=1e-5, atol=1e-5)
+                assert active_roles(shared) == {("value",)}
+
+    def test_states_and_scores_give_those_of_the_reward_model(self, share, make_artifacts, batch, shape):
+        """A number for each hidden state, of whatever shape the states are."""
+        artifacts = make_artifacts(shape)
+        shared, (ids, mask) = share(artifacts), moved_right(batch)
+        classifier = plain_reward(artifacts.spec, artifacts.reward).get_base_model()
+        head = classifier.get_submodule(adapters.head_name(classifier))
+        expected = real(head(classifier.base_model(**batch).last_hidden_state).squeeze(-1), batch)
+        for view in (shared.reward, shared.value):
+            with shared.acting_as("reference"):
+                states = view.hidden_states(ids, mask)
+                assert active_roles(shared) == {("reference",)}
+            assert view.scores(states).shape == (3, 10)
+            assert_close(view.scores(states)[mask.bool()], expected, rtol=1e-5, atol=1e-5)
+            assert_close(view.scores(states[mask.bool()]), expected, rtol=1e-5, atol=1e-5)
+
+
+class TestTrainsHead:
+    @pytest.mark.parametrize(
+        ("target_modules", "trained"), [("all-linear", False), (["q_proj"], False), (["q_proj", "lm_head"], True)]
+    )
+    def test_tells_whether_an_adapter_sits_on_the_output_embedding(
+        self, make_artifacts, tokenizer, batch, target_modules, trained
+    ):
+        """`all-linear` leaves the output embedding out; a recipe may name it."""
+        spec, _, reward = make_artifacts()
+        lora = {"r": 4, "lora_alpha": 8, "target_modules": target_modules}
+        reward_lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, reward, reward_lora)
+        assert shared.policy.trains_head == trained
+        states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(shared.policy.head(states), shared.reference.head(states))
+        with torch.no_grad():
+            for parameter in shared.policy.parameters():
+                parameter.add_(0.1)
+        # The head's adapter is the one of the role that asks, also when the head was found under another.
+        assert torch.equal(shared.policy.head(states), shared.reference.head(states)) != trained
+
+
 class TestWithoutInit:
     @torch.no_grad()
     def test_reference_is_the_bare_base(self, checkpoints, make_artifacts, tokenizer, batch):
         """Without an SFT stage, policy and reference both start as the bare base."""
         spec, _, reward = make_artifacts()
-        lora = {"r": 2, "target_modules": "all-linear"}
-        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, reward)
+        lora, reward_lora = ({"r": r, "lora_alpha": 16, "target_modules": "all-linear"} for r in (2, 8))
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, reward, reward_lora)
         expected = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])(**batch).logits
         for view in (shared.policy, shared.reference):
             assert_close(real(view(**batch).logits, batch), real(expected, batch), rtol=1e-5, atol=1e-5)
+
+
+class TestLargerPolicy:
+    @torch.no_grad()
+    @pytest.mark.parametrize("quantization", ["none", "nf4"])
+    def test_policy_of_another_rank_than_init_and_value(self, make_artifacts, tokenizer, batch, quantization):
+        """Policy and reference are one function, bit by bit, and that of the smaller adapter they start from."""
+        spec, init, reward = make_artifacts("llama", quantization)
+        ranks = {"policy": 16, "reference": 16, "reward": 8, "value": 8}
+        lora, reward_lora = ({"r": r, "lora_alpha": 16, "target_modules": "all-linear"} for r in (16, 8))
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, init, reward, reward_lora)
+        for role, rank in ranks.items():
+            named = adapters.adapter_parameters(shared.peft, role).items()
+            assert {parameter.shape[0] for name, parameter in named if "lora_A" in name} == {rank}
+        logits = shared.policy(**batch).logits
+        assert torch.equal(shared.reference(**batch).logits, logits)
+        expected = plain_policy(spec, init)(**batch).logits
+        assert_close(real(logits, batch), real(expected, batch), rtol=1e-5, atol=1e-5)
+        assert_close(shared.value(**batch), shared.reward(**batch), rtol=0, atol=0)
 
 
 class TestSwitching:
@@ -282,6 +363,14 @@ class TestOwnership:
                 assert {other for other in sums if after[other] != sums[other]} == {name}
                 sums = after
 
+    def test_checksums_of_some_are_those_of_all(self, shared):
+        """Only what is named is summed up, with the same result."""
+        everything = shared.checksums()
+        for names in (("reference", "reward"), ("base",), ("value", "policy")):
+            assert shared.checksums(*names) == {name: everything[name] for name in names}
+        with pytest.raises(KeyError):
+            shared.checksums("critic")
+
     def test_learning_moves_policy_and_value_alone(self, shared, batch):
         """An optimizer over TRL's wrapper moves the two roles that learn, and leaves what the others say."""
         with torch.no_grad():
@@ -361,5 +450,6 @@ class TestGeneration:
 def test_policy_artifact_cannot_stand_in_for_a_reward_artifact(make_artifacts, tokenizer):
     """A policy adapter has no head to score with."""
     spec, init, _ = make_artifacts()
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     with pytest.raises((KeyError, ValueError)):
-        SharedBase(base.load_base(spec, tokenizer), {}, init, init)
+        SharedBase(base.load_base(spec, tokenizer), lora, init, init, lora)

@@ -2,11 +2,13 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerState
 
-from rlhf_pipeline.monitoring.metrics import MetricsLog, final, numbers
+from rlhf_pipeline.monitoring.metrics import MetricsLog, final, keep_until, numbers
 
 
 def refuse(constant: str) -> None:
@@ -31,6 +33,45 @@ def test_each_logged_step_is_one_line_with_step_and_time(tmp_path):
     assert [row.get("loss") for row in rows] == [1.0, 0.5, None]
     assert set(rows[0]) == {"step", "time", "loss", "lr"}
     assert all(abs(row["time"] - time.time()) < 60 for row in rows)
+
+
+def test_going_on_from_a_checkpoint_drops_what_was_logged_after_it(tmp_path: Path) -> None:
+    """The third and fourth line are of updates that the checkpoint of the second does not know; the last is torn."""
+    log, state = MetricsLog(tmp_path / "metrics.jsonl"), TrainerState()
+    for step in (1, 2, 3, 4):
+        state.global_step = step
+        log.on_log(None, state, None, logs={"loss": float(step)})
+        state.log_history.append({"loss": float(step), "step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 5, "lo')
+    loaded = TrainerState(global_step=2, log_history=state.log_history[:2])
+    resumed = MetricsLog(tmp_path / "metrics.jsonl")
+    resumed.on_train_begin(None, loaded, None)
+    loaded.global_step = 3
+    resumed.on_log(None, loaded, None, logs={"loss": 30.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_run_from_the_start_needs_no_file_and_keeps_nothing_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    MetricsLog(file).on_train_begin(None, TrainerState(), None)
+    assert not file.exists()
+    file.write_text('{"step": 1, "loss": 1.0}\n')
+    MetricsLog(file).on_train_begin(None, TrainerState(), None)
+    assert file.read_text() == ""
+
+
+def test_dropping_rows_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    """Completions may hold characters at which Python, but not JSON, ends a line."""
+    file = tmp_path / "samples.jsonl"
+    texts = ["plain", "next\u0085line", "line\u2028separator", "form\x0cfeed", "émigré \U0001f642", "two\nlines"]
+    rows = [json.dumps({"step": i // 2, "completion": text}, ensure_ascii=False) for i, text in enumerate(texts)]
+    file.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    keep_until(file, 2)
+    assert file.read_text(encoding="utf-8").split("\n") == [*rows, ""]
+    keep_until(file, 1)
+    assert file.read_text(encoding="utf-8").split("\n") == [*rows[:4], ""]
 
 
 def test_numbers_drops_what_is_no_number():

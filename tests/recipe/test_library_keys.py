@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
 from peft import LoraConfig
 from trl import DPOConfig, RewardConfig, SFTConfig
-from trl.experimental.ppo import PPOConfig
+from trl.experimental import ppo as trl_ppo
 
+from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import library_keys
 
 CLASSES = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "dpo": DPOConfig, "lora": LoraConfig}
@@ -58,8 +60,28 @@ def test_the_tables_name_no_key_that_the_libraries_do_not_have(table, configs):
 
 
 def test_nothing_is_both_read_by_ppo_and_refused():
+    """Only PPO can be resumed, so far: what is about checkpoints is refused elsewhere."""
     assert not library_keys._PPO_READS & set(library_keys._PPO_REASONS)
-    assert not library_keys._PPO_READS & set(library_keys._DECIDED)
+    checkpoints = {"save_strategy", "save_steps", "save_total_limit"}
+    assert library_keys._PPO_READS & set(library_keys._DECIDED) == checkpoints
+    for key in checkpoints:
+        assert library_keys.refusal("ppo", key) is None
+        for config in ("sft", "reward", "dpo"):
+            assert "cannot be resumed yet" in library_keys.refusal(config, key)
+
+
+def test_no_key_of_ppo_is_refused_for_a_reason_of_the_others():
+    """PPO can be resumed."""
+    for key in set(library_keys.accepted("ppo")) - library_keys._PPO_READS:
+        assert "cannot be resumed" not in library_keys.refusal("ppo", key), key
+
+
+def test_what_ppo_has_beyond_trl_can_be_set_and_is_documented():
+    ours = fields("ppo") - {field.name for field in dataclasses.fields(trl_ppo.PPOConfig)}
+    assert "kl_budget" in ours
+    assert ours <= set(library_keys.settable("ppo"))
+    text = (Path(__file__).parents[2] / "docs" / "ppo.md").read_text(encoding="utf-8")
+    assert {key for key in ours if f"`{key}`" not in text} == set()
 
 
 def test_keys_without_effect_on_the_result_are_keys_of_the_libraries():
@@ -75,6 +97,11 @@ def test_keys_without_effect_on_the_result_are_keys_of_the_libraries():
         ("reward", "center_rewards_coefficient"),
         ("ppo", "kl_coef"),
         ("ppo", "response_length"),
+        ("ppo", "num_mini_batches"),
+        ("ppo", "max_grad_norm"),
+        ("ppo", "eval_steps"),
+        ("ppo", "kl_budget"),
+        ("ppo", "ptx_coef"),
         ("dpo", "beta"),
         ("dpo", "loss_type"),
         ("lora", "r"),
@@ -91,9 +118,13 @@ def test_the_keys_people_set_can_be_set(config, key):
         ("sft", "output_dir", "run directory"),
         ("dpo", "seed", "top of the recipe"),
         ("reward", "bf16", "model.dtype"),
-        ("ppo", "num_mini_batches", "does nothing"),
-        ("ppo", "max_grad_norm", "does not clip"),
-        ("ppo", "eval_steps", "does not read"),
+        ("ppo", "gradient_checkpointing_kwargs", "recomputed for its own role"),
+        ("ppo", "load_best_model_at_end", "`kl_budget`"),
+        ("ppo", "dataloader_num_workers", "nothing left to load"),
+        ("ppo", "reward_model_path", "one base for all stages"),
+        ("ppo", "bf16", "model.dtype"),
+        ("ppo", "mini_batch_size", "computed"),
+        ("ppo", "neftune_noise_alpha", "does not read"),
         ("lora", "modules_to_save", "only adapters are trained"),
     ],
 )

@@ -304,7 +304,14 @@ def test_every_shipped_recipe_loads_and_its_resolved_form_too(name, write, tmp_p
 @pytest.mark.parametrize(
     ("stages", "place"),
     [
-        ("ppo: {data: {path: tiny:prompts, eval_fraction: 0.1}}", "stages.ppo.data.eval_fraction"),
+        (
+            "ppo: {data: tiny:prompts, ptx_data: {path: tiny:demonstrations, eval_fraction: 0.1}}",
+            "stages.ppo.ptx_data.eval_fraction",
+        ),
+        (
+            "ppo: {data: tiny:prompts, ptx_data: {path: tiny:demonstrations, split: test}}",
+            "stages.ppo.ptx_data.split",
+        ),
         ("ppo: {data: {path: tiny:prompts, max_completion_length: 9}}", "stages.ppo.data.max_completion_length"),
         ("dpo: {data: {path: tiny:preferences, split: test}}", "stages.dpo.data.split"),
     ],
@@ -317,3 +324,31 @@ def test_data_keys_without_effect_are_refused(tmp_path, stages, place):
     with pytest.raises(InputError, match="has no effect") as error:
         recipe.load(str(tmp_path / "r.yaml"))
     assert place in error.value.place
+
+
+def test_demonstrations_for_ppo_are_data_like_any_other(write, tmp_path):
+    """A path alone or a mapping, relative to the recipe, refined by overrides, and written down whole."""
+    (tmp_path / "shown.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    path = write(FULL.replace("data: tiny:prompts", "data: tiny:prompts\n    ptx_data: shown.jsonl"))
+    loaded = recipe.load(path, ["ppo.ptx_data.max_completion_length=9"])
+    assert loaded.stages["ppo"].ptx_data.path == str(tmp_path / "shown.jsonl")
+    assert loaded.stages["ppo"].ptx_data.max_completion_length == 9
+    again = recipe.load(write(recipe.to_yaml(loaded), name="recipe.yaml"))
+    assert again.model_dump() == loaded.model_dump()
+    assert recipe.load(write(FULL)).stages["ppo"].ptx_data is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.ptx_data=nowhere.jsonl", "no data file"),
+        ("ppo.ptx_data={path: tiny:demonstrations, colums: {}}", "unknown key `colums`"),
+        ("sft.ptx_data=tiny:demonstrations", "`ptx_data` has no effect in a stage of kind `sft`"),
+        ("reward.ptx_data=tiny:demonstrations", "`ptx_data` has no effect in a stage of kind `reward`"),
+        ("dpo.ptx_data=tiny:demonstrations", "`ptx_data` has no effect in a stage of kind `dpo`"),
+    ],
+)
+def test_demonstrations_that_cannot_be_read_or_used_are_refused(write, override, message):
+    found = problem(write(FULL), override)
+    assert message in found.message
+    assert found.place == f"override `{override}`"

@@ -1,13 +1,21 @@
 """What the runner does when a stage, or its process, goes wrong; and workers that are spawned, not forked."""
 
+import hashlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.recipe import Recipe
@@ -126,3 +134,141 @@ def test_the_server_refuses_to_fork_where_that_is_not_safe(tmp_path: Path, circu
     )
     assert json.loads(done.stdout) == {"unsafe": reason}, done.stderr
     assert not (tmp_path / "result.json").exists()
+
+
+LONGER = """
+name: longer
+model: {path: tiny, quantization: none, dtype: float32}
+lora: {r: 4, target_modules: all-linear}
+stages:
+  reward:
+    init: base
+    data: tiny:preferences
+    trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
+  ppo:
+    init: base
+    data: tiny:prompts
+    trainer: {max_steps: 6, per_device_train_batch_size: 8, gradient_accumulation_steps: 2, response_length: 12,
+              learning_rate: 1e-3, save_steps: 1, num_sample_generations: 6, gradient_checkpointing: false}
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The real command in a folder, what it says about its progress to be read from its standard error."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf_pipeline", "run", "recipe.yaml", *arguments],
+        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(command: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for the command; what it said."""
+    said = command.communicate(timeout=300)[1]
+    assert command.returncode == code, said
+    return said
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a `.jsonl` file without what depends on the clock."""
+    timing = ("eps", "seconds", "tokens_per_second", "time")
+    loaded = [json.loads(line) for line in file.open(encoding="utf-8")]
+    return [{name: value for name, value in row.items() if not name.endswith(timing)} for row in loaded]
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which PPO's worker was killed from outside as soon as its first checkpoint was there."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "recipe.yaml").write_text(LONGER)
+    command = start(folder)
+    work, deadline = folder / "runs" / "longer" / "ppo" / "work", time.monotonic() + 240
+    while not (work / "checkpoint-1").is_dir():
+        assert command.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    (server,) = children(command.pid)
+    (worker,) = children(server)
+    os.kill(worker, signal.SIGKILL)
+    said = finish(command, code=1)
+    assert "stage `ppo` failed: its worker was ended by signal 9" in said
+    assert not (work / "checkpoint-6").exists()
+    return folder
+
+
+@pytest.fixture
+def copied(killed: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A function that copies that folder."""
+    return lambda name: Path(shutil.copytree(killed, tmp_path / name))
+
+
+def test_a_stage_whose_worker_was_killed_goes_on_and_ends_as_if_it_was_not(copied: Callable[[str], Path]) -> None:
+    """Going on, starting afresh because it is asked for, and starting afresh because a setting changed."""
+    resumed, forced, changed = (copied(name) for name in ("resumed", "forced", "changed"))
+    log = (resumed / "runs/longer/ppo/log.txt").read_text()
+    commands = [
+        start(resumed),
+        start(forced, "--force", "ppo"),
+        start(changed, "ppo.trainer.max_steps=1", "ppo.trainer.kl_coef=0.1"),
+    ]
+    said = [finish(command) for command in commands]
+    runs = [folder / "runs" / "longer" for folder in (resumed, forced, changed)]
+
+    assert "ppo     goes on from its last checkpoint" in said[0] and "former results" not in said[0]
+    assert not list(runs[0].glob("ppo.*"))
+    after = (runs[0] / "ppo" / "log.txt").read_text()
+    assert after.startswith(log) and len(after) > len(log)
+
+    for text, run in zip(said[1:], runs[1:], strict=True):
+        assert "goes on" not in text and "the former results are now in ppo." in text
+        (aside,) = run.glob("ppo.*")
+        assert (aside / "work" / "checkpoint-1").is_dir() and (aside / "log.txt").read_text() == log
+    assert [row["step"] for row in rows(runs[2] / "ppo" / "metrics.jsonl")] == [1]
+
+    # The one that was forced is a run that nothing interrupted.
+    assert digest(runs[0] / "ppo") == digest(runs[1] / "ppo") != digest(runs[2] / "ppo")
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(runs[0] / "ppo" / file) == rows(runs[1] / "ppo" / file)
+    assert [row["step"] for row in rows(runs[0] / "ppo" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    records = [json.loads((run / "ppo" / "stage.json").read_text()) for run in runs]
+    assert [record["state"] for record in records] == ["done"] * 3
+    assert records[0]["metrics"]["objective/kl"] == records[1]["metrics"]["objective/kl"]
+    assert not any((run / "ppo" / "work").exists() for run in runs)
+
+
+def test_a_stage_whose_record_still_says_running_goes_on_too(copied: Callable[[str], Path]) -> None:
+    """As after a power cut: the runner itself had no time to write down that the stage failed."""
+    folder = copied("cut")
+    run = folder / "runs" / "longer"
+    record = json.loads((run / "ppo" / "stage.json").read_text()) | {"state": "running"}
+    (run / "ppo" / "stage.json").write_text(json.dumps(record))
+    (run / "ppo" / "work" / "adapter").mkdir()
+    (run / "ppo" / "work" / "adapter" / "half").write_text("of an adapter")
+    (run / "ppo" / "work" / "result.json").write_text('{"metrics": {"half": 1}}')
+    said = finish(start(folder))
+    assert "ppo     goes on from its last checkpoint" in said
+    assert [row["step"] for row in rows(run / "ppo" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not (run / "ppo" / "adapter" / "half").exists()
+    assert "half" not in json.loads((run / "ppo" / "stage.json").read_text())["metrics"]
+
+
+def test_a_stage_goes_on_only_from_a_whole_checkpoint_of_its_own_inputs(copied: Callable[[str], Path]) -> None:
+    folder = copied("early")
+    work = folder / "runs" / "longer" / "ppo" / "work"
+
+    def resumable(*overrides: str) -> bool:
+        stage = plan.make(recipes.load(str(folder / "recipe.yaml"), overrides))[1]
+        assert (stage.name, stage.state) == ("ppo", "failed")
+        return runner._resumable(stage, work)
+
+    assert resumable() and resumable("ppo.trainer.save_steps=3")
+    assert not resumable("ppo.trainer.kl_coef=0.1") and not resumable("reward.trainer.max_steps=2")
+    for checkpoint in work.glob("checkpoint-*"):
+        checkpoint.rename(checkpoint.with_name(f".new-{checkpoint.name}"))
+    assert not resumable()

@@ -1,5 +1,6 @@
 """Each stage by itself on the tiny checkpoint: what its first numbers must be, and what it must leave alone."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from trl.experimental.utils import get_reward
 from rlhf_pipeline import data, stages
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data import rows
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -101,7 +103,8 @@ def test_ppo_reads_the_scores_that_the_reward_model_was_evaluated_with(prepared:
     _, held_out = data.preferences(recipe.stages["reward"].data, tokenizer, recipe.seed)
     assert held_out is not None and len(held_out) > 4
     job = Job(recipe, "ppo", recipe.run)
-    shared = SharedBase(load_base(recipe.model, tokenizer), recipe.lora, job.init, job.reward)
+    reward_lora = recipe.stages["reward"].lora
+    shared = SharedBase(load_base(recipe.model, tokenizer), job.stage.lora, job.init, job.reward, reward_lora)
     pad = [tokenizer.pad_token_id]  # one token of padding: TRL finds a reply's end by it
 
     def score(prompt: list[int], reply: list[int]) -> float:
@@ -148,6 +151,65 @@ def test_ppo_with_gradient_checkpointing_gives_the_same_numbers(folder: Path) ->
     for one, other in zip(without, logged(second), strict=True):
         for name in ("objective/kl", "objective/scores", "loss/policy_avg", "loss/value_avg"):
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
+
+
+def test_ppo_takes_everything_that_a_recipe_may_give_it(folder: Path) -> None:
+    """Demonstrations, held-out prompts and checkpoints, each with its key, leave their traces."""
+    job, metrics = train(
+        folder, "ppo", "ppo.ptx_data=demonstrations.jsonl", "ppo.trainer.ptx_coef=0.1", "ppo.data.eval_fraction=0.25",
+        "ppo.trainer.eval_steps=1", "ppo.trainer.eval_on_start=true", "ppo.trainer.save_steps=1",
+        "ppo.trainer.total_episodes=8",
+    )  # fmt: skip
+    assert [row["step"] for row in logged(job) if "eval_objective/scores" in row] == [0, 1, 2]
+    assert metrics["eval_objective/scores"] == logged(job)[-1]["eval_objective/scores"]
+    assert [row["loss/ptx"] > 0 for row in logged(job) if "loss/policy_avg" in row] == [True, True]
+    assert {path.name for path in job.work.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    samples = [json.loads(line) for line in (job.folder / "samples.jsonl").read_text().splitlines()]
+    assert {sample["split"] for sample in samples} == {"train", "eval"}
+
+
+def test_the_seed_of_the_recipe_is_that_of_ppo(folder: Path) -> None:
+    losses = []
+    for seed in (7, 7, 8):
+        job, _ = train(folder, "ppo", f"seed={seed}", "ppo.trainer.total_episodes=4")
+        losses.append([logged(job)[0][name] for name in ("objective/scores", "loss/policy_avg", "loss/value_avg")])
+        shutil.rmtree(job.folder)
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    "override", ["learning_rate=0.0", "vf_coef=0.0", "value_learning_rate=0.0", "value_warmup_updates=9"]
+)
+def test_ppo_that_is_told_to_leave_a_role_alone_does_not_fail_for_that(folder: Path, override: str) -> None:
+    """It is refused before training, or it is done: not trained to the end and then found wrong."""
+    with contextlib.suppress(InputError):
+        train(folder, "ppo", f"ppo.trainer.{override}", "ppo.trainer.total_episodes=4")
+
+
+def test_the_dtype_of_the_model_decides_the_precision_of_ppo(folder: Path) -> None:
+    for dtype, bf16 in (("float32", False), ("bfloat16", True)):
+        recipe = recipes.load(str(folder / "recipe.yaml"), [f"model.dtype={dtype}"])
+        assert stages.BY_KIND["ppo"].prepare(Job(recipe, "ppo", recipe.run))[0].bf16 is bf16
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+def test_steps_of_evaluation_switch_it_on(folder: Path, stage: str) -> None:
+    """Transformers asks for `eval_strategy: steps` as well."""
+    overrides = [f"{stage}.trainer.eval_steps=3", f"{stage}.data.eval_fraction=0.5"]
+    recipe = recipes.load(str(folder / "recipe.yaml"), overrides)
+    args = stages.BY_KIND[stage].prepare(Job(recipe, stage, recipe.run))[0]
+    assert (args.eval_strategy, args.eval_steps) == ("steps", 3)
+
+
+def test_ppo_accepts_each_key_beside_the_one_that_it_needs(folder: Path) -> None:
+    given = {
+        "target_kl": 1.0, "kl_horizon": 5, "eval_steps": 2, "eval_delay": 1, "eval_on_start": True,
+        "per_device_eval_batch_size": 2,
+    }  # fmt: skip
+    overrides = [f"ppo.trainer.{key}={json.dumps(value)}" for key, value in given.items()]
+    recipe = recipes.load(str(folder / "recipe.yaml"), [*overrides, "ppo.data.eval_fraction=0.5"])
+    args = stages.BY_KIND["ppo"].prepare(Job(recipe, "ppo", recipe.run))[0]
+    assert {key: getattr(args, key) for key in given} == given
 
 
 @pytest.mark.parametrize("role", ["base", "reference", "reward", "policy", "value"])

@@ -1,4 +1,4 @@
-"""Random checkpoints of three architectures, and artifacts over them, small enough to build in the tests."""
+"""Random checkpoints of several architectures, and artifacts over them, small enough to build in the tests."""
 
 import os
 import zlib
@@ -8,12 +8,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 
 import rlhf_pipeline.models.tiny
 from rlhf_pipeline.models import adapters, base
@@ -37,6 +47,25 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**ROTARY, tie_word_embeddings=False),
     "qwen3": Qwen3Config(**ROTARY, head_dim=8, tie_word_embeddings=True),
     "gpt2": GPT2Config(**COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    # A window shorter than most rows of the tests.
+    "mistral": MistralConfig(**ROTARY, sliding_window=6),
+    # Dropout that is passed to functions as a number, and an embedding narrower than the hidden states.
+    "opt": OPTConfig(
+        **COMMON,
+        init_std=0.3,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        dropout=0.3,
+        attention_dropout=0.3,
+    ),
+    # Logits that are capped after the output embedding.
+    "gemma2": Gemma2Config(
+        **ROTARY, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, final_logit_softcapping=5.0
+    ),
 }
 
 
@@ -66,16 +95,24 @@ def tokenizer():
     return load_tokenizer(str(TINY / "checkpoint"))
 
 
+class Checkpoints(dict[str, Path]):
+    """A folder with model and tokenizer for each architecture, made when it is first asked for."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def __missing__(self, shape: str) -> Path:
+        self[shape] = self.folder / shape
+        with torch.random.fork_rng():
+            torch.manual_seed(list(CONFIGS).index(shape))
+            AutoModelForCausalLM.from_config(CONFIGS[shape]).save_pretrained(self[shape])
+        self.tokenizer.save_pretrained(self[shape])
+        return self[shape]
+
+
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory, tokenizer) -> dict[str, Path]:
-    """A folder with model and tokenizer for each architecture."""
-    folders = {}
-    for i, (shape, config) in enumerate(CONFIGS.items()):
-        torch.manual_seed(i)
-        folders[shape] = tmp_path_factory.mktemp(shape)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folders[shape])
-        tokenizer.save_pretrained(folders[shape])
-    return folders
+def checkpoints(tmp_path_factory, tokenizer) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"), tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -102,13 +139,20 @@ def make_artifacts(tmp_path_factory, checkpoints, tokenizer, randomise) -> Calla
     return make
 
 
+def lora_of(artifact: Path) -> dict[str, Any]:
+    """What a recipe would say of the shape of an artifact of `make_artifacts`."""
+    config = LoraConfig.from_pretrained(str(artifact))
+    return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": "all-linear"}
+
+
 @pytest.fixture(scope="session")
 def share(tokenizer) -> Callable[[Artifacts], SharedBase]:
     """A function that puts four roles on a freshly loaded base."""
 
     def make(artifacts: Artifacts) -> SharedBase:
         model = base.load_base(artifacts.spec, tokenizer)
-        return SharedBase(model, {}, artifacts.init, artifacts.reward)
+        shapes = lora_of(artifacts.init), lora_of(artifacts.reward)
+        return SharedBase(model, shapes[0], artifacts.init, artifacts.reward, shapes[1])
 
     return make
 

@@ -1,0 +1,384 @@
+"""What one PPO update needs in memory, beside TRL's own loop for the same work; exits with 1 where the bound is missed.
+
+The model is a random Llama with the vocabulary of Llama-3 and hardly anything else, since it is logits that tell the
+two apart. Both trainers get the same model, the same four roles on one base, the same prompts, and replies of the same
+length, each in a process of its own. Growth is the peak during `train()` over what there was right before it: resident
+memory, or on a GPU the allocator's. A tiny update comes first, so that what libraries set up once is not counted.
+
+`--gpu` measures one whole update of ours alone, for a model of the shape of Llama-3.1-8B with random weights in NF4.
+"""
+
+import os
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import argparse
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.utils import logging
+from trl.experimental import ppo as trl_ppo
+
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import device, load_base
+from rlhf_pipeline.models.roles import SharedBase
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.ppo.config import PPOConfig
+from rlhf_pipeline.ppo.rollout import Episodes
+from rlhf_pipeline.ppo.trainer import PPOTrainer, Scored
+from rlhf_pipeline.recipe.schema import Model
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "rlhf_pipeline" / "models" / "tiny" / "checkpoint"
+VOCABULARY_SIZE = 128_256
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+AT_MOST = 0.25  # of TRL's growth
+AIM = 16 * 2**30  # for a whole update of the 8 B model
+PHASES = ["sampling", "scoring", "optimisation", "rest"]
+# Freed memory goes back to the system at once, for both alike; else a peak would depend on what was freed before it.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**17),
+    "MALLOC_TRIM_THRESHOLD_": str(2**17),
+}
+
+
+@dataclass
+class Shape:
+    """A Llama with random weights, and the work of one update: `batch` replies, every one of full length."""
+
+    model: dict[str, Any]
+    quantization: str
+    dtype: str
+    batch: int
+    prompt_length: int
+    response_length: int
+    epochs: int
+    gradient_checkpointing: bool
+
+
+BESIDE_TRL = Shape(
+    {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "num_key_value_heads": 2},
+    "none", "float32", batch=16, prompt_length=32, response_length=64, epochs=2, gradient_checkpointing=False,
+)  # fmt: skip
+LLAMA_8B = Shape(
+    {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+     "num_key_value_heads": 8},
+    "nf4", "bfloat16", batch=4, prompt_length=512, response_length=512, epochs=4, gradient_checkpointing=True,
+)  # fmt: skip
+SMALL = Shape(
+    {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "num_key_value_heads": 2},
+    "nf4", "bfloat16", batch=4, prompt_length=16, response_length=16, epochs=4, gradient_checkpointing=True,
+)  # fmt: skip
+
+
+class ResidentMemory:
+    """This process's resident memory. The kernel notes the peak, or where it may not be reset, a thread that looks."""
+
+    reserved = 0
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.highest = 0
+        self.noted_by_kernel = self._reset_kernel()
+        if not self.noted_by_kernel:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def now(self) -> int:
+        return self.process.memory_info().rss
+
+    def restart(self) -> None:
+        self.highest = self.now()
+        if self.noted_by_kernel:
+            self._reset_kernel()
+
+    def peak(self) -> int:
+        if not self.noted_by_kernel:
+            return max(self.highest, self.now())
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+    def _reset_kernel(self) -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def _watch(self) -> None:
+        while True:
+            self.highest = max(self.highest, self.now())
+            time.sleep(0.001)
+
+
+class AllocatedMemory:
+    """What PyTorch has allocated on the GPU, and the most it ever held for that."""
+
+    reserved = 0
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def restart(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        torch.cuda.synchronize()
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+        return torch.cuda.max_memory_allocated()
+
+
+class Recorder:
+    """The peak memory and the seconds of each phase; what is between phases counts as `rest`."""
+
+    def __init__(self) -> None:
+        self.memory = AllocatedMemory() if torch.cuda.is_available() else ResidentMemory()
+        self.peaks: dict[str, int] = defaultdict(int)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.before = self.memory.now()
+        self._restart()
+
+    def end(self, phase: str) -> None:
+        self.peaks[phase] = max(self.peaks[phase], self.memory.peak())
+        self.seconds[phase] += time.perf_counter() - self.since
+        self._restart()
+
+    def _restart(self) -> None:
+        self.memory.restart()
+        self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.end("rest")
+        yield
+        self.end(name)
+
+
+class MeasuredTrainer(PPOTrainer):
+    """Ours, with a recorder around each phase."""
+
+    recorder: Recorder
+
+    def roll_out(self, prompts: list[list[int]]) -> Episodes:
+        with self.recorder.phase("sampling"):
+            return super().roll_out(prompts)
+
+    def score(self, episodes: Episodes) -> Scored:
+        with self.recorder.phase("scoring"):
+            return super().score(episodes)
+
+    def optimise(self, *arguments: Any) -> dict[str, float]:
+        with self.recorder.phase("optimisation"):
+            return super().optimise(*arguments)
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="one update of an 8 B model; TMPDIR needs 17 GB for it")
+    parser.add_argument("--shape", choices=["small"], help="the same on any device, with a small model")
+    parser.add_argument("--batch", type=int, default=BESIDE_TRL.batch)
+    parser.add_argument("--prompt-length", type=int, default=BESIDE_TRL.prompt_length)
+    parser.add_argument("--response-length", type=int, default=BESIDE_TRL.response_length)
+    parser.add_argument("--epochs", type=int, default=BESIDE_TRL.epochs)
+    parser.add_argument("--measure", choices=["ours", "TRL"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.folder)))
+        return
+    if options.gpu and not torch.cuda.is_available():
+        sys.exit("--gpu needs a GPU that CUDA can use, and there is none here")
+    if options.gpu or options.shape:
+        sys.exit(whole_update(SMALL if options.shape else LLAMA_8B))
+    work = {name: getattr(options, name) for name in ("batch", "prompt_length", "response_length", "epochs")}
+    sys.exit(beside_trl(replace(BESIDE_TRL, **work)))
+
+
+def beside_trl(shape: Shape) -> int:
+    """Both, one after the other, and what ours needs of what TRL needs; returns the exit code."""
+    with tempfile.TemporaryDirectory(prefix="ppo-memory-") as folder:
+        make_artifacts(Path(folder), shape)
+        measured = {way: in_a_process(way, folder) for way in ("TRL", "ours")}
+    logits = shape.batch * shape.response_length * VOCABULARY_SIZE * 4
+    print(f"{work_of(shape)}; the logits of all replies are {logits / 1e9:.2f} GB in float32")
+    growth = {way: numbers["peak"] - numbers["before"] for way, numbers in measured.items()}
+    for way, numbers in measured.items():
+        before = f"{numbers['before'] / 1e9:5.2f} GB before"
+        print(f"{way:<5} {before}, peak {growth[way] / 1e9:6.3f} GB more, {numbers['wall_s']:6.1f} s")
+    ours = measured["ours"]
+    phases = (f"{phase} {(ours['peaks'][phase] - ours['before']) / 1e9:.3f} GB" for phase in PHASES)
+    print("ours, the peak of each phase: " + ", ".join(phases))
+    ratio = growth["ours"] / growth["TRL"]
+    print(f"ours / TRL: {ratio:.3f}, and it must be at most {AT_MOST}")
+    print(json.dumps({"shape": asdict(shape), "measured": measured, "ratio": ratio}))
+    return int(ratio > AT_MOST)
+
+
+def whole_update(shape: Shape) -> int:
+    """One update of ours alone, with the peaks and seconds of its phases; returns the exit code."""
+    with tempfile.TemporaryDirectory(prefix="ppo-memory-") as folder:
+        print("making a random checkpoint", file=sys.stderr)
+        parameters = make_artifacts(Path(folder), shape)
+        numbers = in_a_process("ours", folder)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU (resident memory)"
+    print(f"{parameters / 1e9:.2f} B parameters in {shape.quantization} on {where}; {work_of(shape)}")
+    print(f"{'before':<13}{numbers['before'] / 2**30:7.2f} GiB")
+    for phase in PHASES:
+        print(f"{phase:<13}{numbers['peaks'][phase] / 2**30:7.2f} GiB {numbers['seconds'][phase]:8.2f} s")
+    reserved = f"   reserved from the GPU: {numbers['reserved'] / 2**30:.2f} GiB" if numbers["reserved"] else ""
+    print(f"{'whole update':<13}{numbers['peak'] / 2**30:7.2f} GiB {numbers['wall_s']:8.2f} s{reserved}")
+    print(f"aim: at most {AIM / 2**30:.0f} GiB")
+    print(json.dumps({"shape": asdict(shape), "measured": numbers}))
+    return int(numbers["peak"] > AIM)
+
+
+def work_of(shape: Shape) -> str:
+    return (
+        f"one update of {shape.batch} prompts of {shape.prompt_length} tokens, replies of {shape.response_length}, "
+        f"{shape.epochs} epochs, vocabulary {VOCABULARY_SIZE:,}"
+    )
+
+
+def in_a_process(way: str, folder: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", way, "--folder", folder]
+    process = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    if process.returncode != 0:
+        sys.exit(f"{way} ended with {process.returncode}:\n{process.stdout[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def make_artifacts(folder: Path, shape: Shape) -> int:
+    """Save a random base, a random reward adapter with its head, and the shape; returns the number of parameters.
+
+    Weights are drawn and written one layer at a time, so that the whole model is never in memory.
+    """
+    (folder / "shape.json").write_text(json.dumps(asdict(shape)))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **shape.model,
+        vocab_size=VOCABULARY_SIZE,
+        max_position_embeddings=8192,
+        num_labels=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=shape.dtype,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        scorer = AutoModelForSequenceClassification.from_config(config)
+        reward = adapters.with_reward_adapter(scorer, LORA, None)
+    config.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "base")
+    files: dict[str, str] = {}
+    for name in model.state_dict():
+        files[name] = f"{name.split('.')[2] if '.layers.' in name else name}.safetensors"
+    for file in dict.fromkeys(files.values()):
+        tensors = {
+            name: drawn(tensor, shape.dtype) for name, tensor in model.state_dict().items() if files[name] == file
+        }
+        save_file(tensors, folder / "base" / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "reward").mkdir()
+    state = {name: drawn(tensor, "float32") for name, tensor in get_peft_model_state_dict(reward).items()}
+    save_file(state, folder / "reward" / adapters.WEIGHTS, {"format": "pt"})
+    reward.peft_config["default"].save_pretrained(str(folder / "reward"))
+    return model.num_parameters()
+
+
+def drawn(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Weights of a tensor's shape: ones for a norm's, else random; drawn on the GPU where there is one."""
+    if tensor.ndim == 1:
+        return torch.ones(tensor.shape, dtype=getattr(torch, dtype))
+    return (torch.randn(tensor.shape, dtype=getattr(torch, dtype), device=device()) * 0.02).cpu()
+
+
+def measure(way: str, folder: Path) -> dict[str, Any]:
+    """One update: bytes in use before it and at its peak, and for ours at the peak of each phase."""
+    shape = Shape(**json.loads((folder / "shape.json").read_text()))
+    spec = Model(path=str(folder / "base"), quantization=shape.quantization, dtype=shape.dtype)
+    tokenizer = load_tokenizer(spec.path)
+    set_seed(0)
+    shared = SharedBase(load_base(spec, tokenizer), LORA, None, folder / "reward", LORA)
+    tiny = replace(shape, batch=2, prompt_length=4, response_length=3, epochs=1)
+    make_trainer(way, tiny, shared, tokenizer, folder).train()
+    trainer = make_trainer(way, shape, shared, tokenizer, folder)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    recorder = trainer.recorder = Recorder()
+    trainer.train()
+    recorder.end("rest")
+    return {
+        "before": recorder.before,
+        "peak": max(recorder.peaks.values()),
+        "peaks": recorder.peaks,
+        "reserved": recorder.memory.reserved,
+        "wall_s": sum(recorder.seconds.values()),
+        "seconds": recorder.seconds,
+    }
+
+
+def make_trainer(way: str, shape: Shape, shared: SharedBase, tokenizer: Any, folder: Path) -> Any:
+    """A trainer for one update of that shape: ours, or TRL's over the same views."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = torch.randint(5, VOCABULARY_SIZE, (shape.batch, shape.prompt_length), generator=draw)
+    dataset = Dataset.from_dict({"input_ids": prompts.tolist()})
+    settings = {
+        "output_dir": str(folder / "out"),
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": shape.dtype == "bfloat16",
+        "gradient_checkpointing": shape.gradient_checkpointing,
+        "num_sample_generations": 0,
+        "total_episodes": shape.batch,
+        "per_device_train_batch_size": shape.batch,
+        "num_ppo_epochs": shape.epochs,
+        "response_length": shape.response_length,
+        "temperature": 1.0,
+        "stop_token": None,  # every reply has full length
+    }
+    if way == "ours":
+        trainer = MeasuredTrainer(PPOConfig(**settings), tokenizer, shared, dataset)
+        trainer.recorder = Recorder()
+        return trainer
+    return trl_ppo.PPOTrainer(
+        args=trl_ppo.PPOConfig(**settings),
+        processing_class=tokenizer,
+        model=shared.policy,
+        ref_model=shared.reference,
+        reward_model=shared.reward,
+        value_model=shared.value,
+        train_dataset=dataset,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""How long one PPO update of the tiny recipe takes, beside TRL's own loop; exits with 1 where the bound is missed.
+
+Both train the same four roles on one base, with the recipe's PPO settings, prompts and earlier stages, each in a
+process of its own. They take turns, ours, TRL, ours, TRL, so that a change of the load meets both alike. An update's
+seconds are those from one `on_step_end` to the next, so the first update is not counted. Each draws prompts and replies
+in its own way; the tokens of the replies, up to the end of each, are counted for both. CPU seconds are printed beside
+the wall's, since they suffer less from what else runs; the bound is on wall time, with the heap as it is.
+"""
+
+import os
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import argparse
+import cProfile
+import gc
+import io
+import json
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
+from trl.experimental import ppo as trl_ppo
+
+from rlhf_pipeline import data, recipe
+from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.roles import SharedBase
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.ppo.config import PPOConfig
+from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.stages.job import Job
+
+WAYS = ["ours", "TRL"]
+AT_MOST = 0.7  # of TRL's seconds
+TOP = 20  # lines of a profile
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+
+
+class Clock(TrainerCallback):
+    """Notes when each update ended, by the wall's clock and by the CPU's."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+
+class Rollouts:
+    """Stands in for the policy's `generate`, and notes each call's seconds and the tokens of its replies."""
+
+    def __init__(self, policy: Any, stop_token_id: int) -> None:
+        self.generate = policy.generate
+        self.stop_token_id = stop_token_id
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        policy.generate = self
+
+    def __call__(self, **inputs: Any) -> Any:
+        begun = time.perf_counter()
+        output = self.generate(**inputs)
+        self.seconds.append(time.perf_counter() - begun)
+        rows = output if isinstance(output, torch.Tensor) else output.sequences
+        stops = (rows[:, inputs["input_ids"].shape[1] :] == self.stop_token_id).int()
+        self.tokens.append(int((stops.cumsum(1) - stops == 0).sum()))  # the stop token is the last that counts
+        return output
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run directory of `tiny` whose sft and reward to use; else made")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=6, help="of each process, the first not counted")
+    parser.add_argument("--frozen", action="store_true", help="then again with gc.freeze() in both, as in our workers")
+    parser.add_argument("--profile", action="store_true", help="then show where our optimisation spends its time")
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return
+    if options.updates < 2:
+        parser.error("--updates must be at least 2, since the first is not counted")
+    with tempfile.TemporaryDirectory(prefix="ppo-speed-") as folder:
+        run = options.run.resolve() if options.run else make_run(folder)
+        command = [f"--run={run}", f"--out={folder}/out", f"--updates={options.updates}"]
+        result = {"threads": torch.get_num_threads(), "usual": compare(command, options.repeats)}
+        ratio, cpu = result["usual"]["ratio"], result["usual"]["cpu_ratio"]
+        print(f"ours / TRL: {ratio:.3f}, and it must be at most {AT_MOST}; of CPU time {cpu:.3f}", flush=True)
+        if options.frozen:
+            frozen = result["frozen"] = compare([*command, "--frozen"], options.repeats)
+            print(f"with the heap frozen in both: {frozen['ratio']:.3f}; of CPU time {frozen['cpu_ratio']:.3f}")
+        if options.profile:
+            print(in_a_process("ours", [*command, "--profile"])["profile"])
+    print(json.dumps(result))
+    sys.exit(int(ratio > AT_MOST))
+
+
+def make_run(folder: str) -> Path:
+    """Run the tiny recipe's stages up to the reward model."""
+    print("training the tiny recipe's sft and reward", file=sys.stderr)
+    command = [sys.executable, "-m", "rlhf_pipeline", "run", "tiny", "--until", "reward", f"output_dir={folder}/runs"]
+    subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
+    return Path(folder) / "runs" / "tiny"
+
+
+def compare(command: list[str], repeats: int) -> dict[str, Any]:
+    """Both in turn; all numbers, and the ratios of the medians of their seconds per update."""
+    measured: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for repeat in range(1, repeats + 1):
+        for way in WAYS:
+            numbers = in_a_process(way, command)
+            measured[way].append(numbers)
+            print(f"{repeat}  {way:<5}{row(numbers)}", flush=True)
+    wall, cpu = (
+        {way: statistics.median(numbers[clock] for numbers in measured[way]) for way in WAYS}
+        for clock in ("seconds", "cpu_seconds")
+    )
+    return {"ratio": wall["ours"] / wall["TRL"], "cpu_ratio": cpu["ours"] / cpu["TRL"], "measured": measured}
+
+
+def row(numbers: dict[str, Any]) -> str:
+    parts = "  ".join(f"{name} {seconds:.3f}" for name, seconds in numbers["parts"].items())
+    tokens, seconds = numbers["tokens"], numbers["seconds"]
+    cpu = f"cpu {numbers['cpu_seconds']:6.3f} s"
+    return f"{seconds:6.3f} s an update, {cpu}   {tokens:4.0f} reply tokens, {tokens / seconds:4.0f} a second   {parts}"
+
+
+def in_a_process(way: str, arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", way, *arguments]
+    process = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    if process.returncode != 0:
+        sys.exit(f"{way} ended with {process.returncode}:\n{process.stdout[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Means over all updates but the first: seconds, of the whole and of its parts, and tokens of replies."""
+    loaded = recipe.load("tiny")
+    stage = loaded.stages["ppo"]
+    batch = stage.trainer["per_device_train_batch_size"]
+    stage.trainer["total_episodes"] = options.updates * batch
+    job = Job(loaded, "ppo", options.run)
+    decided = {"output_dir": str(options.out), "num_sample_generations": 0}
+    tokenizer = load_tokenizer(loaded.model.path)
+    prompts, _ = data.prompts(stage.data, tokenizer, loaded.seed)
+    set_seed(loaded.seed)
+    shared = SharedBase(
+        load_base(loaded.model, tokenizer), stage.lora, job.init, job.reward, loaded.stages["reward"].lora
+    )
+    clock, rollouts, profile = Clock(), Rollouts(shared.policy, tokenizer.eos_token_id), cProfile.Profile()
+    if options.measure == "ours":
+        trainer = PPOTrainer(job.trainer_config(PPOConfig, **decided), tokenizer, shared, prompts, callbacks=[clock])
+        if options.profile:
+            optimise = trainer.optimise
+            trainer.optimise = lambda *arguments: profile.runcall(optimise, *arguments)
+    else:
+        trainer = trl_ppo.PPOTrainer(
+            args=job.trainer_config(trl_ppo.PPOConfig, **decided),
+            processing_class=tokenizer,
+            model=shared.policy,
+            ref_model=shared.reference,
+            reward_model=shared.reward,
+            value_model=shared.value,
+            train_dataset=prompts,
+            callbacks=[clock],
+        )
+    if options.frozen:
+        gc.collect()
+        gc.freeze()
+    trainer.train()
+    counted = options.updates - 1
+    first = len(rollouts.tokens) // options.updates  # calls of `generate` in the first update
+    numbers: dict[str, Any] = {
+        "seconds": (clock.ends[-1][0] - clock.ends[0][0]) / counted,
+        "cpu_seconds": (clock.ends[-1][1] - clock.ends[0][1]) / counted,
+        "tokens": sum(rollouts.tokens[first:]) / counted,
+        "parts": {"sampling": sum(rollouts.seconds[first:]) / counted},
+    }
+    parts = numbers["parts"]
+    if options.measure == "ours":
+        logged = trainer.state.log_history[1:]
+        scoring = (update["rollout/seconds"] - update["rollout/sampling_seconds"] for update in logged)
+        parts["scoring"] = sum(scoring) / counted
+        parts["optimisation"] = sum(update["optimise/seconds"] for update in logged) / counted
+    parts["rest"] = numbers["seconds"] - sum(parts.values())
+    if options.profile:
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(TOP)
+        numbers["profile"] = text.getvalue().strip()
+    return numbers
+
+
+if __name__ == "__main__":
+    main()

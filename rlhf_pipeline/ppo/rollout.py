@@ -1,0 +1,190 @@
+"""Sampling: replies to prompts, and where in their rows they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+
+@dataclass
+class Episodes:
+    """B prompts with a reply each, T the longest reply's tokens, L the longest prompt and reply together.
+
+    A reply follows its prompt without a gap, and padding stands on the right alone: then every architecture numbers
+    the positions right by itself, and no column is padding for all rows. Where prompt, reply and padding meet is known
+    from lengths, never from token ids, so that a policy may sample any token, and padding may be any token too.
+
+    Attributes:
+        ids: int64 `[B, L]`.
+        prompt_lengths: int64 `[B]`.
+        reply_lengths: int64 `[B]`, at least 1; with the stop token, without what comes after it.
+        ended: bool `[B]`, whether the reply holds the stop token.
+        sampled_log_probs: float32 `[B, T]`, as generation computed them, from its cache.
+    """
+
+    ids: Tensor
+    prompt_lengths: Tensor
+    reply_lengths: Tensor
+    ended: Tensor
+    sampled_log_probs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """Int64 `[B, L]`, 1 on prompt and reply."""
+        ends = (self.prompt_lengths + self.reply_lengths)[:, None]
+        return (torch.arange(self.ids.shape[1], device=self.ids.device) < ends).long()
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Bool `[B, T]`, True on the tokens of the reply."""
+        places = torch.arange(int(self.reply_lengths.max()), device=self.ids.device)
+        return places < self.reply_lengths[:, None]
+
+    @cached_property
+    def replies(self) -> Tensor:
+        """Int64 `[B, T]`, the replies' tokens; outside them, whatever."""
+        places = self.prompt_lengths[:, None] + torch.arange(int(self.reply_lengths.max()), device=self.ids.device)
+        return self.ids.gather(1, places.clamp(max=self.ids.shape[1] - 1))
+
+    def by_length(self, rows: Tensor | None = None) -> Tensor:
+        """Rows, by default all, from the shortest to the longest, int64: taken in parts, they need little padding."""
+        lengths = self.prompt_lengths + self.reply_lengths
+        rows = torch.arange(len(self), device=lengths.device) if rows is None else rows
+        return rows[lengths[rows].argsort(stable=True)]
+
+    def select(self, rows: Tensor) -> "Episodes":
+        """Some of the episodes, without the columns that none of them needs."""
+        prompts, replies = self.prompt_lengths[rows], self.reply_lengths[rows]
+        return Episodes(
+            self.ids[rows, : int((prompts + replies).max())],
+            prompts,
+            replies,
+            self.ended[rows],
+            self.sampled_log_probs[rows, : int(replies.max())],
+        )
+
+
+class _SampledLogProbs(LogitsProcessor):
+    """Notes the log-probability of each sampled token, and holds the logits of one step alone.
+
+    Generation shows a processor the logits before a token is chosen; which one it was is seen at the next step.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.noted: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.note(input_ids)
+        self.last = scores.float() / self.temperature
+        return scores
+
+    def note(self, input_ids: Tensor) -> None:
+        """Take note of the token that now stands last."""
+        if self.last is not None:
+            chosen = self.last.gather(1, input_ids[:, -1:])[:, 0]
+            self.noted.append(chosen - self.last.logsumexp(1))
+
+
+@torch.no_grad()
+def sample(
+    policy: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    response_length: int,
+    temperature: float,
+    stop_token_id: int | None,
+    pad_token_id: int,
+    at_once: int,
+) -> Episodes:
+    """Sample one reply to each prompt, from the policy's whole distribution at a temperature.
+
+    Args:
+        policy: a view with `generate`.
+        prompts: token ids, at least one each.
+        response_length: the most tokens a reply may have.
+        temperature: more than 0.
+        stop_token_id: ends a reply; with None every reply has `response_length` tokens.
+        pad_token_id: fills rows up; it may equal the stop token.
+        at_once: how many replies are sampled together.
+
+    Returns:
+        The episodes, on the policy's device.
+    """
+    order = torch.arange(len(prompts))
+    if len(prompts) > at_once:  # prompts of like length together, for less padding
+        order = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
+    parts = [
+        _sample_together(
+            policy, [prompts[row] for row in rows], response_length, temperature, stop_token_id, pad_token_id
+        )
+        for rows in order.split(at_once)
+    ]
+    return concatenate(parts, pad_token_id).select(order.argsort())
+
+
+def _sample_together(
+    policy: Any,
+    prompts: Sequence[Sequence[int]],
+    response_length: int,
+    temperature: float,
+    stop_token_id: int | None,
+    pad_token_id: int,
+) -> Episodes:
+    device = next(policy.parameters()).device
+    longest = max(len(prompt) for prompt in prompts)
+    padded = torch.tensor([[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    noted = _SampledLogProbs(temperature)
+    settings = GenerationConfig(
+        max_new_tokens=response_length,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=stop_token_id,
+        pad_token_id=pad_token_id,
+    )
+    rows = policy.generate(
+        input_ids=padded.to(device),
+        attention_mask=attention_mask.to(device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([noted]),
+    )
+    noted.note(rows)
+    replies = rows[:, longest:]
+    stops = replies == stop_token_id if stop_token_id is not None else torch.zeros_like(replies, dtype=torch.bool)
+    ended = stops.any(1)
+    reply_lengths = torch.where(ended, stops.int().argmax(1) + 1, replies.shape[1])
+    lengths = lengths.to(device)
+    width = int((lengths + reply_lengths).max())
+    places = torch.arange(width, device=device) + (longest - lengths)[:, None]  # move each row left over its padding
+    ids = rows.gather(1, places.clamp(max=rows.shape[1] - 1))
+    ids = ids.masked_fill(torch.arange(width, device=device) >= (lengths + reply_lengths)[:, None], pad_token_id)
+    kept = int(reply_lengths.max())
+    return Episodes(ids, lengths, reply_lengths, ended, torch.stack(noted.noted, 1)[:, :kept])
+
+
+def concatenate(parts: Sequence[Episodes], pad_token_id: int) -> Episodes:
+    """All episodes of several batches, as one."""
+
+    def stacked(tensors: list[Tensor], fill: float) -> Tensor:
+        width = max(tensor.shape[1] for tensor in tensors)
+        return torch.cat([torch.nn.functional.pad(one, (0, width - one.shape[1]), value=fill) for one in tensors])
+
+    return Episodes(
+        stacked([part.ids for part in parts], pad_token_id),
+        torch.cat([part.prompt_lengths for part in parts]),
+        torch.cat([part.reply_lengths for part in parts]),
+        torch.cat([part.ended for part in parts]),
+        stacked([part.sampled_log_probs for part in parts], 0.0),
+    )
