@@ -61,15 +61,19 @@ class StagePlan:
         }
 
 
-def make(recipe: Recipe) -> list[StagePlan]:
+def make(recipe: Recipe, at_work: bool | None = None) -> list[StagePlan]:
     """Compare a recipe with what its run directory holds.
+
+    Args:
+        recipe: from `recipe.load`.
+        at_work: whether a run is going on there; by default the run directory's lock tells.
 
     Raises:
         InputError: a data file cannot be read.
     """
     directory = RunDirectory(recipe.run)
     digests = Digests(recipe.run / ".digests.json")
-    busy = directory.is_locked()
+    busy = directory.is_locked() if at_work is None else at_work
     plans: dict[str, StagePlan] = {}
     for name, stage in recipe.stages.items():
         inputs = stage_inputs(recipe, name, plans, digests)

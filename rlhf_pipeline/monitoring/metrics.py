@@ -1,6 +1,5 @@
 """Numbers written down as training logs them."""
 
-import contextlib
 import json
 import math
 import time
@@ -22,7 +21,7 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop what a broken-off run wrote after the checkpoint that this one goes on from."""
-        keep_until(self.file, state.global_step)
+        _rewrite(self.file, _whole_lines(self.file)[: len(state.log_history)])
 
     def on_log(
         self,
@@ -40,14 +39,22 @@ class MetricsLog(TrainerCallback):
 
 def keep_until(file: Path, step: int) -> None:
     """Drop the rows of a `.jsonl` file whose `step` is later, and a last line that was not written whole."""
+    _rewrite(file, [line for line in _whole_lines(file) if json.loads(line).get("step", 0) <= step])
+
+
+def _whole_lines(file: Path) -> list[str]:
     if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            if json.loads(line).get("step", 0) <= step:
-                kept.append(line + "\n")
-    file.write_text("".join(kept), encoding="utf-8")
+        return []
+    with file.open(encoding="utf-8") as lines:
+        return [line for line in lines if line.endswith("\n")]
+
+
+def _rewrite(file: Path, lines: list[str]) -> None:
+    """Replace a file's lines in one step; a file that is not there is not made."""
+    if file.is_file():
+        temporary = file.with_name(file.name + ".new")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(file)
 
 
 def numbers(logs: dict[str, Any]) -> dict[str, float | int | None]:

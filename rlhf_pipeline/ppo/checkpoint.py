@@ -29,10 +29,11 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def remove_older(folder: Path, limit: int | None) -> None:
-    """Keep the `limit` latest checkpoints in a folder; all of them where it is None."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in checkpoints[: -limit if limit else 0]:
+def remove_others(newest: Path, limit: int | None) -> None:
+    """Keep the checkpoint just written and the latest others beside it, `limit` in all; every one for None or 0."""
+    others = [path for path in newest.parent.glob("checkpoint-*") if path != newest]
+    others.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in others[limit - 1 :] if limit else []:
         doomed = checkpoint.with_name(f".old-{checkpoint.name}")
         checkpoint.rename(doomed)  # removing takes a while, and half a checkpoint must not look like one
         shutil.rmtree(doomed)
@@ -50,10 +51,11 @@ def locate(folder: str, wanted: str | bool | None) -> Path | None:
     """
     if not wanted:
         return None
-    path = get_last_checkpoint(folder) if wanted is True else str(wanted)
-    if path is None or not Path(path).is_dir():
-        raise ValueError(f"there is no checkpoint {path or 'in ' + folder}")
-    return Path(path)
+    if wanted is True:
+        wanted = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if not wanted or not Path(wanted).is_dir():
+        raise ValueError(f"there is no checkpoint {wanted or 'in ' + folder}")
+    return Path(wanted)
 
 
 def _sync(path: Path) -> None:

@@ -67,15 +67,19 @@ class PPOConfig(trl_ppo.PPOConfig):
         Raises:
             ValueError: naming the key.
         """
+        scheduler = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if scheduler in ("reduce_lr_on_plateau", "greedy"):  # Transformers would first ask for an `eval_strategy`
+            raise ValueError(f"`lr_scheduler_type: {scheduler}` waits for a metric that PPO does not have")
         super().__post_init__()
         at_least: dict[str, float] = {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_mini_batches": 1,
             "num_ppo_epochs": 1, "response_length": 1, "local_rollout_forward_batch_size": 1, "kl_horizon": 1,
             "max_skipped_steps": 1, "value_warmup_updates": 0, "num_sample_generations": 0, "kl_coef": 0, "ptx_coef": 0,
-            "vf_coef": 0, "learning_rate": 0, "value_learning_rate": 0,
+            "vf_coef": 0, "learning_rate": 0, "value_learning_rate": 0, "max_grad_norm": 0, "save_total_limit": 0,
+            "per_device_eval_batch_size": 1,
         }  # fmt: skip
         more_than_zero = ("temperature", "cliprange", "cliprange_value", "score_clip", "log_ratio_clamp", "target_kl",
-                          "kl_budget", "missing_eos_penalty", "total_episodes")  # fmt: skip
+                          "kl_budget", "missing_eos_penalty", "total_episodes", "num_train_epochs")  # fmt: skip
         for key, least in at_least.items():
             if (value := getattr(self, key)) is not None and value < least:
                 raise ValueError(f"`{key}` must be at least {least}, and it is {value}")
@@ -98,5 +102,3 @@ class PPOConfig(trl_ppo.PPOConfig):
             raise ValueError(f"`whiten_rewards` needs mini-batches of at least 8 episodes, and they have {mini_batch}")
         if self.fp16:
             raise ValueError("PPO does not train in float16, whose gradients overflow: use bfloat16 or float32")
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(f"`lr_scheduler_type: {self.lr_scheduler_type}` waits for a metric that PPO does not have")

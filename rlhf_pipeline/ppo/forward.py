@@ -94,17 +94,17 @@ class _TokenLogProbs(torch.autograd.Function):
                 states = states.detach().requires_grad_(differentiate)
                 logits = head(states)
             scaled = logits.detach().float() / temperature
+            total = scaled.logsumexp(1, keepdim=True)
+            log_probs.append((scaled.gather(1, chosen[:, None]) - total)[:, 0])
             if not differentiate:
-                log_probs.append(scaled.gather(1, chosen[:, None])[:, 0] - scaled.logsumexp(1))
                 entropies.append(torch.zeros_like(log_probs[-1]))
                 continue
-            log_p = scaled.log_softmax(1)
-            del scaled
-            log_probs.append(log_p.gather(1, chosen[:, None])[:, 0])
+            log_p = scaled.sub_(total)
             p = log_p.exp()
             entropies.append(-(log_p.nan_to_num_(neginf=0.0).mul_(p)).sum(1))
             by_logits = p.neg_().scatter_add_(1, chosen[:, None], torch.ones_like(p[:, :1])).div_(temperature)
             slopes.append(torch.autograd.grad(logits, states, by_logits.to(logits.dtype))[0])
+            del logits, scaled, log_p, p, by_logits  # before the next block is made beside them
         if differentiate:
             ctx.save_for_backward(torch.cat(slopes))
         entropy = torch.cat(entropies)

@@ -112,7 +112,8 @@ def sample(
         prompts: token ids, at least one each.
         response_length: the most tokens a reply may have.
         temperature: more than 0.
-        stop_token_id: ends a reply; with None every reply has `response_length` tokens.
+        stop_token_id: ends a reply; with None every reply has `response_length` tokens, if the policy's own generation
+            settings have no EOS either (TRL's trainer sees to that).
         pad_token_id: fills rows up; it may equal the stop token.
         at_once: how many replies are sampled together.
 

@@ -156,6 +156,16 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.optimizer.param_groups[:] = groups
         return self.optimizer
 
+    @property
+    def trained_roles(self) -> set[str]:
+        """The roles whose weights the settings let move."""
+        args, roles = self.args, set()
+        if args.learning_rate and args.value_warmup_updates < args.num_total_batches:
+            roles.add("policy")
+        if args.vf_coef and (args.learning_rate if args.value_learning_rate is None else args.value_learning_rate):
+            roles.add("value")
+        return roles
+
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Train.
 
@@ -163,7 +173,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             resume_from_checkpoint: a checkpoint's path, or True for the latest in `output_dir`.
 
         Raises:
-            ValueError: there is no such checkpoint, or it is of another base, reference or reward.
+            ValueError: there is no such checkpoint, or it is of another reference or reward.
             RuntimeError: too many optimizer steps in a row had gradients that were not finite.
         """
         self._begin(checkpoint.locate(self.args.output_dir, resume_from_checkpoint))
@@ -508,6 +518,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 "start: lower `learning_rate`, or raise the budget"
             )
         self._put_back("policy", self.best.weights)
+        if self.unreported:
+            self._log_means()
         self.log(
             {
                 "objective/kl": self.best.kl,
@@ -556,10 +568,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             self.evaluate()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write `checkpoint-<step>`, whole or not at all, and remove those beyond `save_total_limit`."""
+        """Write `checkpoint-<step>`, whole or not at all, and remove older ones beyond `save_total_limit`."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         checkpoint.write_whole(folder, self._write_checkpoint)
-        checkpoint.remove_older(folder.parent, self.args.save_total_limit)
+        checkpoint.remove_others(folder, self.args.save_total_limit)
 
     def _write_checkpoint(self, folder: Path) -> None:
         for role in self.trained:

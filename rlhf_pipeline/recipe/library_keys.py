@@ -105,6 +105,9 @@ _PPO_REASONS = {
     "dataloader_persistent_workers": _NOTHING_TO_LOAD,
     "dataloader_drop_last": _NOTHING_TO_LOAD,
     "save_only_model": "a checkpoint is there to go on from", "resume_from_checkpoint": "a run goes on by itself",
+    "ignore_data_skip": "which prompts come next follows from the step", "save_on_each_node": _ONE_GPU,
+    "restore_callback_states_from_checkpoint": "the pipeline's callbacks have no state",
+    "enable_jit_checkpoint": "set `save_steps`",
     "load_best_model_at_end": "set `kl_budget`, which keeps the best policy within it",
     "metric_for_best_model": "set `kl_budget`, which keeps the best policy within it",
     "greater_is_better": "set `kl_budget`, which keeps the best policy within it",
@@ -165,7 +168,7 @@ def refusal(config: str, key: str) -> str | None:
     if config == "lora":
         return _LORA_DECIDED.get(key)
     if config == "ppo":
-        return None if key in _PPO_READS else (_PPO_REASONS | _DECIDED).get(key, "PPO does not read it")
+        return None if key in _PPO_READS else (_DECIDED | _PPO_REASONS).get(key, "PPO does not read it")
     return _DECIDED.get(key)
 
 

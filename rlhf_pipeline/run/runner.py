@@ -55,10 +55,13 @@ def run(
         _check(recipe, chosen, launcher, scratch)
         with directory.locked():
             # Another run may have come between; what it did counts.
-            chosen, judged = _to_do(plan.make(recipe), until, only, force)
+            chosen, judged = _to_do(plan.make(recipe, at_work=False), until, only, force)
             write_atomically(directory.path / "recipe.yaml", to_yaml(recipe))
+            trained: set[str | None] = set()
             for stage in chosen:
-                _train(recipe, stage, directory, launcher, say, fresh=stage.name in (force or []))
+                fresh = stage.name in (force or []) or bool({stage.init, stage.reward} & trained)
+                _train(recipe, stage, directory, launcher, say, fresh)
+                trained.add(stage.name)
             for stage in judged:
                 _judge(recipe, stage, directory, launcher, scratch, say)
     return plan.make(recipe)
@@ -111,8 +114,9 @@ def _train(
 ) -> None:
     """Run one stage in a worker and publish what it made; it goes on from a checkpoint of its own unless `fresh`."""
     folder = directory.stage(stage.name)
-    if not fresh and _resumable(stage, folder / "work"):
-        say(f"{stage.name:<7} goes on from its last checkpoint")
+    resumed_from = None if fresh else _last_checkpoint(stage, folder / "work")
+    if resumed_from is not None:
+        say(f"{stage.name:<7} goes on from step {resumed_from}")
         shutil.rmtree(folder / "work" / "adapter", ignore_errors=True)
         (folder / "work" / "result.json").unlink(missing_ok=True)
     else:
@@ -131,6 +135,7 @@ def _train(
         "reward": stage.reward,
         "log": f"{stage.name}/log.txt",
         "started_at": _now(),
+        "resumed_from_step": resumed_from,
         "versions": plan.versions(),
     }
     directory.write_record(stage.name, record)
@@ -165,10 +170,11 @@ def _train(
     say(f"{stage.name:<7} done in {wall_s:.0f} s" + (f", judge_mean {judged:.3f}" if judged is not None else ""))
 
 
-def _resumable(stage: StagePlan, work: Path) -> bool:
-    """Whether the stage broke off with the inputs of now, and left a checkpoint."""
-    same = stage.record.get("fingerprint") == stage.fingerprint
-    return stage.state == "failed" and same and any(work.glob("checkpoint-*"))
+def _last_checkpoint(stage: StagePlan, work: Path) -> int | None:
+    """The step of the last checkpoint, if the stage broke off with the inputs of now."""
+    if stage.state != "failed" or stage.record.get("fingerprint") != stage.fingerprint:
+        return None
+    return max((int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*")), default=None)
 
 
 def _judge(

@@ -96,9 +96,12 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     if len(scores) != len(prompts):
         raise ValueError(f"{spec.judge} returned {len(scores)} scores for {len(prompts)} replies")
     samples = job.folder / "samples.jsonl"
-    rows_before = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.is_file() else []
+    of_training = []
+    if samples.is_file():
+        with samples.open(encoding="utf-8") as lines:
+            of_training = [line for line in lines if "judge" not in json.loads(line)]
     with samples.open("w", encoding="utf-8") as lines:
-        lines.writelines(line for line in rows_before if "judge" not in json.loads(line))
+        lines.writelines(of_training)
         for prompt, reply, score in zip(prompts, replies, scores, strict=True):
             row = {"prompt": prompt, "completion": reply, "judge": score}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from rlhf_pipeline import data
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_base
-from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
+from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.monitoring.metrics import MetricsLog, final
 from rlhf_pipeline.ppo.config import PPOConfig
@@ -23,6 +23,7 @@ NEEDS = {
     "eval_delay": "eval_strategy",
     "eval_on_start": "eval_strategy",
     "per_device_eval_batch_size": "eval_strategy",
+    "save_total_limit": "save_strategy",
 }
 
 
@@ -81,25 +82,24 @@ def run(job: Job) -> dict[str, Any]:
     )
     before = shared.checksums()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(job.work))
-    check_weights(before, shared.checksums())
+    check_weights(before, shared.checksums(), trainer.trained_roles)
     trainer.save_model(str(job.artifact))
     return final(trainer.state.log_history) | judge_policy(job, shared.policy, tokenizer)
 
 
-def check_weights(before: dict[str, int], after: dict[str, int]) -> None:
-    """See that PPO moved policy and value and nothing else.
+def check_weights(before: dict[str, int], after: dict[str, int], trained: set[str]) -> None:
+    """See that PPO moved the weights of the roles it trains, and no others.
 
     Args:
         before: `SharedBase.checksums` before training.
         after: the same afterwards.
+        trained: the roles that were to move.
 
     Raises:
         RuntimeError: it did not.
     """
     moved = {name for name in before if before[name] != after[name]}
-    for name in ("base", *FROZEN):
-        if name in moved:
-            raise RuntimeError(f"training changed the weights of `{name}`, which must stay")
-    for name in TRAINED:
-        if name not in moved:
-            raise RuntimeError(f"training left the weights of `{name}` as they were")
+    for name in sorted(moved - trained):
+        raise RuntimeError(f"training changed the weights of `{name}`, which must stay")
+    for name in sorted(trained - moved):
+        raise RuntimeError(f"training left the weights of `{name}` as they were")

@@ -123,9 +123,9 @@ def moved_right(batch):
     return ids, mask
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("shape", [*SHAPES, "gemma2"])
 class TestParts:
+    @torch.no_grad()
     def test_states_and_head_give_the_logits_of_the_init_adapter(self, share, make_artifacts, batch, shape):
         """Taken apart into last hidden states and head, policy and reference are still the init adapter."""
         artifacts = make_artifacts(shape)
@@ -138,6 +138,7 @@ class TestParts:
                 assert_close(view.head(states[mask.bool()]), expected, rtol=1e-5, atol=1e-5)
                 assert active_roles(shared) == {("value",)}
 
+    @torch.no_grad()
     def test_states_and_scores_give_those_of_the_reward_model(self, share, make_artifacts, batch, shape):
         """A number for each hidden state, of whatever shape the states are."""
         artifacts = make_artifacts(shape)

@@ -26,6 +26,7 @@ class Trained(NamedTuple):
         logs: what was logged, an entry for each update.
         moved: of base and roles, those whose weights changed.
         weights: of policy and value, afterwards.
+        unmoved: those of them that are what they were before.
         ranks: of their adapters.
         layer_calls: how often the first decoder layer was computed with gradients on.
         adapted: the classes of the base's layers that have adapters, by name.
@@ -34,6 +35,7 @@ class Trained(NamedTuple):
     logs: list[dict[str, float]]
     moved: set[str]
     weights: dict[str, Tensor]
+    unmoved: set[str]
     ranks: dict[str, set[int]]
     layer_calls: int
     adapted: dict[str, type]
@@ -44,18 +46,20 @@ def watch_training(trainer: Any) -> Trained:
     layers = next(module for module in shared.causal_lm.modules() if isinstance(module, nn.ModuleList))
     attention = next(child for name, child in layers[0].named_children() if "attn" in name)
     attention.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    before = shared.checksums()
-    trainer.train()
-    after = shared.checksums()
-    trained = {
+    learning = {
         f"{role}.{name}": parameter
         for role in ("policy", "value")
         for name, parameter in getattr(shared, role).named_parameters()
     }
+    start = {name: parameter.detach().clone() for name, parameter in learning.items()}
+    before = shared.checksums()
+    trainer.train()
+    after = shared.checksums()
     return Trained(
         logs=trainer.state.log_history,
         moved={name for name in before if before[name] != after[name]},
-        weights={name: parameter.detach().clone() for name, parameter in trained.items()},
+        weights={name: parameter.detach() for name, parameter in learning.items()},
+        unmoved={name for name, parameter in learning.items() if torch.equal(parameter, start[name])},
         ranks={
             role: {p.shape[0] for name, p in adapters.adapter_parameters(shared.peft, role).items() if "lora_A" in name}
             for role in ("policy", "value")
@@ -112,10 +116,11 @@ class TestTraining:
         assert all(update["rollout/log_prob_gap_max"] < limit for update in updates)
 
     def test_policy_and_value_learn_and_nothing_else_moves(self, train, shape, quantization, checkpointing):
-        """Two updates move the two adapters that train, of different rank, and leave base, reference and reward."""
+        """Two updates move every weight of two adapters of different rank, and no base, reference or reward."""
         trained = train(shape, quantization, checkpointing)
         assert trained.ranks == {"policy": {4}, "value": {8}}
         assert trained.moved == {"policy", "value"}
+        assert trained.unmoved == set()
         assert all(weight.isfinite().all() for weight in trained.weights.values())
         assert trained.logs[1]["objective/kl"] != 0
 

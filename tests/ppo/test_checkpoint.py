@@ -97,15 +97,31 @@ def test_all_of_it_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("limit", "kept"),
-    [(1, {10}), (2, {9, 10}), (3, {8, 9, 10}), (4, {1, 8, 9, 10}), (9, {1, 8, 9, 10}), (None, {1, 8, 9, 10})],
+    [
+        (1, {10}),
+        (2, {9, 10}),
+        (3, {8, 9, 10}),
+        (4, {1, 8, 9, 10}),
+        (9, {1, 8, 9, 10}),
+        (None, {1, 8, 9, 10}),
+        (0, {1, 8, 9, 10}),
+    ],
 )
 def test_the_latest_checkpoints_by_number_are_kept(tmp_path: Path, limit: int | None, kept: set[int]) -> None:
     for number in (9, 1, 10, 8):
         checkpoint.write_whole(tmp_path / f"checkpoint-{number}", writer(str(number)))
     (tmp_path / "adapter").mkdir()
-    checkpoint.remove_older(tmp_path, limit)
+    checkpoint.remove_others(tmp_path / "checkpoint-10", limit)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", *(f"checkpoint-{number}" for number in kept)}
     assert all(content(tmp_path / f"checkpoint-{number}") == whole(str(number)) for number in kept)
+
+
+def test_the_checkpoint_just_written_stays_beside_later_ones(tmp_path: Path) -> None:
+    """As after going on from an early one."""
+    for number in (3, 8, 9):
+        checkpoint.write_whole(tmp_path / f"checkpoint-{number}", writer(str(number)))
+    checkpoint.remove_others(tmp_path / "checkpoint-3", 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-9"}
 
 
 def test_a_removal_that_breaks_off_leaves_nothing_that_looks_like_a_checkpoint(
@@ -121,9 +137,9 @@ def test_a_removal_that_breaks_off_leaves_nothing_that_looks_like_a_checkpoint(
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", break_off)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.remove_older(tmp_path, 1)
+            checkpoint.remove_others(tmp_path / "checkpoint-2", 1)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    checkpoint.remove_older(tmp_path, 1)
+    checkpoint.remove_others(tmp_path / "checkpoint-2", 1)
     assert checkpoint.locate(str(tmp_path), True) == tmp_path / "checkpoint-2"
 
 

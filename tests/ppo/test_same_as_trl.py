@@ -487,13 +487,20 @@ def test_how_a_batch_is_divided_changes_nothing(make_ours, make_theirs):
         assert_close(other.replies, ours[0].replies, rtol=0, atol=0)
 
 
-def test_padding_of_the_tokenizer_does_not_matter(make_ours, tokenizer):
-    """What is padding is known from lengths, so a tokenizer made for other purposes gives the same update."""
+def test_padding_of_the_tokenizer_does_not_matter(make_ours, tokenizer, trained_prompts):
+    """What is padding is known from lengths, so a tokenizer made for other purposes gives the same update.
+
+    The prompts contain EOS, as conversations of several turns do, and one of them the pad token.
+    """
+    turn = [*tokenizer.encode(" Gladly!"), tokenizer.eos_token_id]
+    prompts = [turn + prompt for prompt in trained_prompts["input_ids"]]
+    prompts[3][0] = tokenizer.pad_token_id
     padded_with_eos, without_padding, padding_right = (copy.deepcopy(tokenizer) for _ in range(3))
     padded_with_eos.pad_token = tokenizer.eos_token
     without_padding.pad_token = None
     padding_right.padding_side = "right"
     settings = ENDING | {"num_ppo_epochs": 2, "missing_eos_penalty": 1.0}
+    settings["train_dataset"] = Dataset.from_dict({"input_ids": prompts})
     expected, *others = (
         update(make_ours("trained", processing_class=other, **settings))
         for other in (tokenizer, padded_with_eos, without_padding, padding_right)

@@ -127,13 +127,17 @@ def test_a_callback_stops_training_after_the_update(make_trainer, held_out: Data
 
 
 def test_without_such_a_callback_all_updates_are_made_and_passes_are_counted(make_trainer) -> None:
-    """Eight of twenty prompts an update: the third and the fifth end a pass."""
+    """Eight of twenty prompts an update: the third and the fifth end a pass, each over every prompt once."""
     happened: list[tuple[str, int]] = []
     trainer = make_trainer(max_steps=5, **QUICK)
     trainer.add_callback(
         On(("on_epoch_end", "on_train_end"), lambda event, state, _: happened.append((event, state.global_step)))
     )
+    seen = watch_prompts(trainer)
     trainer.train()
+    prompts = [tuple(prompt) for batch in seen for prompt in batch]
+    assert sorted(prompts[:20]) == sorted(prompts[20:]) == sorted(map(tuple, trainer.train_dataset["input_ids"]))
+    assert prompts[:20] != prompts[20:]
     assert happened == [("on_epoch_end", 3), ("on_epoch_end", 5), ("on_train_end", 5)]
     assert logged(trainer, "epoch") == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
 
