@@ -1,12 +1,13 @@
 """Does PPO end where the KL-regularised objective has its optimum? Exits with 1 where it does not.
 
-With replies of one token the policy that maximises E[r] - β KL(π || π_ref) is known: π* ∝ π_ref exp(r/β), a sum over the
-vocabulary. A reference is taught by the SFT stage to answer three prompts with twelve words equally often, every word
-has a reward that differs from prompt to prompt, and PPO trains from there, with one set of settings for every β.
-Expected reward and KL of what it ends with, and of the optimum, are sums over the vocabulary as well, not samples.
+With replies of one token, the policy that maximises E[r] - β KL(π || π_ref) is known: π* ∝ π_ref exp(r/β), normalised
+over the vocabulary. A reference is taught by the SFT stage to answer three prompts with twelve words equally often;
+every word has a reward that differs from prompt to prompt; and PPO trains from there, with the same settings for every
+β. Expected reward and KL, of what it ends with and of the optimum, are sums over the vocabulary too, not samples.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -41,7 +42,10 @@ from rlhf_pipeline.stages.job import Job
 
 PROMPTS = ["name something quiet", "name something strong", "name something happy"]
 WORDS = ["cow", "dog", "cat", "duck", "sheep", "horse", "lion", "bee", "snake", "owl", "pig", "wolf"]
-BEST, ELSE = 1.2, -3.0  # words have rewards from -BEST to BEST in equal steps; every other token has ELSE
+# Three good words near each other. The exact gradient already goes too far at first, since what is likely grows fastest;
+# a word that has become too rare to be sampled then hardly comes back, and a single best word makes all others rare.
+REWARDS = [-1.2, -1.1, -1.0, -0.9, -0.8, -0.7, -0.6, -0.5, -0.4, 1.0, 1.1, 1.2]
+ELSE = -3.0  # the reward of any other token
 RECIPE = """
 name: closed-form
 model: {path: base, quantization: none, dtype: float32}
@@ -51,16 +55,20 @@ stages:
     data: demonstrations.jsonl
     trainer: {learning_rate: 1e-2, max_steps: 100, per_device_train_batch_size: 36, gradient_checkpointing: false}
 """
+# Values that lag behind rising rewards push down whatever is said to the prompt that is behind, until a token comes up
+# that nobody meant: hence a faster value model, and a slow start.
 SETTINGS: dict[str, Any] = {
-    "max_steps": 120,
+    "max_steps": 60,
     "per_device_train_batch_size": 192,
-    "gradient_accumulation_steps": 1,
     "local_rollout_forward_batch_size": 192,
-    "num_mini_batches": 1,
+    "gradient_accumulation_steps": 1,
+    "num_mini_batches": 2,
     "num_ppo_epochs": 2,
     "response_length": 1,
     "temperature": 1.0,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
+    "value_learning_rate": 3e-3,
+    "warmup_steps": 10,
     "cliprange_value": 10.0,
 }
 WITHIN, WITHIN_ABSOLUTE = 0.05, 0.03
@@ -80,10 +88,14 @@ class WordRewards(ScoreView):
         self.rows = {tuple(prompt): row for row, prompt in enumerate(prompts)}
         self.table = table
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
         """At each token, which prompt its row begins with, and which token it is: `[batch, length, 2]`."""
-        whole = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        rows = torch.tensor([self.rows[tuple(ids[:-1])] for ids in whole])
+        rows = torch.tensor(
+            [
+                next(row for prompt, row in self.rows.items() if prompt == tuple(ids[: len(prompt)]))
+                for ids in input_ids.tolist()
+            ]
+        )
         return torch.stack([rows[:, None].expand_as(input_ids), input_ids], -1)
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -233,9 +245,8 @@ def write_recipe(folder: Path, seed: int) -> Recipe:
 def word_rewards(words: Tensor, vocabulary: int) -> Tensor:
     """The table of rewards; each prompt has another best word, and ranks them in another order."""
     table = torch.full((len(PROMPTS), vocabulary), ELSE)
-    steps = torch.linspace(-BEST, BEST, len(words))
-    for row, stride in zip(range(len(PROMPTS)), (1, 5, 7), strict=True):
-        table[row, words] = steps[(torch.arange(len(words)) * stride + 4 * row) % len(words)]
+    for row, stride in enumerate((1, 5, 7)):
+        table[row, words] = torch.tensor(REWARDS)[(torch.arange(len(words)) * stride + 4 * row) % len(words)]
     return table
 
 
@@ -247,16 +258,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.01, 0.1, 1.0])
     arguments = parser.parse_args()
-    shown = []
+    rows, good = [], True
+    print("| β | seed | reward ours | reward exact | KL ours | KL exact | CPU seconds | updates |\n" + "|---" * 8 + "|")
     for seed in arguments.seeds:
-        with tempfile.TemporaryDirectory(prefix="closed-form-") as folder:
-            t0 = time.time(); task = Task(Path(folder), seed); print("sft", time.time() - t0, file=sys.stderr)
-            log_ref = task.log_probs(task.share().reference)
-            p = log_ref.exp()[:, task.words]
-            print(f"seed {seed}: the reference says each word with {p.min():.4f} to {p.max():.4f}, "
-                  f"another token with {1 - p.sum(1).min():.4f} or less", file=sys.stderr, flush=True)
-            for beta in arguments.betas:
-                print(beta, task.train(beta), flush=True)
+        with tempfile.TemporaryDirectory(prefix="closed-form-") as folder, contextlib.redirect_stdout(sys.stderr):
+            task = Task(Path(folder), seed)
+            p = task.log_probs(task.share().reference).exp()
+            words, others = p[:, task.words], 1 - p[:, task.words].sum(1)
+            print(
+                f"seed {seed}: the reference says a word with {words.min():.3f} to {words.max():.3f} (1/12 is 0.083), "
+                f"anything else with at most {others.max():.4f}"
+            )
+            measured = {beta: task.train(beta) for beta in sorted(arguments.betas)}
+        for beta, one in measured.items():
+            (reward, kl), (best_reward, best_kl) = one.ours, one.exact
+            print(
+                f"| {beta:g} | {seed} | {reward:.3f} | {best_reward:.3f} | {kl:.3f} | {best_kl:.3f} "
+                f"| {one.seconds:.1f} | {one.updates} |",
+                flush=True,
+            )
+            rows.append({"beta": beta, "seed": seed, "missed": one.missed, **one._asdict()})
+        kls = [one.ours.kl for one in measured.values()]
+        good &= all(one.missed <= 1 for one in measured.values()) and kls == sorted(kls, reverse=True)
+    print(json.dumps(rows))
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

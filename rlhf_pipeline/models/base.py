@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -163,14 +164,15 @@ class _StandIn(torch.nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.states)
 
 
-def remove_dropout(model: torch.nn.Module) -> None:
-    """Switch dropout off for good, the kind that lives in modules and the kind passed to functions as a number."""
+def remove_dropout(model: PreTrainedModel | PeftModel) -> None:
+    """Switch dropout off for good: modules, numbers passed to functions, and what is read from the configuration."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    for holder in (*model.modules(), model.config, model.config.get_text_config()):
+        for name, value in vars(holder).items():
+            if "drop" in name and isinstance(value, float):  # also OPT's `layerdrop`, of whole layers
+                setattr(holder, name, 0.0)
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> int:

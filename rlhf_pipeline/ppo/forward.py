@@ -27,7 +27,7 @@ def reply_log_probs(policy: PolicyView, episodes: Episodes, temperature: float) 
     Returns:
         Two float32 `[n, T]`, 0 outside replies. The second has no gradient, and is 0 where gradients are off.
     """
-    hidden = policy.hidden_states(episodes.ids, episodes.attention_mask)
+    hidden = policy.hidden_states(episodes.ids)
     rows, tokens = episodes.mask.nonzero(as_tuple=True)
     before = hidden[rows, episodes.prompt_lengths[rows] - 1 + tokens]
     flat, entropy = token_log_probs(policy, before, episodes.replies[episodes.mask], temperature)
@@ -36,21 +36,21 @@ def reply_log_probs(policy: PolicyView, episodes: Episodes, temperature: float) 
 
 def reply_values(value: ScoreView, episodes: Episodes) -> Tensor:
     """The value of the state before each reply token, float32 `[n, T]`, 0 outside replies."""
-    hidden = value.hidden_states(episodes.ids, episodes.attention_mask)
+    hidden = value.hidden_states(episodes.ids)
     rows, tokens = episodes.mask.nonzero(as_tuple=True)
     return _spread(value.scores(hidden[rows, episodes.prompt_lengths[rows] - 1 + tokens]), episodes.mask)
 
 
 def reply_scores(reward: ScoreView, episodes: Episodes) -> Tensor:
     """The reward model's score of each whole reply, float32 `[n]`, read at the reply's last token."""
-    hidden = reward.hidden_states(episodes.ids, episodes.attention_mask)
+    hidden = reward.hidden_states(episodes.ids)
     rows = torch.arange(len(hidden), device=hidden.device)
     return reward.scores(hidden[rows, episodes.prompt_lengths + episodes.reply_lengths - 1])
 
 
-def demonstration_loss(policy: PolicyView, ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """The sum of -log p over labelled tokens, a scalar; `labels` is -100 on the others, int64 `[n, L]`."""
-    hidden = policy.hidden_states(ids, attention_mask)
+def demonstration_loss(policy: PolicyView, ids: Tensor, labels: Tensor) -> Tensor:
+    """The sum of -log p over labelled tokens, a scalar; `labels` is -100 on the others, both int64 `[n, L]`."""
+    hidden = policy.hidden_states(ids)
     labels = labels[:, 1:]
     labelled = labels != -100
     log_probs, _ = token_log_probs(policy, hidden[:, :-1][labelled], labels[labelled], 1.0)

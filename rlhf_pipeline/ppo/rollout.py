@@ -36,12 +36,6 @@ class Episodes:
         return len(self.ids)
 
     @cached_property
-    def attention_mask(self) -> Tensor:
-        """Int64 `[B, L]`, 1 on prompt and reply."""
-        ends = (self.prompt_lengths + self.reply_lengths)[:, None]
-        return (torch.arange(self.ids.shape[1], device=self.ids.device) < ends).long()
-
-    @cached_property
     def mask(self) -> Tensor:
         """Bool `[B, T]`, True on the tokens of the reply."""
         places = torch.arange(int(self.reply_lengths.max()), device=self.ids.device)
@@ -112,8 +106,7 @@ def sample(
         prompts: token ids, at least one each.
         response_length: the most tokens a reply may have.
         temperature: more than 0.
-        stop_token_id: ends a reply; with None every reply has `response_length` tokens, if the policy's own generation
-            settings have no EOS either (TRL's trainer sees to that).
+        stop_token_id: ends a reply; with None every reply has `response_length` tokens.
         pad_token_id: fills rows up; it may equal the stop token.
         at_once: how many replies are sampled together.
 
@@ -146,6 +139,7 @@ def _sample_together(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
     noted = _SampledLogProbs(temperature)
+    policy.generation_config.eos_token_id = stop_token_id  # `generate` would put the model's own in place of None
     settings = GenerationConfig(
         max_new_tokens=response_length,
         do_sample=True,

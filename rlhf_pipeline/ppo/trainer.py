@@ -331,10 +331,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for start in range(0, rows, self.args.per_device_train_batch_size):
             part = chosen[start : start + self.args.per_device_train_batch_size]
             ids = _padded(part["input_ids"], self.pad_token_id).to(device)
-            attention_mask = _padded([[1] * len(row) for row in part["input_ids"]], 0).to(device)
             with self._precision():
                 labels = _padded(part["labels"], -100).to(device)
-                loss = demonstration_loss(self.shared.policy, ids, attention_mask, labels) / labelled
+                loss = demonstration_loss(self.shared.policy, ids, labels) / labelled
             (self.args.ptx_coef * loss).backward()
             sums["loss/ptx"] += loss.detach()
         sums["ptx_steps"] += 1

@@ -76,7 +76,7 @@ def test_all_stages_read_the_same_tokens_and_end_at_the_same_one(spec, tokenizer
     sft = data.demonstrations(spec(table, columns={"completion": "chosen"}), tokenizer, seed=0)[0][0]
     dpo = data.preferences(spec(table), tokenizer, seed=0)[0][0]
     reward = data.whole_preferences(spec(table), tokenizer, seed=0)[0][0]
-    ppo = data.prompts(spec({"prompt": prompt}), tokenizer)[0]
+    ppo = data.prompts(spec({"prompt": prompt}), tokenizer, 0)[0][0]
     assert set(dpo) == {"prompt_ids", "chosen_ids", "rejected_ids"}
     assert set(reward) == {"chosen_ids", "rejected_ids"}
     assert set(ppo) == {"input_ids"}
@@ -112,7 +112,7 @@ def test_long_prompts_keep_their_end_and_long_replies_their_start(spec, tokenize
     assert cut["prompt_ids"] == whole["prompt_ids"][-3:]
     assert cut["chosen_ids"] == whole["chosen_ids"][:4]
     assert tokenizer.eos_token_id not in cut["chosen_ids"]
-    assert data.prompts(spec(TEXT, **limits), tokenizer)[0]["input_ids"] == whole["prompt_ids"][-3:]
+    assert data.prompts(spec(TEXT, **limits), tokenizer, 0)[0][0]["input_ids"] == whole["prompt_ids"][-3:]
     reward = data.whole_preferences(spec(TEXT, **limits), tokenizer, seed=0)[0][0]
     assert reward["chosen_ids"] == cut["prompt_ids"] + cut["chosen_ids"]
 
@@ -180,6 +180,6 @@ def test_a_split_that_would_leave_one_side_empty_is_refused(spec, tokenizer, cou
 @pytest.mark.parametrize("name", ["demonstrations", "preferences", "prompts"])
 def test_the_shipped_rows_can_be_read_by_their_stage(name, tokenizer):
     spec = Data(path=str(TINY / "data" / f"{name}.jsonl"))
-    read = {"prompts": lambda *_: (data.prompts(spec, tokenizer), None)}.get(name) or getattr(data, name)
+    read = getattr(data, name)
     table = read(spec, tokenizer, 0)[0]
     assert len(table) > 100

@@ -133,7 +133,7 @@ class TestParts:
         expected = real(plain_policy(artifacts.spec, artifacts.init)(**batch).logits, batch)
         for view in (shared.policy, shared.reference):
             with shared.acting_as("value"):
-                states = view.hidden_states(ids, mask)
+                states = view.hidden_states(ids)
                 assert states.shape == (3, 10, 32)
                 assert_close(view.head(states[mask.bool()]), expected, rtol=1e-5, atol=1e-5)
                 assert active_roles(shared) == {("value",)}
@@ -148,7 +148,7 @@ class TestParts:
         expected = real(head(classifier.base_model(**batch).last_hidden_state).squeeze(-1), batch)
         for view in (shared.reward, shared.value):
             with shared.acting_as("reference"):
-                states = view.hidden_states(ids, mask)
+                states = view.hidden_states(ids)
                 assert active_roles(shared) == {("reference",)}
             assert view.scores(states).shape == (3, 10)
             assert_close(view.scores(states)[mask.bool()], expected, rtol=1e-5, atol=1e-5)

@@ -201,7 +201,7 @@ class TestValuesAndScores:
         episodes = episodes_of(random_rows())
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                hidden = shared.value.hidden_states(episodes.ids, episodes.attention_mask)
+                hidden = shared.value.hidden_states(episodes.ids)
                 values = forward.reply_values(shared.value, episodes)
                 scores = forward.reply_scores(shared.reward, episodes)
                 log_probs = forward.reply_log_probs(shared.policy, episodes, 1.0)[0]
@@ -225,7 +225,7 @@ class TestDemonstrationLoss:
         count = int((labels[:, 1:] != -100).sum())
         assert count == sum(REPLIES)
         expected = models.causal_lm(input_ids=ids, attention_mask=mask, labels=labels).loss * count
-        loss = forward.demonstration_loss(models.shared.policy, ids, mask, labels)
+        loss = forward.demonstration_loss(models.shared.policy, ids, labels)
         assert_close(loss, expected, rtol=1e-5, atol=1e-4)
         theirs = gradients(expected, adapters.adapter_parameters(models.causal_lm, "default"))
         for name, gradient in gradients(loss, policy_parameters(models.shared)).items():
@@ -376,11 +376,12 @@ class TestMemory:
         rows = random_rows(self.VOCABULARY)
         episodes = episodes_of(rows)
         assert wide.head is wide.causal_lm.lm_head  # found with a few logits, once
-        labels = episodes.ids.masked_fill(episodes.attention_mask == 0, -100)
+        lengths = (episodes.prompt_lengths + episodes.reply_lengths)[:, None]
+        labels = episodes.ids.masked_fill(torch.arange(episodes.ids.shape[1]) >= lengths, -100)
         parameters = list(wide.peft.parameters())
         with LargestTensor(parameters) as watched:
             loss = forward.reply_log_probs(wide.policy, episodes, 0.7)[0].sum()
-            loss = loss + forward.demonstration_loss(wide.policy, episodes.ids, episodes.attention_mask, labels)
+            loss = loss + forward.demonstration_loss(wide.policy, episodes.ids, labels)
             loss = loss + forward.reply_values(wide.value, episodes).sum()
             loss.backward()
             with torch.no_grad():
@@ -388,7 +389,7 @@ class TestMemory:
                 forward.reply_scores(wide.reward, episodes)
         assert watched.elements == rows_at_once * self.VOCABULARY
         with LargestTensor(parameters) as watched, torch.no_grad():
-            wide.policy(input_ids=episodes.ids, attention_mask=episodes.attention_mask)
+            wide.policy(input_ids=episodes.ids)
         assert watched.elements == episodes.ids.numel() * self.VOCABULARY
 
     def test_no_logits_wait_for_the_backward_pass(self, wide):

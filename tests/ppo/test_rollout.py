@@ -78,14 +78,13 @@ def check(episodes: Episodes, prompts: list[list[int]], stop: int | None, pad: i
     """Hold every field against what ids and lengths must be for these prompts."""
     replies = replies_in(episodes)
     width, longest = max(len(p + r) for p, r in zip(prompts, replies, strict=True)), max(map(len, replies))
-    assert episodes.ids.shape == episodes.attention_mask.shape == (len(prompts), width)
+    assert episodes.ids.shape == (len(prompts), width)
     assert episodes.mask.shape == episodes.replies.shape == episodes.sampled_log_probs.shape == (len(prompts), longest)
     assert len(episodes) == len(prompts)
     assert (episodes.mask.dtype, episodes.ended.dtype) == (torch.bool, torch.bool)
     for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         whole = prompt + reply
         assert episodes.ids[i].tolist() == whole + [pad] * (width - len(whole))
-        assert episodes.attention_mask[i].tolist() == [1] * len(whole) + [0] * (width - len(whole))
         assert episodes.mask[i].tolist() == [True] * len(reply) + [False] * (longest - len(reply))
         assert episodes.replies[i, : len(reply)].tolist() == reply
         assert bool(episodes.ended[i]) == (reply[-1] == stop)
@@ -225,7 +224,7 @@ def by_hand() -> Episodes:
 
 
 def listed(episodes: Episodes) -> dict[str, list]:
-    names = ("ids", "prompt_lengths", "reply_lengths", "ended", "sampled_log_probs", "attention_mask", "mask")
+    names = ("ids", "prompt_lengths", "reply_lengths", "ended", "sampled_log_probs", "mask")
     return {name: getattr(episodes, name).tolist() for name in names}
 
 
@@ -238,7 +237,6 @@ class TestSelect:
             "reply_lengths": [2, 1],
             "ended": [True, True],
             "sampled_log_probs": [[-5, -6], [-1, 0]],
-            "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0]],
             "mask": [[True, True], [True, False]],
         }
 
@@ -253,7 +251,6 @@ class TestSelect:
             "reply_lengths": [1],
             "ended": [True],
             "sampled_log_probs": [[-1]],
-            "attention_mask": [[1, 1, 1]],
             "mask": [[True]],
         }
         assert one.replies.tolist() == [[20]]
