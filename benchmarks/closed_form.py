@@ -225,13 +225,16 @@ def make_base(folder: Path, seed: int) -> None:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        initializer_range=0.5,
+        initializer_range=0.1,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    model.save_pretrained(folder)
 
 
 def write_recipe(folder: Path, seed: int) -> Recipe:

@@ -217,6 +217,14 @@ def test_a_lora_target_that_matches_no_layer_is_refused(check):
     assert "all-linear" in found.hint
 
 
+def test_an_adapter_without_room_for_the_one_it_starts_from_is_refused(check):
+    """Which layers that concerns only the model can tell."""
+    found = check("dpo", overrides=("dpo.lora.target_modules=[q_proj]",))
+    assert found.place == "stages.dpo.lora"
+    assert "cannot begin as that of `sft`" in found.message
+    assert "init: base" in found.hint
+
+
 @pytest.mark.parametrize(
     ("judge", "message"),
     [

@@ -86,6 +86,8 @@ def test_what_is_recorded_with_the_same_inputs_is_done(folder):
         ("seed=2", "sft", "seed 1 → 2", {"reward", "ppo", "dpo"}),
         ("model.quantization=nf4", "sft", "model.quantization none → nf4", {"reward", "ppo", "dpo"}),
         ("lora.r=8", "sft", "lora.r 4 → 8", {"reward", "ppo", "dpo"}),
+        ("reward.lora.r=8", "reward", "lora.r 4 → 8", {"ppo"}),
+        ("dpo.lora.r=8", "dpo", "lora.r 4 → 8", set()),
     ],
 )
 def test_a_changed_setting_makes_its_stage_stale_and_what_depends_on_it(folder, override, stage, reason, others):

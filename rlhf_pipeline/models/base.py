@@ -171,7 +171,7 @@ def remove_dropout(model: PreTrainedModel | PeftModel) -> None:
             module.p = 0.0
     for holder in (*model.modules(), model.config, model.config.get_text_config()):
         for name, value in vars(holder).items():
-            if "drop" in name and isinstance(value, float):  # also OPT's `layerdrop`, of whole layers
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):  # `layerdrop`, routers' noise
                 setattr(holder, name, 0.0)
 
 

@@ -25,7 +25,7 @@ def reply_log_probs(policy: PolicyView, episodes: Episodes, temperature: float) 
         temperature: that the replies are sampled with; logits are divided by it.
 
     Returns:
-        Two float32 `[n, T]`, 0 outside replies. The second has no gradient, and is 0 where gradients are off.
+        Two float32 `[n, T]`, 0 outside replies. The second has no gradient, and means nothing where gradients are off.
     """
     hidden = policy.hidden_states(episodes.ids)
     rows, tokens = episodes.mask.nonzero(as_tuple=True)

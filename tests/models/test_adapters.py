@@ -67,13 +67,48 @@ class TestSaveAdapter:
 class TestContinuing:
     @torch.no_grad()
     def test_policy_starts_as_a_trainable_copy_of_init(self, make_artifacts, batch):
-        """`init` decides weights and shape; the recipe's `lora` does not speak."""
+        """Of the same shape, it is the same to the bit."""
         artifacts = make_artifacts(ranks=(4, 8))
-        model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA | {"r": 2}, artifacts.init).eval()
+        model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA, artifacts.init).eval()
         expected = PeftModel.from_pretrained(causal_lm(artifacts.spec), str(artifacts.init))
         assert_close(model(**batch).logits, expected(**batch).logits, rtol=0, atol=0)
-        assert model.peft_config["default"].r == 4
         assert all(p.requires_grad for p in adapters.adapter_parameters(model, "default").values())
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "larger",
+        [
+            {"r": 8},
+            {"r": 7, "lora_alpha": 3},
+            {"lora_alpha": 5},
+            {"r": 6, "use_rslora": True},
+            {"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 3}},
+        ],
+        ids=str,
+    )
+    def test_a_larger_adapter_begins_as_the_same_function(self, make_artifacts, batch, larger):
+        """Another rank or scaling than those of the artifact changes nothing at first, and all of it can be trained."""
+        artifacts = make_artifacts(ranks=(4, 8))
+        model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA | larger, artifacts.init).eval()
+        expected = PeftModel.from_pretrained(causal_lm(artifacts.spec), str(artifacts.init))
+        assert_close(model(**batch).logits, expected(**batch).logits, rtol=1e-5, atol=1e-5)
+        for name, parameter in adapters.adapter_parameters(model, "default").items():
+            rank = parameter.shape[0] if "lora_A" in name else parameter.shape[1]
+            assert rank == (9 if "q_proj" in name and "rank_pattern" in larger else larger.get("r", 4))
+            if "lora_A" in name:  # a row of zeros on both sides would never learn
+                assert (parameter.abs().sum(1) > 0).all()
+
+    @torch.no_grad()
+    def test_more_modules_than_the_artifact_has_begin_as_no_change(self, make_artifacts, tokenizer, batch, tmp_path):
+        spec = make_artifacts().spec
+        small = adapters.with_policy_adapter(causal_lm(spec), LORA | {"target_modules": ["q_proj"]}, None).eval()
+        for name, parameter in adapters.adapter_parameters(small, "default").items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+        adapters.save_adapter(small, "default", tmp_path / "small", tokenizer)
+        model = adapters.with_policy_adapter(causal_lm(spec), LORA, tmp_path / "small").eval()
+        assert_close(model(**batch).logits, small(**batch).logits, rtol=1e-5, atol=1e-5)
+        assert len(adapters.adapter_parameters(model, "default")) > len(adapters.adapter_parameters(small, "default"))
 
     def test_reward_starts_from_the_policy_adapter_with_a_trainable_head(self, make_artifacts):
         """The reward stage takes over the LoRA weights of an SFT artifact, bit by bit, and adds a head."""
@@ -106,13 +141,13 @@ class TestLoadWeights:
         """Weights of rank 8 do not go into an adapter of rank 4."""
         artifacts = make_artifacts(ranks=(4, 8))
         model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA, None)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"rank 4 at `model\.layers\.0.*` is less than 8"):
             adapters.load_weights(model, artifacts.reward, "default")
 
     def test_another_architecture_is_refused(self, make_artifacts):
         """An adapter over GPT-2 does not fit a Llama."""
         model = adapters.with_policy_adapter(causal_lm(make_artifacts("llama").spec), LORA, None)
-        with pytest.raises(ValueError, match="does not fit this base"):
+        with pytest.raises(ValueError, match="no place for the weights of `transformer"):
             adapters.load_weights(model, make_artifacts("gpt2").init, "default")
 
     def test_other_target_modules_are_refused(self, make_artifacts):
@@ -120,7 +155,7 @@ class TestLoadWeights:
         artifacts = make_artifacts()
         model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA | {"target_modules": ["q_proj"]}, None)
         before = {name: p.clone() for name, p in adapters.adapter_parameters(model, "default").items()}
-        with pytest.raises(ValueError, match="does not fit this base"):
+        with pytest.raises(ValueError, match="no place for the weights of `model"):
             adapters.load_weights(model, artifacts.init, "default")
         assert all(torch.equal(p, before[name]) for name, p in adapters.adapter_parameters(model, "default").items())
 

@@ -214,6 +214,15 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
         ("model: {path: ./none}\nstages:\n" + SFT, 1, "no model folder", None),
         (ONE + SFT + "lora: {init_lora_weights: pissa}\n", 4, "initialisation changes the base", "gaussian"),
         (ONE + SFT + "lora: {bias: all}\n", 4, "`bias` cannot be set: the base is never changed", "remove"),
+        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {rank: 8}}\n", 4, "unknown key `rank`", None),
+        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: 8, bias: all}}\n", 4, "`bias` cannot be set", "remove"),
+        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: 8}}\n", 4, "rank 8 is less than 16", "16 or more"),
+        (
+            ONE + SFT + "  dpo: {data: tiny:preferences, lora: {use_dora: true}}\n",
+            4,
+            "`use_dora` is not that of",
+            "base",
+        ),
         (ONE + SFT + "name: a/b\n", 4, "pattern", None),
         (ONE + "  sft: {data: {path: tiny:prompts, eval_fraction: 1.0}}\n", 3, "less than 1", None),
     ],
@@ -352,3 +361,21 @@ def test_demonstrations_that_cannot_be_read_or_used_are_refused(write, override,
     found = problem(write(FULL), override)
     assert message in found.message
     assert found.place == f"override `{override}`"
+
+
+def test_a_stage_takes_over_the_shape_of_the_adapter_it_starts_from(write):
+    """Its own keys come on top, and stages that start from it take over both."""
+    text = ONE + (
+        "  sft: {data: tiny:demonstrations, lora: {r: 24}}\n"
+        "  reward: {data: tiny:preferences, lora: {r: 32}}\n"
+        "  ppo: {data: tiny:prompts}\n"
+        "  dpo: {init: ppo, data: tiny:preferences, lora: {lora_dropout: 0.1}}\n"
+        "  alone: {kind: dpo, init: base, data: tiny:preferences, lora: {r: 2}}\n"
+    )
+    loaded = recipe.load(write(text), ["ppo.lora.r=48"])
+    assert {name: stage.lora["r"] for name, stage in loaded.stages.items()} == {
+        "sft": 24, "reward": 32, "ppo": 48, "dpo": 48, "alone": 2,
+    }  # fmt: skip
+    assert loaded.lora["r"] == 16
+    assert loaded.stages["dpo"].lora == loaded.stages["ppo"].lora | {"lora_dropout": 0.1}
+    assert all(stage.lora["target_modules"] == "all-linear" for stage in loaded.stages.values())
