@@ -42,8 +42,8 @@ from rlhf_pipeline.stages.job import Job
 
 PROMPTS = ["name something quiet", "name something strong", "name something happy"]
 WORDS = ["cow", "dog", "cat", "duck", "sheep", "horse", "lion", "bee", "snake", "owl", "pig", "wolf"]
-# Three good words near each other. The exact gradient already goes too far at first, since what is likely grows fastest;
-# a word that has become too rare to be sampled then hardly comes back, and a single best word makes all others rare.
+# Three good words near each other. Even the exact gradient goes too far at first, since what is likely grows fastest; a
+# word that has become too rare to be sampled then hardly comes back, and a single best word makes all others rare.
 REWARDS = [-1.2, -1.1, -1.0, -0.9, -0.8, -0.7, -0.6, -0.5, -0.4, 1.0, 1.1, 1.2]
 ELSE = -3.0  # the reward of any other token
 RECIPE = """
@@ -55,10 +55,10 @@ stages:
     data: demonstrations.jsonl
     trainer: {learning_rate: 1e-2, max_steps: 100, per_device_train_batch_size: 36, gradient_checkpointing: false}
 """
-# Values that lag behind rising rewards push down whatever is said to the prompt that is behind, until a token comes up
-# that nobody meant: hence a faster value model, and a slow start.
+# Larger learning rates lose a prompt now and then: where its value is too high, all its advantages are negative, and
+# what is pushed down makes room for a token that nobody meant.
 SETTINGS: dict[str, Any] = {
-    "max_steps": 60,
+    "max_steps": 80,
     "per_device_train_batch_size": 192,
     "local_rollout_forward_batch_size": 192,
     "gradient_accumulation_steps": 1,
@@ -66,9 +66,7 @@ SETTINGS: dict[str, Any] = {
     "num_ppo_epochs": 2,
     "response_length": 1,
     "temperature": 1.0,
-    "learning_rate": 1e-3,
-    "value_learning_rate": 3e-3,
-    "warmup_steps": 10,
+    "learning_rate": 7e-4,
     "cliprange_value": 10.0,
 }
 WITHIN, WITHIN_ABSOLUTE = 0.05, 0.03
@@ -225,16 +223,13 @@ def make_base(folder: Path, seed: int) -> None:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        initializer_range=0.1,
+        initializer_range=0.5,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config)
-    torch.nn.init.normal_(model.get_input_embeddings().weight)
-    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
-    model.save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def write_recipe(folder: Path, seed: int) -> Recipe:

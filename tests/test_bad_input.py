@@ -222,7 +222,39 @@ def test_an_adapter_without_room_for_the_one_it_starts_from_is_refused(check):
     found = check("dpo", overrides=("dpo.lora.target_modules=[q_proj]",))
     assert found.place == "stages.dpo.lora"
     assert "cannot begin as that of `sft`" in found.message
+    assert "no place for the weights of `model.layers.0" in found.message
     assert "init: base" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "place", "message"),
+    [
+        ("dpo", ("dpo.lora.rank_pattern={v_proj: 2}",), "stages.dpo.lora", "rank 2 at `model.layers.0"),
+        ("ppo", ("sft.lora.lora_alpha=3", "ppo.lora.target_modules=[none]"), "stages.ppo.lora", "none"),
+        ("dpo", ("sft.lora.target_modules=[none]",), "stages.sft.lora", "none"),  # where it was written
+        ("reward", ("lora.target_modules=[q_proj, lm_head]",), "lora", "no place for the weights of `lm_head`"),
+        ("reward", ("lora.r=0",), "lora", "`r` should be a positive integer"),
+        ("dpo", ("lora={target_modules: all-linear}", "dpo.lora.r=4"), "stages.dpo.lora", "rank 4 at"),  # PEFT's r is 8
+    ],
+)  # fmt: skip
+def test_what_only_the_model_shows_of_an_adapter_names_the_lora_it_was_written_in(
+    check, stage, overrides, place, message
+):
+    found = check(stage, overrides=overrides)
+    assert found.place == place
+    assert message in found.message
+
+
+def test_larger_adapters_pass_the_check(tmp_path, monkeypatch):
+    """By rank, by modules, with magnitudes; a reward model, which has another head, too."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from rlhf_pipeline.run import worker
+
+    write(tmp_path, GOOD)
+    larger = ["sft.lora={target_modules: [q_proj], use_dora: true}", "reward.lora={r: 8, target_modules: all-linear}"]
+    larger += ["ppo.lora={target_modules: [q_proj, lm_head]}", "dpo.lora.rank_pattern={q_proj: 5}"]
+    loaded = recipe.load(str(tmp_path / "r.yaml"), larger)
+    assert worker.check_lora(loaded, list(loaded.stages)) is None
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_what_is_recorded_with_the_same_inputs_is_done(folder):
         ("lora.r=8", "sft", "lora.r 4 → 8", {"reward", "ppo", "dpo"}),
         ("reward.lora.r=8", "reward", "lora.r 4 → 8", {"ppo"}),
         ("dpo.lora.r=8", "dpo", "lora.r 4 → 8", set()),
+        ("sft.lora.lora_alpha=3", "sft", "lora.lora_alpha default → 3", {"reward", "ppo", "dpo"}),
     ],
 )
 def test_a_changed_setting_makes_its_stage_stale_and_what_depends_on_it(folder, override, stage, reason, others):
@@ -98,6 +99,13 @@ def test_a_changed_setting_makes_its_stage_stale_and_what_depends_on_it(folder, 
     assert reason in plans[stage].reason.split("; ")
     for name in others:
         assert plans[name].reason
+
+
+def test_a_shape_said_twice_is_the_same_shape(folder):
+    """What counts is the adapter that comes out, not where its keys were written."""
+    finish(folder)
+    assert states(make(folder, "dpo.lora.r=4", "sft.lora={target_modules: all-linear}")) == ALL_DONE
+    assert states(make(folder, "lora.r=2", "sft.lora.r=4")) == ALL_DONE
 
 
 def test_the_reason_names_the_parent_whose_change_it_is(folder):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer
 
 from rlhf_pipeline.models import adapters, base
@@ -20,6 +21,10 @@ def causal_lm(spec):
 
 def classifier(spec):
     return AutoModelForSequenceClassification.from_pretrained(spec.path, num_labels=1).requires_grad_(False).eval()
+
+
+def relative_difference(one, other):
+    return float((one - other).norm() / other.norm())
 
 
 class TestSaveAdapter:
@@ -136,6 +141,91 @@ class TestContinuing:
         assert 0.75 < variance < 1.25  # five standard errors of 640 draws
 
 
+# What differs between two adapters, `all-linear` and of rank 4 where nothing is said: before, after.
+LARGER = {
+    "from rank-stabilized": ({"use_rslora": True}, {"r": 8}),
+    "within rank-stabilized": ({"use_rslora": True}, {"use_rslora": True, "r": 9}),
+    "a layer": ({"target_modules": ["v_proj"], "layers_to_transform": [1]}, {"r": 6}),
+    "patterns before": ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 40}}, {"r": 6}),
+    "patterns after": ({}, {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"layers.1.mlp.up_proj": 40}}),
+    "an embedding": ({"target_modules": ["embed_tokens", "q_proj"]},
+                     {"target_modules": ["embed_tokens", "q_proj"], "r": 7, "lora_alpha": 5}),
+    "magnitudes": ({"use_dora": True}, {"use_dora": True, "r": 8, "lora_alpha": 5}),
+    "biases": ({"lora_bias": True}, {"lora_bias": True, "r": 8, "lora_alpha": 5}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_artifact(make_artifacts, tokenizer, tmp_path):
+    """A function that makes a policy artifact whose every LoRA weight has an effect, and returns its folder."""
+
+    @torch.no_grad()
+    def make(changes, shape="llama"):
+        torch.manual_seed(3)
+        model = adapters.with_policy_adapter(causal_lm(make_artifacts(shape).spec), LORA | changes, None)
+        for name, parameter in adapters.adapter_parameters(model, "default").items():
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.rand_like(parameter))
+            else:
+                parameter.normal_(std=0.2)
+        adapters.save_adapter(model, "default", tmp_path / "adapter", tokenizer)
+        return tmp_path / "adapter"
+
+    return make
+
+
+class TestGrowing:
+    @torch.no_grad()
+    @pytest.mark.parametrize("change", LARGER)
+    def test_logits_stay_whatever_grows_and_however_it_is_scaled(self, make_artifacts, make_artifact, batch, change):
+        """They are those of the artifact under PEFT's own loader, but for the rounding of scaled float32 weights."""
+        before, after = LARGER[change]
+        artifact, spec = make_artifact(before), make_artifacts().spec
+        model = adapters.with_policy_adapter(causal_lm(spec).double(), LORA | after, artifact).eval()
+        expected = PeftModel.from_pretrained(causal_lm(spec).double(), str(artifact))(**batch).logits
+        assert relative_difference(model(**batch).logits, expected) < 1e-6
+        assert relative_difference(causal_lm(spec).double()(**batch).logits, expected) > 0.05
+
+    @torch.no_grad()
+    def test_layers_stored_the_other_way_round(self, make_artifacts, make_artifact, batch):
+        """GPT-2 transposes its weights; its adapters grow like any other."""
+        artifact, spec = make_artifact({}, "gpt2"), make_artifacts("gpt2").spec
+        model = adapters.with_policy_adapter(causal_lm(spec).double(), LORA | {"r": 6, "lora_alpha": 5}, artifact)
+        expected = PeftModel.from_pretrained(causal_lm(spec).double(), str(artifact))(**batch).logits
+        assert relative_difference(model.eval()(**batch).logits, expected) < 1e-6
+
+    @torch.no_grad()
+    def test_a_larger_reward_adapter_starts_on_the_policys_hidden_states(self, make_artifacts, make_artifact, batch):
+        """The backbone under a reward adapter of its own size computes what it did under the SFT adapter."""
+        artifact, spec = make_artifact({}), make_artifacts().spec
+        model = adapters.with_reward_adapter(classifier(spec).double(), LORA | {"r": 6, "lora_alpha": 5}, artifact)
+        expected = PeftModel.from_pretrained(causal_lm(spec).double(), str(artifact))
+        ours, theirs = (one.base_model.model.base_model(**batch).last_hidden_state for one in (model, expected))
+        assert relative_difference(ours, theirs) < 1e-6
+
+    def test_new_ranks_and_modules_can_learn(self, make_artifacts, make_artifact, batch):
+        """What changes nothing yet gets a gradient: of two factors only the second is zero."""
+        artifact = make_artifact({"target_modules": ["q_proj"]})
+        model = adapters.with_policy_adapter(causal_lm(make_artifacts().spec), LORA | {"r": 6}, artifact)
+        model(**batch).logits.square().mean().backward()
+        for name, parameter in adapters.adapter_parameters(model, "default").items():
+            if "lora_B" in name:
+                new = slice(4, None) if "q_proj" in name else slice(None)
+                assert (parameter[:, new] == 0).all()
+                assert (parameter.grad[:, new] != 0).any(), name
+
+    @pytest.mark.parametrize("change", [{}, {"lora_alpha": 7, "r": 3}, {"use_rslora": True, "r": 3}, {"use_dora": True},
+                                        {"target_modules": ["embed_tokens"]}, {"lora_bias": True}])  # fmt: skip
+    def test_an_adapter_of_the_same_size_is_copied_bit_by_bit(self, make_artifacts, make_artifact, change):
+        """Nothing is rounded on the way where nothing has to change."""
+        artifact = make_artifact(change)
+        model = adapters.with_policy_adapter(causal_lm(make_artifacts().spec), LORA | change, artifact)
+        saved, ours = load_file(artifact / adapters.WEIGHTS), get_peft_model_state_dict(model)
+        names = {name for name in saved if "lora_" in name}
+        assert names == {name for name in ours if "lora_" in name}
+        assert all(torch.equal(ours[name], saved[name]) for name in names)
+
+
 class TestLoadWeights:
     def test_another_rank_is_refused(self, make_artifacts):
         """Weights of rank 8 do not go into an adapter of rank 4."""
@@ -143,6 +233,15 @@ class TestLoadWeights:
         model = adapters.with_policy_adapter(causal_lm(artifacts.spec), LORA, None)
         with pytest.raises(ValueError, match=r"rank 4 at `model\.layers\.0.*` is less than 8"):
             adapters.load_weights(model, artifacts.reward, "default")
+
+    def test_another_width_is_refused(self, make_artifacts):
+        """The same names over a wider base are no larger adapter."""
+        artifacts = make_artifacts()
+        config = AutoConfig.from_pretrained(artifacts.spec.path)
+        config.intermediate_size *= 2
+        model = adapters.with_policy_adapter(AutoModelForCausalLM.from_config(config), LORA, None)
+        with pytest.raises(ValueError, match="down_proj` have another size"):
+            adapters.load_weights(model, artifacts.init, "default")
 
     def test_another_architecture_is_refused(self, make_artifacts):
         """An adapter over GPT-2 does not fit a Llama."""

@@ -215,6 +215,14 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
         (ONE + SFT + "lora: {init_lora_weights: pissa}\n", 4, "initialisation changes the base", "gaussian"),
         (ONE + SFT + "lora: {bias: all}\n", 4, "`bias` cannot be set: the base is never changed", "remove"),
         (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {rank: 8}}\n", 4, "unknown key `rank`", None),
+        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: big}}\n", 4, "expected a whole number", "LoraConfig"),
+        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: [r]}\n", 4, "expected a valid mapping", None),
+        (
+            ONE + SFT + "  dpo: {data: tiny:preferences, lora: {init_lora_weights: pissa}}\n",
+            4,
+            "initialisation changes the base",
+            "gaussian",
+        ),
         (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: 8, bias: all}}\n", 4, "`bias` cannot be set", "remove"),
         (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: 8}}\n", 4, "rank 8 is less than 16", "16 or more"),
         (
@@ -379,3 +387,66 @@ def test_a_stage_takes_over_the_shape_of_the_adapter_it_starts_from(write):
     assert loaded.lora["r"] == 16
     assert loaded.stages["dpo"].lora == loaded.stages["ppo"].lora | {"lora_dropout": 0.1}
     assert all(stage.lora["target_modules"] == "all-linear" for stage in loaded.stages.values())
+
+
+def test_the_recipes_lora_reaches_every_stage_that_says_nothing(write):
+    """Also from the command line; a stage that has its own value keeps it."""
+    loaded = recipe.load(write(FULL), ["lora.r=4", "reward.lora.r=8"])
+    assert {name: stage.lora["r"] for name, stage in loaded.stages.items()} == {
+        "sft": 4,
+        "reward": 8,
+        "ppo": 4,
+        "dpo": 4,
+    }
+
+
+def test_shapes_of_stages_survive_being_resolved(write):
+    """Values shared by several stages are written out for each, and read back as they were."""
+    lora = "lora: {r: 4, target_modules: [q_proj, v_proj], rank_pattern: {q_proj: 6}}\n"
+    loaded = recipe.load(
+        write(lora + FULL), ["dpo.lora.alpha_pattern={v_proj: 3}", "dpo.lora.target_modules=all-linear"]
+    )
+    text = recipe.to_yaml(loaded)
+    assert "&" not in text and "*" not in text
+    again = recipe.load(write(text, name="recipe.yaml"))
+    assert again.model_dump() == loaded.model_dump()
+    assert again.stages["dpo"].lora["rank_pattern"] == {"q_proj": 6}
+
+
+@pytest.mark.parametrize(
+    ("top", "own", "message", "hint"),
+    [
+        ("{r: 16}", "r: 8", "rank 8 is less than 16", "use 16 or more"),
+        ("{use_dora: true}", "use_dora: false", "`use_dora` is not that of stage `sft`", "`init: base`"),
+        ("{r: 16}", "lora_bias: true", "`lora_bias` is not that of stage `sft`", "leave it as in `sft`"),
+        ("{r: 16}", "alora_invocation_tokens: [5, 6]", "`alora_invocation_tokens` is not that", "leave it as"),
+        ("{r: 4, target_parameters: [w]}", "r: 8", "with `target_parameters` a change of size", "leave it as"),
+        ("{r: 4, target_parameters: [w]}", "lora_alpha: 8", "`lora_alpha` is not that", "leave it as"),
+    ],
+)
+def test_an_adapter_that_could_not_begin_as_the_one_it_starts_from_is_refused(write, top, own, message, hint):
+    """With the place of the key; in a stage that starts from the base the same key is fine."""
+    stages = ONE + SFT + f"  dpo:\n    data: tiny:preferences\n    lora:\n      {own}\n"
+    path = write(stages + f"lora: {top}\n")
+    found = problem(path)
+    key = own.partition(":")[0]
+    assert found.place == f"{path}:7: stages.dpo.lora.{key}"
+    assert message in found.message
+    assert hint in found.hint
+    assert recipe.load(path, ["dpo.init=base"]).stages["dpo"].init == "base"
+    override = f"dpo.lora={{{own}}}"
+    assert problem(path, override).place == f"override `{override}`"
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "r: 16",
+        "use_dora: false",  # what PEFT takes anyway
+        "lora_alpha: 3, use_rslora: true, lora_dropout: 0.5",
+        "r: 8, rank_pattern: {'.*': 32}",  # which modules it concerns only the model can tell
+    ],
+)
+def test_what_leaves_an_adapter_room_is_accepted(write, own):
+    loaded = recipe.load(write(ONE + SFT + f"  dpo: {{data: tiny:preferences, lora: {{{own}}}}}\nlora: {{r: 16}}\n"))
+    assert loaded.stages["dpo"].lora == {"r": 16} | recipe.yaml.parse_value(f"{{{own}}}")

@@ -1,0 +1,54 @@
+"""PPO beside the exact optimum of its objective, on the task of `benchmarks/closed_form.py` with shorter training."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "closed_form.py"
+BETAS = (0.1, 1.0)
+UPDATES = 24  # the benchmark takes more; hence the wider tolerance
+
+
+@pytest.fixture(scope="module")
+def closed_form() -> Iterator[ModuleType]:
+    """The benchmark as a module; its folder is no package."""
+    spec = importlib.util.spec_from_file_location("closed_form", BENCHMARK)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def task(closed_form: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return closed_form.Task(tmp_path_factory.mktemp("closed-form"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def measured(task: Any) -> dict[float, Any]:
+    """What PPO ends with for each β, beside the optimum."""
+    return {beta: task.train(beta, max_steps=UPDATES) for beta in BETAS}
+
+
+def test_sft_teaches_the_reference_to_say_every_word_equally_often(task: Any) -> None:
+    p = task.log_probs(task.share().reference).exp()[:, task.words]
+    assert p.min().item() > 0.075 and p.max().item() < 0.09
+    assert p.sum(1).min().item() > 0.99
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_expected_reward_and_kl_end_near_the_exact_optimum(measured: dict[float, Any], beta: float) -> None:
+    ours, exact = measured[beta].ours, measured[beta].exact
+    assert ours.reward == pytest.approx(exact.reward, abs=0.1)
+    assert ours.kl == pytest.approx(exact.kl, rel=0.1, abs=0.1)
+
+
+def test_a_larger_beta_keeps_the_policy_nearer_to_its_reference(measured: dict[float, Any]) -> None:
+    assert measured[1.0].ours.kl < measured[0.1].ours.kl - 1
