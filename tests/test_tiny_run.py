@@ -100,7 +100,11 @@ def test_the_run_directory_holds_what_it_promises(finished: tuple[Path, str]) ->
     assert record["inputs"]["trainer.kl_coef"] == 0.3 and record["versions"]["trl"].startswith("1.12")
     assert record["peak_memory_bytes"] > 100e6
     samples = [json.loads(line) for line in (run / "ppo" / "samples.jsonl").read_text().splitlines()]
-    assert sum(sample["judge"] for sample in samples) / len(samples) == record["metrics"]["judge_mean"]
+    judged = [sample["judge"] for sample in samples if "judge" in sample]
+    assert sum(judged) / len(judged) == record["metrics"]["judge_mean"]
+    along_the_way = samples[: -len(judged)]
+    assert [sample["step"] for sample in along_the_way] == [step for step in range(1, 21, 2) for _ in range(4)]
+    assert all(sample["completion"] and "score" in sample for sample in along_the_way)
     assert [row["step"] for row in logged(run, "ppo")] == list(range(1, 21))
     assert not (run / "ppo" / "work").exists() and (run / "ppo" / "log.txt").stat().st_size > 0
     again = command("plan", str(run / "recipe.yaml"), "--json", cwd=finished[0])

@@ -163,6 +163,13 @@ def adapter_parameters(model: torch.nn.Module, adapter: str) -> dict[str, torch.
     return {name: parameter for name, parameter in model.named_parameters() if belongs.search(name)}
 
 
+def copy_adapter(model: torch.nn.Module, source: str, target: str) -> None:
+    """Give one adapter the weights of another of the same shape."""
+    theirs = adapter_parameters(model, source)
+    for name, parameter in adapter_parameters(model, target).items():
+        parameter.data.copy_(theirs[re.sub(rf"\.{re.escape(target)}(?=\.|$)", f".{source}", name)].data)
+
+
 @contextlib.contextmanager
 def exact_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Keep trainable weights in float32 while a TRL trainer is built.

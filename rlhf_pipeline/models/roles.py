@@ -56,9 +56,7 @@ class SharedBase:
         if init is not None:
             adapters.load_weights(self.peft, init, "policy")
         # A copy by parameter, not a second start: rows that a larger rank adds are drawn, and differ between two draws.
-        ours = adapters.adapter_parameters(self.peft, "policy")
-        for name, parameter in adapters.adapter_parameters(self.peft, "reference").items():
-            parameter.data.copy_(ours[name.replace(".reference", ".policy")].data)
+        adapters.copy_adapter(self.peft, "policy", "reference")
         adapters.load_weights(self.peft, reward, "reward")
         adapters.load_weights(self.peft, reward, "value")
         base.remove_dropout(self.peft)

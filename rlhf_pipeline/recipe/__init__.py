@@ -26,11 +26,11 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 POLICY_KINDS = ("sft", "ppo", "dpo")
 # PEFT's keys that make another function of the same weights, or share or repeat them.
 FUNCTION_KEYS = (
-    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "alora_invocation_tokens", "layer_replication",
-    "ensure_weight_tying", "velora_config", "monteclora_config", "use_bdlora", "kasa_config", "arrow_config",
+    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "alora_invocation_tokens",
+    "ensure_weight_tying", "velora_config", "monteclora_config", "use_bdlora", "arrow_config",
 )  # fmt: skip
 # With one of these, the weights are not two plain factors that a larger rank extends.
-RIGID_KEYS = ("target_parameters", "monteclora_config", "use_bdlora", "kasa_config", "arrow_config")
+RIGID_KEYS = ("target_parameters", "monteclora_config", "use_bdlora", "arrow_config")
 SIZE_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 

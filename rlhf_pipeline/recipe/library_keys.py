@@ -119,7 +119,8 @@ _LORA_DECIDED = {
     "task_type": "each stage sets it", "inference_mode": "each role sets it", "peft_type": "it is always LoRA",
     "auto_mapping": "PEFT sets it", "base_model_name_or_path": "PEFT sets it", "revision": _MODEL,
     "peft_version": "PEFT sets it", "modules_to_save": _BASE_STAYS, "trainable_token_indices": _BASE_STAYS,
-    "bias": _BASE_STAYS, "runtime_config": "it is not saved with the adapter", "megatron_config": _ONE_GPU,
+    "bias": _BASE_STAYS, "kasa_config": _BASE_STAYS, "layer_replication": _BASE_STAYS,
+    "runtime_config": "it is not saved with the adapter", "megatron_config": _ONE_GPU,
     "megatron_core": _ONE_GPU,
 }  # fmt: skip
 

@@ -58,6 +58,7 @@ def run(job: Job) -> dict[str, Any]:
             processing_class=tokenizer,
             callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
         )
+    adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
     trainer.train()
     if held_out is not None:
         trainer.evaluate()

@@ -221,6 +221,15 @@ def test_weights_that_should_not_have_moved_or_stayed_are_reported(role: str) ->
         check_weights(before, right | {role: 3 - right[role]}, {"policy", "value"})
 
 
+def test_the_first_dpo_loss_is_ln_2_with_an_adapter_on_the_embedding(folder: Path) -> None:
+    """PEFT names those weights another way, and TRL's copy of the policy misses them."""
+    lora = "lora.target_modules=[embed_tokens,q_proj]"
+    shutil.rmtree(folder / "runs" / "short" / "sft")
+    train(folder, "sft", lora)
+    job, _ = train(folder, "dpo", lora)
+    assert logged(job)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_first_dpo_loss_is_ln_2_from_an_sft_adapter(folder: Path, quantization: str) -> None:
     job, _ = train(folder, "dpo", f"model.quantization={quantization}")
