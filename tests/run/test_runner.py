@@ -265,7 +265,7 @@ def test_a_stage_goes_on_only_from_a_whole_checkpoint_of_its_own_inputs(copied: 
     def resumable(*overrides: str) -> bool:
         stage = plan.make(recipes.load(str(folder / "recipe.yaml"), overrides))[1]
         assert (stage.name, stage.state) == ("ppo", "failed")
-        return runner._resumable(stage, work)
+        return runner._last_checkpoint(stage, work) is not None
 
     assert resumable() and resumable("ppo.trainer.save_steps=3")
     assert not resumable("ppo.trainer.kl_coef=0.1") and not resumable("reward.trainer.max_steps=2")
