@@ -21,7 +21,7 @@ from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.roles import FROZEN, SharedBase
+from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
 from rlhf_pipeline.monitoring.metrics import keep_until
 from rlhf_pipeline.ppo import checkpoint
 from rlhf_pipeline.ppo.advantages import (
@@ -133,7 +133,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.samples_file = samples_file
         self.trained = {
             role: [parameter for parameter in getattr(shared, role).parameters() if parameter.requires_grad]
-            for role in ("policy", "value")
+            for role in TRAINED
         }
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
         self.pad_token_id = pad if pad is not None else eos if eos is not None else 0
