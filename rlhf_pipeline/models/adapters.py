@@ -21,6 +21,10 @@ _RANK_AXIS = {"A.weight": 0, "B.weight": 1, "embedding_A": 0, "embedding_B": 1}
 _SECOND_FACTOR = ("B.weight", "B.bias", "embedding_B")
 
 
+class DivergedError(ArithmeticError):
+    """Training left the finite numbers."""
+
+
 def lora_config(lora: dict[str, Any], task: TaskType = TaskType.CAUSAL_LM) -> LoraConfig:
     """The shape of a stage's adapter as PEFT takes it."""
     return LoraConfig(**lora, task_type=task)
@@ -144,9 +148,28 @@ def load_head(folder: Path) -> torch.nn.Linear:
 
 
 def save_adapter(model: PeftModel, adapter: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write one adapter as an artifact: weights, configuration, tokenizer; what PEFT's own loader reads."""
+    """Write one adapter as an artifact: weights, configuration, tokenizer; what PEFT's own loader reads.
+
+    Raises:
+        DivergedError: see `save_weights`.
+    """
     folder.mkdir(parents=True)
+    save_weights(model, adapter, folder)
+    tokenizer.save_pretrained(str(folder))
+
+
+def save_weights(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Write one adapter's weights and configuration into a folder.
+
+    Raises:
+        DivergedError: a weight is not finite.
+    """
     state = get_peft_model_state_dict(model, adapter_name=adapter)
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"the weights at `{_split(name)[0].removeprefix(_PREFIX)}` are no longer finite numbers"
+            )
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"}
     )
@@ -154,7 +177,11 @@ def save_adapter(model: PeftModel, adapter: str, folder: Path, tokenizer: PreTra
     was, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = was
-    tokenizer.save_pretrained(str(folder))
+
+
+def restore(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Give an adapter, with its score head where it has one, the very weights that `save_weights` wrote."""
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=adapter)
 
 
 def adapter_parameters(model: torch.nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:

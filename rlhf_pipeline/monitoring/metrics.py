@@ -21,7 +21,7 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop what a broken-off run wrote after the checkpoint that this one goes on from."""
-        _rewrite(self.file, _whole_lines(self.file)[: len(state.log_history)])
+        _rewrite(self.file, whole_lines(self.file)[: len(state.log_history)])
 
     def on_log(
         self,
@@ -39,10 +39,11 @@ class MetricsLog(TrainerCallback):
 
 def keep_until(file: Path, step: int) -> None:
     """Drop the rows of a `.jsonl` file whose `step` is later, and a last line that was not written whole."""
-    _rewrite(file, [line for line in _whole_lines(file) if json.loads(line).get("step", 0) <= step])
+    _rewrite(file, [line for line in whole_lines(file) if json.loads(line).get("step", 0) <= step])
 
 
-def _whole_lines(file: Path) -> list[str]:
+def whole_lines(file: Path) -> list[str]:
+    """The lines of a file, but for a last one that was not written whole; none where there is no file."""
     if not file.is_file():
         return []
     with file.open(encoding="utf-8") as lines:

@@ -20,10 +20,10 @@ from transformers.trainer_utils import TrainOutput
 from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
+from rlhf_pipeline import durable
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
 from rlhf_pipeline.monitoring.metrics import keep_until
-from rlhf_pipeline.ppo import checkpoint
 from rlhf_pipeline.ppo.advantages import (
     estimate_advantages,
     explained_variance,
@@ -176,7 +176,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             ValueError: there is no such checkpoint, or it is of another reference or reward.
             RuntimeError: too many optimizer steps in a row had gradients that were not finite.
         """
-        self._begin(checkpoint.locate(self.args.output_dir, resume_from_checkpoint))
+        self._begin(durable.locate(self.args.output_dir, resume_from_checkpoint))
         within_budget = True
         while within_budget and self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             clock = [time.perf_counter()]
@@ -569,8 +569,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write `checkpoint-<step>`, whole or not at all, and remove older ones beyond `save_total_limit`."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        checkpoint.write_whole(folder, self._write_checkpoint)
-        checkpoint.remove_others(folder, self.args.save_total_limit)
+        durable.write_folder(folder, self._write_checkpoint)
+        durable.remove_others(folder, self.args.save_total_limit)
 
     def _write_checkpoint(self, folder: Path) -> None:
         for role in self.trained:

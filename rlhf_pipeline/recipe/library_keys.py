@@ -40,7 +40,8 @@ _DTYPE = "the recipe's `model.dtype` decides the precision of every stage"
 _TOKENIZER = "the pipeline prepares one tokenizer for all stages, so that they read the same tokens"
 _ENCODED = "the pipeline encodes the data itself: loss on the reply only, one EOS at its end, in every stage alike"
 _MODEL = "the pipeline loads one base for all stages; see the recipe's `model`"
-_CHECKPOINTS = "a stage cannot be resumed yet, so checkpoints would only cost disk"
+_CHECKPOINTS = "a checkpoint is there to go on from, which a run does by itself"
+_BEST = "a stage's result is what its last step left; no checkpoint is kept for being the best"
 _ONE_GPU = "a stage runs as one process on one device"
 _HUB = "publishing is not part of a run"
 _REPORTS = "numbers go to the stage's `metrics.jsonl`; trackers are not supported yet"
@@ -54,11 +55,12 @@ _DECIDED: dict[str, str] = {
     "dataset_text_field": _ENCODED, "dataset_kwargs": _ENCODED, "completion_only_loss": _ENCODED,
     "assistant_only_loss": _ENCODED, "remove_unused_columns": _ENCODED, "label_names": _ENCODED,
     "padding_free": "it needs a Flash Attention build, which the pipeline does not select",
-    "save_strategy": _CHECKPOINTS, "save_steps": _CHECKPOINTS, "save_total_limit": _CHECKPOINTS,
-    "save_only_model": _CHECKPOINTS, "save_on_each_node": _CHECKPOINTS, "load_best_model_at_end": _CHECKPOINTS,
-    "metric_for_best_model": _CHECKPOINTS, "greater_is_better": _CHECKPOINTS, "enable_jit_checkpoint": _CHECKPOINTS,
-    "resume_from_checkpoint": _CHECKPOINTS, "ignore_data_skip": _CHECKPOINTS,
-    "restore_callback_states_from_checkpoint": _CHECKPOINTS,
+    "save_only_model": _CHECKPOINTS, "resume_from_checkpoint": _CHECKPOINTS, "ignore_data_skip": _CHECKPOINTS,
+    "restore_callback_states_from_checkpoint": _CHECKPOINTS, "save_on_each_node": _ONE_GPU,
+    "enable_jit_checkpoint": "SIGTERM always leaves a checkpoint",
+    "auto_find_batch_size": "a stage trains with the batch size that its recipe states, before and after a break",
+    "load_best_model_at_end": _BEST, "metric_for_best_model": _BEST, "greater_is_better": _BEST,
+    "logging_nan_inf_filter": "a loss that is not finite ends the stage",
     "report_to": _REPORTS, "run_name": _REPORTS, "project": _REPORTS, "trackio_space_id": _REPORTS,
     "trackio_bucket_id": _REPORTS, "trackio_static_space_id": _REPORTS, "disable_tqdm": _REPORTS,
     "push_to_hub": _HUB, "hub_token": _HUB, "hub_private_repo": _HUB, "hub_model_id": _HUB, "hub_strategy": _HUB,
@@ -104,10 +106,6 @@ _PPO_REASONS = {
     "dataloader_pin_memory": _NOTHING_TO_LOAD, "dataloader_prefetch_factor": _NOTHING_TO_LOAD,
     "dataloader_persistent_workers": _NOTHING_TO_LOAD,
     "dataloader_drop_last": _NOTHING_TO_LOAD,
-    "save_only_model": "a checkpoint is there to go on from", "resume_from_checkpoint": "a run goes on by itself",
-    "ignore_data_skip": "which prompts come next follows from the step", "save_on_each_node": _ONE_GPU,
-    "restore_callback_states_from_checkpoint": "the pipeline's callbacks have no state",
-    "enable_jit_checkpoint": "set `save_steps`",
     "load_best_model_at_end": "set `kl_budget`, which keeps the best policy within it",
     "metric_for_best_model": "set `kl_budget`, which keeps the best policy within it",
     "greater_is_better": "set `kl_budget`, which keeps the best policy within it",
@@ -126,10 +124,12 @@ _LORA_DECIDED = {
 
 # These change what is written or how fast, not what is learned; the fingerprint leaves them out.
 WITHOUT_EFFECT_ON_RESULT = {
-    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
+    "logging_strategy", "logging_steps", "logging_first_step", "log_level",
     "include_num_input_tokens_seen", "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     "skip_memory_metrics", "torch_empty_cache_steps", "debug",
+    # The same numbers in less memory: a stage that ran out of it goes on from its checkpoint.
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",
     "num_sample_generations", "save_strategy", "save_steps", "save_total_limit",
 }  # fmt: skip
 

@@ -13,10 +13,11 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.monitoring.metrics import MetricsLog, final
 from rlhf_pipeline.stages.evaluation import judge_policy
 from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.resumable import Resumable
 
 
-class EncodedDPOTrainer(DPOTrainer):
-    """TRL's DPOTrainer for rows that are encoded already, which its SFT and reward trainers take and it does not."""
+class EncodedDPOTrainer(Resumable, DPOTrainer):
+    """TRL's DPOTrainer, from exact checkpoints, for encoded rows, which TRL's other trainers take and it does not."""
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
         limit = args.max_length
@@ -29,7 +30,7 @@ class EncodedDPOTrainer(DPOTrainer):
 def prepare(job: Job) -> tuple[DPOConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
     """See `sft.prepare`."""
     args = job.trainer_config(DPOConfig)
-    tokenizer = load_tokenizer(job.recipe.model.path)
+    tokenizer = load_tokenizer(job.recipe.model)
     train, held_out = data.preferences(job.stage.data, tokenizer, job.recipe.seed)
     job.require_eval_data(args, held_out)
     limit = args.max_length
@@ -39,7 +40,7 @@ def prepare(job: Job) -> tuple[DPOConfig, PreTrainedTokenizerBase, Dataset, Data
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, evaluate and save the adapter; returns the final metrics.
+    """Train, evaluate, save the adapter and judge it; returns the final metrics. Goes on from the last checkpoint.
 
     The adapter is loaded under the name `default`, of which TRL makes a frozen copy, `ref`: the reference is what the
     stage starts from, not the bare base.
@@ -56,13 +57,13 @@ def run(job: Job) -> dict[str, Any]:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints()],
         )
     adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if held_out is not None:
         trainer.evaluate()
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     dropped = len(train) - len(trainer.train_dataset)
-    metrics = final(trainer.state.log_history) | ({"dropped_pairs": dropped} if dropped else {})
+    metrics = job.trained(final(trainer.state.log_history) | {"dropped_pairs": dropped})
     return metrics | judge_policy(job, model, tokenizer)

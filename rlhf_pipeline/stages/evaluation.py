@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_pipeline import data
+from rlhf_pipeline import data, durable
 from rlhf_pipeline.data import rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.monitoring.metrics import whole_lines
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.stages.job import Job
 
@@ -96,23 +97,23 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     if len(scores) != len(prompts):
         raise ValueError(f"{spec.judge} returned {len(scores)} scores for {len(prompts)} replies")
     samples = job.folder / "samples.jsonl"
-    of_training = []
-    if samples.is_file():
-        with samples.open(encoding="utf-8") as lines:
-            of_training = [line for line in lines if "judge" not in json.loads(line)]
-    with samples.open("w", encoding="utf-8") as lines:
-        lines.writelines(of_training)
-        for prompt, reply, score in zip(prompts, replies, scores, strict=True):
-            row = {"prompt": prompt, "completion": reply, "judge": score}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    of_training = [line for line in whole_lines(samples) if "judge" not in json.loads(line)]
+    judged = (
+        {"prompt": prompt, "completion": reply, "judge": score}
+        for prompt, reply, score in zip(prompts, replies, scores, strict=True)
+    )
+    lines = [*of_training, *(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)]
+    durable.write_text(samples, "".join(lines))
     return {"judge_mean": sum(scores) / len(scores)}
 
 
-def judge_artifact(job: Job) -> dict[str, float]:
-    """Judge the policy of a stage that is done; see `judge_policy`."""
-    tokenizer = load_tokenizer(job.recipe.model.path)
+def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
+    """Judge the policy that a stage left; see `judge_policy`."""
+    if job.recipe.evaluate is None:
+        return {}
+    tokenizer = load_tokenizer(job.recipe.model)
     base = load_base(job.recipe.model, tokenizer)
-    policy = adapters.with_policy_adapter(base, job.stage.lora, job.folder / "adapter")
+    policy = adapters.with_policy_adapter(base, job.stage.lora, artifact)
     return judge_policy(job, policy, tokenizer)
 
 

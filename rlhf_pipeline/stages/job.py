@@ -1,5 +1,6 @@
 """What a stage is told: its settings, and where things are."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,9 +9,12 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from rlhf_pipeline import durable
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import resolve_dtype
+from rlhf_pipeline.monitoring.checkpoints import SECONDS_BETWEEN, Checkpoints
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
+from rlhf_pipeline.run.directory import TRAINED
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -50,6 +54,11 @@ class Job:
         return self.work / "adapter"
 
     @property
+    def published(self) -> Path:
+        """Where the runner has put the adapter of a stage that is done."""
+        return self.folder / "adapter"
+
+    @property
     def init(self) -> Path | None:
         """The adapter the stage starts from; None for the bare base."""
         return None if self.stage.init in (None, BASE) else self.run / str(self.stage.init) / "adapter"
@@ -73,7 +82,9 @@ class Job:
             "fp16": dtype == torch.float16,
             "use_cpu": not torch.cuda.is_available(),
             "report_to": "none",
-            "save_strategy": "no",
+            "save_strategy": "no",  # unless the recipe says when, `checkpoints` does
+            "save_total_limit": 2,  # the last one, and one before it should that be damaged
+            "logging_nan_inf_filter": False,  # a loss that is not finite ends the stage
             "disable_tqdm": True,
             **decided,
             **self.stage.trainer,
@@ -87,10 +98,45 @@ class Job:
                 )
             if f"{what}_steps" in self.stage.trainer:
                 settings[f"{what}_strategy"] = "steps"
+        if settings["save_strategy"] == "best":
+            raise InputError(
+                "no checkpoint is kept for being the best",
+                place=f"stages.{self.name}.trainer.save_strategy",
+                hint="use `steps` or `epoch`; PPO has `kl_budget`",
+            )
+        if self.stage.trainer.get("save_strategy") == "no" and "save_total_limit" in self.stage.trainer:
+            raise InputError(
+                "`save_total_limit` has no effect without `save_strategy`",
+                place=f"stages.{self.name}.trainer.save_total_limit",
+                hint="remove it",
+            )
         try:
             return config(**settings)
         except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
             raise InputError(str(error).strip().splitlines()[0], place=f"stages.{self.name}.trainer") from None
+
+    def checkpoints(self) -> Checkpoints:
+        """The callback that asks for checkpoints, by time where the recipe's `save_*` keys say nothing."""
+        decided = {"save_strategy", "save_steps"} & self.stage.trainer.keys()
+        return Checkpoints(None if decided else SECONDS_BETWEEN)
+
+    def last_checkpoint(self) -> str | None:
+        """The checkpoint that the stage goes on from; the runner has put away what cannot be trusted."""
+        return next((str(path) for path in durable.newest_first(self.work)), None)
+
+    def trained(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Note that training is over and the artifact whole: whatever comes now, it need not be done again.
+
+        Args:
+            metrics: the final numbers so far.
+
+        Returns:
+            The same.
+        """
+        durable.sync_folder(self.artifact)
+        note = {"metrics": metrics, "files": durable.contents(self.artifact)}
+        durable.write_text(self.work / TRAINED, json.dumps(note))
+        return metrics
 
     def require_eval_data(self, args: TrainingArguments, held_out: Dataset | None) -> None:
         """See that evaluation during training has something to evaluate on.

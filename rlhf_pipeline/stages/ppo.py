@@ -4,7 +4,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf_pipeline import data
 from rlhf_pipeline.errors import InputError
@@ -23,7 +22,6 @@ NEEDS = {
     "eval_delay": "eval_strategy",
     "eval_on_start": "eval_strategy",
     "per_device_eval_batch_size": "eval_strategy",
-    "save_total_limit": "save_strategy",
 }
 
 
@@ -33,7 +31,7 @@ def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, dict[str, Dat
     Raises:
         InputError: for settings or data that cannot work.
     """
-    args = job.trainer_config(PPOConfig, save_strategy="steps")
+    args = job.trainer_config(PPOConfig)
     place, given = f"stages.{job.name}.trainer", job.stage.trainer
     for key, needed in NEEDS.items():
         if key in given and getattr(args, needed) in (None, "no"):
@@ -49,7 +47,7 @@ def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, dict[str, Dat
             place=f"stages.{job.name}.data.eval_fraction",
             hint="set `eval_steps` in `trainer`, or remove it",
         )
-    tokenizer = load_tokenizer(job.recipe.model.path)
+    tokenizer = load_tokenizer(job.recipe.model)
     prompts, held_out = data.prompts(job.stage.data, tokenizer, job.recipe.seed)
     job.require_eval_data(args, held_out)
     demonstrations = None
@@ -77,14 +75,15 @@ def run(job: Job) -> dict[str, Any]:
         tokenizer,
         shared,
         **datasets,
-        callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
+        callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints()],
         samples_file=job.folder / "samples.jsonl",
     )
     before = shared.checksums()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(job.work))
+    trainer.train(resume_from_checkpoint=job.last_checkpoint())
     check_weights(before, shared.checksums(), trainer.trained_roles)
     trainer.save_model(str(job.artifact))
-    return final(trainer.state.log_history) | judge_policy(job, shared.policy, tokenizer)
+    metrics = job.trained(final(trainer.state.log_history))
+    return metrics | judge_policy(job, shared.policy, tokenizer)
 
 
 def check_weights(before: dict[str, int], after: dict[str, int], trained: set[str]) -> None:

@@ -13,6 +13,11 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.monitoring.metrics import MetricsLog, final
 from rlhf_pipeline.stages.evaluation import judge_policy
 from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.resumable import Resumable
+
+
+class ResumableSFTTrainer(Resumable, SFTTrainer):
+    """TRL's SFTTrainer, from exact checkpoints."""
 
 
 def prepare(job: Job) -> tuple[SFTConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
@@ -22,7 +27,7 @@ def prepare(job: Job) -> tuple[SFTConfig, PreTrainedTokenizerBase, Dataset, Data
         InputError: for settings or data that cannot work.
     """
     args = job.trainer_config(SFTConfig)
-    tokenizer = load_tokenizer(job.recipe.model.path)
+    tokenizer = load_tokenizer(job.recipe.model)
     train, held_out = data.demonstrations(job.stage.data, tokenizer, job.recipe.seed)
     job.require_eval_data(args, held_out)
     fitting = sum(any(label != -100 for label in row[: args.max_length]) for row in train["labels"])
@@ -31,21 +36,22 @@ def prepare(job: Job) -> tuple[SFTConfig, PreTrainedTokenizerBase, Dataset, Data
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, evaluate and save the adapter; returns the final metrics."""
+    """Train, evaluate, save the adapter and judge it; returns the final metrics. Goes on from the last checkpoint."""
     args, tokenizer, train, held_out = prepare(job)
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     with adapters.exact_adapters(model):
-        trainer = SFTTrainer(
+        trainer = ResumableSFTTrainer(
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl")],
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints()],
         )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if held_out is not None:
         trainer.evaluate()
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
-    return final(trainer.state.log_history) | judge_policy(job, model, tokenizer)
+    metrics = job.trained(final(trainer.state.log_history))
+    return metrics | judge_policy(job, model, tokenizer)

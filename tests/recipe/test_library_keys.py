@@ -60,20 +60,16 @@ def test_the_tables_name_no_key_that_the_libraries_do_not_have(table, configs):
 
 
 def test_nothing_is_both_read_by_ppo_and_refused():
-    """Only PPO can be resumed, so far: what is about checkpoints is refused elsewhere."""
-    assert not library_keys._PPO_READS & set(library_keys._PPO_REASONS)
-    checkpoints = {"save_strategy", "save_steps", "save_total_limit"}
-    assert library_keys._PPO_READS & set(library_keys._DECIDED) == checkpoints
-    for key in checkpoints:
-        assert library_keys.refusal("ppo", key) is None
-        for config in ("sft", "reward", "dpo"):
-            assert "cannot be resumed yet" in library_keys.refusal(config, key)
+    refused = library_keys._DECIDED.keys() | library_keys._PPO_REASONS.keys()
+    assert library_keys._PPO_READS & refused == set()
 
 
-def test_no_key_of_ppo_is_refused_for_a_reason_of_the_others():
-    """PPO can be resumed."""
-    for key in set(library_keys.accepted("ppo")) - library_keys._PPO_READS:
-        assert "cannot be resumed" not in library_keys.refusal("ppo", key), key
+@pytest.mark.parametrize("config", ["sft", "reward", "ppo", "dpo"])
+def test_when_checkpoints_are_written_can_be_set_for_every_kind(config):
+    """They change nothing of the result, so they are no reason to train again."""
+    keys = {"save_strategy", "save_steps", "save_total_limit"}
+    assert keys <= set(library_keys.settable(config))
+    assert keys <= library_keys.WITHOUT_EFFECT_ON_RESULT
 
 
 def test_what_ppo_has_beyond_trl_can_be_set_and_is_documented():
@@ -125,6 +121,10 @@ def test_the_keys_people_set_can_be_set(config, key):
         ("ppo", "bf16", "model.dtype"),
         ("ppo", "mini_batch_size", "computed"),
         ("ppo", "neftune_noise_alpha", "does not read"),
+        *((kind, "auto_find_batch_size", "the batch size that its recipe states") for kind in ("sft", "reward", "dpo")),
+        *((kind, "logging_nan_inf_filter", "not finite ends the stage") for kind in ("sft", "reward", "ppo", "dpo")),
+        *((kind, "load_best_model_at_end", "no checkpoint is kept") for kind in ("sft", "reward", "dpo")),
+        ("dpo", "resume_from_checkpoint", "which a run does by itself"),
         ("lora", "modules_to_save", "only adapters are trained"),
     ],
 )

@@ -1,0 +1,107 @@
+"""What TRL's SFT, reward and DPO trainers lack to be stopped anywhere and go on to the same end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_pipeline import durable
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.adapters import DivergedError
+
+MEMORY = "memory.json"
+EPOCH_START = "epoch_start.pt"
+
+
+class Resumable(Trainer):
+    """To stand before a TRL trainer among a class's bases: exact checkpoints, and an end to training on NaN.
+
+    Transformers writes a checkpoint file by file into its final place, forgets the sums behind the next logged means
+    and behind `train_loss`, and draws an epoch's order anew when it resumes within one. Here a checkpoint is there
+    whole or not at all, and training that goes on from it computes and logs what it would have without a break. The
+    adapter `default` lies in it as PEFT would load it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._memory: dict[str, Any] | None = None
+        self._epoch_start = torch.get_rng_state()
+        self.add_callback(_Remember(self))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            DivergedError: its loss is not finite. Transformers would log the mean of the earlier losses in its place.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise DivergedError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        durable.write_folder(folder, self._write_checkpoint)
+        durable.remove_others(folder, self.args.save_total_limit)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        adapters.save_weights(self.model, "default", folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        torch.save(self._epoch_start, folder / EPOCH_START)
+        self.store_flos()
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        memory = {
+            "running_loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "means": {mode: dict(values) for mode, values in self._metrics.items()},
+            "train_tokens": self._total_train_tokens,
+            "training": self.model.training,  # what is logged at the end depends on whether evaluation came last
+        }
+        (folder / MEMORY).write_text(json.dumps(memory))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        adapters.restore(self.model, "default", folder)
+        self._memory = json.loads((folder / MEMORY).read_text())
+        self.args.eval_on_start = False  # that was then
+
+    def recall(self) -> None:
+        """Take up the sums where the checkpoint left them; Transformers has just set them to zero."""
+        if self._memory is None:
+            return
+        memory, self._memory = self._memory, None
+        self._tr_loss += memory["running_loss"]
+        self._total_loss_scalar = memory["total_loss"]
+        self._globalstep_last_logged = memory["last_logged"]
+        self._initial_global_step = 0  # `train_loss` is the mean over all steps, not over those since the break
+        for mode, values in memory["means"].items():
+            self._metrics[mode].update(values)
+        self._total_train_tokens = memory["train_tokens"]
+        self.model.train(memory["training"])
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            return  # from the last checkpoint of all, Transformers would train beyond the end
+        resumed = kwargs["resume_from_checkpoint"]
+        within = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"]
+        if resumed is not None and within:
+            # Some samplers draw their order from the global generator when an epoch begins. Transformers restores the
+            # generator's later state itself, once it has skipped what was trained on.
+            torch.set_rng_state(torch.load(Path(resumed) / EPOCH_START, weights_only=True))
+        self._epoch_start = torch.get_rng_state()
+        super()._run_epoch(*args, **kwargs)
+
+
+class _Remember(TrainerCallback):
+    """Tells the trainer when it may take up its sums: after they were set to zero, before the first step."""
+
+    def __init__(self, trainer: Resumable) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.recall()

@@ -1,0 +1,278 @@
+"""SFT, reward and DPO that go on from any of their checkpoints end exactly as those that never stopped."""
+
+import itertools
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_pipeline import durable, stages
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.adapters import DivergedError
+from rlhf_pipeline.monitoring.checkpoints import Checkpoints
+from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.run.directory import WEIGHTS
+from rlhf_pipeline.stages.job import Job
+
+# Two passes of two steps over six rows: a pass ends amid a gradient accumulation, a step is logged long after its
+# checkpoint, and evaluation comes between. Dropout draws from the global generators at every step.
+TRAINER = (
+    "num_train_epochs: 2, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, learning_rate: 5e-3, "
+    "gradient_checkpointing: false, lr_scheduler_type: cosine, logging_steps: 3, eval_steps: 2, eval_on_start: true, "
+    "save_steps: 1, save_total_limit: 9"
+)
+STEPS = 4
+RECIPE = f"""
+name: short
+seed: 7
+model: {{path: tiny, quantization: none, dtype: float32}}
+lora: {{r: 4, lora_alpha: 8, lora_dropout: 0.2, target_modules: [q_proj, v_proj, down_proj]}}
+stages:
+  start:
+    kind: sft
+    data: demonstrations.jsonl
+    trainer: {{max_steps: 2, learning_rate: 1e-2, per_device_train_batch_size: 4, gradient_checkpointing: false}}
+  sft:
+    init: start
+    data: {{path: demonstrations.jsonl, eval_fraction: 0.25}}
+    trainer: {{{TRAINER}, train_sampling_strategy: group_by_length}}
+  reward:
+    init: start
+    data: {{path: preferences.jsonl, eval_fraction: 0.25}}
+    trainer: {{{TRAINER}}}
+  dpo:
+    init: start
+    data: {{path: preferences.jsonl, eval_fraction: 0.25}}
+    trainer: {{{TRAINER}, disable_dropout: false}}
+"""
+NF4 = ("model.quantization=nf4", "sft.trainer.num_train_epochs=1", "sft.trainer.gradient_checkpointing=true")
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sft": ("sft", ()),
+    "sft, nf4": ("sft", NF4),
+    "reward": ("reward", ()),
+    "dpo": ("dpo", ()),
+}
+NUMPY = [numpy._core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32"))]
+
+
+class Whole(NamedTuple):
+    """A stage that nothing stopped, with all its checkpoints."""
+
+    job: Job
+    overrides: tuple[str, ...]
+    metrics: dict[str, Any]
+    steps: int
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, eight rows of data, and the artifact that all stages start from."""
+    folder = tmp_path_factory.mktemp("resumable")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    for name in ("demonstrations", "preferences"):
+        lines = (TINY / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:8]))
+    job = new_job(folder, "start")
+    run(job)
+    job.artifact.rename(job.published)
+    return folder
+
+
+def new_job(folder: Path, stage: str, *overrides: str) -> Job:
+    recipe = recipes.load(str(folder / "recipe.yaml"), overrides)
+    job = Job(recipe, stage, recipe.run)
+    job.work.mkdir(parents=True)
+    return job
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train with the global generators where no run would leave them."""
+    torch.manual_seed(999)
+    random.seed(999)
+    numpy.random.seed(999)
+    return stages.BY_KIND[job.stage.kind].run(job)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """A function that gives the uninterrupted stage of some kind; made once each."""
+    made: dict[str, Whole] = {}
+
+    def make(kind: str) -> Whole:
+        if kind not in made:
+            stage, overrides = KINDS[kind]
+            folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("whole") / "copy"))
+            job = new_job(folder, stage, *overrides)
+            metrics = run(job)
+            made[kind] = Whole(job, overrides, metrics, durable.step(durable.newest_first(job.work)[0]))
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def broken_off(prepared: Path, tmp_path: Path) -> Callable[[Whole, int], Job]:
+    """A function that leaves a stage as one killed some time after a checkpoint: what it logged later is there too."""
+
+    def leave(whole: Whole, step: int) -> Job:
+        folder = Path(shutil.copytree(prepared, tmp_path / str(step)))
+        job = new_job(folder, whole.job.name, *whole.overrides)
+        shutil.copytree(whole.job.work / f"checkpoint-{step}", job.work / f"checkpoint-{step}")
+        shutil.copy(whole.job.folder / "metrics.jsonl", job.folder / "metrics.jsonl")
+        return job
+
+    return leave
+
+
+def logged(job: Job) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("time", "_runtime", "_per_second")
+    return [{name: value for name, value in row.items() if not name.endswith(times)} for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_going_on_from_any_checkpoint_ends_the_same(whole, broken_off, kind):
+    expected = whole(kind)
+    assert expected.steps == (2 if "nf4" in kind else STEPS)
+    for step in range(1, expected.steps + 1):
+        job = broken_off(expected, step)
+        metrics = run(job)
+        assert (job.artifact / WEIGHTS).read_bytes() == (expected.job.artifact / WEIGHTS).read_bytes(), step
+        assert logged(job) == logged(expected.job), step
+        assert metrics == expected.metrics, step
+        for later in range(step + 1, expected.steps + 1):  # the next break may come after any of them
+            one, other = (of.work / f"checkpoint-{later}" for of in (job, expected.job))
+            assert load_file(one / WEIGHTS).keys() == load_file(other / WEIGHTS).keys()
+            assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_the_stage_to_compare_with_uses_all_that_a_checkpoint_must_hold(whole, kind):
+    """Else the test above would show less than it says."""
+    job = whole(kind).job
+    rows = logged(job)
+    assert [row["step"] for row in rows if "loss" in row] == [3]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 4, 4]
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert len(set(losses[:3])) == 3 and losses[2] == losses[3]
+    memories = [json.loads((job.work / f"checkpoint-{step}" / "memory.json").read_text()) for step in (1, 3)]
+    assert memories[0]["running_loss"] > 0 and memories[0]["means"]["train"]
+    assert memories[1]["running_loss"] == 0 and memories[1]["total_loss"] > 0
+    weights = [load_file(job.work / f"checkpoint-{step}" / WEIGHTS) for step in range(1, STEPS + 1)]
+    assert all(
+        any(not torch.equal(one[name], other[name]) for name in one) for one, other in itertools.pairwise(weights)
+    )
+    assert ("score.weight" in " ".join(weights[0])) == (kind == "reward")
+
+
+def test_a_checkpoint_is_what_peft_itself_would_load(whole):
+    """And so what a user can look at."""
+    expected = whole("sft").job
+    names = load_file(expected.artifact / WEIGHTS).keys()
+    assert load_file(expected.work / "checkpoint-2" / WEIGHTS).keys() == names
+    config = "adapter_config.json"
+    assert (expected.work / "checkpoint-2" / config).read_text() == (expected.artifact / config).read_text()
+    last = expected.work / f"checkpoint-{STEPS}" / WEIGHTS
+    assert last.read_bytes() == (expected.artifact / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_in_a_checkpoint_needs_more_than_tensors_and_numbers(whole, kind):
+    """A pickle could run anything when it is opened, and the class it names may be another one by then."""
+    for checkpoint in durable.newest_first(whole(kind).job.work):
+        assert durable.damage(checkpoint) is None
+        for file in checkpoint.iterdir():
+            if file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix == ".safetensors":
+                load_file(file)
+            else:
+                assert file.suffix in (".pt", ".pth"), file
+                with torch.serialization.safe_globals(NUMPY):  # the state of NumPy's generator is an array
+                    torch.load(file, weights_only=True)
+        assert not list(checkpoint.glob("*.bin"))
+
+
+def test_dpo_keeps_its_reference_where_it_started(whole, broken_off, monkeypatch):
+    """After going on it is still the adapter of `init`, not the checkpoint."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Look(Checkpoints):
+        def on_step_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        ) -> None:
+            names = adapters.adapter_parameters(model, "ref")
+            seen.append({name.replace(".ref", ""): weight.detach().clone() for name, weight in names.items()})
+            moved = adapters.adapter_parameters(model, "default")
+            assert any(not torch.equal(moved[name.replace(".ref", ".default")], names[name]) for name in names)
+
+    job = broken_off(whole("dpo"), 2)
+    init = load_file(job.init / WEIGHTS)
+    monkeypatch.setattr(Job, "checkpoints", lambda self: Look(None))
+    run(job)
+    assert len(seen) == STEPS - 2
+    for reference in seen:
+        assert reference.keys() == init.keys() and any("lora_B" in name for name in init)
+        assert all(torch.equal(reference[name], init[name]) for name in init)
+
+
+# Training that leaves the finite numbers
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_a_loss_that_is_no_number_ends_the_stage_and_spoils_no_checkpoint(prepared, tmp_path, kind):
+    """The first step throws the weights so far that the second has no loss."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    overrides = {
+        "learning_rate": "1e30",
+        "lr_scheduler_type": "constant",
+        "logging_steps": "1",
+        "eval_on_start": "false",
+    }
+    job = new_job(folder, kind, *(f"{kind}.trainer.{key}={value}" for key, value in overrides.items()))
+    with pytest.raises(DivergedError, match="the loss became nan at step 2"):
+        run(job)
+    found = durable.newest_first(job.work)
+    assert [path.name for path in found] == ["checkpoint-1"]
+    assert durable.damage(found[0]) is None
+    assert all(torch.isfinite(weight).all() for weight in load_file(found[0] / WEIGHTS).values())
+    assert not job.artifact.exists() and not (job.work / "trained.json").exists()
+    assert [row["step"] for row in logged(job) if "loss" in row] == [1]
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_weights_that_are_not_finite_are_never_in_a_checkpoint(prepared, tmp_path, kind):
+    folder = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    overrides = {"learning_rate": "1e39", "lr_scheduler_type": "constant", "eval_on_start": "false"}
+    job = new_job(folder, kind, *(f"{kind}.trainer.{key}={value}" for key, value in overrides.items()))
+    with pytest.raises(DivergedError, match="no longer finite numbers"):
+        run(job)
+    assert list(job.work.iterdir()) == []
+
+
+# What is written, when training is over
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_a_stage_notes_that_it_is_trained_and_what_its_adapter_holds(whole, kind):
+    expected = whole(kind)
+    note = json.loads((expected.job.work / "trained.json").read_text())
+    assert note["metrics"] == expected.metrics
+    assert durable.difference(expected.job.artifact, note["files"]) is None
+    assert WEIGHTS in note["files"] and "tokenizer.json" in note["files"]
+
+
+def test_only_so_many_checkpoints_are_kept(prepared, tmp_path):
+    folder = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    job = new_job(folder, "sft", "sft.trainer={max_steps: 4, save_steps: 1, per_device_train_batch_size: 2}")
+    run(job)
+    assert {path.name for path in job.work.glob("*checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
