@@ -31,7 +31,7 @@ def load(spec: Data) -> Dataset:
         if path.is_file():
             table = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
         else:
-            table = datasets.load_dataset(spec.path, split=spec.split)
+            table = datasets.load_dataset(spec.path, split=spec.split, revision=spec.revision)
     except Exception as error:  # whatever its reader stumbled over, the user needs the file and the line
         raise _unreadable(spec, path, error) from None
     if not len(table):

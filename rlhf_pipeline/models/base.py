@@ -2,9 +2,12 @@
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -18,7 +21,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rlhf_pipeline.digests import HUB_TIMEOUT_S
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe import PICKLE_SUFFIXES
 from rlhf_pipeline.recipe.schema import Model
 
 Head = Literal["causal", "score"]
@@ -46,22 +51,117 @@ def load_config(spec: Model, head: Head = "causal") -> PretrainedConfig:
     """A model's configuration, checked for the head it shall get.
 
     Raises:
-        InputError: it cannot be loaded, or Transformers has no such model class for it.
+        InputError: it cannot be loaded, brings code that the recipe does not trust, is not safe to open, or
+            Transformers has no such model class for it.
     """
-    place = f"model.path: {spec.path}"
+    check_files(spec)
     try:
-        config = AutoConfig.from_pretrained(spec.path)
+        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"this is neither a model folder nor a hub model that can be reached: {str(error).splitlines()[0]}",
-            place=place,
-            hint="check the spelling, the network and, for gated models, `hf auth login`",
-        ) from None
-    auto = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
-    if type(config) not in auto._model_mapping:
+        refuse_untrusted_code(spec, error)
+        raise _unreachable(spec, error) from None
+    auto = _auto_class(head)
+    if type(config) not in auto._model_mapping and not _brings_class(config, auto, spec):
         what = "a causal language model" if head == "causal" else "a sequence classifier, which a reward model is"
-        raise InputError(f"Transformers cannot load `{config.model_type}` as {what}", place=place)
+        raise InputError(f"Transformers cannot load `{config.model_type}` as {what}", place=f"model.path: {spec.path}")
     return config
+
+
+def without_weights(spec: Model, head: Head = "causal") -> PreTrainedModel:
+    """A model with the shapes of the base and nothing read from its weights; for `with torch.device("meta")`.
+
+    Raises:
+        InputError: see `load_config`.
+    """
+    config, auto = load_config(spec, head), _auto_class(head)
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    registered = type(config) in auto._model_mapping and not type(config).__module__.startswith("transformers.")
+    if _brings_class(config, auto, spec) and not registered:
+        options["code_revision"] = spec.revision  # else Transformers takes the code of the newest commit
+    return auto.from_config(config, **options)
+
+
+def refuse_untrusted_code(spec: Model, error: Exception) -> None:
+    """Raise an `InputError` where `error` is Transformers' refusal to run a model's own code."""
+    if not spec.trust_remote_code and "trust_remote_code" in str(error):
+        raise _untrusted(spec) from None
+
+
+def _untrusted(spec: Model) -> InputError:
+    return InputError(
+        "this model needs Python code that comes with it, which is not run unless the recipe says so",
+        place=f"model.path: {spec.path}",
+        hint="if you have read that code and trust it, set `model.trust_remote_code: true`",
+    )
+
+
+def _auto_class(head: Head) -> Any:
+    return AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+
+
+def _brings_class(config: PretrainedConfig, auto: Any, spec: Model) -> bool:
+    """Whether the model's class comes with it, and may be used.
+
+    Raises:
+        InputError: it does, may not be used, and Transformers has none instead.
+    """
+    if auto.__name__ not in (getattr(config, "auto_map", None) or {}):
+        return False
+    if type(config) not in auto._model_mapping and not spec.trust_remote_code:
+        raise _untrusted(spec)
+    return spec.trust_remote_code
+
+
+def check_files(spec: Model) -> None:
+    """See that a model can be had, is safe to open, and has no adapter that Transformers would put on it.
+
+    Raises:
+        InputError: it is on the hub, which does not answer, and not in the local cache; or a file is not as it should.
+    """
+    names, place = _file_names(spec), f"model.path: {spec.path}"
+    pickles = sorted(name for name in names if "/" not in name and Path(name).suffix in PICKLE_SUFFIXES)
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise InputError(
+            f"its weights are a pickle, {pickles[0]}, which can run any code when it is opened, so only *.safetensors "
+            "are read",
+            place=place,
+            hint="if you trust who made it, load model and tokenizer once with Transformers and `save_pretrained` both "
+            "to a new folder",
+        )
+    if "adapter_config.json" in names:
+        raise InputError(
+            "beside the model stands an adapter, which would become part of it unseen",
+            place=place,
+            hint="merge it with PEFT's `merge_and_unload` and save the result, or remove it",
+        )
+
+
+def _file_names(spec: Model) -> list[str]:
+    """The files of a model folder or hub model; none where the hub does not say and the cache may have the model."""
+    folder = Path(spec.path)
+    if folder.is_dir():
+        return [file.name for file in folder.iterdir()]
+    try:
+        # One short question: the library's own downloads try for half a minute before they give up.
+        found = HfApi().model_info(spec.path, revision=spec.revision, timeout=HUB_TIMEOUT_S)
+        return [file.rfilename for file in found.siblings or []]
+    except HfHubHTTPError:
+        return []  # it answers; what is wrong, loading says better
+    except Exception as error:
+        if not isinstance(try_to_load_from_cache(spec.path, "config.json", revision=spec.revision), str):
+            raise _unreachable(spec, error) from None
+        # From here on the cache alone: for each file that may not even exist, the library would try as long.
+        constants.HF_HUB_OFFLINE = True
+        return []
+
+
+def _unreachable(spec: Model, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"this is neither a model folder nor a hub model that can be reached: {reason}",
+        place=f"model.path: {spec.path}",
+        hint="check the spelling, the network and, for gated models, `hf auth login`",
+    )
 
 
 def quantization_config(spec: Model) -> BitsAndBytesConfig | None:
@@ -98,6 +198,8 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
     """
     config = load_config(spec, head)
     options = {
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
         "dtype": resolve_dtype(spec.dtype),
         "quantization_config": quantization_config(spec),
         "device_map": {"": device()},

@@ -1,7 +1,13 @@
 """What a row must hold, and messages that name the file and the row."""
 
 import csv
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -195,3 +201,62 @@ def test_conversations_that_end_with_the_user_are_told_apart_by_what_the_user_sa
     """Rows for PPO may be `messages` without a reply."""
     other = [*turns[:-1], {"role": "user", "content": "bye"}]
     assert rows.prompt_key({"messages": turns}) != rows.prompt_key({"messages": other})
+
+
+OLD, NEW = "a" * 40, "b" * 40
+COMMITS = {OLD: b'{"prompt": "old"}\n', NEW: b'{"prompt": "new"}\n'}
+
+
+class HubWithOneDataset(BaseHTTPRequestHandler):
+    """As much of a hub as `datasets` asks for: `org/rows`, one file, another content at each commit; `main` is NEW."""
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        commit = OLD if OLD in path else NEW
+        content = COMMITS[commit]
+        file = {"type": "file", "path": "data.jsonl", "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if "/tree/" in path:
+            self.answer(json.dumps([file]).encode(), commit, file)
+        elif path.startswith("/api/datasets/org/rows"):
+            about = {"id": "org/rows", "sha": commit, "siblings": [{"rfilename": "data.jsonl"}]}
+            self.answer(json.dumps(about).encode(), commit, file)
+        elif path.endswith("data.jsonl"):
+            self.answer(content, commit, file)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(self, body, commit, file):
+        self.send_response(200)
+        for name, value in (("ETag", f'"{file["oid"]}"'), ("X-Repo-Commit", commit), ("Content-Length", len(body))):
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_hub_dataset_is_read_at_its_commit(tmp_path):
+    """In a process of its own: the library settles when it is imported where the hub is."""
+    program = (
+        "import json, sys\nfrom rlhf_pipeline.data import rows\nfrom rlhf_pipeline.recipe.schema import Data\n"
+        f"for revision in ({OLD!r}, {NEW!r}, None):\n"
+        "    print(json.dumps(rows.load(Data(path='org/rows', revision=revision)).to_list()))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubWithOneDataset) as hub:
+        threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(tmp_path)}
+        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+        hub.shutdown()
+    read = [json.loads(line) for line in done.stdout.splitlines()]
+    assert read == [[{"prompt": "old"}], [{"prompt": "new"}], [{"prompt": "new"}]], done.stderr

@@ -1,8 +1,18 @@
 """The base is loaded frozen, quantized where asked, with its heads whole and no surprise left in it."""
 
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import bitsandbytes as bnb
+import huggingface_hub
 import pytest
 import torch
 from torch.testing import assert_close
@@ -23,7 +33,8 @@ from transformers import (
 
 import rlhf_pipeline.models.tiny
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models import base
+from rlhf_pipeline.models import adapters, base
+from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Model
 
 SHIPPED = Path(rlhf_pipeline.models.tiny.__file__).parent / "checkpoint"
@@ -150,6 +161,255 @@ class TestLoadConfig:
             base.load_config(Model(path=str(tmp_path)))
         assert "\n" not in str(error.value)
         assert error.value.hint
+
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch, checkpoints):
+    """A hub cache that holds two commits of one model, of which the newer has another architecture."""
+    repository = tmp_path / "hub" / "models--org--base"
+    shutil.copytree(checkpoints["qwen3"], repository / "snapshots" / OLD)
+    shutil.copytree(checkpoints["llama"], repository / "snapshots" / NEW)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(NEW)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repository
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """A function that lets the hub library ask at an address, which it otherwise settles when it is imported."""
+
+    def reach(address):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        huggingface_hub.close_session()
+
+    yield reach
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def closed(online):
+    """The address of a hub behind which nobody listens."""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        online(f"http://127.0.0.1:{port.getsockname()[1]}")
+
+
+class TestHub:
+    @pytest.mark.parametrize(("revision", "kind"), [(OLD, "qwen3"), (NEW, "llama"), (None, "llama")])
+    def test_exactly_the_named_commit_is_loaded(self, cached, revision, kind):
+        """Configuration, tokenizer, weights and the model without weights are all of that commit."""
+        spec = Model(path="org/base", revision=revision, quantization="none")
+        commit = revision or NEW
+        config = json.loads((cached / "snapshots" / commit / "tokenizer_config.json").read_text())
+        (cached / "snapshots" / commit / "tokenizer_config.json").write_text(json.dumps(config | {"own": commit}))
+        assert base.load_config(spec).model_type == kind
+        tokenizer = load_tokenizer(spec)
+        assert tokenizer.init_kwargs["own"] == commit
+        model = base.load_base(spec, tokenizer)
+        theirs = AutoModelForCausalLM.from_pretrained(cached / "snapshots" / commit)
+        assert base.checksum(list(model.parameters())) == base.checksum(list(theirs.parameters()))
+        with torch.device("meta"):
+            assert base.without_weights(spec, "score").config.model_type == kind
+
+    def test_without_network_a_model_that_is_not_there_is_refused_at_once(self, closed, tmp_path, monkeypatch):
+        """The library alone would try for half a minute."""
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        started = time.monotonic()
+        for load in (base.load_config, load_tokenizer):
+            with pytest.raises(InputError, match="can be reached") as error:
+                load(Model(path="org/none"))
+            assert error.value.place == "model.path: org/none" and "network" in error.value.hint
+        assert time.monotonic() - started < 3
+
+    def test_without_network_a_model_in_the_cache_is_loaded_at_once(self, closed, cached):
+        """Also what the library would ask the hub for, because the cache does not know whether it exists."""
+        spec = Model(path="org/base", revision=OLD, quantization="none")
+        started = time.monotonic()
+        model = base.load_base(spec, load_tokenizer(spec))
+        assert time.monotonic() - started < 5
+        assert model.config.model_type == "qwen3"
+
+    def test_a_hub_model_of_pickles_is_refused_before_anything_is_downloaded(self, online):
+        """One question tells; the sentence says why and what to do."""
+        asked = []
+
+        class Hub(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                files = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+                body = json.dumps({"id": "org/base", "sha": OLD, "siblings": [{"rfilename": file} for file in files]})
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, *_):
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+            threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+            online(f"http://127.0.0.1:{hub.server_address[1]}")
+            with pytest.raises(
+                InputError, match=r"pickle, pytorch_model-00001-of-00002\.bin, which can run any code"
+            ) as error:
+                base.load_config(Model(path="org/base", revision=OLD))
+            hub.shutdown()
+        assert "save_pretrained" in error.value.hint
+        assert [path for path in asked if "agent" not in path] == [f"/api/models/org/base/revision/{OLD}"]
+
+
+class Marking:
+    """A pickle of this leaves a mark where it is opened."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def marking(tmp_path, checkpoints):
+    """A model folder to spoil, a mark that must not appear, and a function that writes a pickle that would make it."""
+    folder, mark = Path(shutil.copytree(checkpoints["llama"], tmp_path / "model")), tmp_path / "mark"
+
+    def write(file):
+        torch.save({"weight": Marking(mark)}, file)
+        torch.load(file, weights_only=False)
+        mark.rmdir()  # it does leave its mark
+
+    return folder, mark, write
+
+
+class TestPickles:
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "model.pth"])
+    def test_a_folder_of_pickles_is_refused_unopened(self, marking, tokenizer, name):
+        folder, mark, write = marking
+        write(folder / name)
+        (folder / "model.safetensors").unlink()
+        for load in (base.load_config, load_tokenizer, lambda spec: base.load_base(spec, tokenizer)):
+            with pytest.raises(InputError, match="pickle") as error:
+                load(Model(path=str(folder), quantization="none"))
+            assert name in error.value.message and "save_pretrained" in error.value.hint
+        assert not mark.exists()
+
+    def test_beside_safetensors_a_pickle_is_not_opened(self, marking, tokenizer):
+        folder, mark, write = marking
+        for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+            write(folder / name)
+        assert base.load_base(Model(path=str(folder), quantization="none"), tokenizer)
+        assert not mark.exists()
+
+    def test_an_adapter_beside_the_model_is_refused_unopened(self, marking, tokenizer):
+        """Transformers would put it on the base; where it has no safetensors, from a pickle."""
+        folder, mark, write = marking
+        write(folder / "adapter_model.bin")
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+        with pytest.raises(InputError, match="adapter") as error:
+            base.load_base(Model(path=str(folder), quantization="none"), tokenizer)
+        assert "merge_and_unload" in error.value.hint
+        assert not mark.exists()
+
+    def test_an_artifact_is_never_read_from_a_pickle(self, marking, tokenizer, make_artifacts, tmp_path):
+        _, mark, write = marking
+        artifacts = make_artifacts()
+        for artifact in (artifacts.init, artifacts.reward):
+            folder = Path(shutil.copytree(artifact, tmp_path / artifact.name))
+            (folder / "adapter_model.safetensors").unlink()
+            write(folder / "adapter_model.bin")
+            model = base.load_base(artifacts.spec, tokenizer)
+            lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+            with pytest.raises(FileNotFoundError, match="adapter_model"):
+                adapters.with_policy_adapter(model, lora, folder)
+            with pytest.raises(FileNotFoundError, match="adapter_model"):
+                adapters.load_head(folder)
+        assert not mark.exists()
+
+
+class TestCodeOfTheModelsOwn:
+    @pytest.fixture
+    def coded(self, tmp_path, checkpoints):
+        """A function that says in a model's configuration that its classes come with it; the code leaves a mark."""
+        folder = Path(shutil.copytree(checkpoints["llama"], tmp_path / "model"))
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+
+        def write(**changes):
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | changes))
+            return Model(path=str(folder), quantization="none"), tmp_path / "mark"
+
+        return write
+
+    @pytest.mark.parametrize("head", ["causal", "score"])
+    def test_it_is_not_run_unless_the_recipe_says_so(self, coded, head):
+        auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        spec, mark = coded(model_type="own", auto_map=auto_map)
+        with pytest.raises(InputError, match="Python code that comes with it") as error:
+            base.load_config(spec, head)
+        assert "`model.trust_remote_code: true`" in error.value.hint
+        assert not mark.exists()
+
+    def test_a_class_of_its_own_for_a_known_configuration_is_not_run_either(self, coded):
+        """The configuration loads, and only the model's class would be the model's own."""
+        auto_map = {"AutoModelForSequenceClassification": "own.OwnClassifier"}
+        spec, mark = coded(model_type="codegen", n_embd=32, n_head=4, auto_map=auto_map)
+        assert base.load_config(spec).model_type == "codegen"
+        with pytest.raises(InputError, match="Python code that comes with it"):
+            base.load_config(spec, "score")
+        assert not mark.exists()
+
+    def test_where_transformers_has_the_class_too_it_takes_its_own(self, coded, tokenizer):
+        spec, mark = coded(auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+        assert isinstance(base.load_base(spec, tokenizer), LlamaForCausalLM)
+        assert not mark.exists()
+
+    def test_trust_in_a_model_without_code_changes_nothing(self, coded, tokenizer):
+        spec, mark = coded()
+        trusting = spec.model_copy(update={"trust_remote_code": True})
+        models = [base.load_base(one, load_tokenizer(one)) for one in (spec, trusting)]
+        assert base.checksum(list(models[0].parameters())) == base.checksum(list(models[1].parameters()))
+        assert not mark.exists()
+
+    def test_of_a_hub_model_the_code_of_the_named_commit_is_run(self, checkpoints, tmp_path):
+        """Wherever the model is made, with weights or without; in a process of its own, which keeps what it imports."""
+        repository = tmp_path / "hf" / "hub" / "models--org--base"
+        for commit in (OLD, NEW):
+            folder = Path(shutil.copytree(checkpoints["llama"], repository / "snapshots" / commit))
+            config = json.loads((folder / "config.json").read_text())
+            own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+            (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+            (folder / "own.py").write_text(
+                "from transformers import LlamaConfig, LlamaForCausalLM\n"
+                "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+                "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+                f"print({commit!r})\n"
+            )
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(NEW)
+        program = (
+            "from rlhf_pipeline.models import base\nfrom rlhf_pipeline.models.tokenizer import load_tokenizer\n"
+            "from rlhf_pipeline.recipe.schema import Model\n"
+            f"spec = Model(path='org/base', revision={OLD!r}, quantization='none', trust_remote_code=True)\n"
+            "models = [base.without_weights(spec), base.without_weights(spec)]\n"
+            "models += [base.load_base(spec, load_tokenizer(spec))]\n"
+            "print(*(type(model).__name__ for model in models))\n"
+        )
+        environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert set(done.stdout.splitlines()) == {OLD, "OwnModel OwnModel OwnModel"}, done.stderr
 
 
 SMALL = {

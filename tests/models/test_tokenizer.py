@@ -1,5 +1,8 @@
 """The tokenizer pads on the left, with a token that ends nothing and that no text contains."""
 
+import json
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -100,6 +103,18 @@ class TestRefusals:
             load_tokenizer(str(tmp_path))
         assert str(tmp_path) in error.value.place
         assert "\n" not in str(error.value)
+
+    def test_code_of_the_tokenizers_own_is_not_run(self, folder_with, tmp_path):
+        """Its module would leave a mark as soon as it is imported."""
+        path = Path(folder_with(["<pad>", "<end>"], eos_token="<end>", pad_token="<pad>"))
+        (path / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(InputError, match="Python code that comes with it") as error:
+            load_tokenizer(str(path))
+        assert "`model.trust_remote_code: true`" in error.value.hint
+        assert not (tmp_path / "mark").exists()
 
 
 def test_shipped_tokenizer_keeps_its_own_padding(tokenizer):

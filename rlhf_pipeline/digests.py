@@ -1,0 +1,178 @@
+"""What files and hub repositories hold, as digests and commits that the plan compares. No torch."""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe import Data, Model, Recipe
+
+# Files of a model folder that decide what is loaded: weights, configuration, tokenizer.
+MODEL_FILES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".txt")
+HUB_TIMEOUT_S = 5.0
+# A file changed within its time stamps' resolution could change again and keep them; 2 s is the coarsest in use.
+SETTLED_S = 2.0
+
+Known = tuple[int, int, int, str]  # size in bytes, mtime and ctime in ns, digest
+
+
+class Digests:
+    """Content digests of files, remembered for the user by path, size and times of change.
+
+    The memory is one JSON file, replaced in one step, so that runs beside each other can at worst forget a digest. One
+    that cannot be read is ignored, and so is a place that cannot be written to.
+    """
+
+    def __init__(self) -> None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.memory = Path(cache) / "rlhf-pipeline" / "digests.json"
+        self.known = self._remembered()
+
+    def of_data(self, data: Data) -> str:
+        """`name@digest` of a data file; of a hub dataset its identity: `id@commit`, or what is known of it."""
+        file = Path(data.path)
+        return f"{file.name}@{self.of_file(file)}" if file.is_file() else _on_hub(data)
+
+    def of_model(self, model: Model) -> str:
+        """`name@digest` of a model folder; of a hub model its identity, see `of_data`.
+
+        The folder's Python files count where they would be run.
+        """
+        folder = Path(model.path)
+        if not folder.is_dir():
+            return _on_hub(model)
+        files = [file for file in folder.iterdir() if file.suffix in MODEL_FILES]
+        if model.trust_remote_code:
+            files += folder.rglob("*.py")
+        names = sorted((file.relative_to(folder).as_posix(), file) for file in files)
+        digest = short_hash("".join(f"{name}={self.of_file(file)}\n" for name, file in names).encode())
+        return f"{folder.name}@{digest}"
+
+    def of_judge(self, judge: str, folder: Path) -> str | None:
+        """`name@digest` of the file that a judge `module:function` is in; None where there is none to be found.
+
+        The module is looked for as a worker does, in the installed packages, then in `folder`, then in the current
+        one, but nothing is imported.
+        """
+        here = Path.cwd()
+        search = [entry for entry in sys.path if Path(entry).resolve() != here]
+        search += [str(folder), str(here)]
+        importlib.invalidate_caches()
+        top, *inner = judge.partition(":")[0].split(".")
+        found = (finder.find_spec(top, search) for finder in sys.meta_path)
+        spec = next((one for one in found if one), None)
+        if spec is None:
+            return None
+        files = [Path(spec.origin)] if spec.has_location and spec.origin else []
+        if inner:
+            folders = [Path(location).joinpath(*inner) for location in spec.submodule_search_locations or []]
+            files = [file for folder in folders for file in (folder / "__init__.py", folder.with_suffix(".py"))]
+        file = next((file for file in files if file.is_file()), None)
+        return f"{file.name}@{self.of_file(file)}" if file else None
+
+    def of_file(self, path: Path) -> str:
+        """The digest of a file's content.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        now = time.time()
+        try:
+            state = path.stat()
+            stamps = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+            known = self.known.get(str(path))
+            if known and known[:3] == stamps:
+                return known[3]
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", place=str(path)) from None
+        if now - state.st_ctime > SETTLED_S:
+            self.known[str(path)] = (*stamps, digest)
+            self._remember()
+        return digest
+
+    def _remembered(self) -> dict[str, Known]:
+        try:
+            content = json.loads(self.memory.read_text(encoding="utf-8"))
+            return {
+                str(path): (int(size), int(changed), int(touched), str(digest))
+                for path, (size, changed, touched, digest) in content.items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _remember(self) -> None:
+        """Write the memory, with what other runs have added to it meanwhile and without files that are gone."""
+        known = self._remembered() | self.known
+        self.known = {path: entry for path, entry in known.items() if os.path.exists(path)}  # noqa: PTH110 (no errors)
+        with contextlib.suppress(OSError):
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, new = tempfile.mkstemp(prefix=self.memory.name, dir=self.memory.parent)
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    json.dump(self.known, file, indent=1)
+                Path(new).replace(self.memory)
+            except OSError:
+                Path(new).unlink(missing_ok=True)
+                raise
+
+
+def _on_hub(spec: Model | Data) -> str:
+    return f"{spec.path}@{spec.revision}" if spec.revision else spec.path
+
+
+def pin(recipe: Recipe) -> None:
+    """Find out which commits a recipe's hub model and hub datasets stand for, and write them in as `revision`.
+
+    So all stages load the same, and the resolved recipe says what that was. The hub is asked at most once for each;
+    where it does not answer, the commit that the local cache holds counts; where that has none, nothing changes.
+    """
+    specs: list[tuple[Literal["model", "dataset"], Model | Data]] = [("model", recipe.model)]
+    for stage in recipe.stages.values():
+        specs += [("dataset", data) for data in (stage.data, stage.ptx_data) if data]
+    if recipe.evaluate:
+        specs.append(("dataset", recipe.evaluate.data))
+    commits: dict[tuple[str, str, str | None], str | None] = {}
+    for kind, spec in specs:
+        local = Path(spec.path).is_absolute() or Path(spec.path).exists()
+        if not local and not _is_commit(spec.revision):
+            key = (kind, spec.path, spec.revision)
+            if key not in commits:
+                commits[key] = _commit(*key)
+            spec.revision = commits[key] or spec.revision
+
+
+def _commit(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str | None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
+    from huggingface_hub import HfApi, constants
+
+    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    try:
+        commit = ask(name, revision=revision, timeout=HUB_TIMEOUT_S, expand=["sha"]).sha
+    except Exception:  # offline, unreachable, no such repository, no access: the cache may know all the same
+        commit = None
+    if not _is_commit(commit):
+        branch = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs" / (revision or "main")
+        try:
+            commit = branch.read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return None
+    return commit if _is_commit(commit) else None
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def short_hash(content: bytes) -> str:
+    """The first half of a SHA-256 in hexadecimal: enough to tell anything from anything else."""
+    return hashlib.sha256(content).hexdigest()[:32]
