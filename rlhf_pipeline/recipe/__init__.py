@@ -14,15 +14,28 @@ import yaml as pyyaml
 from pydantic import ValidationError
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.recipe import library_keys
+from rlhf_pipeline.recipe import gates, library_keys
 from rlhf_pipeline.recipe.schema import BASE, KINDS, Data, Evaluate, Model, Recipe, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath, dump, parse_document, parse_value
 
-__all__ = ["BASE", "Data", "Evaluate", "Model", "Recipe", "Stage", "load", "shipped", "shipped_folder", "to_yaml"]
+__all__ = [
+    "BASE",
+    "Data",
+    "Evaluate",
+    "Model",
+    "Recipe",
+    "Stage",
+    "load",
+    "run_directory",
+    "shipped",
+    "shipped_folder",
+    "to_yaml",
+]
 
 PACKAGE = Path(str(importlib.resources.files("rlhf_pipeline")))
 TINY = PACKAGE / "models" / "tiny"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 POLICY_KINDS = ("sft", "ppo", "dpo")
 # PEFT's keys that make another function of the same weights, or share or repeat them.
 FUNCTION_KEYS = (
@@ -102,13 +115,41 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         raise _first_problem(error, content, places) from None
     _check_library_keys(loaded, places)
     _resolve_stages(loaded, places)
+    gates.check(loaded, places.of)
     _resolve_paths(loaded, folder, places)
     return loaded
 
 
+def run_directory(text: str) -> Path:
+    """The run directory that is meant: a folder that is one, or that of a recipe, by path or shipped name.
+
+    Raises:
+        InputError: there is none, or the recipe is wrong.
+    """
+    path = Path(text)
+    if path.is_dir() and (text not in shipped() or _is_run(path)):
+        if not _is_run(path):
+            raise InputError("this folder is not a run directory", place=text, hint="name a folder that `run` has made")
+        return path
+    run = load(text).run
+    if not _is_run(run):
+        raise InputError(f"there is no run of it at {run}", place=text, hint=f"`rlhf-pipeline run {text}` makes one")
+    return run
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run was ever started in a folder."""
+    return (folder / ".lock").is_file() or any(folder.glob("*/stage.json"))
+
+
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
-    return dump(recipe.model_dump())
+    """The resolved recipe as YAML; of a stage's `lora` only what differs from the one it takes over."""
+    content = recipe.model_dump()
+    for name, stage in recipe.stages.items():
+        before = recipe.stages[stage.init].lora if stage.init in recipe.stages else recipe.lora
+        own = {key: value for key, value in stage.lora.items() if key not in before or before[key] != value}
+        content["stages"][name]["lora"] = own
+    return dump(content)
 
 
 class _Places:
@@ -141,12 +182,13 @@ def _apply(override: str, content: dict, places: _Places) -> None:
     """Write one `key=value` of the command line into the recipe's content."""
     key, equals, text = override.partition("=")
     place = f"override `{override}`"
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w/-]+)*", key):
         raise InputError("an override has the form key=value", place=place, hint="for example ppo.trainer.kl_coef=0.1")
     try:
         value = parse_value(text)
     except pyyaml.YAMLError:
-        raise InputError(f"{text!r} is not a YAML value", place=place, hint="quote text that holds : or [") from None
+        hint = "quote text that holds : or [ or begins with >"
+        raise InputError(f"{text!r} is not a YAML value", place=place, hint=hint) from None
     parts = key.split(".")
     stages = content.get("stages")
     if parts[0] not in Recipe.model_fields and isinstance(stages, dict) and parts[0] in stages:
@@ -338,6 +380,12 @@ def _resolve_paths(recipe: Recipe, folder: Path, places: _Places) -> None:
     recipe._folder = folder
     recipe.output_dir = str((folder / Path(recipe.output_dir).expanduser()).resolve())
     recipe.model.path = _model_path(recipe.model.path, folder, places.of("model", "path"))
+    if Path(recipe.model.path).is_absolute() and recipe.model.revision is not None:
+        raise InputError(
+            "`revision` has no effect: a model folder has no revisions",
+            place=places.of("model", "revision"),
+            hint="remove it",
+        )
     data: dict[tuple[str, ...], Data] = {("stages", name, "data"): stage.data for name, stage in recipe.stages.items()}
     for name, stage in recipe.stages.items():
         if stage.ptx_data:
@@ -359,7 +407,7 @@ def _resolve_paths(recipe: Recipe, folder: Path, places: _Places) -> None:
 def _refuse_idle_keys(spec: Data, idle: dict[str, str], path: KeyPath, places: _Places) -> None:
     """Refuse what would have no effect, each key for its reason: no setting is ignored in silence."""
     if Path(spec.path).is_absolute():
-        idle["split"] = "a data file has no splits"
+        idle |= {"split": "a data file has no splits", "revision": "a data file has no revisions"}
     for key, reason in idle.items():
         if getattr(spec, key) != Data.model_fields[key].default:
             raise InputError(f"`{key}` has no effect: {reason}", place=places.of(*path, key), hint="remove it")
@@ -380,6 +428,15 @@ def _model_path(path: str, folder: Path, place: str) -> str:
             f"{local} is not a model folder: it has no config.json",
             place=place,
             hint="name the folder that `save_pretrained` wrote",
+        )
+    pickled = sorted(file.name for file in local.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickled and not any(local.glob("*.safetensors")):
+        raise InputError(
+            f"{local} holds its weights as a pickle, {pickled[0]}, which can run any code when it is opened, so only "
+            "*.safetensors are read",
+            place=place,
+            hint="if you trust who made it, load model and tokenizer once with Transformers and `save_pretrained` both "
+            "to a new folder",
         )
     if not any(local.glob("*.safetensors")):
         raise InputError(

@@ -14,9 +14,15 @@ class _Strict(BaseModel):
 
 
 class Model(_Strict):
-    """The base: a hub id, a folder, or `tiny`, the checkpoint that ships with the package."""
+    """The base: a hub id, a folder, or `tiny`, the checkpoint that ships with the package.
+
+    `revision` is the branch, tag or commit of a hub model; in the resolved recipe, the commit that was found there.
+    `trust_remote_code` lets a model run Python code that it brings along.
+    """
 
     path: str = Field(min_length=1)
+    revision: str | None = Field(default=None, min_length=1)
+    trust_remote_code: bool = False
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
@@ -24,11 +30,13 @@ class Model(_Strict):
 class Data(_Strict):
     """Rows for a stage: a file (`.jsonl`, `.json`, `.csv`, `.parquet`), a hub dataset, or `tiny:NAME`.
 
+    `revision` is the branch, tag or commit of a hub dataset; in the resolved recipe, the commit that was found there.
     `columns` maps the names a stage expects to the file's own. `eval_fraction` of the prompts, with all their rows, are
     held out. Prompts keep their last `max_prompt_length` tokens, replies their first `max_completion_length`.
     """
 
     path: str = Field(min_length=1)
+    revision: str | None = Field(default=None, min_length=1)
     split: str = "train"
     columns: dict[str, str] = {}
     eval_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -66,6 +74,9 @@ class Stage(_Strict):
 
     `lora` is what this stage's adapter has otherwise than the one it starts from, or than the recipe's `lora` where it
     starts from the base; once loaded, it is the whole shape.
+
+    `gates` are conditions on final metrics, as `eval_accuracy: ">= 0.65"`, that must hold before a stage that needs
+    this one may start.
     """
 
     kind: Literal["sft", "reward", "ppo", "dpo"]
@@ -75,10 +86,14 @@ class Stage(_Strict):
     ptx_data: DataField | None = None
     lora: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
+    gates: dict[str, str] = {}
 
 
 class Recipe(_Strict):
-    """A whole recipe, with every default visible; the folder that its relative paths start from is `folder`."""
+    """A whole recipe, with every default visible; the folder that its relative paths start from is `folder`.
+
+    `keep_checkpoints` leaves a stage's `work/` in place when it is done.
+    """
 
     name: str = Field(pattern=r"^[\w][\w.-]*$")
     output_dir: str = "runs"
@@ -86,6 +101,7 @@ class Recipe(_Strict):
     model: Model
     lora: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     evaluate: Evaluate | None = None
+    keep_checkpoints: bool = False
     stages: dict[str, Stage] = Field(min_length=1)
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 

@@ -70,7 +70,11 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}" if mark else source
-        hint = "indent with spaces, not tabs" if "\\t" in str(error.problem) else "check indentation, colons and quotes"
+        hint = "check indentation, colons and quotes"
+        if "\\t" in str(error.problem):
+            hint = "indent with spaces, not tabs"
+        elif "indentation indicators" in str(error.problem):  # a `>` begins folded text
+            hint = 'a value that begins with > needs quotes, as ">= 0.65"'
         raise InputError(f"this is not YAML: {error.problem}", place=place, hint=hint) from None
     except yaml.YAMLError as error:
         problem = str(error).splitlines()[0]

@@ -272,7 +272,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(write, old, new, 
 
 def test_a_key_like_no_other_is_answered_with_all_that_are_known(write):
     found = problem(write(FULL), "model.zzz=1")
-    assert found.hint == "the keys here are path, quantization, dtype"
+    assert found.hint == "the keys here are path, revision, trust_remote_code, quantization, dtype"
 
 
 def test_a_missing_recipe_is_answered_with_the_nearest_shipped_one():
@@ -397,6 +397,15 @@ def test_the_recipes_lora_reaches_every_stage_that_says_nothing(write):
         "reward": 8,
         "ppo": 4,
         "dpo": 4,
+    }
+
+
+def test_an_override_of_the_shape_reaches_every_stage_of_a_resolved_recipe(write):
+    """The resolved recipe must not say again what a stage takes over, or such an override would do nothing."""
+    again = write(recipe.to_yaml(recipe.load(write(FULL), ["dpo.lora.r=64"])), name="recipe.yaml")
+    loaded = recipe.load(again, ["lora.r=32"])
+    assert {name: stage.lora["r"] for name, stage in loaded.stages.items()} == {
+        name: 64 if name == "dpo" else 32 for name in loaded.stages
     }
 
 

@@ -1,0 +1,252 @@
+"""Gates: conditions on a stage's final metrics, and which metrics a stage will have. No torch.
+
+A stage that passes has numbers worth building on; one that does not should not be the start of the next.
+"""
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.schema import Recipe, Stage
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+CONDITION = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.ASCII)
+
+# What TRL's trainers log as means over batches; in evaluation with `eval_` before it.
+OF_BATCHES = {
+    "sft": {"entropy", "mean_token_accuracy", "num_tokens"},
+    "reward": {"accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens"},
+    "dpo": {
+        "entropy", "mean_token_accuracy", "num_tokens", "logits/chosen", "logits/rejected", "logps/chosen",
+        "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    },
+}  # fmt: skip
+OF_STEPS = {"loss", "grad_norm", "learning_rate"}
+OF_MEMORY = {
+    "before_init_mem_*", "init_mem_*_alloc_delta", "init_mem_*_peaked_delta", "train_mem_*_alloc_delta",
+    "train_mem_*_peaked_delta",
+}  # fmt: skip
+OF_PPO = {
+    "objective/kl", "objective/kl_coef", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward",
+    "objective/scores", "reward/score_mean", "reward/score_std", "reply/length", "reply/ended", "loss/value_avg",
+    "val/clipfrac_avg", "val/num_eos_tokens", "value/explained_variance", "value/grad_norm",
+    "rollout/log_prob_gap_mean", "rollout/log_prob_gap_max", "rollout/seconds", "rollout/sampling_seconds",
+    "optimise/seconds", "eps", "skipped_steps", "lr", "lr_value", "episode",
+}  # fmt: skip
+OF_PPO_POLICY = {
+    "loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "policy/entropy_avg", "policy/grad_norm",
+    "val/ratio", "val/ratio_var",
+}  # fmt: skip
+OF_PPO_EVALUATION = {
+    "eval_objective/scores", "eval_objective/kl", "eval_objective/rlhf_reward", "eval_reply/length", "eval_reply/ended",
+}  # fmt: skip
+OF_KL_BUDGET = {"kl_budget/best_step", "kl_budget/exceeded_at_step", "kl_budget/exceeded_with"}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition on one metric.
+
+    Attributes:
+        metric: its name among a stage's final metrics.
+        operator: `>=`, `<=`, `>` or `<`.
+        bound: what the metric is compared with.
+    """
+
+    metric: str
+    operator: str
+    bound: float
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a value passes; one that is missing or not finite never does."""
+        return value is not None and math.isfinite(value) and OPERATORS[self.operator](value, self.bound)
+
+
+def parse(metric: str, text: str) -> Gate:
+    """Read a condition such as `>= 0.65`.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    condition = CONDITION.fullmatch(text.strip())
+    if condition is None or not math.isfinite(float(condition[2])):
+        raise ValueError(f"{text!r} is not a condition on `{metric}`: an operator and a number, such as `>= 0.65`")
+    return Gate(metric, condition[1], float(condition[2]))
+
+
+def outcomes(gates: dict[str, str], metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Hold a stage's gates against its final metrics.
+
+    Returns:
+        For each metric that has a gate: `bound`, the condition as written; `value`, None where the stage has no such
+        number; and `passed`.
+
+    Raises:
+        ValueError: a gate is not a condition.
+    """
+    result = {}
+    for metric, text in gates.items():
+        value = metrics.get(metric)
+        value = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        result[metric] = {"bound": text.strip(), "value": value, "passed": parse(metric, text).holds(value)}
+    return result
+
+
+def describe(outcomes: dict[str, dict[str, Any]]) -> str:
+    """What did not pass, in one line; empty where all did."""
+    failed = [(metric, outcome) for metric, outcome in outcomes.items() if not outcome["passed"]]
+    return "; ".join(f"{metric} {_said(metric, outcome)}, not {outcome['bound']}" for metric, outcome in failed)
+
+
+def _said(metric: str, outcome: dict[str, Any]) -> str:
+    value = outcome["value"]
+    if value is None:
+        return "has no value"
+    rounded = f"{value:.4g}"
+    # Rounded, a value just beyond the bound could look as if it held.
+    return f"is {value!r}" if parse(metric, outcome["bound"]).holds(float(rounded)) else f"is {rounded}"
+
+
+def check(recipe: Recipe, place: Callable[..., str]) -> None:
+    """See that every gate is a condition on a metric that its stage will have.
+
+    Args:
+        recipe: with `init` and `reward` filled in or not.
+        place: gives the place of a key path, for messages.
+
+    Raises:
+        InputError: for the first that is not.
+    """
+    for name, stage in recipe.stages.items():
+        for metric, text in stage.gates.items():
+            where = place("stages", name, "gates", metric)
+            try:
+                parse(metric, text)
+            except ValueError as error:
+                hint = f"the operators are {', '.join(OPERATORS)}; for example {metric}: '>= 0.65'"
+                raise InputError(str(error), place=where, hint=hint) from None
+            if metric not in known_metrics(recipe, name) | possible_metrics(recipe, name):
+                message = f"stage `{name}` will have no metric `{metric}`"
+                raise InputError(message, place=where, hint=_hint(recipe, name, metric))
+
+
+def known_metrics(recipe: Recipe, name: str) -> set[str]:
+    """The final metrics that a stage will have, as the recipe alone tells."""
+    return _metrics(recipe, name)[0]
+
+
+def possible_metrics(recipe: Recipe, name: str) -> set[str]:
+    """Further metrics that a stage may have: model, data, device or the course of training decide."""
+    certain, possible = _metrics(recipe, name)
+    return possible - certain
+
+
+def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
+    stage = recipe.stages[name]
+    held_out = stage.data.eval_fraction > 0
+    certain, possible = _of_ppo(stage, held_out) if stage.kind == "ppo" else _of_trl(stage, held_out)
+    return certain | ({"judge_mean"} if recipe.evaluate and stage.kind != "reward" else set()), possible
+
+
+def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
+    """The metrics of TRL's SFT, reward and DPO trainers: those that are certain, and those that are possible."""
+    given, certain, possible = stage.trainer, {"train_loss"}, set()
+    batches = set(OF_BATCHES[stage.kind])
+    if given.get("use_liger_kernel") and stage.kind != "reward":  # it never has the logits that these come from
+        batches -= {"entropy", "mean_token_accuracy"}
+        if stage.kind == "sft":  # the kernel may count it
+            possible |= {"mean_token_accuracy"} | ({"eval_mean_token_accuracy"} if held_out else set())
+    logs = _logs_steps(given)
+    if logs is not False:
+        (certain if logs else possible).update(OF_STEPS)
+    # They are logged with the steps and at the end, unless an evaluation has come between.
+    evaluates = "eval_steps" in given or given.get("eval_strategy", "no") != "no"
+    lost = evaluates and (not logs or given.get("logging_strategy") == "epoch")
+    (possible if lost else certain).update(batches)
+    if held_out:
+        certain |= {"eval_loss"} | {f"eval_{metric}" for metric in batches}
+    if stage.kind != "reward" and given.get("router_aux_loss_coef") != 0:  # mixtures of experts have it
+        possible |= {"aux_loss"} | ({"eval_aux_loss"} if held_out else set())
+    if stage.kind != "sft":
+        certain.add("dropped_pairs")
+    if given.get("include_num_input_tokens_seen", "no") not in ("no", False):
+        certain.add("num_input_tokens_seen")
+    if given.get("skip_memory_metrics") is False:
+        certain |= {metric.replace("*", "cpu") for metric in OF_MEMORY}
+        possible |= {metric.replace("*", "gpu") for metric in OF_MEMORY}
+    return certain, possible
+
+
+def _logs_steps(given: dict[str, Any]) -> bool | None:
+    """Whether the steps of an SFT, reward or DPO stage are logged at least once; None where its length decides."""
+    strategy, interval, steps = (
+        given.get(key, default)
+        for key, default in (("logging_strategy", "steps"), ("logging_steps", 10), ("max_steps", -1))
+    )
+    if given.get("logging_first_step") or strategy == "epoch" or (strategy == "steps" and interval <= 1):
+        return True
+    if strategy == "no":
+        return False
+    return interval <= steps if steps > 0 else None
+
+
+def _of_ppo(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
+    """The metrics of PPO: those that are certain, and those that are possible."""
+    given, certain, possible = stage.trainer, set(OF_PPO), set()
+    updates, warmup = _updates(given), given.get("value_warmup_updates", 0)
+    policy = OF_PPO_POLICY | ({"loss/ptx"} if stage.ptx_data else set())
+    if not warmup or (updates is not None and warmup < updates):
+        certain |= policy
+    elif updates is None:
+        possible |= policy
+    if given.get("kl_budget") is not None:
+        possible |= OF_KL_BUDGET
+    if held_out:
+        strategy = "steps" if "eval_steps" in given else given.get("eval_strategy", "no")
+        # Training evaluates after its last update, if nothing stops it earlier.
+        to_the_end = strategy == "steps" and not given.get("eval_delay") and given.get("kl_budget") is None
+        certain |= OF_PPO_EVALUATION if given.get("eval_on_start") or to_the_end else set()
+        possible |= OF_PPO_EVALUATION if strategy != "no" else set()
+    return certain, possible
+
+
+def _updates(given: dict[str, Any]) -> int | None:
+    """The number of updates of a PPO stage; None where the number of prompts decides."""
+    if given.get("max_steps", -1) > 0:
+        return given["max_steps"]
+    if given.get("total_episodes") is None:
+        return None
+    batch = given.get("per_device_train_batch_size", 8) * given.get("gradient_accumulation_steps", 1)
+    return math.ceil(given["total_episodes"] / max(batch, 1))
+
+
+def _hint(recipe: Recipe, name: str, metric: str) -> str:
+    """The nearest metric that the stage will have, or could have and what for."""
+    stage = recipe.stages[name]
+    here = f"stages.{name}"
+    needs: dict[str, str | None] = {}
+    if stage.kind == "ppo":
+        needs.update(dict.fromkeys(OF_KL_BUDGET, f"a budget: set `kl_budget` in {here}.trainer"))
+        needs["loss/ptx"] = f"demonstrations: set `ptx_data` in {here} and `ptx_coef` in {here}.trainer"
+        need = f"held-out prompts: set `eval_fraction` in {here}.data and `eval_steps` in {here}.trainer"
+        needs.update(dict.fromkeys(OF_PPO_EVALUATION, need))
+    else:
+        certain, possible = _of_trl(stage, held_out=True)
+        needs.update(dict.fromkeys(certain | possible, f"held-out rows: set `eval_fraction` in {here}.data"))
+    if stage.kind != "reward":
+        needs["judge_mean"] = "a judge: set `evaluate` at the top of the recipe"
+    needs.update(dict.fromkeys(known_metrics(recipe, name) | possible_metrics(recipe, name)))
+    near = difflib.get_close_matches(metric, sorted(needs), n=1)
+    if not near:
+        return f"its metrics are {', '.join(sorted(known_metrics(recipe, name)))}"
+    need_of_near = needs[near[0]]
+    if near[0] == metric:
+        return f"it needs {need_of_near}"
+    return f"did you mean `{near[0]}`?" + (f" It needs {need_of_near}" if need_of_near else "")
