@@ -1,8 +1,10 @@
 """The door: commands that parse, call and print. Data goes to standard output, everything else to standard error."""
 
+import contextlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from rlhf_pipeline import __version__
-from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
     add_completion=False,
@@ -26,9 +28,16 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe's path, or the name of a shipped one.", show_default=False)
 ]
+RunArgument = Annotated[
+    str, typer.Argument(help="A run directory, or the recipe it was made with.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, as ppo.trainer.kl_coef=0.1.")
 ]
+TrustVersions = Annotated[
+    bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")
+]
+IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Go on past gates that are closed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -49,8 +58,13 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
     force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
+    trust_versions: TrustVersions = False,
+    ignore_gates: IgnoreGates = False,
 ) -> None:
-    """Run the stages of a recipe that are not done yet.
+    """Run the stages of a recipe that are not done yet, each from where it broke off.
+
+    Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same command goes on from there. A second
+    one stops at once.
 
     For example: rlhf-pipeline run tiny --until reward
     """
@@ -62,9 +76,17 @@ def run(
 
     loaded = recipes.load(recipe, overrides or [])
     try:
-        plans = runner.run(loaded, until=until, only=only, force=force, say=_say)
-    except KeyboardInterrupt:
-        _fail("interrupted", "stages that are done stay usable; the same command goes on from there", 130)
+        plans = runner.run(
+            loaded,
+            until=until,
+            only=only,
+            force=force,
+            trust_versions=trust_versions,
+            ignore_gates=ignore_gates,
+            say=_say,
+        )
+    except KeyboardInterrupt:  # typer has an answer of its own to it
+        raise Interrupted("interrupted") from None
     tables.results(loaded.run, plans, Console())
 
 
@@ -75,6 +97,8 @@ def plan(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
     force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
+    trust_versions: TrustVersions = False,
+    ignore_gates: IgnoreGates = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which stages would run, and why; takes what `run` takes.
@@ -88,19 +112,31 @@ def plan(
     from rlhf_pipeline.reporting import tables
 
     loaded = recipes.load(recipe, overrides or [])
-    stages = plans.make(loaded)
-    chosen = plans.select(stages, until, only, force or [])
+    stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates)
+    chosen = [
+        stage
+        for stage in plans.select(stages, until, only, force or [])
+        if not stage.stands or stage.state == "done"  # else its gate is closed, which ends the run
+    ]
     if as_json:
-        object_ = tables.as_json(loaded.run, stages)
+        object_ = tables.as_json(loaded.run, stages) | {"trust_remote_code": loaded.model.trust_remote_code}
         for stage in object_["stages"]:
             stage["will_run"] = stage["name"] in {plan.name for plan in chosen}
         typer.echo(json.dumps(object_, indent=2))
     else:
-        tables.intentions(stages, chosen, Console())
+        tables.intentions(stages, chosen, loaded.model.path if loaded.model.trust_remote_code else None, Console())
 
 
 @app.command()
-def status(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def status(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    trust_versions: TrustVersions = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing; exit with 0 if every stage is done, else 1.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what each stage made: state, time and final numbers.
 
     For example: rlhf-pipeline status tiny --json
@@ -112,7 +148,9 @@ def status(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson 
     from rlhf_pipeline.reporting import tables
 
     loaded = recipes.load(recipe, overrides or [])
-    stages = plans.make(loaded)
+    stages = plans.make(loaded, trust_versions=trust_versions)
+    if quiet:
+        raise typer.Exit(0 if all(stage.state == "done" and not stage.to_judge for stage in stages) else 1)
     if as_json:
         typer.echo(json.dumps(tables.as_json(loaded.run, stages), indent=2))
     else:
@@ -179,6 +217,60 @@ def env() -> None:
         typer.echo(f"- {name}: {value}")
 
 
+@app.command()
+def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> None:
+    """Show what differs between two runs: settings, data, versions, final numbers.
+
+    For example: rlhf-pipeline diff runs/first runs/second
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.reporting import diff as diffs
+
+    difference = diffs.compare(recipes.run_directory(run_a), recipes.run_directory(run_b))
+    if as_json:
+        typer.echo(json.dumps(difference, indent=2))
+    else:
+        diffs.show(difference, Console())
+
+
+@app.command()
+def prune(
+    run: RunArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them without asking.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List former results that later runs moved aside, and remove them if you say so.
+
+    For example: rlhf-pipeline prune runs/tiny
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.reporting import tables
+    from rlhf_pipeline.run import prune as pruning
+
+    directory = recipes.run_directory(run)
+    asides = pruning.find(directory)
+    names = [aside["name"] for aside in asides]
+    if as_json:  # never asks
+        if yes:
+            pruning.remove(directory, names)
+        total = sum(aside["bytes"] for aside in asides)
+        typer.echo(json.dumps({"run": str(directory), "folders": asides, "bytes": total, "removed": yes}, indent=2))
+        return
+    if not asides:
+        typer.echo(f"{directory}: nothing was moved aside")
+        return
+    pruning.show(asides, tables.KEY_METRICS, Console())
+    if not yes and not sys.stdin.isatty():
+        _say(f"to remove them: rlhf-pipeline prune {shlex.quote(run)} --yes")
+    elif yes or typer.confirm("Remove them for good?", err=True):
+        pruning.remove(directory, names)
+        _say("removed")
+
+
 def _gpu() -> str:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
@@ -189,13 +281,14 @@ def _gpu() -> str:
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed must not end a run
+        typer.echo(line, err=True)
 
 
 def _fail(message: str, hint: str | None, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    _say(f"error: {message}")
     if hint:
-        typer.echo(f"hint: {hint}", err=True)
+        _say(f"hint: {hint}")
     sys.exit(code)
 
 
@@ -207,3 +300,7 @@ def main() -> None:
         _fail(str(error), error.hint, 2)
     except RunError as error:
         _fail(error.message, error.hint, 1)
+    except Interrupted as stop:
+        _say(stop.message)
+        _say("the same command goes on from here")
+        sys.exit(130)

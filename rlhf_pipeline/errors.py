@@ -1,4 +1,4 @@
-"""The two ways a command can end badly."""
+"""The ways a command can end early."""
 
 
 class InputError(Exception):
@@ -32,3 +32,15 @@ class RunError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class Interrupted(Exception):  # noqa: N818  it is no error
+    """The run was asked to stop, and has; the command exits with 130.
+
+    Args:
+        message: where it stands, in one sentence.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message

@@ -1,19 +1,24 @@
 """Recipe and run directory in, stages out: which will run, and why. No torch."""
 
-import hashlib
 import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_pipeline import durable
+from rlhf_pipeline.digests import Digests, pin, short_hash
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.recipe import BASE, Data, Recipe
+from rlhf_pipeline.recipe import BASE, Data, Recipe, gates
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
-from rlhf_pipeline.run.directory import RunDirectory
+from rlhf_pipeline.run.directory import WEIGHTS, Progress, RunDirectory
 
-State = Literal["done", "stale", "failed", "missing", "blocked", "running"]
+State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
+# With another version of these a stage may come out otherwise: any other of TRL, whose minor version is fixed, another
+# minor one of the rest.
+_TRAINING_LIBRARIES = {
+    "rlhf-pipeline": 2, "trl": 3, "transformers": 2, "peft": 2, "bitsandbytes": 2, "accelerate": 2, "torch": 2,
+}  # fmt: skip
 
 
 @dataclass
@@ -21,13 +26,16 @@ class StagePlan:
     """One stage as the plan sees it.
 
     Attributes:
-        state: `done` needs nothing; `stale` is done with other inputs; `failed` broke off; `missing` never ran;
-            `blocked` waits for a failed stage; `running` is at work now.
+        state: `done` needs nothing; `stale` was made, or begun, of other inputs; `partial` broke off and goes on;
+            `failed` broke off and starts over, or does not pass its gates; `missing` never ran; `blocked` waits for a
+            stage that is partial or failed; `running` is at work now.
         reason: why it is in that state, as old → new values where something changed.
         inputs: everything that decides the stage's result.
         fingerprint: their hash.
         judging: what decides how its policy is judged; None where it is not.
         record: what the run directory says of the stage.
+        stands: its artifact is whole and of the inputs of now, whatever its gates say.
+        progress: where it goes on if it is partial.
     """
 
     name: str
@@ -40,19 +48,23 @@ class StagePlan:
     fingerprint: str
     judging: dict[str, Any] | None
     record: dict[str, Any] = field(default_factory=dict)
+    stands: bool = False
+    progress: Progress | None = None
 
     @property
     def to_judge(self) -> bool:
         """Whether the stage stands but its judgement is of other settings."""
-        return self.state == "done" and self.judging is not None and self.record.get("judging") != self.judging
+        return self.stands and self.judging is not None and self.record.get("judging") != self.judging
 
     def summary(self) -> dict[str, Any]:
         """The stage as `plan --json` and `status --json` show it."""
-        record = self.record if self.state in ("done", "stale") else {}
+        record = self.record if self.stands or self.state in ("done", "stale") else {}
         shown = asdict(self)
-        del shown["record"], shown["inputs"], shown["judging"]
+        del shown["record"], shown["inputs"], shown["judging"], shown["stands"], shown["progress"]
         return {
             **shown,
+            "step": self.progress.step if self.progress else None,
+            "gates": record.get("gates", {}),
             "wall_s": record.get("wall_s"),
             "peak_memory_bytes": record.get("peak_memory_bytes"),
             "metrics": record.get("metrics", {}),
@@ -61,46 +73,63 @@ class StagePlan:
         }
 
 
-def make(recipe: Recipe, at_work: bool | None = None) -> list[StagePlan]:
+def make(
+    recipe: Recipe, at_work: bool | None = None, *, trust_versions: bool = False, ignore_gates: bool = False
+) -> list[StagePlan]:
     """Compare a recipe with what its run directory holds.
 
     Args:
-        recipe: from `recipe.load`.
+        recipe: from `recipe.load`; its hub models and datasets are pinned to the commits that count.
         at_work: whether a run is going on there; by default the run directory's lock tells.
+        trust_versions: let stages stand that other versions of the libraries made.
+        ignore_gates: let stages stand that do not pass their gates.
 
     Raises:
         InputError: a data file cannot be read.
     """
     directory = RunDirectory(recipe.run)
-    digests = Digests(recipe.run / ".digests.json")
+    pin(recipe)
+    digests = Digests()
     busy = directory.is_locked() if at_work is None else at_work
+    installed = None if trust_versions else versions()
     plans: dict[str, StagePlan] = {}
     for name, stage in recipe.stages.items():
         inputs = stage_inputs(recipe, name, plans, digests)
-        fingerprint = _hash(json.dumps(inputs, sort_keys=True).encode())
+        fingerprint = short_hash(json.dumps(inputs, sort_keys=True).encode())
         record = directory.record(name) or {}
         judging = judging_inputs(recipe, stage.kind, digests)
         plan = StagePlan(
             name, stage.kind, "missing", "", stage.init or BASE, stage.reward, inputs, fingerprint, judging, record
         )
-        plan.state, plan.reason = _state(plan, plans, directory, busy)
+        parents = [plans[parent] for parent in (plan.init, plan.reward) if parent in plans]
+        if record.get("state") == "running" and busy:
+            plan.state, plan.reason = "running", "at work now"
+        elif record.get("artifact") or record.get("state") == "done":
+            plan.state, plan.reason = _state_of_finished(plan, parents, directory, digests, installed)
+        else:
+            plan.state, plan.reason = _state_of_unfinished(plan, parents, directory, installed)
+        plan.stands = plan.state == "done"
         if plan.to_judge:
             plan.reason = "`evaluate` changed: it will be judged again"
+        elif plan.stands:
+            plan.state, plan.reason = _past_the_gates(plan, stage.gates, ignore_gates)
         plans[name] = plan
     return list(plans.values())
 
 
-def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], digests: "Digests") -> dict[str, Any]:
+def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], digests: Digests) -> dict[str, Any]:
     """Everything that decides a stage's result, as flat keys; where and how often things are written is left out."""
     stage = recipe.stages[name]
     inputs: dict[str, Any] = {
         "kind": stage.kind,
         "seed": recipe.seed,
-        "model": digests.of_model(recipe.model.path),
+        "model": digests.of_model(recipe.model),
         "model.quantization": recipe.model.quantization,
         "model.dtype": recipe.model.dtype,
         "init": earlier[stage.init].fingerprint if stage.init in earlier else BASE,
     }
+    if recipe.model.trust_remote_code:
+        inputs["model.trust_remote_code"] = True
     if stage.reward:
         inputs["reward"] = earlier[stage.reward].fingerprint
     inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
@@ -111,7 +140,7 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], diges
     return inputs
 
 
-def judging_inputs(recipe: Recipe, kind: str, digests: "Digests") -> dict[str, Any] | None:
+def judging_inputs(recipe: Recipe, kind: str, digests: Digests) -> dict[str, Any] | None:
     """What decides `judge_mean` beside the weights; None for a stage that is not judged.
 
     Apart from the other inputs: when only these change, a stage is judged again, not trained again.
@@ -119,35 +148,111 @@ def judging_inputs(recipe: Recipe, kind: str, digests: "Digests") -> dict[str, A
     if recipe.evaluate is None or kind == "reward":
         return None
     settings = recipe.evaluate.model_dump(exclude={"data", "batch_size"})
+    settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
     return settings | _data_inputs("data", recipe.evaluate.data, digests)
 
 
-def _data_inputs(prefix: str, data: Data, digests: "Digests") -> dict[str, Any]:
-    settings = {f"{prefix}.{key}": value for key, value in data.model_dump(exclude={"path"}).items()}
-    return {prefix: digests.of_data(data.path), **settings}
+def _data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:
+    settings = {f"{prefix}.{key}": value for key, value in data.model_dump(exclude={"path", "revision"}).items()}
+    return {prefix: digests.of_data(data), **settings}
 
 
-def _state(plan: StagePlan, earlier: dict[str, StagePlan], directory: RunDirectory, busy: bool) -> tuple[State, str]:
-    record = plan.record
-    parents = [earlier[name] for name in (plan.init, plan.reward) if name in earlier]
-    if record.get("state") == "running":
-        return ("running", "at work now") if busy else ("failed", "the run ended before the stage did")
-    if record.get("state") == "failed":
-        return "failed", record.get("error") or "see its log"
-    broken = [parent.name for parent in parents if parent.state in ("failed", "blocked")]
-    if broken:
-        return "blocked", f"waits for {' and '.join(broken)}"
-    if record.get("state") != "done":
-        unreadable = directory.stage(plan.name).exists()
-        return "missing", "its record cannot be read" if unreadable else "has not run yet"
-    if not (directory.stage(plan.name) / "adapter" / "adapter_model.safetensors").is_file():
-        return "missing", "its adapter is gone"
-    if record.get("fingerprint") != plan.fingerprint:
-        return "stale", "; ".join(_changes(record.get("inputs", {}), plan)) or "its inputs changed"
-    rerun = [parent.name for parent in parents if parent.state != "done"]
+def _state_of_finished(
+    plan: StagePlan,
+    parents: list[StagePlan],
+    directory: RunDirectory,
+    digests: Digests,
+    installed: dict[str, str] | None,
+) -> tuple[State, str]:
+    """The state of a stage that was trained to its end, its gates apart."""
+    waiting = _waiting_for(parents)
+    if waiting:
+        return "blocked", waiting
+    problem = directory.artifact_problem(plan.name, plan.record, digests.of_file)
+    if problem:
+        return "missing" if problem.endswith("is gone") else "stale", problem
+    changes = _changes(plan.record.get("inputs", {}), plan) + other_versions(plan.record, installed)
+    if changes:
+        return "stale", "; ".join(changes)
+    rerun = [parent.name for parent in parents if not parent.stands]
     if rerun:
         return "stale", f"{' and '.join(rerun)} will run again"
+    other = _re_ran(plan.record, parents)
+    if other:
+        return "stale", f"{' and '.join(other)} re-ran"
     return "done", "up to date"
+
+
+def _state_of_unfinished(
+    plan: StagePlan, parents: list[StagePlan], directory: RunDirectory, installed: dict[str, str] | None
+) -> tuple[State, str]:
+    """The state of a stage that has no artifact yet."""
+    record = plan.record
+    unreadable = directory.unreadable(plan.name)
+    if unreadable:
+        return "failed", unreadable
+    waiting = _waiting_for(parents)
+    if not record:
+        return ("blocked", waiting) if waiting else ("missing", "has not run yet")
+    happened = record.get("error") or "the run ended before the stage did"
+    changes = _changes(record.get("inputs", {}), plan) + other_versions(record, installed)
+    changes += [f"{parent.name} will run again" for parent in parents if not parent.stands]
+    changes += [f"{name} re-ran" for name in _re_ran(record, parents)]
+    if changes:
+        return "stale", "; ".join([*changes, f"before that, {happened}"])
+    plan.progress = directory.progress(plan.name)
+    if plan.progress:
+        return "partial", f"{happened}; {plan.progress}"
+    damaged = durable.newest_sound(directory.work(plan.name))[1]
+    return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
+
+
+def _re_ran(record: dict[str, Any], parents: list[StagePlan]) -> list[str]:
+    """The parents whose weights are no longer those that a stage was built on."""
+    built_on = record.get("built_on", {})
+    return [
+        parent.name
+        for parent in parents
+        if parent.stands and built_on.get(parent.name) not in (None, weights(parent.record))
+    ]
+
+
+def _waiting_for(parents: list[StagePlan]) -> str | None:
+    names = [parent.name for parent in parents if parent.state in ("partial", "failed", "blocked")]
+    return f"waits for {' and '.join(names)}" if names else None
+
+
+def _past_the_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> tuple[State, str]:
+    """The state of a stage that stands, by its metrics and the gates of now."""
+    outcomes = gates.outcomes(stage_gates, plan.record.get("metrics", {}))
+    closed = {metric: outcome for metric, outcome in outcomes.items() if not outcome["passed"]}
+    ignored = plan.record.get("gates_ignored", {})
+    passed_over = ignore or all(ignored.get(metric) == outcome["bound"] for metric, outcome in closed.items())
+    if not closed:
+        return plan.state, plan.reason
+    said = gates.describe(outcomes)
+    return ("done", f"gates ignored: {said}") if passed_over else ("failed", f"a gate is closed: {said}")
+
+
+def weights(record: dict[str, Any]) -> str | None:
+    """The SHA-256 of the weights that a stage's record names; None where it names none."""
+    return (record.get("artifact_files", {}).get(WEIGHTS) or [None, None])[1]
+
+
+def other_versions(record: dict[str, Any], installed: dict[str, str] | None) -> list[str]:
+    """How the libraries that train differ from those that a stage was made with, or were said to do as well."""
+    then = record.get("trusted_versions") or record.get("versions")
+    if not then or installed is None:
+        return []
+    return [
+        f"{name} {then[name]} → {installed[name]}"
+        for name, parts in _TRAINING_LIBRARIES.items()
+        if name in then and _release(then[name], parts) != _release(installed[name], parts)
+    ]
+
+
+def _release(version: str, parts: int) -> list[str]:
+    return version.partition("+")[0].split(".")[:parts]
 
 
 def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
@@ -168,8 +273,8 @@ def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
 
 
 def _named(identity: Any) -> str:
-    path, _, digest = str(identity).rpartition("@")
-    return f"{path} ({digest[:8]})"
+    path, at, digest = str(identity).rpartition("@")
+    return f"{path} ({digest[:8]})" if at else str(identity)
 
 
 def _shown(value: Any) -> str:
@@ -177,7 +282,7 @@ def _shown(value: Any) -> str:
 
 
 def select(plans: list[StagePlan], until: str | None, only: str | None, force: list[str]) -> list[StagePlan]:
-    """The stages that a run shall execute, in order.
+    """The stages that a run shall execute, in order. One that stands, but whose gate is closed, ends the run.
 
     Args:
         plans: from `make`.
@@ -197,7 +302,7 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
         parent_runs = any(other.name in (plan.init, plan.reward) for other in chosen)
         if plan.state != "done" or plan.name in force or parent_runs:
             chosen.append(plan)
-        if plan.name == until:
+        if plan.name == until or (plan.stands and plan.state == "failed" and plan.name not in force):
             break
     if only is None:
         return chosen
@@ -221,51 +326,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-class Digests:
-    """Content digests of files, remembered by path, size and time of change.
-
-    Args:
-        memory: a JSON file to remember them in; used only if its folder exists.
-    """
-
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
-        try:
-            self.known: dict[str, list] = json.loads(memory.read_text())
-        except (OSError, ValueError):
-            self.known = {}
-
-    def of_data(self, path: str) -> str:
-        """`path@digest` of a data file; of a hub dataset only its id, whose commit is not looked up."""
-        return f"{Path(path).name}@{self._of_file(Path(path))}" if Path(path).is_file() else path
-
-    def of_model(self, path: str) -> str:
-        """`path@digest` of a model folder's weights, configuration and tokenizer; of a hub model its id."""
-        if not Path(path).is_dir():
-            return path
-        files = sorted(
-            file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".json", ".model", ".jinja")
-        )
-        digest = _hash("".join(f"{file.name}={self._of_file(file)}\n" for file in files).encode())
-        return f"{Path(path).name}@{digest}"
-
-    def _of_file(self, path: Path) -> str:
-        state = path.stat()
-        known = self.known.get(str(path))
-        if known and known[:2] == [state.st_size, state.st_mtime_ns]:
-            return known[2]
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", place=str(path)) from None
-        self.known[str(path)] = [state.st_size, state.st_mtime_ns, digest]
-        if self.memory.parent.is_dir():
-            self.memory.write_text(json.dumps(self.known, indent=1))
-        return digest
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]

@@ -369,7 +369,7 @@ def test_steps_of_evaluation_ask_for_evaluation(check, stage):
 
 @pytest.mark.parametrize(
     ("stage", "what"),
-    [("ppo", "save"), *((stage, what) for stage in ("sft", "reward", "ppo", "dpo") for what in ("logging", "eval"))],
+    [(stage, what) for stage in ("sft", "reward", "ppo", "dpo") for what in ("logging", "eval", "save")],
 )
 def test_steps_beside_another_strategy_are_refused(check, stage, what):
     for strategy in ("epoch", "no"):
@@ -377,6 +377,20 @@ def test_steps_beside_another_strategy_are_refused(check, stage, what):
         found = check(stage, overrides=(*overrides, f"{stage}.data.eval_fraction=0.5"))
         assert found.place == f"stages.{stage}.trainer.{what}_steps"
         assert f"`{what}_strategy`" in found.message
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize(
+    ("settings", "key", "word"),
+    [
+        ({"save_strategy": "best"}, "save_strategy", "being the best"),
+        ({"save_strategy": "'no'", "save_total_limit": "3"}, "save_total_limit", "no effect without `save_strategy`"),
+    ],
+)
+def test_checkpoints_that_would_not_be_kept_as_asked_are_refused(check, stage, settings, key, word):
+    found = check(stage, overrides=tuple(f"{stage}.trainer.{name}={value}" for name, value in settings.items()))
+    assert found.place == f"stages.{stage}.trainer.{key}"
+    assert word in found.message and found.hint
 
 
 @pytest.mark.parametrize("override", ["ppo.trainer.ptx_coef=0.5", "ppo.ptx_data=demonstrations.jsonl"])

@@ -52,7 +52,7 @@ def test_help_answers_at_once(folder):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.returncode == 0
-    for command in ("run", "plan", "status", "validate", "ls", "cp", "env"):
+    for command in ("run", "plan", "status", "validate", "diff", "prune", "ls", "cp", "env"):
         assert re.search(rf"^\s*{command}\b", done.stdout, re.MULTILINE), command
     assert min(times) < 0.3
 
@@ -123,7 +123,7 @@ def test_json_of_a_fresh_directory(folder):
         assert [stage["name"] for stage in object_["stages"]] == ["sft", "reward", "ppo"]
         for stage in object_["stages"]:
             keys = {"name", "kind", "state", "reason", "init", "reward", "fingerprint", "wall_s", "peak_memory_bytes",
-                    "metrics", "artifact", "log"}  # fmt: skip
+                    "metrics", "artifact", "log", "step", "gates"}  # fmt: skip
             assert set(stage) == keys | ({"will_run"} if command == "plan" else set())
             assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)
     assert [(stage["init"], stage["reward"]) for stage in shown["status"]["stages"]] == [
@@ -132,6 +132,12 @@ def test_json_of_a_fresh_directory(folder):
         ("sft", "reward"),
     ]
     assert not (folder / "runs").exists()
+
+
+def test_status_q_only_exits(folder):
+    """Whether all is up to date, for scripts."""
+    done = run(folder, "status", "-q", "r.yaml")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def test_plan_takes_overrides_and_options_as_run_does(folder):

@@ -1,14 +1,18 @@
 """Which stages would run, and why: records in a run directory held against a recipe."""
 
+import importlib.metadata
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlhf_pipeline import plan, recipe
+from rlhf_pipeline import durable, plan, recipe
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.run.directory import RunDirectory
+from rlhf_pipeline.run.directory import WEIGHTS, Progress, RunDirectory
 
 RECIPE = """\
 name: t
@@ -36,27 +40,68 @@ def folder(tmp_path):
     return tmp_path
 
 
-def make(folder: Path, *overrides: str) -> dict[str, plan.StagePlan]:
-    return {stage.name: stage for stage in plan.make(recipe.load(str(folder / "r.yaml"), overrides))}
+def make(folder: Path, *overrides: str, **options: bool) -> dict[str, plan.StagePlan]:
+    return {stage.name: stage for stage in plan.make(recipe.load(str(folder / "r.yaml"), overrides), **options)}
 
 
 def states(plans: dict[str, plan.StagePlan]) -> dict[str, str]:
     return {name: stage.state for name, stage in plans.items()}
 
 
+def run_of(folder: Path) -> RunDirectory:
+    return RunDirectory(folder / "runs" / "t")
+
+
+def begun(folder: Path, name: str) -> dict[str, Any]:
+    """The record that the runner starts a stage with."""
+    stage = make(folder)[name]
+    record = {"name": name, "kind": stage.kind, "state": "running", "fingerprint": stage.fingerprint}
+    record |= {"inputs": stage.inputs, "judging": stage.judging, "init": stage.init, "reward": stage.reward}
+    parents = [parent for parent in (stage.init, stage.reward) if parent in ("sft", "reward")]
+    built_on = {parent: plan.weights(run_of(folder).record(parent) or {}) for parent in parents}
+    return record | {"built_on": built_on, "versions": plan.versions(), "wall_s": 0.0}
+
+
 def finish(folder: Path, *names: str, **changes: object) -> None:
     """Record stages as the runner does when they are done."""
-    directory = RunDirectory(folder / "runs" / "t")
-    for name, stage in make(folder).items():
-        if names and name not in names:
-            continue
+    directory = run_of(folder)
+    for name in names or ("sft", "reward", "ppo", "dpo"):
         adapter = directory.stage(name) / "adapter"
         adapter.mkdir(parents=True, exist_ok=True)
-        (adapter / "adapter_model.safetensors").touch()
-        record = {"name": name, "kind": stage.kind, "state": "done", "fingerprint": stage.fingerprint}
-        record |= {"inputs": stage.inputs, "judging": stage.judging, "metrics": {"train_loss": 1.0}, "wall_s": 2.0}
-        record |= {"init": stage.init, "reward": stage.reward}
-        directory.write_record(name, record | changes)
+        (adapter / WEIGHTS).write_text(f"weights of {name}")
+        (adapter / "adapter_config.json").write_text("{}")
+        done = {"state": "done", "artifact": f"{name}/adapter", "artifact_files": durable.contents(adapter)}
+        done |= {"metrics": {"train_loss": 1.0}, "wall_s": 2.0}
+        directory.write_record(name, begun(folder, name) | done | changes)
+
+
+def break_off(folder: Path, name: str, *steps: int, **changes: object) -> Path:
+    """Leave a stage as one that ended early after checkpoints at some steps of 9; returns its working folder."""
+    directory = run_of(folder)
+    shutil.rmtree(directory.stage(name), ignore_errors=True)
+    work = directory.work(name)
+    work.mkdir(parents=True)
+    record = begun(folder, name)
+    durable.write_text(work / "job.json", json.dumps({"task": "train", "record": record}))
+    directory.write_record(name, record | {"state": "failed", "error": "it broke off"} | changes)
+    for step in steps:
+
+        def write(checkpoint: Path, step: int = step) -> None:
+            (checkpoint / WEIGHTS).write_text(f"weights of step {step}")
+            (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9}))
+
+        durable.write_folder(work / f"checkpoint-{step}", write)
+    return work
+
+
+def train(work: Path, *, judged: bool) -> None:
+    """Leave in a working folder what there is when training is over, or when nothing is left to do."""
+    (work / "adapter").mkdir()
+    (work / "adapter" / WEIGHTS).write_text("final weights")
+    note = {"metrics": {"train_loss": 1.0}, "files": durable.contents(work / "adapter")}
+    durable.write_text(work / "trained.json", json.dumps(note))
+    if judged:
+        durable.write_text(work / "result.json", json.dumps({"metrics": {"train_loss": 1.0}}))
 
 
 ALL_DONE = dict.fromkeys(("sft", "reward", "ppo", "dpo"), "done")
@@ -130,8 +175,12 @@ def test_another_parent_is_told_from_a_parent_that_changed(folder):
         "ppo.trainer.num_sample_generations=2",
         "ppo.trainer.save_steps=3",
         "ppo.trainer.save_total_limit=1",
+        "sft.trainer.save_steps=3",
+        "dpo.trainer.save_strategy=epoch",
+        "reward.trainer.save_total_limit=1",
         "dpo.trainer.logging_first_step=true",
         "reward.trainer.log_level=debug",
+        "dpo.trainer.gradient_checkpointing=false",
     ],
 )
 def test_how_often_things_are_logged_changes_nothing(folder, override):
@@ -187,22 +236,30 @@ def test_the_content_of_the_model_counts_for_every_stage(folder, file):
     assert plans["sft"].reason.startswith("model changed: base (")
 
 
-def test_digests_are_remembered_only_where_a_run_directory_is(folder):
-    finish(folder)
+def everything_in(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+def test_planning_writes_nothing(folder):
+    """Neither in a folder without a run, nor where every state is to be seen."""
+    before = everything_in(folder)
     make(folder)
-    known = json.loads((folder / "runs" / "t" / ".digests.json").read_text())
-    assert str(folder / "rows.jsonl") in known
-
-
-def test_a_damaged_memory_of_digests_does_no_harm(folder):
+    assert everything_in(folder) == before
     finish(folder)
-    (folder / "runs" / "t" / ".digests.json").write_text("{")
-    assert states(make(folder)) == ALL_DONE
+    (break_off(folder, "reward", 3, 6) / "checkpoint-6" / WEIGHTS).write_text("?")
+    (run_of(folder).stage("dpo") / "stage.json").write_text("{")
+    before = everything_in(folder)
+    assert set(states(make(folder)).values()) == {"done", "partial", "blocked", "failed"}
+    assert set(states(make(folder, "seed=2")).values()) == {"stale", "failed"}
+    assert everything_in(folder) == before
 
 
 def test_a_failed_stage_blocks_what_needs_it_and_nothing_else(folder):
     finish(folder)
-    finish(folder, "reward", state="failed", error="RuntimeError: out of memory")
+    break_off(folder, "reward", error="RuntimeError: out of memory")
     plans = make(folder)
     assert states(plans) == {"sft": "done", "reward": "failed", "ppo": "blocked", "dpo": "done"}
     assert plans["reward"].reason == "RuntimeError: out of memory"
@@ -211,34 +268,351 @@ def test_a_failed_stage_blocks_what_needs_it_and_nothing_else(folder):
 
 def test_being_blocked_is_passed_on(folder):
     finish(folder)
-    finish(folder, "sft", state="failed")
+    break_off(folder, "sft")
     assert states(make(folder)) == {"sft": "failed", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
     assert make(folder)["ppo"].reason == "waits for sft and reward"
 
 
+def test_a_stage_that_never_ran_waits_as_well(folder):
+    finish(folder, "sft", "reward")
+    break_off(folder, "sft", 3)
+    assert states(make(folder)) == {"sft": "partial", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
+    assert make(folder)["dpo"].reason == "waits for sft"
+
+
 def test_a_running_stage_runs_only_while_the_lock_is_held(folder):
-    finish(folder, "sft", state="running")
-    with RunDirectory(folder / "runs" / "t").locked():
-        assert make(folder)["sft"].state == "running"
+    break_off(folder, "sft", state="running", error=None)
+    with run_of(folder).locked():
+        sft = make(folder)["sft"]
+        assert (sft.state, sft.reason) == ("running", "at work now")
+        assert make(folder, at_work=False)["sft"].state == "failed"
     left = make(folder)["sft"]
     assert (left.state, left.reason) == ("failed", "the run ended before the stage did")
+    assert make(folder, at_work=True)["sft"].state == "running"
 
 
-def test_a_stage_whose_adapter_is_gone_has_to_run_and_its_dependants_too(folder):
+# The artifact
+
+
+def harm_weights(adapter: Path, content: str) -> None:
+    """Other bytes with the same times, as a disk that forgets would have it."""
+    stamps = (adapter / WEIGHTS).stat()
+    (adapter / WEIGHTS).write_text(content)
+    os.utime(adapter / WEIGHTS, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("harm", "state", "reason"),
+    [
+        (lambda adapter: (adapter / WEIGHTS).unlink(), "missing", "its adapter is gone"),
+        (lambda adapter: shutil.rmtree(adapter), "missing", "adapter_config.json is gone"),
+        (
+            lambda adapter: (adapter / "adapter_config.json").unlink(),
+            "missing",
+            "its adapter/adapter_config.json is gone",
+        ),
+        (
+            lambda adapter: harm_weights(adapter, "WEIGHTS of sft"),
+            "stale",
+            f"its adapter/{WEIGHTS} is not what the stage wrote",
+        ),
+        (
+            lambda adapter: harm_weights(adapter, "weights"),
+            "stale",
+            f"its adapter/{WEIGHTS} is not what the stage wrote",
+        ),
+        (
+            lambda adapter: (adapter / "adapter_config.json").write_text("[]"),
+            "stale",
+            "its adapter/adapter_config.json is not what the stage wrote",
+        ),
+    ],
+    ids=["no weights", "no adapter", "no configuration", "other weights", "truncated", "other configuration"],
+)
+def test_a_stage_whose_adapter_is_not_what_it_made_has_to_run_and_its_dependants_too(folder, harm, state, reason):
     finish(folder)
-    (folder / "runs" / "t" / "sft" / "adapter" / "adapter_model.safetensors").unlink()
+    harm(run_of(folder).stage("sft") / "adapter")
     plans = make(folder)
-    assert states(plans) == {"sft": "missing", "reward": "stale", "ppo": "stale", "dpo": "stale"}
-    assert plans["sft"].reason == "its adapter is gone"
+    assert states(plans) == {"sft": state, "reward": "stale", "ppo": "stale", "dpo": "stale"}
+    assert plans["sft"].reason.endswith(reason)
     assert plans["dpo"].reason == "sft will run again"
+    assert plans["ppo"].reason == "sft and reward will run again"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "don'])
-def test_an_unreadable_record_says_so(folder, text):
+def test_a_parent_of_other_weights_makes_a_stage_stale(folder):
+    """Its inputs are the same, but it was trained anew, and the same again only to the last bit of its sums."""
     finish(folder)
-    (folder / "runs" / "t" / "dpo" / "stage.json").write_text(text)
+    adapter = run_of(folder).stage("sft") / "adapter"
+    (adapter / WEIGHTS).write_text("other weights of sft")
+    record = run_of(folder).record("sft")
+    run_of(folder).write_record("sft", record | {"artifact_files": durable.contents(adapter)})
+    plans = make(folder)
+    assert states(plans) == {"sft": "done", "reward": "stale", "ppo": "stale", "dpo": "stale"}
+    assert plans["reward"].reason == plans["dpo"].reason == "sft re-ran"
+    finish(folder, "reward")
+    assert make(folder)["ppo"].reason == "sft re-ran"
+    finish(folder, "ppo", "dpo")
+    assert states(make(folder)) == ALL_DONE
+
+
+def test_a_stage_that_broke_off_does_not_go_on_over_a_parent_of_other_weights(folder):
+    finish(folder, "sft")
+    break_off(folder, "dpo", 3)
+    assert make(folder)["dpo"].state == "partial"
+    adapter = run_of(folder).stage("sft") / "adapter"
+    (adapter / WEIGHTS).write_text("other weights of sft")
+    record = run_of(folder).record("sft")
+    run_of(folder).write_record("sft", record | {"artifact_files": durable.contents(adapter)})
     dpo = make(folder)["dpo"]
-    assert (dpo.state, dpo.reason) == ("missing", "its record cannot be read")
+    assert (dpo.state, dpo.progress) == ("stale", None)
+    assert dpo.reason.startswith("sft re-ran")
+
+
+# The libraries
+
+
+def made_with(folder: Path, *names: str, key: str = "versions", **versions: str) -> None:
+    """Have records name other versions of some libraries; `_` stands for `-`."""
+    for name in names:
+        record = run_of(folder).record(name)
+        record[key] = plan.versions() | {library.replace("_", "-"): version for library, version in versions.items()}
+        run_of(folder).write_record(name, record)
+
+
+@pytest.fixture
+def installed(monkeypatch) -> Callable[..., None]:
+    """A function that says which versions are installed, whatever is."""
+
+    def install(**versions: str) -> None:
+        real = importlib.metadata.version
+        fake = {name.replace("_", "-"): version for name, version in versions.items()}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: fake.get(name) or real(name))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("library", "then", "now", "counts"),
+    [
+        ("trl", "1.12.0", "1.12.1", True),
+        ("trl", "1.12.1", "1.12.1", False),
+        ("trl", "1.12.1", "1.12.1+local", False),
+        ("torch", "2.13.0", "2.14.0", True),
+        ("torch", "2.13.0+cpu", "2.13.1", False),
+        ("torch", "2.13.0+cpu", "2.13.0+cu130", False),
+        ("accelerate", "1.9.0", "1.9.1", False),
+        ("accelerate", "1.9.0", "1.10.0", True),
+        ("transformers", "5.1.0", "6.1.0", True),
+        ("peft", "0.18.0", "0.19.0", True),
+        ("peft", "0.18.0", "0.18.1", False),
+        ("bitsandbytes", "0.48.0", "0.49.0", True),
+        ("bitsandbytes", "not installed", "0.49.0", True),
+        ("rlhf_pipeline", "0.1.0", "0.2.0", True),
+        ("rlhf_pipeline", "0.1.0", "0.1.1", False),
+        ("datasets", "3.0.0", "4.0.0", False),
+    ],
+)
+def test_another_version_of_what_trains_is_a_reason(folder, installed, library, then, now, counts):
+    installed(**{library: now})
+    finish(folder)
+    made_with(folder, "dpo", **{library: then})
+    dpo = make(folder)["dpo"]
+    assert (dpo.state, dpo.reason) == (
+        ("stale", f"{library.replace('_', '-')} {then} → {now}") if counts else ("done", "up to date")
+    )
+    assert states(make(folder, trust_versions=True)) == ALL_DONE
+
+
+def test_versions_that_were_said_to_do_as_well_count_in_place_of_those_it_was_made_with(folder, installed):
+    installed(trl="1.12.2")
+    finish(folder)
+    made_with(folder, "sft", trl="1.12.0")
+    assert states(make(folder))["sft"] == "stale"
+    made_with(folder, "sft", key="trusted_versions", trl="1.12.2")
+    assert states(make(folder)) == ALL_DONE
+    made_with(folder, "sft", key="trusted_versions", trl="1.12.1")
+    assert make(folder)["sft"].reason == "trl 1.12.1 → 1.12.2"
+
+
+def test_a_record_without_versions_stands(folder):
+    finish(folder, versions=None)
+    assert states(make(folder)) == ALL_DONE
+
+
+def test_a_stage_that_broke_off_under_other_versions_starts_over_unless_they_are_trusted(folder, installed):
+    installed(torch="2.14.0")
+    break_off(folder, "sft", 3)
+    made_with(folder, "sft", torch="2.13.0")
+    sft = make(folder)["sft"]
+    assert (sft.state, sft.reason) == ("stale", "torch 2.13.0 → 2.14.0; before that, it broke off")
+    assert make(folder, trust_versions=True)["sft"].state == "partial"
+
+
+# Gates
+
+GATED = RECIPE.replace(
+    "learning_rate: 1e-3}}", "learning_rate: 1e-3, logging_steps: 1}, gates: {train_loss: '<= 0.5', loss: '> 0'}}"
+)
+
+
+@pytest.fixture
+def gated(folder):
+    """All stages done, the first with a loss that its gate does not let pass."""
+    (folder / "r.yaml").write_text(GATED)
+    finish(folder, metrics={"train_loss": 1.0, "loss": 1.0})
+    return folder
+
+
+def test_a_closed_gate_blocks_what_needs_the_stage(gated):
+    plans = make(gated)
+    assert states(plans) == {"sft": "failed", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
+    assert plans["sft"].reason == "a gate is closed: train_loss is 1, not <= 0.5"
+    assert plans["sft"].stands  # nothing has to be trained
+    assert plans["dpo"].reason == "waits for sft"
+
+
+@pytest.mark.parametrize(("bound", "state"), [("<= 1.0", "done"), ("<= 2", "done"), ("< 1", "failed")])
+def test_another_bound_opens_it_or_not(gated, bound, state):
+    plans = make(gated, f"sft.gates.train_loss='{bound}'")
+    assert plans["sft"].state == state
+    assert set(states(plans).values()) == ({"done"} if state == "done" else {"failed", "blocked"})
+
+
+def test_a_gate_that_came_later_counts(folder):
+    finish(folder, metrics={"train_loss": 1.0})
+    assert states(make(folder)) == ALL_DONE
+    plans = make(folder, "reward.gates={train_loss: '< 0.5'}")
+    assert states(plans) == {"sft": "done", "reward": "failed", "ppo": "blocked", "dpo": "done"}
+
+
+def test_a_gate_can_be_ignored(gated):
+    plans = make(gated, ignore_gates=True)
+    assert states(plans) == ALL_DONE
+    assert plans["sft"].reason == "gates ignored: train_loss is 1, not <= 0.5"
+    assert plans["dpo"].reason == "up to date"
+
+
+def test_a_gate_that_was_ignored_stays_so_for_its_bound_alone(gated):
+    record = run_of(gated).record("sft")
+    run_of(gated).write_record("sft", record | {"gates_ignored": {"train_loss": "<= 0.5"}})
+    plans = make(gated)
+    assert states(plans) == ALL_DONE
+    assert plans["sft"].reason == "gates ignored: train_loss is 1, not <= 0.5"
+    assert make(gated, "sft.gates.train_loss='<= 0.4'")["sft"].state == "failed"
+    assert make(gated, "sft.gates.loss='> 3'")["sft"].state == "failed"  # another one was not ignored
+    assert make(gated, "sft.gates.train_loss='<= 3'")["sft"].reason == "up to date"
+
+
+def test_a_gate_does_not_hide_that_a_stage_is_stale(gated):
+    assert states(make(gated, "seed=2"))["sft"] == "stale"
+    assert states(make(gated, "seed=2", ignore_gates=True))["sft"] == "stale"
+
+
+# Where a stage that broke off goes on
+
+
+def test_a_stage_goes_on_from_its_newest_checkpoint(folder):
+    break_off(folder, "sft", 3, 6)
+    plans = make(folder)
+    assert states(plans) == {"sft": "partial", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
+    assert plans["sft"].reason == "it broke off; goes on from step 6 of 9"
+    assert plans["sft"].progress == Progress("checkpoint", 6, 9)
+    assert plans["sft"].summary()["step"] == 6
+    assert not plans["sft"].stands
+    run_of(folder).write_record("sft", run_of(folder).record("sft") | {"state": "running", "error": None})
+    assert make(folder)["sft"].reason == "the run ended before the stage did; goes on from step 6 of 9"
+
+
+DAMAGES = {
+    "truncated": (lambda checkpoint: os.truncate(checkpoint / WEIGHTS, 3), f"{WEIGHTS} has 3 bytes, not 17"),
+    "one bit": (
+        lambda checkpoint: (checkpoint / WEIGHTS).write_text("weights of step 7"),
+        f"{WEIGHTS} has other content than was written",
+    ),
+    "a file is gone": (lambda checkpoint: (checkpoint / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
+    "no manifest": (lambda checkpoint: (checkpoint / "manifest.json").unlink(), "manifest.json is missing"),
+    "manifest without JSON": (
+        lambda checkpoint: (checkpoint / "manifest.json").write_text("{"),
+        "manifest.json cannot be read: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(folder, damage):
+    harm, said = DAMAGES[damage]
+    work = break_off(folder, "sft", 3, 6)
+    harm(work / "checkpoint-6")
+    sft = make(folder)["sft"]
+    assert sft.state == "partial"
+    assert sft.reason.startswith(f"it broke off; goes on from step 3 of 9; checkpoint-6 is damaged: {said}")
+    assert sft.progress.step == 3 and list(sft.progress.damaged) == ["checkpoint-6"]
+    harm(work / "checkpoint-3")
+    sft = make(folder)["sft"]
+    assert (sft.state, sft.progress) == ("failed", None)
+    assert (
+        sft.reason.startswith("it broke off; checkpoint-6 is damaged: ") and "checkpoint-3 is damaged: " in sft.reason
+    )
+
+
+@pytest.mark.parametrize(("judged", "said"), [(False, "trained, to be judged"), (True, "trained, to be published")])
+def test_a_stage_that_is_trained_is_not_trained_again(folder, judged, said):
+    work = break_off(folder, "sft", 9)
+    train(work, judged=judged)
+    sft = make(folder)["sft"]
+    assert (sft.state, sft.reason) == ("partial", f"it broke off; {said}")
+    assert sft.summary()["step"] is None
+    if judged:
+        (work / "adapter").rename(run_of(folder).stage("sft") / "adapter")  # killed before the record was written
+        assert make(folder)["sft"].reason == f"it broke off; {said}"
+    else:
+        (work / "adapter" / WEIGHTS).write_text("final weightz")
+        assert make(folder)["sft"].reason == "it broke off; goes on from step 9 of 9"
+
+
+def test_a_stage_whose_settings_changed_meanwhile_starts_over(folder):
+    break_off(folder, "sft", 3)
+    sft = make(folder, "sft.trainer.learning_rate=0.002")["sft"]
+    assert (sft.state, sft.progress) == ("stale", None)
+    assert sft.reason == "trainer.learning_rate 0.001 → 0.002; before that, it broke off"
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    assert make(folder)["sft"].reason.startswith("data changed: rows.jsonl (")
+
+
+def test_a_stage_whose_parent_will_run_again_starts_over(folder):
+    finish(folder, "sft")
+    break_off(folder, "dpo", 3)
+    dpo = make(folder, "sft.trainer.learning_rate=0.002")["dpo"]
+    assert (dpo.state, dpo.progress) == ("stale", None)
+    assert dpo.reason == "sft changed; sft will run again; before that, it broke off"
+
+
+SPOILT = ["", "{", "[]", '{"state": "don']
+
+
+@pytest.mark.parametrize("text", SPOILT)
+def test_a_spoilt_record_of_a_stage_that_broke_off_costs_nothing(folder, text):
+    break_off(folder, "sft", 3)
+    (run_of(folder).stage("sft") / "stage.json").write_text(text)
+    sft = make(folder)["sft"]
+    assert (sft.state, sft.reason) == ("partial", "the run ended before the stage did; goes on from step 3 of 9")
+    assert sft.record == begun(folder, "sft")
+    assert make(folder, "seed=2")["sft"].state == "stale"
+
+
+@pytest.mark.parametrize("text", SPOILT)
+def test_a_spoilt_record_of_a_finished_stage_says_so(folder, text):
+    finish(folder)
+    (run_of(folder).stage("sft") / "stage.json").write_text(text)
+    plans = make(folder)
+    assert states(plans) == {"sft": "failed", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
+    assert plans["sft"].reason.startswith(
+        "stage.json " + ("holds no record but list" if text == "[]" else "cannot be read: ")
+    )
+    assert (run_of(folder).stage("sft") / "adapter" / WEIGHTS).is_file()
+
+
+# Judging
 
 
 def test_a_changed_evaluation_judges_again_and_trains_nothing(folder):
@@ -303,17 +677,30 @@ def test_select_refuses_a_name_that_is_no_stage(folder, option, value):
 
 def test_a_blocked_stage_runs_with_the_failed_one_it_waits_for(folder):
     finish(folder)
-    finish(folder, "reward", state="failed")
+    break_off(folder, "reward")
     assert chosen(folder) == ["reward", "ppo"]
+    break_off(folder, "reward", 3)
+    assert chosen(folder) == ["reward", "ppo"]
+
+
+def test_a_closed_gate_ends_the_run_unless_its_stage_is_forced(gated):
+    """Nothing behind it is trained, though the stage itself has nothing to do."""
+    assert chosen(gated) == ["sft"]
+    assert chosen(gated, force=["sft"]) == ["sft", "reward", "ppo", "dpo"]
+    assert chosen(gated, force=["dpo"]) == ["sft"]
+    with pytest.raises(InputError, match="`dpo` needs `sft`, which is failed"):
+        chosen(gated, only="dpo")
 
 
 def test_only_what_is_true_of_the_present_is_shown(folder):
     finish(folder)
     shown = make(folder)["sft"].summary()
     assert (shown["metrics"], shown["wall_s"], shown["state"]) == ({"train_loss": 1.0}, 2.0, "done")
-    finish(folder, "sft", state="failed")
+    assert (shown["step"], shown["artifact"]) == (None, "sft/adapter")
+    break_off(folder, "sft", wall_s=3.0)
     shown = make(folder)["sft"].summary()
     assert (shown["metrics"], shown["wall_s"], shown["state"]) == ({}, None, "failed")
+    json.dumps(shown)  # as `plan --json` prints it
 
 
 @pytest.mark.parametrize("name", recipe.shipped())

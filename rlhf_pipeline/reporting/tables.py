@@ -16,7 +16,9 @@ KEY_METRICS = {
     "ppo": ["objective/kl", "objective/scores", "judge_mean"],
     "dpo": ["eval_rewards/accuracies", "rewards/margins", "judge_mean"],
 }
-STYLES = {"done": "green", "failed": "red", "stale": "yellow", "blocked": "red", "running": "cyan"}
+STYLES = {
+    "done": "green", "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
+}  # fmt: skip
 
 
 def as_json(run: Path, plans: list[StagePlan]) -> dict[str, Any]:
@@ -33,15 +35,23 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         summary = plan.summary()
         wall_s = summary["wall_s"]
         numbers = _numbers(plan.kind, summary["metrics"])
-        about = numbers if plan.state == "done" and numbers else escape(plan.reason)
+        unremarkable = plan.state == "done" and numbers and not plan.record.get("gates_ignored")
+        about = numbers if unremarkable else escape(plan.reason)
         time = "" if wall_s is None else f"{wall_s:.0f} s"
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
     console.print(table)
     console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
 
 
-def intentions(plans: list[StagePlan], chosen: list[StagePlan], console: Console) -> None:
-    """Print what a run would do, and why."""
+def intentions(plans: list[StagePlan], chosen: list[StagePlan], remote_code: str | None, console: Console) -> None:
+    """Print what a run would do, and why.
+
+    Args:
+        plans: every stage.
+        chosen: those that would run.
+        remote_code: the model whose own code would be run; None where none would.
+        console: where to.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("stage", "kind", "from", "state", "will run", "why"):
         table.add_column(column, overflow="fold")
@@ -51,6 +61,10 @@ def intentions(plans: list[StagePlan], chosen: list[StagePlan], console: Console
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
         table.add_row(plan.name, plan.kind, start, state, "yes" if plan.name in names else "no", escape(plan.reason))
     console.print(table)
+    if remote_code:
+        console.print(
+            f"trust_remote_code: code that comes with {remote_code} will be run", style="bold", soft_wrap=True
+        )
 
 
 def _numbers(kind: str, metrics: dict[str, Any]) -> str:

@@ -4,14 +4,18 @@ Importing TRL takes seconds; a server does it once, and a fork of it starts a st
 still has a process of its own: its GPU memory is really gone afterwards, and its crash is only its own.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline import durable
 from rlhf_pipeline.errors import RunError
+from rlhf_pipeline.run.explain import SAFE
 
 # What our own processes must see: no telemetry, no chatter, no threads that a fork would lose.
 ENVIRONMENT = {
@@ -27,6 +31,8 @@ ENVIRONMENT = {
 # page; keeping it makes training on a CPU a tenth faster. Weights are larger than the second number and go back.
 PREFERENCES = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
+STOP_SIGNAL = signal.SIGUSR1  # asks a worker to stop where it can be gone on from
+
 
 def _command(module: str, *arguments: str) -> list[str]:
     # -P: a folder or file of the user's in the current folder must not stand in for a library.
@@ -39,18 +45,24 @@ class Launcher:
     Args:
         log: where the server's own output goes.
         fork: fork workers from a warm server; by default wherever the platform allows it.
+
+    Attributes:
+        stopping: `stop` was called.
+        at_work: whether a worker is.
     """
 
     def __init__(self, log: Path, fork: bool | None = None) -> None:
         self._fork = sys.platform == "linux" if fork is None else fork
         self._log = log
         self._server: subprocess.Popen[str] | None = None
+        self._worker: int | None = None
+        self.stopping = False
 
     def __enter__(self) -> "Launcher":
         """Start importing at once; the first job waits for it."""
         if self._fork:
             self._server = subprocess.Popen(
-                _command("rlhf_pipeline.run.server"),
+                _command("rlhf_pipeline.run.server", str(os.getpid())),
                 env=PREFERENCES | os.environ | ENVIRONMENT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -60,10 +72,22 @@ class Launcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the server go, and with it any worker that is still at work."""
+        """End the server, and with it any worker that is still at work."""
         if self._server:
-            self._server.terminate()
+            self._server.kill()
             self._server.wait()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a worker is."""
+        return self._worker is not None
+
+    def stop(self) -> None:
+        """Ask the worker to stop where it can be gone on from, and every later one at once."""
+        self.stopping = True
+        if self._worker is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._worker, STOP_SIGNAL)
 
     def run(self, job: dict[str, Any], job_file: Path, log: Path) -> int:
         """Run one job to its end.
@@ -79,7 +103,7 @@ class Launcher:
         Raises:
             RunError: the server is gone.
         """
-        job_file.write_text(json.dumps(job))
+        durable.write_text(job_file, json.dumps(job))
         if self._server:
             answer = self._ask({"job": str(job_file), "log": str(log)})
             if "exit" in answer:
@@ -89,15 +113,17 @@ class Launcher:
             self._server = None
         with log.open("a") as output:
             worker = subprocess.Popen(
-                _command("rlhf_pipeline.run.worker", str(job_file)),
+                _command("rlhf_pipeline.run.worker", str(job_file), str(os.getpid())),
                 env=PREFERENCES | os.environ | ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+            self._started(worker.pid)
             try:
                 return worker.wait()
             finally:
+                self._worker = None
                 worker.kill()
 
     def _ask(self, request: dict[str, str]) -> dict[str, Any]:
@@ -105,10 +131,19 @@ class Launcher:
         try:
             self._server.stdin.write(json.dumps(request) + "\n")
             self._server.stdin.flush()
-            answer = self._server.stdout.readline()
+            while answer := self._server.stdout.readline():
+                said = json.loads(answer)
+                if "worker" not in said:
+                    return said
+                self._started(said["worker"])
         except BrokenPipeError:
-            answer = ""
-        if not answer:
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
-            raise RunError(f"the worker server ended unexpectedly:\n{tail}", hint="`rlhf-pipeline env` shows versions")
-        return json.loads(answer)
+            pass
+        finally:
+            self._worker = None
+        tail = "".join(f"\n  | {line[:200]}" for line in self._log.read_text(errors="replace").splitlines()[-5:])
+        raise RunError(f"the process that starts workers ended unexpectedly{tail}", hint=SAFE)
+
+    def _started(self, worker: int) -> None:
+        self._worker = worker
+        if self.stopping:
+            self.stop()

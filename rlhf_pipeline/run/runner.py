@@ -1,23 +1,32 @@
 """From a recipe to finished stages: check everything, then one worker after the other. No torch."""
 
 import contextlib
-import json
-import shutil
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from rlhf_pipeline import plan
-from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline import durable, plan
+from rlhf_pipeline.errors import InputError, Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
-from rlhf_pipeline.recipe import Recipe, to_yaml
-from rlhf_pipeline.run.directory import RunDirectory, write_atomically
-from rlhf_pipeline.run.launch import Launcher
+from rlhf_pipeline.recipe import Recipe, gates, to_yaml
+from rlhf_pipeline.run.directory import RESULT, TRAINED, Progress, RunDirectory, read_json
+from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
+from rlhf_pipeline.run.launch import STOP_SIGNAL, Launcher
+from rlhf_pipeline.run.secrets import redact, scrub
 
 Say = Callable[[str], None]
+STOPPED = 3  # a worker's exit code; see `rlhf_pipeline.run.worker`
 
 
 def run(
@@ -26,6 +35,8 @@ def run(
     until: str | None = None,
     only: str | None = None,
     force: list[str] | None = None,
+    trust_versions: bool = False,
+    ignore_gates: bool = False,
     say: Say = print,
 ) -> list[StagePlan]:
     """Bring a recipe's run directory up to date.
@@ -35,6 +46,8 @@ def run(
         until: stop after this stage; see `plan.select`.
         only: run this stage alone.
         force: stages to run even if done.
+        trust_versions: let stages stand that other versions of the libraries made, from now on.
+        ignore_gates: go on past gates that do not open, and record that.
         say: takes one line at a time, about what is going on.
 
     Returns:
@@ -42,39 +55,125 @@ def run(
 
     Raises:
         InputError: the check found something wrong; nothing was trained or moved.
-        RunError: a stage failed, or another process holds the run directory.
+        Interrupted: it was asked to stop, by SIGINT, SIGTERM, SIGHUP or SIGUSR1, and has.
+        KeyboardInterrupt: it was asked twice, and has stopped at once.
+        RunError: a stage failed or does not pass its gates, or another process holds the run directory.
     """
     directory = RunDirectory(recipe.run)
-    plans = plan.make(recipe)
-    chosen, judged = _to_do(plans, until, only, force)
-    if not chosen and not judged:
+
+    def make_plan(at_work: bool | None = None) -> list[StagePlan]:
+        return plan.make(recipe, at_work, trust_versions=trust_versions, ignore_gates=ignore_gates)
+
+    def settled(name: str, record: dict[str, Any]) -> dict[str, Any]:
+        return _settled(recipe, name, record, trust_versions, ignore_gates)
+
+    def to_do(plans: list[StagePlan]) -> list[StagePlan]:
+        """The stages to train, to judge again, or to write a decision down for."""
+        names = [stage.name for stage in plans]
+        asked = [only] if only else names[: names.index(until) + 1] if until in names else names
+        chosen = {stage.name for stage in plan.select(plans, until, only, force or [])}
+        for stage in plans:
+            if stage.stands and stage.name in asked:
+                unsettled = stage.to_judge or settled(stage.name, stage.record) != stage.record
+                # Killed between its end and the end of its checkpoints.
+                untidy = not recipe.keep_checkpoints and directory.work(stage.name).exists()
+                chosen |= {stage.name} if unsettled or untidy else set()
+        return [stage for stage in plans if stage.name in chosen]
+
+    plans = make_plan()
+    if not to_do(plans):
         return plans
     directory.refuse_if_locked()
-    with _scratch() as scratch, Launcher(scratch / "server.log") as launcher:
-        say("check   settings and data of every stage")
-        _check(recipe, chosen, launcher, scratch)
-        with directory.locked():
-            # Another run may have come between; what it did counts.
-            chosen, judged = _to_do(plan.make(recipe, at_work=False), until, only, force)
-            write_atomically(directory.path / "recipe.yaml", to_yaml(recipe))
-            trained: set[str | None] = set()
-            for stage in chosen:
-                fresh = stage.name in (force or []) or bool({stage.init, stage.reward} & trained)
-                _train(recipe, stage, directory, launcher, say, fresh)
-                trained.add(stage.name)
-            for stage in judged:
-                _judge(recipe, stage, directory, launcher, scratch, say)
-    return plan.make(recipe)
+    try:
+        with _scratch() as scratch, Launcher(scratch / "server.log") as launcher, _stop_on_signals(launcher, say):
+            to_check = [
+                stage for stage in to_do(plans) if not stage.stands or stage.to_judge or stage.name in (force or [])
+            ]
+            if to_check:
+                say("check   settings and data of every stage")
+                _check(recipe, to_check, launcher, scratch)
+            with directory.locked():
+                plans = make_plan(at_work=False)  # another run may have come between; what it did counts
+                durable.write_text(directory.path / "recipe.yaml", redact(to_yaml(recipe)))
+                trained: set[str | None] = set()
+                for name in [stage.name for stage in to_do(plans)]:
+                    # Its data may have changed since the run began, days ago perhaps.
+                    stage = next(stage for stage in make_plan(at_work=False) if stage.name == name)
+                    fresh = stage.name in (force or []) or bool({stage.init, stage.reward} & trained)
+                    if not stage.stands or fresh:
+                        record = _train(recipe, stage, directory, launcher, say, fresh)
+                        trained.add(stage.name)
+                    elif stage.to_judge:
+                        record = _judge(recipe, stage, launcher, scratch, say)
+                    else:
+                        record = stage.record
+                    record = settled(stage.name, record)
+                    directory.write_record(stage.name, record)
+                    if not recipe.keep_checkpoints:
+                        directory.clear(stage.name)
+                    _refuse_closed_gates(stage.name, record, directory, say)
+                    if launcher.stopping:
+                        raise Interrupted(f"stopped after stage `{stage.name}`, which is done")
+    except OSError as error:  # the runner's own; a worker explains its own
+        message, hint = explain(error, recipe, None, directory.path)
+        raise RunError(message, hint=hint) from None
+    return make_plan()
 
 
-def _to_do(
-    plans: list[StagePlan], until: str | None, only: str | None, force: list[str] | None
-) -> tuple[list[StagePlan], list[StagePlan]]:
-    """The stages to train, and those that stand but are to be judged again."""
-    chosen = plan.select(plans, until, only, force or [])
-    names = [stage.name for stage in plans]
-    asked = [only] if only else names[: names.index(until) + 1] if until else names
-    return chosen, [stage for stage in plans if stage.to_judge and stage not in chosen and stage.name in asked]
+def _settled(
+    recipe: Recipe, name: str, record: dict[str, Any], trust_versions: bool, ignore_gates: bool
+) -> dict[str, Any]:
+    """A finished stage's record as its gates, and what the user said of gates and versions, want it."""
+    outcomes = gates.outcomes(recipe.stages[name].gates, record["metrics"])
+    closed = {metric: outcome["bound"] for metric, outcome in outcomes.items() if not outcome["passed"]}
+    before = record.get("gates_ignored", {})
+    ignored = {metric: bound for metric, bound in closed.items() if ignore_gates or before.get(metric) == bound}
+    error = None if ignored == closed else f"a gate is closed: {gates.describe(outcomes)}"
+    state = "failed" if error else "done"
+    record = record | {"state": state, "error": error, "gates": outcomes, "gates_ignored": ignored}
+    if trust_versions and plan.other_versions(record, plan.versions()):
+        record["trusted_versions"] = plan.versions()
+    return record
+
+
+def _refuse_closed_gates(name: str, record: dict[str, Any], directory: RunDirectory, say: Say) -> None:
+    """End the run where a stage does not pass its gates.
+
+    Raises:
+        RunError: it does not.
+    """
+    if record["error"]:
+        raise RunError(
+            f"stage `{name}`: {record['error']}",
+            hint=f"its artifact is in {directory.stage(name) / 'adapter'}, to look at; change its settings or its "
+            "gate, or go on with `run --ignore-gates`",
+        )
+    if record["gates_ignored"]:
+        say(f"{name:<7} gates ignored: {gates.describe(record['gates'])}")
+
+
+@contextlib.contextmanager
+def _stop_on_signals(launcher: Launcher, say: Say) -> Iterator[None]:
+    """Have Ctrl-C, SIGTERM and a closed terminal stop the worker where it can go on, and a second one end it all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if launcher.stopping or not launcher.at_work:
+            raise KeyboardInterrupt
+        say("stopping after this step, with a checkpoint; Ctrl-C once more stops at once")
+        launcher.stop()
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL):
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` wants it so
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check(recipe: Recipe) -> None:
@@ -96,13 +195,16 @@ def _scratch() -> Iterator[Path]:
 
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path) -> None:
     job = _job(recipe, "check", stages=[stage.name for stage in stages])
-    log = scratch / "check.log"
+    log, killed_before = scratch / "check.log", oom_kills()
     code = launcher.run(job, scratch / "check.json", log)
-    result = _result(scratch / "result.json")
+    result = read_json(scratch / RESULT) or {}
     if code == 2:
         raise InputError(result["message"], place=result["place"], hint=result["hint"])
+    if code == STOPPED or launcher.stopping:
+        raise Interrupted("stopped before anything was trained")
     if code != 0:
-        raise _failure("the check of settings and data", code, result, log, keep_log=False)
+        what = "the check of settings and data"
+        raise _failure(what, code, result, log, killed_before, recipe, None, keep_log=False)
 
 
 def _job(recipe: Recipe, task: str, **details: Any) -> dict[str, Any]:
@@ -111,102 +213,204 @@ def _job(recipe: Recipe, task: str, **details: Any) -> dict[str, Any]:
 
 def _train(
     recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: Launcher, say: Say, fresh: bool
-) -> None:
-    """Run one stage in a worker and publish what it made; it goes on from a checkpoint of its own unless `fresh`."""
-    folder = directory.stage(stage.name)
-    resumed_from = None if fresh else _last_checkpoint(stage, folder / "work")
-    if resumed_from is not None:
-        say(f"{stage.name:<7} goes on from step {resumed_from}")
-        shutil.rmtree(folder / "work" / "adapter", ignore_errors=True)
-        (folder / "work" / "result.json").unlink(missing_ok=True)
+) -> dict[str, Any]:
+    """Run one stage in a worker and publish what it made; it goes on from where it broke off unless `fresh`.
+
+    Returns:
+        Its record.
+    """
+    folder, work = directory.stage(stage.name), directory.work(stage.name)
+    progress = None if fresh or stage.state != "partial" else stage.progress
+    begun = stage.record if progress else {}
+    if progress:
+        say(f"{stage.name:<7} {progress}")
     else:
-        aside = directory.set_aside(stage.name)
-        if aside:
-            say(f"{stage.name:<7} {stage.reason}; the former results are now in {aside.name}/")
-        (folder / "work").mkdir(parents=True)
-    record: dict[str, Any] = {
+        _make_room(stage, directory, say, "asked for, or built on what was trained again" if fresh else stage.reason)
+    record = _opening_record(recipe, stage, directory, progress, begun)
+    directory.prepare(stage.name, progress)
+    scrub(folder / "log.txt")
+    directory.write_record(stage.name, record)
+    began = time.perf_counter()
+
+    def so_far() -> float:
+        return round(record["wall_s"] + time.perf_counter() - began, 2)
+
+    try:
+        if progress is None or progress.point == "checkpoint":
+            reward = f", with the reward of {stage.reward}" if stage.reward else ""
+            say(f"{stage.name:<7} training, from {stage.init}{reward}")
+        if progress is None or progress.point != "finished":
+            killed_before = oom_kills()
+            job = _job(recipe, "train", stage=stage.name, record=record)
+            code = launcher.run(job, work / "job.json", folder / "log.txt")
+            scrub(folder / "log.txt")
+            answer = read_json(work / RESULT) or {}
+            if code == STOPPED or (launcher.stopping and code == -STOP_SIGNAL):
+                raise Interrupted(_stopped_at(stage.name, answer.get("step"), directory))
+            if code != 0:
+                raise _failure(
+                    f"stage `{stage.name}`", code, answer, folder / "log.txt", killed_before, recipe, stage.name
+                )
+        answer = read_json(work / RESULT) or {}
+        files = directory.publish(stage.name)
+        done = record | {
+            "state": "done",
+            "artifact": f"{stage.name}/adapter",
+            "artifact_files": files,
+            "metrics": answer["metrics"],
+            "finished_at": _now(),
+            "wall_s": so_far(),
+            "peak_memory_bytes": max(begun.get("peak_memory_bytes") or 0, answer["peak_memory_bytes"]),
+            "machine": record["machine"] | {"device": answer["device"]},
+        }
+        directory.write_record(stage.name, done)
+    except BaseException as error:
+        message = error.message.splitlines()[0] if isinstance(error, RunError) else "stopped"
+        if isinstance(error, OSError):
+            message = explain(error, recipe, stage.name, folder)[0]
+        if (directory.record(stage.name) or {}).get("state") != "done":  # a signal may come just after that was written
+            failed = {"state": "failed", "finished_at": _now(), "error": redact(message), "wall_s": so_far()}
+            with contextlib.suppress(OSError):  # a disk that is full stays so; the record of the start is there
+                directory.write_record(stage.name, record | failed)
+        raise
+    judged = answer["metrics"].get("judge_mean")
+    said = f"{stage.name:<7} done in {done['wall_s']:.0f} s"
+    say(said + (f", judge_mean {judged:.3f}" if judged is not None else ""))
+    return done
+
+
+def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) -> None:
+    """Move what is there of a stage that starts over out of its way, unless there is nothing to keep.
+
+    Raises:
+        RunError: its record cannot be read, so that nobody can tell what is lost by starting over.
+    """
+    folder = directory.stage(stage.name)
+    unreadable = directory.unreadable(stage.name)
+    same = stage.record.get("fingerprint") == stage.fingerprint and stage.state == "failed"
+    if same and not (folder / "adapter").exists() and not any((folder / "work").glob("checkpoint-*")):
+        return
+    aside = directory.set_aside(stage.name)
+    if aside:
+        say(f"{stage.name:<7} starts over: {why}; the former results are now in {aside.name}/")
+    if unreadable:
+        raise RunError(
+            f"stage `{stage.name}`: {unreadable}, so nothing is known of what it made",
+            hint=f"all of it is now in {aside}: put a sound stage.json in and move it back, or `run` again to train "
+            f"the stage anew; {SAFE}",
+        )
+
+
+def _opening_record(
+    recipe: Recipe, stage: StagePlan, directory: RunDirectory, progress: Progress | None, begun: dict[str, Any]
+) -> dict[str, Any]:
+    """What is known of a stage when it begins or goes on.
+
+    Args:
+        recipe: the recipe.
+        stage: its plan.
+        directory: the run directory.
+        progress: where it goes on.
+        begun: its record so far, if it goes on.
+    """
+    wall_s = begun.get("wall_s", 0.0)
+    if progress and begun.get("state") == "running":
+        wall_s += _time_to(progress, directory.work(stage.name))
+    parents = [name for name in (stage.init, stage.reward) if name in recipe.stages]
+    return {
         "name": stage.name,
         "kind": stage.kind,
         "state": "running",
         "fingerprint": stage.fingerprint,
         "inputs": stage.inputs,
-        "judging": stage.judging,
+        # What is only to be published was judged before.
+        "judging": begun.get("judging") if progress and progress.point == "finished" else stage.judging,
         "init": stage.init,
         "reward": stage.reward,
+        "built_on": {name: plan.weights(directory.record(name) or {}) for name in parents},
         "log": f"{stage.name}/log.txt",
-        "started_at": _now(),
-        "resumed_from_step": resumed_from,
+        "started_at": begun.get("started_at") or _now(),
+        "resumed_from_step": progress.step if progress else None,
         "versions": plan.versions(),
-    }
-    directory.write_record(stage.name, record)
-    say(
-        f"{stage.name:<7} training, from {stage.init}"
-        + (f", with the reward of {stage.reward}" if stage.reward else "")
-    )
-    started = time.perf_counter()
-    try:
-        code = launcher.run(_job(recipe, "train", stage=stage.name), folder / "work" / "job.json", folder / "log.txt")
-        result = _result(folder / "work" / "result.json")
-        if code != 0:
-            raise _failure(f"stage `{stage.name}`", code, result, folder / "log.txt")
-        directory.publish(stage.name)
-    except BaseException as error:
-        message = error.message.splitlines()[0] if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyboardInterrupt):
-            message = "interrupted"
-        directory.write_record(stage.name, record | {"state": "failed", "finished_at": _now(), "error": message})
-        raise
-    wall_s = round(time.perf_counter() - started, 2)
-    record |= {
-        "state": "done",
-        "artifact": f"{stage.name}/adapter",
-        "metrics": result["metrics"],
-        "finished_at": _now(),
+        "command": redact(shlex.join(sys.argv)),
+        "git": _git(recipe.folder),
+        "machine": {"host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version()},
         "wall_s": wall_s,
-        "peak_memory_bytes": result["peak_memory_bytes"],
     }
-    directory.write_record(stage.name, record)
-    judged = result["metrics"].get("judge_mean")
-    say(f"{stage.name:<7} done in {wall_s:.0f} s" + (f", judge_mean {judged:.3f}" if judged is not None else ""))
 
 
-def _last_checkpoint(stage: StagePlan, work: Path) -> int | None:
-    """The step of the last checkpoint, if the stage broke off with the inputs of now."""
-    if stage.state != "failed" or stage.record.get("fingerprint") != stage.fingerprint:
-        return None
-    return max((int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*")), default=None)
-
-
-def _judge(
-    recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: Launcher, scratch: Path, say: Say
-) -> None:
-    """Judge a stage that is done by the recipe's new `evaluate`."""
-    log = scratch / "judge.log"
-    code = launcher.run(_job(recipe, "judge", stage=stage.name), scratch / "judge.json", log)
-    result = _result(scratch / "result.json")
-    if code != 0:
-        raise _failure(f"judging stage `{stage.name}`", code, result, log, keep_log=False)
-    metrics = stage.record["metrics"] | result["metrics"]
-    directory.write_record(stage.name, stage.record | {"metrics": metrics, "judging": stage.judging})
-    say(f"{stage.name:<7} judged again, judge_mean {metrics['judge_mean']:.3f}")
-
-
-def _result(file: Path) -> dict[str, Any]:
-    """A worker's answer; empty where it died before giving one."""
+def _time_to(progress: Progress, work: Path) -> float:
+    """The seconds that a worker which was killed had spent on what is left of its work."""
+    left = {"checkpoint": f"checkpoint-{progress.step}", "trained": TRAINED, "finished": RESULT}[progress.point]
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
+        return round(max(0.0, (work / left).stat().st_mtime - (work / "job.json").stat().st_mtime), 2)
+    except FileNotFoundError:
+        return 0.0
 
 
-def _failure(what: str, code: int, result: dict[str, Any], log: Path, keep_log: bool = True) -> RunError:
+def _stopped_at(name: str, step: int | None, directory: RunDirectory) -> str:
+    if step is not None:
+        return f"stage `{name}` stopped, with a checkpoint at step {step}"
+    progress: Progress | None = directory.progress(name)
+    return f"stage `{name}` stopped" + (f": {progress}" if progress else " before its first checkpoint")
+
+
+def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, say: Say) -> dict[str, Any]:
+    """Judge a stage that is done by the recipe's new `evaluate`; returns its record."""
+    log, killed_before = scratch / "judge.log", oom_kills()
+    code = launcher.run(_job(recipe, "judge", stage=stage.name), scratch / "judge.json", log)
+    result = read_json(scratch / RESULT) or {}
+    if code == STOPPED or (launcher.stopping and code != 0):
+        raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
+    if code != 0:
+        what = f"judging stage `{stage.name}`"
+        raise _failure(what, code, result, log, killed_before, recipe, stage.name, keep_log=False)
+    metrics = stage.record["metrics"] | result["metrics"]
+    say(f"{stage.name:<7} judged again, judge_mean {metrics['judge_mean']:.3f}")
+    return stage.record | {"metrics": metrics, "judging": stage.judging}
+
+
+def _failure(
+    what: str,
+    code: int,
+    result: dict[str, Any],
+    log: Path,
+    killed_before: int,
+    recipe: Recipe,
+    name: str | None,
+    keep_log: bool = True,
+) -> RunError:
     """Say what failed, with the end of the log."""
-    cause = result.get("message") or (f"its worker was ended by signal {-code}" if code < 0 else f"exit code {code}")
-    tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-8:]
+    text = log.read_text(errors="replace") if log.exists() else ""
+    tail = [line for line in text.splitlines() if line.strip()][-8:]
+    if code < 0:
+        cause, hint = explain_signal(-code, oom_kills() > killed_before, recipe, name)
+    else:
+        cause, hint = result.get("message") or f"exit code {code}", result.get("hint") or SAFE
+        if not result and tail:
+            cause += f"; its last words were: {tail[-1]}"
+        if not result and full_disk(log.parent):  # the worker could not write, perhaps not even to its log
+            cause, hint = explain_no_room(recipe, log.parent, "its worker could not write")
     lines = [f"{what} failed: {cause}", *(f"  | {line[:200]}" for line in tail)]
     if keep_log:
         lines.append(f"  the whole log: {log}")
-    return RunError("\n".join(lines), hint="stages that are done stay usable; the same command goes on from here")
+    return RunError(redact("\n".join(lines)), hint=hint)
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """The commit that a recipe's folder is at, and whether files in it differ from that; None outside a repository."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {
+            "commit": ask("rev-parse", "HEAD"),
+            "changed": bool(ask("status", "--porcelain", "--untracked-files=no", "--", ".")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _now() -> str:

@@ -1,7 +1,7 @@
 """The warm server: imports TRL once, then forks a worker for each job it is told of on standard input.
 
-One JSON object a line: `{"job": FILE, "log": FILE}` in, `{"exit": CODE}` out. Where a fork would not be safe,
-`{"unsafe": REASON}` comes back instead, and the asker spawns.
+One JSON object a line: `{"job": FILE, "log": FILE}` in; `{"worker": PID}` and, when it has ended, `{"exit": CODE}` out.
+Where a fork would not be safe, `{"unsafe": REASON}` comes back instead, and the asker spawns.
 """
 
 import ctypes
@@ -11,6 +11,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
+from typing import TextIO
+
+from rlhf_pipeline.run.launch import STOP_SIGNAL
 
 SPOILED = 113  # the exit code of a fork in which CUDA cannot be used; no worker uses it
 
@@ -37,15 +41,20 @@ def cuda_is_spoiled() -> bool:
     return torch.cuda._is_in_bad_fork()
 
 
-def serve() -> None:
-    """Answer jobs until standard input ends."""
-    die_with_parent()
+def serve(runner: int) -> None:
+    """Answer jobs until standard input ends, or the process `runner` does."""
+    die_with(runner)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker and the runner, who decide
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they may reach the whole process group; the runner decides
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # until a worker listens, its request waits
+
+    from rlhf_pipeline.monitoring.checkpoints import Stopped
     from rlhf_pipeline.run import worker  # seconds of imports, which every fork then has
 
+    me = os.getpid()
     gc.freeze()  # a worker's collector need not walk, and so copy, all that was imported; TRL's PPO calls it often
     for line in sys.stdin:
         request = json.loads(line)
@@ -58,27 +67,39 @@ def serve() -> None:
             if child == 0:
                 code = 1
                 try:
-                    _become_worker(request["log"])
+                    _become_worker(request["log"], me)
                     code = SPOILED if cuda_is_spoiled() else worker.main(request["job"])
+                except Stopped:  # it was asked just before its job began, or when that was over
+                    code = worker.STOPPED
                 finally:
                     os._exit(code)
+            _answer(answers, {"worker": child})
             _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
             answer = {"unsafe": "CUDA was touched before the fork"} if code == SPOILED else {"exit": code}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        _answer(answers, answer)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however it ends. Linux only, as is the server."""
+def _answer(answers: TextIO, answer: Mapping[str, str | int]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends. Linux only, as is the server."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before that took effect
 
 
-def _become_worker(log: str) -> None:
-    """In the child: die with the server, listen to Ctrl-C again, and write to the log alone."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _become_worker(log: str, server: int) -> None:
+    """In the child: die with the server, listen to requests to stop, and write to the log alone."""
+    from rlhf_pipeline.monitoring.checkpoints import REQUEST
+
+    die_with(server)
+    REQUEST.listen(STOP_SIGNAL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -87,4 +108,4 @@ def _become_worker(log: str) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

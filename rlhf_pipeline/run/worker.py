@@ -11,22 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_pipeline import stages
+from rlhf_pipeline import durable, stages
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.base import load_config
+from rlhf_pipeline.models.base import load_config, without_weights
+from rlhf_pipeline.monitoring.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.recipe import BASE, Recipe, Stage
+from rlhf_pipeline.run.directory import RESULT, TRAINED, read_json
+from rlhf_pipeline.run.explain import explain
+from rlhf_pipeline.run.launch import STOP_SIGNAL
+from rlhf_pipeline.run.secrets import redact
+from rlhf_pipeline.run.server import die_with
 from rlhf_pipeline.stages import evaluation
 from rlhf_pipeline.stages.job import Job
+
+STOPPED = 3  # the exit code of a worker that was asked to stop
 
 
 def main(job_file: str) -> int:
     """Do the job and write its result.
 
     Returns:
-        0, or 2 for a fault of the recipe or its data, or 1 for any other, whose traceback is in the log.
+        0, or 2 for a fault of the recipe or its data, 3 if it was asked to stop, or 1 for any other fault, whose
+        traceback is in the log.
     """
     job = json.loads(Path(job_file).read_text())
     recipe = Recipe.model_validate(job["recipe"])
@@ -38,18 +46,34 @@ def main(job_file: str) -> int:
             result, code = {}, 0
         else:
             stage = Job(recipe, job["stage"], recipe.run)
-            train = stages.BY_KIND[stage.stage.kind].run
-            metrics = train(stage) if job["task"] == "train" else evaluation.judge_artifact(stage)
-            result, code = {"metrics": metrics, "peak_memory_bytes": peak_memory()}, 0
+            metrics = train(stage) if job["task"] == "train" else evaluation.judge_artifact(stage, stage.published)
+            result, code = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}, 0
+    except Stopped as stopped:
+        result, code = {"step": stopped.step}, STOPPED
     except InputError as error:
         result, code = {"message": error.message, "place": error.place, "hint": error.hint}, 2
     except Exception as error:  # the runner shows the end of the log, and this line above it
         traceback.print_exc()
-        result, code = {"message": f"{type(error).__name__}: {error}"}, 1
-    Path(job_file).with_name("result.json").write_text(json.dumps(result))
+        name = job.get("stage")
+        message, hint = explain(error, recipe, name, recipe.run / (name or ""))
+        result, code = {"message": redact(message), "hint": hint}, 1
+    try:
+        durable.write_text(Path(job_file).with_name(RESULT), json.dumps(result))
+    except OSError as error:  # a full disk, a folder made read-only: the log, which ends with it, has what happened
+        traceback.print_exc()
+        print(explain(error, recipe, job.get("stage"), Path(job_file).parent)[0], file=sys.stderr)
+        code = code or 1
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics."""
+    trained = read_json(job.work / TRAINED)
+    if trained is not None:
+        return trained["metrics"] | (evaluation.judge_artifact(job, job.artifact) if job.stage.kind != "reward" else {})
+    return stages.BY_KIND[job.stage.kind].run(job)
 
 
 def check(recipe: Recipe, names: list[str]) -> None:
@@ -106,9 +130,9 @@ def _shapes_without_weights(recipe: Recipe, stage: Stage) -> dict[str, torch.Siz
     """The shapes of a stage's LoRA weights."""
     with torch.device("meta"):
         if stage.kind == "reward":
-            scorer = AutoModelForSequenceClassification.from_config(load_config(recipe.model, head="score"))
+            scorer = without_weights(recipe.model, head="score")
             return adapters.adapter_shapes(adapters.with_reward_adapter(scorer, stage.lora, None), "default")
-        model = AutoModelForCausalLM.from_config(load_config(recipe.model))
+        model = without_weights(recipe.model)
         return adapters.adapter_shapes(adapters.with_policy_adapter(model, stage.lora, None), "default")
 
 
@@ -121,6 +145,11 @@ def _written_at(recipe: Recipe, name: str) -> str:
     return _written_at(recipe, init) if init else "lora"
 
 
+def device_name() -> str:
+    """What trained: the GPU, or how many threads of the CPU, on which the rounding of sums depends."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+
+
 def peak_memory() -> int:
     """The most memory this process held, in bytes: the GPU's where there is one, else its resident set."""
     if torch.cuda.is_available():
@@ -130,4 +159,11 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    if sys.platform == "linux":
+        die_with(int(sys.argv[2]))
+    try:
+        REQUEST.listen(STOP_SIGNAL)
+        status = main(sys.argv[1])
+    except Stopped:  # it was asked just before its job began, or when that was over
+        status = STOPPED
+    sys.exit(status)

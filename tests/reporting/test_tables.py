@@ -41,7 +41,7 @@ def test_results_show_state_time_and_the_numbers_that_matter_for_the_kind():
     assert lines[3] == "run directory: runs/t"
 
 
-@pytest.mark.parametrize("state", ["stale", "failed", "missing", "blocked", "running"])
+@pytest.mark.parametrize("state", ["stale", "failed", "missing", "blocked", "running", "partial"])
 def test_results_show_the_reason_where_a_stage_is_not_done(state):
     text = printed(tables.results, Path("r"), [stage("dpo", state, reason="because", metrics={"judge_mean": 0.9})])
     assert state in text
@@ -51,22 +51,39 @@ def test_results_show_the_reason_where_a_stage_is_not_done(state):
 
 def test_intentions_show_what_will_run_from_where_and_why():
     ppo = stage("ppo", "stale", init="sft", reward="reward", reason="trainer.kl_coef 0.1 → 0.2")
-    lines = printed(tables.intentions, [stage("sft"), ppo], [ppo]).splitlines()
+    lines = printed(tables.intentions, [stage("sft"), ppo], [ppo], None).splitlines()
     assert lines[1].split() == ["sft", "sft", "base", "done", "no", "up", "to", "date"]
     assert lines[2].split()[:7] == ["ppo", "ppo", "sft", "+", "reward", "stale", "yes"]
     assert lines[2].endswith("trainer.kl_coef 0.1 → 0.2")
 
 
+def test_intentions_name_the_model_whose_own_code_would_run():
+    assert "code that comes with a/model will be run" in printed(tables.intentions, [stage("sft")], [], "a/model")
+    assert "will be run" not in printed(tables.intentions, [stage("sft")], [], None)
+
+
+def test_a_gate_that_was_ignored_is_not_passed_over_in_silence():
+    done = stage("reward", metrics={"eval_accuracy": 0.75}, reason="gates ignored: eval_accuracy is 0.75, not >= 0.9")
+    assert "gates ignored" not in printed(tables.results, Path("r"), [done])
+    done.record["gates_ignored"] = {"eval_accuracy": ">= 0.9"}
+    assert done.reason in printed(tables.results, Path("r"), [done])
+
+
+def test_a_stage_whose_gate_is_closed_keeps_its_numbers_in_json():
+    closed = stage("reward", "failed", metrics={"eval_accuracy": 0.75}, stands=True)
+    assert closed.summary()["metrics"] == {"eval_accuracy": 0.75}
+
+
 def test_a_reason_with_brackets_is_shown_as_it_is():
     """A reason quotes recipes and errors; its brackets are text, not styling."""
     reason = "trainer.loss_type [sigmoid] → [ipo]"
-    assert reason in printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [])
+    assert reason in printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [], None)
     assert reason in printed(tables.results, Path("r"), [stage("dpo", "stale", reason=reason)])
 
 
 def test_a_narrow_terminal_loses_no_word():
     reason = "trainer.learning_rate 0.001 → 0.002; trainer.max_steps default → 5"
-    text = printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [], width=60)
+    text = printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [], None, width=60)
     assert "…" not in text
     assert "".join(text.split()).find("0.002;") > 0
 

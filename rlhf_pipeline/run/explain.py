@@ -1,0 +1,172 @@
+"""What went wrong in a stage, in one sentence, and what to do about it. No torch."""
+
+import errno
+import resource
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+from rlhf_pipeline.recipe.schema import Recipe
+from rlhf_pipeline.run.directory import TRAINED
+
+SAFE = "stages that are done stay usable; the same command goes on from here"
+TRAINING_IS_KEPT = "the training is kept; the same command goes on with judging it"
+STARTS_OVER = "with that changed the stage starts over, and stages that are done stay usable"
+_SAY_WHAT_TO_CHANGE = ("optimizer steps in a row had gradients", "over the `kl_budget`")  # PPO's own errors
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
+# How PyTorch and safetensors, whose writers are not Python's, say that they could not write; PyTorch does not say why.
+_FAILED_WRITERS = ("PytorchStreamWriter", "inline_container", "Error while serializing")
+_ROOM = 2**20  # less free space than this, in bytes, is a full disk
+
+
+def explain(error: BaseException, recipe: Recipe, name: str | None, folder: Path) -> tuple[str, str]:
+    """A message and a hint for what ended a stage.
+
+    Args:
+        error: what was raised, in a worker or in the runner.
+        recipe: the recipe.
+        name: the stage; None where none was at work.
+        folder: where it was at work, on the disk that may be full.
+    """
+    safe = TRAINING_IS_KEPT if _is_trained(recipe, name) else SAFE
+    text, kind = _first_line(error), type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None
+    if _is_of_memory(error):
+        on_gpu = kind == "OutOfMemoryError" or "CUDA" in text or "CUBLAS" in text
+        where = "the GPU's memory" if on_gpu else "the machine's memory"
+        return f"{where} ran out ({text})", memory_hint(recipe, name) if name else SAFE
+    if kind == "DivergedError":
+        return text, f"lower `learning_rate`, set `max_grad_norm`, or look for odd rows in the data; {STARTS_OVER}"
+    if any(words in text for words in _SAY_WHAT_TO_CHANGE):
+        return text, STARTS_OVER
+    if number in _NO_ROOM or any(words in text for words in _FAILED_WRITERS):
+        return explain_no_room(recipe, folder, text)
+    if number in _READ_ONLY:
+        place = Path(error.filename or folder) if isinstance(error, OSError) else folder
+        return f"{place if place.exists() else place.parent} cannot be written to ({text})", (
+            f"make it writable, or set `output_dir` to a folder that is; {safe}"
+        )
+    if number in _TOO_MANY_FILES:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"too many files are open at once, and the limit is {limit}", f"raise it: `ulimit -n 4096`; {safe}"
+    if number == errno.ENOENT and "temporary directory" in text:
+        return "there is no folder to write temporary files to", f"set TMPDIR to one that has room; {safe}"
+    return f"{kind}: {text}", safe
+
+
+def explain_signal(number: int, memory_ran_out: bool, recipe: Recipe, name: str | None) -> tuple[str, str]:
+    """A message and a hint for a worker that a signal ended.
+
+    Args:
+        number: the signal's.
+        memory_ran_out: whether the kernel has killed a process for memory meanwhile.
+        recipe: the recipe.
+        name: the stage; None for the check before the first one.
+    """
+    if number != signal.SIGKILL:
+        return f"its worker was ended by signal {number} ({signal.strsignal(number)})", SAFE
+    if not memory_ran_out:
+        return "its worker was ended by signal 9, from outside", SAFE
+    hint = memory_hint(recipe, name) if name else SAFE
+    return "the kernel killed its worker, because the machine's memory ran out", hint
+
+
+def explain_no_room(recipe: Recipe, folder: Path, said: str) -> tuple[str, str]:
+    """A message and a hint for something that could not be written whole.
+
+    Args:
+        recipe: the recipe.
+        folder: where it was to be.
+        said: by the library or the system.
+    """
+    full, limit = full_disk(folder), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if full is None and limit != resource.RLIM_INFINITY:
+        return f"a file reached the limit of {limit} bytes for one file ({said})", (
+            f"raise it: `ulimit -f unlimited`; {SAFE}"
+        )
+    asides = any(recipe.run.glob("*.[0-9]*-[0-9]*"))
+    free = f"`rlhf-pipeline prune {recipe.run}` removes former results" if asides else "free some space there"
+    return f"the disk of {full or folder} is full ({said})", f"{free}; {SAFE}"
+
+
+def full_disk(folder: Path) -> Path | None:
+    """`folder`, or else the folder for temporary files, if its disk is full."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        places = (there, Path(tempfile.gettempdir()))
+        return next((place for place in places if shutil.disk_usage(place).free < _ROOM), None)
+    except OSError:
+        return None
+
+
+def memory_hint(recipe: Recipe, name: str) -> str:
+    """Which settings to lower, those first that cost least: time only, then precision, then what is learned from.
+
+    Those that cannot be lowered any more are left out; so is what training takes, once the stage is trained and only
+    its judging is to be done.
+    """
+    stage = recipe.stages[name]
+    trainer, ppo = stage.trainer, stage.kind == "ppo"
+    judging = []
+    if recipe.evaluate is not None and stage.kind != "reward":
+        if recipe.evaluate.batch_size > 1:
+            judging.append("a lower `evaluate.batch_size` (costs time only)")
+        if recipe.evaluate.max_new_tokens > 1:
+            judging.append("a lower `evaluate.max_new_tokens`")
+    if _is_trained(recipe, name):
+        return f"try, in this order, {', '.join([*judging, 'a judge that takes less memory'])}; {TRAINING_IS_KEPT}"
+    steps = []
+    if not trainer.get("gradient_checkpointing", True):
+        steps.append("`gradient_checkpointing: true` (costs time only, and the stage goes on from its checkpoint)")
+    if ppo and trainer.get("local_rollout_forward_batch_size", 64) > 1:
+        steps.append("a lower `local_rollout_forward_batch_size` (costs time only)")
+    if trainer.get("per_device_train_batch_size", 8) > 1:
+        steps.append(
+            "half the `per_device_train_batch_size` with twice the `gradient_accumulation_steps` (costs time only)"
+        )
+    if stage.data.eval_fraction and trainer.get("per_device_eval_batch_size", 8) > 1:
+        steps.append("a lower `per_device_eval_batch_size` (costs time only)")
+    if recipe.model.dtype == "float32":
+        steps.append("`model.dtype: bfloat16`")
+    if recipe.model.quantization != "nf4":
+        steps.append("`model.quantization: nf4`")
+    if stage.lora.get("r", 8) > 1:
+        steps.append("a lower `lora.r`")
+    steps.append("shorter texts by `response_length`" if ppo else "shorter texts by `max_length`")
+    tried = f"try, in this order, {', '.join(steps)}"
+    return f"{tried}; what another setting concerns starts over, and the rest stays usable"
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory so far, here or in this container."""
+    total = 0
+    for file in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat"):
+        try:
+            lines = Path(file).read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return total
+
+
+def _is_trained(recipe: Recipe, name: str | None) -> bool:
+    """Whether a stage's training is over and kept, so that what went wrong did so in its judging."""
+    if name is None:
+        return False
+    return (recipe.run / name / "work" / TRAINED).exists() or (recipe.run / name / "adapter").exists()
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
