@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test soak check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,8 +13,13 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/rlhf-pipeline run tiny
 
+# A process per core, each with one thread: threads that wait for each other would take longer.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Kills a run at random instants and starts it again, 40 times or as often as SOAK_KILLS says.
+soak: .venv/ready
+	OMP_NUM_THREADS=1 SOAK_KILLS=$${SOAK_KILLS:-40} $(BIN)/python -m pytest tests/test_kill.py -k soak -s
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -130,7 +130,7 @@ def test_a_second_run_does_nothing_at_once(finished: tuple[Path, str]) -> None:
 def test_a_changed_setting_runs_its_stage_and_no_other(finished: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     done = command("run", "tiny", "ppo.trainer.total_episodes=64", cwd=tmp_path)
-    assert "ppo     trainer.total_episodes 1280 → 64; the former results are now in ppo." in done.stderr
+    assert "ppo     starts over: trainer.total_episodes 1280 → 64; the former results are now in ppo." in done.stderr
     assert "sft " not in done.stderr and "dpo " not in done.stderr
     (aside,) = (tmp_path / "runs" / "tiny").glob("ppo.*")
     assert (aside / "adapter" / "adapter_model.safetensors").is_file()

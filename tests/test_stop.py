@@ -1,0 +1,225 @@
+"""A run that is asked to stop does so after its step, says how to go on, and goes on from there to the same end."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import short_run
+from short_run import Command
+
+# More steps and longer replies than the shortest, so that a signal finds each stage at work.
+LONGER = (
+    "sft.trainer.max_steps=16",
+    "reward.trainer.max_steps=16",
+    "ppo.trainer.total_episodes=48",
+    "dpo.trainer.max_steps=16",
+    "evaluate.max_new_tokens=48",
+)
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_signal_is_ignored() -> Iterator[None]:
+    """What starts the tests may ignore some, as `nohup` does, and the commands would inherit that."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Command]]:
+    """A function that starts the command; nothing of it outlives the test."""
+    commands: list[Command] = []
+
+    def begin(folder: Path, *overrides: str, prefix: tuple[str, ...] = ()) -> Command:
+        commands.append(Command(folder, *LONGER, *overrides, prefix=prefix))
+        return commands[-1]
+
+    yield begin
+    for command in commands:
+        command.clean_up()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """A run that nothing stops; what it says goes into a pipe whose other end is closed."""
+    folder = tmp_path_factory.mktemp("reference")
+    short_run.write_data(folder)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = Command(folder, *LONGER, stderr=write_end)
+    os.close(write_end)
+    yield command
+    command.clean_up()
+
+
+def state(run: Path, stage: str) -> str | None:
+    return short_run.read(run / stage / "stage.json").get("state")
+
+
+def steps(run: Path, stage: str) -> set[str]:
+    return {path.name for path in (run / stage / "work").glob("checkpoint-*")}
+
+
+def stop(command: Command, number: int, alone: bool = False) -> str:
+    """Send a signal, to the runner alone or to its whole process group as a terminal does; what the command said."""
+    if alone:
+        command.process.send_signal(number)
+    else:
+        command.signal_all(number)
+    assert command.end(60) == 130, command.said
+    assert command.said.endswith("\nthe same command goes on from here\n") and "Traceback" not in command.said
+    return command.said
+
+
+def stop_at_a_step(command: Command, stage: str, number: int, alone: bool = False) -> int:
+    """Stop a stage once it has written a checkpoint; the step it stopped at."""
+    run, before = command.run, steps(command.run, stage)
+    assert command.wait_for(lambda: steps(run, stage) - before), command.said
+    said = stop(command, number, alone)
+    match = re.search(rf"^stage `{stage}` stopped, with a checkpoint at step (\d+)$", said, re.MULTILINE)
+    assert match and STOPPING in said, said
+    assert short_run.sound_step(run / stage / "work") == int(match[1])
+    assert state(run, stage) == "failed" and not (run / stage / "adapter").exists()
+    return int(match[1])
+
+
+def went_on(command: Command, stage: str, step: int) -> None:
+    """See that a stage went on from exactly the step it had stopped at."""
+    assert re.search(rf"^{stage:<7} goes on from step {step} of \d+$", command.said, re.MULTILINE), command.said
+    assert short_run.read(command.run / stage / "stage.json")["resumed_from_step"] == step
+
+
+def workers(command: Command) -> list[int]:
+    """The processes that were forked from a command's server."""
+    found = []
+    for process in command.processes():
+        with contextlib.suppress(OSError):
+            parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            lines = [Path(f"/proc/{number}/cmdline").read_bytes() for number in (process, parent)]
+            if all(b"rlhf_pipeline.run.server" in line for line in lines):
+                found.append(process)
+    return found
+
+
+def seconds_used(process: int) -> float:
+    """The processor time of a process."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture(scope="module")
+def untouched(reference: Command) -> Path:
+    """The folder of the run that nothing stopped."""
+    assert reference.end() == 0
+    return reference.run.parents[1]
+
+
+def test_a_run_stopped_in_every_stage_ends_as_one_that_nothing_stopped(
+    reference: Command, tmp_path: Path, start: Callable[..., Command]
+) -> None:
+    """By each signal that means it, in each kind of stage, between two and while judging; then past a SIGHUP."""
+    short_run.write_data(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+
+    command = start(tmp_path)
+    step = stop_at_a_step(command, "sft", signal.SIGINT)
+    command = start(tmp_path)
+    step, before = stop_at_a_step(command, "sft", signal.SIGTERM, alone=True), step
+    went_on(command, "sft", before)
+    assert step > before
+
+    command = start(tmp_path)
+    assert command.wait_for(lambda: state(run, "sft") == "done"), command.said
+    stop(command, signal.SIGINT)  # the next stage has not begun, or not got as far as a step
+    went_on(command, "sft", step)
+    assert state(run, "sft") == "done" or short_run.expected_progress(run / "sft") == "trained, to be published"
+    assert not steps(run, "reward")
+
+    command = start(tmp_path)
+    step = stop_at_a_step(command, "reward", signal.SIGINT)
+    assert "training, from base" not in command.said and "goes on from step" not in command.said
+
+    for stopped, stage, number in (
+        ("reward", "ppo", signal.SIGINT),
+        ("ppo", "ppo", signal.SIGTERM),
+        ("ppo", "dpo", signal.SIGINT),
+    ):
+        command = start(tmp_path)
+        step, before = stop_at_a_step(command, stage, number), step
+        went_on(command, stopped, before)
+
+    command = start(tmp_path)
+    assert command.wait_for((run / "dpo" / "work" / "trained.json").exists), command.said
+    said = stop(command, signal.SIGHUP)
+    went_on(command, "dpo", step)
+    assert "stage `dpo` stopped" in said and "trained, to be judged" in said
+
+    command = start(tmp_path, prefix=("nohup",))
+    assert command.wait_for(lambda: "dpo     trained, to be judged\n" in command.said)
+    command.signal_all(signal.SIGHUP)
+    assert command.end() == 0, command.said
+    assert "stopping" not in command.said
+
+    assert reference.end() == 0
+    short_run.assert_same_end(run, reference.run)
+
+
+def test_before_anything_is_trained_a_run_stops_at_once(tmp_path: Path, start: Callable[..., Command]) -> None:
+    """While the server imports, and while the check is at work; each takes seconds."""
+    folders = [tmp_path / name for name in ("importing", "checking")]
+    for folder in folders:
+        folder.mkdir()
+        short_run.write_data(folder)
+    importing = start(folders[0])
+    assert importing.wait_for(lambda: "check " in importing.said)
+    assert importing.wait_for(lambda: len(importing.processes()) == 2, pause_s=0.01)
+    asked = time.monotonic()
+    assert "\ninterrupted\n" in stop(importing, signal.SIGINT)
+    assert time.monotonic() - asked < 1.5
+
+    # All of the shipped pairs: that takes a while to check.
+    checking = start(folders[1], "reward.data.path=tiny:preferences", "dpo.data.path=tiny:preferences")
+    assert checking.wait_for(lambda: workers(checking), pause_s=0.01)
+    assert "\nstopped before anything was trained\n" in stop(checking, signal.SIGTERM)
+    assert not any((folder / "runs").exists() for folder in folders)
+
+
+def test_a_second_signal_stops_within_a_step(untouched: Path, tmp_path: Path, start: Callable[..., Command]) -> None:
+    """The run goes on from there all the same; this time with no standard error at all."""
+    folder = tmp_path / "copy"
+    shutil.copytree(untouched, folder)
+    run = folder / "runs" / "tiny"
+    long_step = (
+        "ppo.data=tiny:prompts",
+        "ppo.trainer.gradient_accumulation_steps=100",
+        "ppo.trainer.num_ppo_epochs=100",
+    )
+    command = start(folder, *long_step, "ppo.trainer.total_episodes=800")
+    assert command.wait_for((run / "ppo" / "work" / "job.json").exists), command.said
+    assert command.wait_for(lambda: workers(command), pause_s=0.01)
+    (worker,) = workers(command)
+    assert command.wait_for(lambda: seconds_used(worker) > 3.0, pause_s=0.05)  # it is long past loading
+    command.signal_all(signal.SIGINT)
+    assert command.wait_for(lambda: STOPPING in command.said)
+    time.sleep(1.0)
+    assert command.process.poll() is None, command.said
+    asked = time.monotonic()
+    assert "\ninterrupted\n" in stop(command, signal.SIGINT)
+    assert time.monotonic() - asked < 1.5
+    assert state(run, "ppo") == "failed" and state(run, "sft") == state(run, "dpo") == "done"
+
+    command = start(folder, prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
+    assert command.end() == 0
+    assert [state(run, stage) for stage in short_run.STAGES] == ["done"] * 4
+    for aside in run.glob("ppo.*"):
+        shutil.rmtree(aside)
+    short_run.assert_same_end(run, untouched / "runs" / "tiny")
