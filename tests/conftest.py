@@ -69,6 +69,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first, so that no process is left alone with one of them at the end."""
+    slow = ("test_tiny_run", "test_stop", "test_kill", "test_faults", "test_runner")
+    items.sort(key=lambda item: item.path.stem not in slow)
+
+
 class Artifacts(NamedTuple):
     """What the earlier stages of a run would have left: the model's settings, an SFT and a reward artifact."""
 
