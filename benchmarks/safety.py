@@ -7,6 +7,7 @@ results and for every cache.
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -43,30 +44,37 @@ def main() -> None:
                 "now": (REPOSITORY, []),
                 "now, a checkpoint every 5 steps": (REPOSITORY, OFTEN),
             }
-            seconds: dict[str, list[float]] = {name: [] for name in contestants}
+            seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
             for repeat in range(1, options.repeats + 1):
                 for name, (checkout, overrides) in contestants.items():
                     seconds[name].append(run_tiny(checkout, overrides))
-                    print(f"{repeat}  {name:<32}{seconds[name][-1]:7.1f} s", flush=True)
+                    wall_s, cpu_s = seconds[name][-1]
+                    print(f"{repeat}  {name:<32}{wall_s:7.1f} s, CPU {cpu_s:.1f} s", flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", str(earlier)], check=True)
     ratios = {
-        name: statistics.median(now / then for now, then in zip(of_name, seconds["before"], strict=True))
+        name: {what: ratio(of_name, seconds["before"], which) for which, what in enumerate(("wall", "cpu"))}
         for name, of_name in seconds.items()
         if name != "before"
     }
-    for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.3f} of before")
+    for name, ratio_of in ratios.items():
+        print(f"{name}: wall {ratio_of['wall']:.3f} of before, CPU {ratio_of['cpu']:.3f}")
     threads = os.environ.get("OMP_NUM_THREADS", "default")
     print(json.dumps({"threads": threads, "ratios": ratios, "seconds": seconds, "planning": planning}))
 
 
-def run_tiny(checkout: Path, overrides: list[str]) -> float:
-    """The wall time of the tiny recipe, in seconds."""
+def ratio(now: list[tuple[float, float]], before: list[tuple[float, float]], which: int) -> float:
+    """The median over the rounds of a time now over that before."""
+    return statistics.median(a[which] / b[which] for a, b in zip(now, before, strict=True))
+
+
+def run_tiny(checkout: Path, overrides: list[str]) -> tuple[float, float]:
+    """The wall and CPU time of the tiny recipe, in seconds."""
     with tempfile.TemporaryDirectory(prefix="safety-") as folder:
-        began = time.perf_counter()
+        used, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         command(["run", "tiny", *overrides], Path(folder), checkout)
-        return time.perf_counter() - began
+        wall_s, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        return wall_s, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
 
 
 def plan_over_large_data(folder: Path, gigabytes: float) -> dict[str, float]:
