@@ -332,6 +332,7 @@ def test_a_loss_that_is_no_number_ends_the_stage(finished: Path, command: Comman
     error, hint = the_sentence(said)
     assert code == 1 and error.startswith(f"error: stage `{stage}` failed: {message}")
     assert "`learning_rate`" in hint + error
+    assert "  | " not in said  # a traceback would tell no more
     sound, damaged = durable.newest_sound(finished / "runs" / "short" / stage / "work")
     assert (sound is None) == (stage == "ppo") and not damaged  # PPO takes all those steps in its first update
     for file in sound.glob("*.safetensors") if sound else []:

@@ -23,7 +23,13 @@ _ROOM = 2**20  # less free space than this, in bytes, is a full disk
 
 
 def explain(error: BaseException, recipe: Recipe, name: str | None, folder: Path) -> tuple[str, str]:
-    """A message and a hint for what ended a stage.
+    """A message and a hint for what ended a stage; see `recognise`."""
+    safe = TRAINING_IS_KEPT if _is_trained(recipe, name) else SAFE
+    return recognise(error, recipe, name, folder) or (f"{type(error).__name__}: {_first_line(error)}", safe)
+
+
+def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Path) -> tuple[str, str] | None:
+    """A message and a hint for something that is known to happen to runs; None for anything else.
 
     Args:
         error: what was raised, in a worker or in the runner.
@@ -54,7 +60,7 @@ def explain(error: BaseException, recipe: Recipe, name: str | None, folder: Path
         return f"too many files are open at once, and the limit is {limit}", f"raise it: `ulimit -n 4096`; {safe}"
     if number == errno.ENOENT and "temporary directory" in text:
         return "there is no folder to write temporary files to", f"set TMPDIR to one that has room; {safe}"
-    return f"{kind}: {text}", safe
+    return None
 
 
 def explain_signal(number: int, memory_ran_out: bool, recipe: Recipe, name: str | None) -> tuple[str, str]:

@@ -70,15 +70,17 @@ class Lock:
     def is_held(self) -> bool:
         """Whether a run is going on here."""
         try:
-            with self.file.open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+            file = self.file.open()
+        except OSError:  # there is none, or it is somebody else's, and then a run will say that it cannot be written to
             return False
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return not self._is_silent(time.time())
-            if self._lives_here(time.time()):
-                return True
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    return not self._is_silent(time.time())
+                if self._lives_here(time.time()):
+                    return True
         return self._is_held_elsewhere(time.time())
 
     def refuse_if_held(self) -> None:

@@ -380,7 +380,7 @@ def _failure(
     name: str | None,
     keep_log: bool = True,
 ) -> RunError:
-    """Say what failed, with the end of the log."""
+    """Say what failed, with the end of the log where that may tell more."""
     text = log.read_text(errors="replace") if log.exists() else ""
     tail = [line for line in text.splitlines() if line.strip()][-8:]
     if code < 0:
@@ -391,7 +391,8 @@ def _failure(
             cause += f"; its last words were: {tail[-1]}"
         if not result and full_disk(log.parent):  # the worker could not write, perhaps not even to its log
             cause, hint = explain_no_room(recipe, log.parent, "its worker could not write")
-    lines = [f"{what} failed: {cause}", *(f"  | {line[:200]}" for line in tail)]
+    shown = [] if result.get("known") else tail  # where the cause is known, it says all that the log does
+    lines = [f"{what} failed: {cause}", *(f"  | {line[:200]}" for line in shown)]
     if keep_log:
         lines.append(f"  the whole log: {log}")
     return RunError(redact("\n".join(lines)), hint=hint)

@@ -19,7 +19,7 @@ from rlhf_pipeline.models.base import load_config, without_weights
 from rlhf_pipeline.monitoring.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.recipe import BASE, Recipe, Stage
 from rlhf_pipeline.run.directory import RESULT, TRAINED, read_json
-from rlhf_pipeline.run.explain import explain
+from rlhf_pipeline.run.explain import explain, recognise
 from rlhf_pipeline.run.launch import STOP_SIGNAL
 from rlhf_pipeline.run.secrets import redact
 from rlhf_pipeline.run.server import die_with
@@ -52,11 +52,13 @@ def main(job_file: str) -> int:
         result, code = {"step": stopped.step}, STOPPED
     except InputError as error:
         result, code = {"message": error.message, "place": error.place, "hint": error.hint}, 2
-    except Exception as error:  # the runner shows the end of the log, and this line above it
+    except Exception as error:  # the runner says which, and shows the end of the log if it is an unknown one
         traceback.print_exc()
         name = job.get("stage")
-        message, hint = explain(error, recipe, name, recipe.run / (name or ""))
-        result, code = {"message": redact(message), "hint": hint}, 1
+        place = recipe.run / (name or "")
+        message, hint = explain(error, recipe, name, place)
+        known = recognise(error, recipe, name, place) is not None
+        result, code = {"message": redact(message), "hint": hint, "known": known}, 1
     try:
         durable.write_text(Path(job_file).with_name(RESULT), json.dumps(result))
     except OSError as error:  # a full disk, a folder made read-only: the log, which ends with it, has what happened

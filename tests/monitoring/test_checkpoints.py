@@ -272,3 +272,16 @@ def test_a_stage_stops_after_the_step_with_a_checkpoint_and_goes_on_from_there(t
     assert begun == [2]
     assert (work / "adapter").exists()
     assert checkpoints.REQUEST is REQUEST and not REQUEST.training
+
+
+def test_without_a_word_the_last_two_are_kept(prepared, tmp_path):
+    """The last, and one before it should that be damaged."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    text = (folder / "recipe.yaml").read_text().replace(", save_total_limit: 9", ", save_steps: 1")
+    (folder / "recipe.yaml").write_text(text)
+    recipe = recipes.load(str(folder / "recipe.yaml"))
+    for kind in ("dpo", "ppo"):
+        job = Job(recipe, kind, recipe.run)
+        job.work.mkdir(parents=True)
+        stages.BY_KIND[kind].run(job)
+        assert steps(job.work) == [2, 3]

@@ -83,6 +83,43 @@ def test_a_failing_stage_is_named_and_leaves_the_others_usable(tmp_path: Path, m
     assert not any(line.startswith("sft") for line in said)
 
 
+def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, FINE)  # judge_mean is 1
+    said: list[str] = []
+
+    def run(*overrides: str, **settings: bool) -> dict[str, Any]:
+        said.clear()
+        runner.run(recipes.load("recipe.yaml", overrides), say=said.append, **settings)
+        return record("sft")
+
+    def record(stage: str) -> dict[str, Any]:
+        return json.loads((tmp_path / "runs" / "short" / stage / "stage.json").read_text())
+
+    adapter = tmp_path / "runs" / "short" / "sft" / "adapter" / "adapter_model.safetensors"
+    closed = "sft.gates={judge_mean: '> 1'}"
+    for attempt in range(2):
+        with pytest.raises(RunError, match="stage `sft`: a gate is closed: judge_mean is 1, not > 1") as error:
+            run(closed)
+        assert "--ignore-gates" in str(error.value.hint) and str(adapter.parent) in str(error.value.hint)
+        assert any("training" in line for line in said) == (attempt == 0)
+        assert record("sft")["state"] == "failed" and record("sft")["gates"]["judge_mean"]["value"] == 1.0
+        assert not (tmp_path / "runs" / "short" / "dpo").exists()
+    trained = adapter.stat().st_mtime_ns
+
+    done = run(closed, ignore_gates=True)
+    assert (done["state"], done["gates_ignored"]) == ("done", {"judge_mean": "> 1"})
+    assert "sft     gates ignored: judge_mean is 1, not > 1" in said and record("dpo")["state"] == "done"
+    assert run(closed)["gates_ignored"] == {"judge_mean": "> 1"}  # it was said once
+    with pytest.raises(RunError, match="a gate is closed"):  # but not of this one
+        run("sft.gates={judge_mean: '>= 2'}")
+    opened = run("sft.gates={judge_mean: '>= 1'}")
+    assert (opened["state"], opened["gates_ignored"], opened["error"]) == ("done", {}, None)
+    assert adapter.stat().st_mtime_ns == trained
+
+
 def test_a_worker_that_is_killed_is_reported_with_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write(tmp_path, KILLS_ITS_PROCESS)
