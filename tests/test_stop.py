@@ -149,8 +149,7 @@ def test_a_run_stopped_in_every_stage_ends_as_one_that_nothing_stopped(
     assert "training, from base" not in command.said and "goes on from step" not in command.said
 
     for stopped, stage, number in (
-        ("reward", "ppo", signal.SIGINT),
-        ("ppo", "ppo", signal.SIGTERM),
+        ("reward", "ppo", signal.SIGTERM),
         ("ppo", "dpo", signal.SIGINT),
     ):
         command = start(tmp_path)

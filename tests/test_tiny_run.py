@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import short_run
 import torch
 from safetensors.torch import load_file
 
 from rlhf_pipeline.recipe import TINY
-
-# Enough steps to see that a stage runs, few enough to run it often.
-SHORT = [
-    "sft.trainer.max_steps=4",
-    "reward.trainer.max_steps=4",
-    "ppo.trainer.total_episodes=64",
-    "dpo.trainer.max_steps=3",
-    "evaluate.n=8",
-]
 
 
 def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -149,9 +141,10 @@ def test_a_changed_evaluation_judges_again_and_trains_nothing(finished: tuple[Pa
 
 
 def test_all_stages_run_on_a_4_bit_base(tmp_path: Path) -> None:
-    setting = "model.quantization=nf4"
-    command("run", "tiny", setting, *SHORT, cwd=tmp_path)
-    stages = stages_of(tmp_path, "tiny", setting, *SHORT)
+    short_run.write_data(tmp_path)
+    settings = [*short_run.OVERRIDES, "model.quantization=nf4"]
+    command("run", "tiny", *settings, cwd=tmp_path)
+    stages = stages_of(tmp_path, "tiny", *settings)
     assert [stage["state"] for stage in stages.values()] == ["done"] * 4
     run = tmp_path / "runs" / "tiny"
     assert abs(logged(run, "ppo")[0]["objective/kl"]) < 1e-3
@@ -165,7 +158,8 @@ def test_the_same_seed_gives_the_same_adapters_and_another_does_not(tmp_path: Pa
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        command("run", "tiny", f"seed={seed}", *SHORT, cwd=folder)
+        short_run.write_data(folder)
+        command("run", "tiny", f"seed={seed}", *short_run.OVERRIDES, cwd=folder)
         files = (folder / "runs" / "tiny").glob("*/adapter/adapter_model.safetensors")
         runs[name] = {file.parts[-3]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     assert set(runs["a"]) == {"sft", "reward", "ppo", "dpo"} and runs["a"] == runs["b"]
