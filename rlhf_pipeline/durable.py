@@ -86,6 +86,13 @@ def newest_sound(work: Path) -> tuple[Path | None, dict[str, str]]:
     return None, damaged
 
 
+def write_checkpoint(work: Path, at_step: int, write: Callable[[Path], None], limit: int | None) -> None:
+    """Write a checkpoint, whole or not at all, and remove older ones; see `write_folder` and `remove_others`."""
+    folder = work / f"checkpoint-{at_step}"
+    write_folder(folder, write)
+    remove_others(folder, limit)
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder under another name, and rename it when all of it, with its manifest, is on disk.
 

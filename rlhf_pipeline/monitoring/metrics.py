@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline import durable
+
 
 class MetricsLog(TrainerCallback):
     """Append each logged step to `metrics.jsonl`: TRL's own metric names, plus `step` and `time` (Unix seconds).
@@ -53,9 +55,7 @@ def whole_lines(file: Path) -> list[str]:
 def _rewrite(file: Path, lines: list[str]) -> None:
     """Replace a file's lines in one step; a file that is not there is not made."""
     if file.is_file():
-        temporary = file.with_name(file.name + ".new")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(file)
+        durable.write_text(file, "".join(lines))
 
 
 def numbers(logs: dict[str, Any]) -> dict[str, float | int | None]:

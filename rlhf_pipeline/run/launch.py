@@ -32,6 +32,7 @@ ENVIRONMENT = {
 PREFERENCES = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 STOP_SIGNAL = signal.SIGUSR1  # asks a worker to stop where it can be gone on from
+STOPPED = 3  # the exit code of a worker that has
 
 
 def _command(module: str, *arguments: str) -> list[str]:

@@ -22,11 +22,10 @@ from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, gates, to_yaml
 from rlhf_pipeline.run.directory import RESULT, TRAINED, Progress, RunDirectory, read_json
 from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
-from rlhf_pipeline.run.launch import STOP_SIGNAL, Launcher
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
 from rlhf_pipeline.run.secrets import redact, scrub
 
 Say = Callable[[str], None]
-STOPPED = 3  # a worker's exit code; see `rlhf_pipeline.run.worker`
 
 
 def run(

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping
 from typing import TextIO
 
-from rlhf_pipeline.run.launch import STOP_SIGNAL
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
 
 SPOILED = 113  # the exit code of a fork in which CUDA cannot be used; no worker uses it
 
@@ -70,7 +70,7 @@ def serve(runner: int) -> None:
                     _become_worker(request["log"], me)
                     code = SPOILED if cuda_is_spoiled() else worker.main(request["job"])
                 except Stopped:  # it was asked just before its job began, or when that was over
-                    code = worker.STOPPED
+                    code = STOPPED
                 finally:
                     os._exit(code)
             _answer(answers, {"worker": child})

@@ -20,13 +20,11 @@ from rlhf_pipeline.monitoring.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.recipe import BASE, Recipe, Stage
 from rlhf_pipeline.run.directory import RESULT, TRAINED, read_json
 from rlhf_pipeline.run.explain import explain, recognise
-from rlhf_pipeline.run.launch import STOP_SIGNAL
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
 from rlhf_pipeline.run.secrets import redact
 from rlhf_pipeline.run.server import die_with
 from rlhf_pipeline.stages import evaluation
 from rlhf_pipeline.stages.job import Job
-
-STOPPED = 3  # the exit code of a worker that was asked to stop
 
 
 def main(job_file: str) -> int:

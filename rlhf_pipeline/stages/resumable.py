@@ -42,9 +42,9 @@ class Resumable(Trainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        durable.write_folder(folder, self._write_checkpoint)
-        durable.remove_others(folder, self.args.save_total_limit)
+        durable.write_checkpoint(
+            Path(self.args.output_dir), self.state.global_step, self._write_checkpoint, self.args.save_total_limit
+        )
 
     def _write_checkpoint(self, folder: Path) -> None:
         adapters.save_weights(self.model, "default", folder)
