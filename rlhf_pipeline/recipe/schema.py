@@ -1,5 +1,9 @@
-"""What a recipe may say. The words are explained in the README; TRL's and PEFT's keys are theirs."""
+"""What a recipe may say. TRL's and PEFT's keys are theirs.
 
+The text under each key is its description in the JSON Schema that editors read.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,38 +14,58 @@ BASE = "base"  # as a value of `init`: start from the bare base
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class Model(_Strict):
-    """The base: a hub id, a folder, or `tiny`, the checkpoint that ships with the package.
-
-    `revision` is the branch, tag or commit of a hub model; in the resolved recipe, the commit that was found there.
-    `trust_remote_code` lets a model run Python code that it brings along.
-    """
+    """The base: loaded frozen, shared by all roles, never written."""
 
     path: str = Field(min_length=1)
+    """A hub id, a folder, or `tiny`, the checkpoint that ships with the package."""
+
     revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a hub model; in the resolved recipe, the commit that was found there."""
+
     trust_remote_code: bool = False
+    """Let the model run Python code that it brings along."""
+
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A file with the Jinja chat template to use instead of the tokenizer's own."""
+
     quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """How the base is loaded: 4-bit NF4, 8-bit, or not quantized."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The precision of every stage; `auto` is bfloat16 where the GPU computes in it, else float32."""
 
 
-class Data(_Strict):
-    """Rows for a stage: a file (`.jsonl`, `.json`, `.csv`, `.parquet`), a hub dataset, or `tiny:NAME`.
-
-    `revision` is the branch, tag or commit of a hub dataset; in the resolved recipe, the commit that was found there.
-    `columns` maps the names a stage expects to the file's own. `eval_fraction` of the prompts, with all their rows, are
-    held out. Prompts keep their last `max_prompt_length` tokens, replies their first `max_completion_length`.
-    """
+class Source(_Strict):
+    """Where rows come from."""
 
     path: str = Field(min_length=1)
+    """Rows: a file (.jsonl, .json, .csv, .parquet; also .gz, .bz2, .xz), a glob, a folder, a hub id, or `tiny:NAME`."""
+
+    subset: str | None = Field(default=None, min_length=1)
+    """The configuration of a hub dataset that has several."""
+
     revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a hub dataset; in the resolved recipe, the commit that was found there."""
+
     split: str = "train"
+    """The split of a hub dataset, as the datasets library reads it (`train`, `train[:10%]`)."""
+
     columns: dict[str, str] = {}
-    eval_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    max_prompt_length: int | None = Field(default=None, ge=1)
-    max_completion_length: int | None = Field(default=None, ge=1)
+    """Names that are expected, with the data's own names for them: {prompt: question}."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first rows only, this many."""
+
+
+class MixedSource(Source):
+    """One of several sources of rows."""
+
+    weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """This source's share of the mix, relative to the others' weights; without any weights, all rows are used."""
 
 
 def _path_only(value: Any) -> Any:
@@ -49,60 +73,136 @@ def _path_only(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-DataField = Annotated[Data, BeforeValidator(_path_only)]
+def _path_or_mix(value: Any) -> Any:
+    """`data: FILE` is short for `data: {path: FILE}`, and `data: [A, B]` for `data: {mix: [A, B]}`."""
+    return {"mix": value} if isinstance(value, list) else _path_only(value)
+
+
+class Data(Source):
+    """Rows for a stage: of one source, given by `path`, or of several, given by `mix`."""
+
+    path: str = ""
+    """Rows: a file (.jsonl, .json, .csv, .parquet; also .gz, .bz2, .xz), a glob, a folder, a hub id, or `tiny:NAME`."""
+
+    mix: list[Annotated[MixedSource, BeforeValidator(_path_only)]] = []
+    """Several sources, each as a path or with keys of its own, mixed by `weight`."""
+
+    eval_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Hold out this share of the prompts, at least one, with all their rows, to evaluate on."""
+
+    eval_data: Annotated[Source, BeforeValidator(_path_only)] | None = None
+    """Rows to evaluate on, instead of `eval_fraction`."""
+
+    chat: bool | None = None
+    """Whether a prompt given as text is a user's turn, which goes through the chat template. By default that is so
+    under `instruction`, `question` and beside `system`, and not under `prompt`, which is text as the model reads it."""
+
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """In tokens: a longer prompt keeps its last ones."""
+
+    max_completion_length: int | None = Field(default=None, ge=1)
+    """In tokens: a longer reply keeps its first ones, and has no EOS."""
+
+    too_long: Literal["cut", "drop"] = "cut"
+    """What becomes of a row that is over one of the two lengths: it is cut, or left out and counted."""
+
+    bad_rows: Literal["error", "drop"] = "error"
+    """What becomes of a row that lacks something: it ends the check, or is left out and counted."""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Where the rows come from, one or several; those of `eval_data` apart."""
+        return self.mix or [self]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there will be rows to evaluate on."""
+        return self.eval_fraction > 0 or self.eval_data is not None
+
+
+DataField = Annotated[Data, BeforeValidator(_path_or_mix)]
 
 
 class Evaluate(_Strict):
-    """After every policy stage: replies to held-out prompts, judged by a function of yours.
-
-    `judge` is `module:function` with the signature of TRL's GRPO reward functions: lists of `prompts` and
-    `completions`, every other column of the data as a keyword, a list of floats back.
-    """
+    """After every policy stage: replies to held-out prompts, judged by a function of yours."""
 
     data: DataField
+    """Rows with prompts; their other columns reach the judge as keywords."""
+
     judge: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:function` with the signature of TRL's GRPO reward functions: lists of `prompts` and `completions`, every
+    other column of the data as a keyword, a list of floats back."""
+
     n: int = Field(default=100, ge=1)
+    """How many prompts are asked: the first ones."""
+
     max_new_tokens: int = Field(default=128, ge=1)
+    """In tokens: where a reply is cut."""
+
     temperature: float = Field(default=1.0, ge=0.0)
+    """Of the sampled replies; 0 is greedy."""
+
     batch_size: int = Field(default=16, ge=1)
+    """How many prompts are answered at once."""
 
 
 class Stage(_Strict):
-    """One step of a recipe. `init` and `reward` name earlier stages; once loaded, they are always filled in.
-
-    `ptx_data` are demonstrations that PPO mixes in, with the weight `ptx_coef`.
-
-    `lora` is what this stage's adapter has otherwise than the one it starts from, or than the recipe's `lora` where it
-    starts from the base; once loaded, it is the whole shape.
-
-    `gates` are conditions on final metrics, as `eval_accuracy: ">= 0.65"`, that must hold before a stage that needs
-    this one may start.
-    """
+    """One step of a recipe."""
 
     kind: Literal["sft", "reward", "ppo", "dpo"]
+    """What the stage does; by default, what its name says."""
+
     init: str | None = None
+    """The earlier stage whose adapter this one starts from, or `base`; by default the latest earlier `sft` stage."""
+
     reward: str | None = None
+    """PPO only: the reward stage whose model scores the replies; by default the latest earlier one."""
+
     data: DataField
+    """Rows: a path, keys with a path, or a list of several."""
+
     ptx_data: DataField | None = None
+    """PPO only: demonstrations that are mixed in with the weight `ptx_coef`."""
+
     lora: dict[str, Any] = {}
+    """peft.LoraConfig's own keys, where this stage's adapter differs from the one it starts from, or from the recipe's
+    `lora` where it starts from the base; once loaded, the whole shape."""
+
     trainer: dict[str, Any] = {}
+    """The keys of TRL's own config class for the stage's kind."""
+
     gates: dict[str, str] = {}
+    """Conditions on final metrics, as `eval_accuracy: ">= 0.65"`, that must hold before a stage that needs this one may
+    start."""
 
 
 class Recipe(_Strict):
-    """A whole recipe, with every default visible; the folder that its relative paths start from is `folder`.
-
-    `keep_checkpoints` leaves a stage's `work/` in place when it is done.
-    """
+    """A recipe for rlhf-pipeline: from a base model to adapters, stage by stage."""
 
     name: str = Field(pattern=r"^[\w][\w.-]*$")
+    """The run directory is <output_dir>/<name>; by default the recipe's file name."""
+
     output_dir: str = "runs"
+    """Where run directories are; a relative path starts from the recipe's folder."""
+
     seed: int = 42
+    """Seeds everything random in every stage."""
+
     model: Model
+    """The base that all stages share."""
+
     lora: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    """peft.LoraConfig's own keys: the shape of an adapter that starts from the base."""
+
     evaluate: Evaluate | None = None
+    """A judge for every policy stage."""
+
     keep_checkpoints: bool = False
+    """Leave a stage's `work/`, with its checkpoints, in place when it is done."""
+
     stages: dict[str, Stage] = Field(min_length=1)
+    """The stages by name, in the order in which they run."""
+
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
     @property
