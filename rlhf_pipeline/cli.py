@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -285,11 +285,10 @@ def _say(line: str) -> None:
         typer.echo(line, err=True)
 
 
-def _fail(message: str, hint: str | None, code: int) -> NoReturn:
+def _complain(message: str, hint: str | None) -> None:
     _say(f"error: {message}")
     if hint:
         _say(f"hint: {hint}")
-    sys.exit(code)
 
 
 def main() -> None:
@@ -297,9 +296,12 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        _fail(str(error), error.hint, 2)
+        for problem in error.all:
+            _complain(str(problem), problem.hint)
+        sys.exit(2)
     except RunError as error:
-        _fail(error.message, error.hint, 1)
+        _complain(error.message, error.hint)
+        sys.exit(1)
     except Interrupted as stop:
         _say(stop.message)
         _say("the same command goes on from here")

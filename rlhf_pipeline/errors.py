@@ -1,5 +1,7 @@
 """The ways a command can end early."""
 
+from collections.abc import Sequence
+
 
 class InputError(Exception):
     """Something the user wrote or pointed to is wrong; the command exits with 2.
@@ -18,6 +20,28 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return f"{self.place}: {self.message}" if self.place else self.message
+
+    @property
+    def all(self) -> "list[InputError]":
+        """Everything that was found wrong; of a single fault, itself."""
+        return [self]
+
+
+class InputErrors(InputError):
+    """Several things are wrong; the first one stands for all where only one can be shown.
+
+    Args:
+        errors: what was found, in the order in which to show it; at least one.
+    """
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        super().__init__(errors[0].message, place=errors[0].place, hint=errors[0].hint)
+        self.errors = [inner for error in errors for inner in error.all]
+
+    @property
+    def all(self) -> list[InputError]:
+        """Everything that was found wrong."""
+        return self.errors
 
 
 class RunError(Exception):
