@@ -27,7 +27,7 @@ class InputError(Exception):
         return [self]
 
 
-class InputErrors(InputError):
+class InputErrors(InputError):  # noqa: N818  it is several
     """Several things are wrong; the first one stands for all where only one can be shown.
 
     Args:

@@ -26,7 +26,7 @@ def matching(path: str) -> list[Path]:
     file = Path(path)
     if file.is_file():
         return [file]
-    found = file.iterdir() if file.is_dir() else (Path(one) for one in glob.iglob(path, recursive=True))
+    found = file.iterdir() if file.is_dir() else (Path(one) for one in glob.iglob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
     return sorted(one for one in found if one.is_file() and file_type(one) and not one.name.startswith("."))
 
 
