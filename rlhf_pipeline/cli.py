@@ -167,7 +167,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from rlhf_pipeline.run import runner
 
     loaded = recipes.load(recipe, overrides or [])
-    runner.check(loaded)
+    runner.check(loaded, _say)
     typer.echo(f"{recipe}: {len(loaded.stages)} stages, nothing wrong")
 
 

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pipeline import durable
@@ -10,6 +12,7 @@ from rlhf_pipeline.digests import Digests, pin, short_hash
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import BASE, Data, Recipe, gates
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
+from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.run.directory import WEIGHTS, Progress, RunDirectory
 
 State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
@@ -130,13 +133,16 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], diges
     }
     if recipe.model.trust_remote_code:
         inputs["model.trust_remote_code"] = True
+    if recipe.model.chat_template:
+        template = Path(recipe.model.chat_template)
+        inputs["model.chat_template"] = f"{template.name}@{digests.of_file(template)}"
     if stage.reward:
         inputs["reward"] = earlier[stage.reward].fingerprint
     inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
     inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
-    inputs |= _data_inputs("data", stage.data, digests)
+    inputs |= data_inputs("data", stage.data, digests)
     if stage.ptx_data:
-        inputs |= _data_inputs("ptx_data", stage.ptx_data, digests)
+        inputs |= data_inputs("ptx_data", stage.ptx_data, digests)
     return inputs
 
 
@@ -149,12 +155,23 @@ def judging_inputs(recipe: Recipe, kind: str, digests: Digests) -> dict[str, Any
         return None
     settings = recipe.evaluate.model_dump(exclude={"data", "batch_size"})
     settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
-    return settings | _data_inputs("data", recipe.evaluate.data, digests)
+    return settings | data_inputs("data", recipe.evaluate.data, digests)
 
 
-def _data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:
-    settings = {f"{prefix}.{key}": value for key, value in data.model_dump(exclude={"path", "revision"}).items()}
-    return {prefix: digests.of_data(data), **settings}
+def data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:
+    """What decides which rows a stage gets: their content, and every setting that is not as by default."""
+    inputs = {prefix: digests.of_data(data)} | _not_default(prefix, data, {"mix", "eval_data"})
+    for i, source in enumerate(data.mix):
+        inputs |= _not_default(f"{prefix}.mix.{i}", source)
+    if data.eval_data:
+        name = f"{prefix}.eval_data"
+        inputs |= {name: digests.of_data(data.eval_data)} | _not_default(name, data.eval_data)
+    return inputs
+
+
+def _not_default(prefix: str, source: Source, apart: Set[str] = frozenset()) -> dict[str, Any]:
+    settings = source.model_dump(exclude={"path", "revision", *apart}, exclude_defaults=True)
+    return {f"{prefix}.{key}": value for key, value in settings.items()}
 
 
 def _state_of_finished(

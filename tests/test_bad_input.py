@@ -322,7 +322,7 @@ def test_a_sound_recipe_passes_the_check(tmp_path, monkeypatch):
 
     write(tmp_path, GOOD)
     loaded = recipe.load(str(tmp_path / "r.yaml"))
-    assert worker.check(loaded, list(loaded.stages)) is None
+    assert worker.check(loaded, list(loaded.stages)) == []
     assert not loaded.run.exists()
 
 

@@ -127,7 +127,7 @@ def test_what_is_recorded_with_the_same_inputs_is_done(folder):
         ("sft.trainer.learning_rate=0.002", "sft", "trainer.learning_rate 0.001 → 0.002", {"reward", "ppo", "dpo"}),
         ("reward.trainer.max_steps=5", "reward", "trainer.max_steps default → 5", {"ppo"}),
         ("ppo.trainer.kl_coef=0.3", "ppo", "trainer.kl_coef default → 0.3", set()),
-        ("dpo.data.eval_fraction=0.5", "dpo", "data.eval_fraction 0.0 → 0.5", set()),
+        ("dpo.data.eval_fraction=0.5", "dpo", "data.eval_fraction default → 0.5", set()),
         ("seed=2", "sft", "seed 1 → 2", {"reward", "ppo", "dpo"}),
         ("model.quantization=nf4", "sft", "model.quantization none → nf4", {"reward", "ppo", "dpo"}),
         ("lora.r=8", "sft", "lora.r 4 → 8", {"reward", "ppo", "dpo"}),

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf_pipeline import durable, plan
-from rlhf_pipeline.errors import InputError, Interrupted, RunError
+from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, gates, to_yaml
 from rlhf_pipeline.run.directory import RESULT, TRAINED, Progress, RunDirectory, read_json
@@ -90,7 +90,7 @@ def run(
             ]
             if to_check:
                 say("check   settings and data of every stage")
-                _check(recipe, to_check, launcher, scratch)
+                _check(recipe, to_check, launcher, scratch, say)
             with directory.locked():
                 plans = make_plan(at_work=False)  # another run may have come between; what it did counts
                 durable.write_text(directory.path / "recipe.yaml", redact(to_yaml(recipe)))
@@ -175,14 +175,18 @@ def _stop_on_signals(launcher: Launcher, say: Say) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, say: Say = print) -> None:
     """Check settings and data of every stage of a recipe, in a worker.
 
+    Args:
+        recipe: from `recipe.load`.
+        say: takes warnings, a line each.
+
     Raises:
-        InputError: for the first thing found wrong.
+        InputError: for all that was found wrong.
     """
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
-        _check(recipe, plan.make(recipe), launcher, scratch)
+        _check(recipe, plan.make(recipe), launcher, scratch, say)
 
 
 @contextlib.contextmanager
@@ -192,18 +196,20 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path) -> None:
+def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, say: Say) -> None:
     job = _job(recipe, "check", stages=[stage.name for stage in stages])
     log, killed_before = scratch / "check.log", oom_kills()
     code = launcher.run(job, scratch / "check.json", log)
     result = read_json(scratch / RESULT) or {}
     if code == 2:
-        raise InputError(result["message"], place=result["place"], hint=result["hint"])
+        raise InputErrors([InputError(**problem) for problem in result["problems"]])
     if code == STOPPED or launcher.stopping:
         raise Interrupted("stopped before anything was trained")
     if code != 0:
         what = "the check of settings and data"
         raise _failure(what, code, result, log, killed_before, recipe, None, keep_log=False)
+    for warning in result["warnings"]:
+        say(f"warning: {warning}")
 
 
 def _job(recipe: Recipe, task: str, **details: Any) -> dict[str, Any]:

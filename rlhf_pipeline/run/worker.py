@@ -3,17 +3,19 @@
 The job is a JSON file; the answer is written beside it as `result.json`.
 """
 
+import functools
 import json
 import resource
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf_pipeline import durable, stages
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_config, without_weights
 from rlhf_pipeline.monitoring.checkpoints import REQUEST, Stopped
@@ -40,8 +42,7 @@ def main(job_file: str) -> int:
     result: dict[str, Any]
     try:
         if job["task"] == "check":
-            check(recipe, job["stages"])
-            result, code = {}, 0
+            result, code = {"warnings": check(recipe, job["stages"])}, 0
         else:
             stage = Job(recipe, job["stage"], recipe.run)
             metrics = train(stage) if job["task"] == "train" else evaluation.judge_artifact(stage, stage.published)
@@ -49,7 +50,8 @@ def main(job_file: str) -> int:
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED
     except InputError as error:
-        result, code = {"message": error.message, "place": error.place, "hint": error.hint}, 2
+        problems = [{"message": one.message, "place": one.place, "hint": one.hint} for one in error.all]
+        result, code = {"message": str(error), "hint": error.hint, "problems": problems}, 2
     except Exception as error:  # the runner says which, and shows the end of the log if it is an unknown one
         traceback.print_exc()
         name = job.get("stage")
@@ -76,21 +78,37 @@ def train(job: Job) -> dict[str, Any]:
     return stages.BY_KIND[job.stage.kind].run(job)
 
 
-def check(recipe: Recipe, names: list[str]) -> None:
+def check(recipe: Recipe, names: list[str]) -> list[str]:
     """Find what is wrong with the settings and data of every stage that shall run, before the first one trains.
 
+    Returns:
+        Warnings: what may be as it should, and is worth a look.
+
     Raises:
-        InputError: for the first thing found.
+        InputError: for all that is wrong, as far as it can be told while other things are.
     """
     load_config(recipe.model)
     if any(recipe.stages[name].kind in ("reward", "ppo") for name in names):
         load_config(recipe.model, head="score")
-    check_lora(recipe, names)
-    for name in names:
-        job = Job(recipe, name, recipe.run)
-        stages.BY_KIND[job.stage.kind].prepare(job)
-        if job.stage.kind != "reward":
-            evaluation.prepare(job)
+    problems: dict[str, InputError] = {}  # two stages may share their data, and so their faults
+    warnings: list[str] = []
+
+    def attempt(task: Callable[[], Any]) -> Any:
+        try:
+            return task()
+        except InputError as error:
+            problems.update({str(one): one for one in error.all})
+
+    attempt(lambda: check_lora(recipe, names))
+    jobs = [Job(recipe, name, recipe.run) for name in names]
+    for job in jobs:
+        attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
+    policies = [job for job in jobs if job.stage.kind != "reward"]
+    if policies:
+        attempt(lambda: evaluation.prepare(policies[0]))
+    if problems:
+        raise InputErrors(list(problems.values()))
+    return list(dict.fromkeys(warnings))
 
 
 def check_lora(recipe: Recipe, names: list[str]) -> None:
