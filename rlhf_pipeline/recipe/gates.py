@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -114,27 +114,29 @@ def _said(metric: str, outcome: dict[str, Any]) -> str:
     return f"is {value!r}" if parse(metric, outcome["bound"]).holds(float(rounded)) else f"is {rounded}"
 
 
-def check(recipe: Recipe, place: Callable[..., str]) -> None:
+def check(recipe: Recipe, problems: Problems) -> None:
     """See that every gate is a condition on a metric that its stage will have.
 
     Args:
         recipe: with `init` and `reward` filled in or not.
-        place: gives the place of a key path, for messages.
-
-    Raises:
-        InputError: for the first that is not.
+        problems: where to note the gates that are not; of a stage in which other things are wrong, nobody knows the
+            metrics.
     """
     for name, stage in recipe.stages.items():
+        known = not any(problems.within(("stages", name, key)) for key in ("kind", "data", "ptx_data", "trainer"))
+        known = known and not problems.within(("evaluate",))
         for metric, text in stage.gates.items():
-            where = place("stages", name, "gates", metric)
+            path = ("stages", name, "gates", metric)
             try:
                 parse(metric, text)
             except ValueError as error:
                 hint = f"the operators are {', '.join(OPERATORS)}; for example {metric}: '>= 0.65'"
-                raise InputError(str(error), place=where, hint=hint) from None
-            if metric not in known_metrics(recipe, name) | possible_metrics(recipe, name):
-                message = f"stage `{name}` will have no metric `{metric}`"
-                raise InputError(message, place=where, hint=_hint(recipe, name, metric))
+                problems.add(path, str(error), hint)
+                continue
+            if known and metric not in known_metrics(recipe, name) | possible_metrics(recipe, name):
+                problems.add(
+                    path, f"stage `{name}` will have no metric `{metric}`", _hint(recipe, name, metric), of_key=True
+                )
 
 
 def known_metrics(recipe: Recipe, name: str) -> set[str]:
@@ -150,7 +152,7 @@ def possible_metrics(recipe: Recipe, name: str) -> set[str]:
 
 def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
     stage = recipe.stages[name]
-    held_out = stage.data.eval_fraction > 0
+    held_out = stage.data.holds_out
     certain, possible = _of_ppo(stage, held_out) if stage.kind == "ppo" else _of_trl(stage, held_out)
     return certain | ({"judge_mean"} if recipe.evaluate and stage.kind != "reward" else set()), possible
 

@@ -5,10 +5,12 @@ why, stands here too: a key that would be ignored is an error, never silence.
 """
 
 import ast
+import difflib
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _TRAINING_ARGUMENTS = [("transformers", "training_args.py", "TrainingArguments"),
                        ("trl", "trainer/base_config.py", "_BaseConfig")]  # fmt: skip
@@ -27,6 +29,13 @@ _CLASSES = {
         ("peft", "tuners/lora/config.py", "LoraConfig"),
     ],
 }
+# Names that the annotations use for a choice of words, and where Transformers lists them.
+_CHOICES = {
+    "IntervalStrategy": "trainer_utils.py",
+    "SaveStrategy": "trainer_utils.py",
+    "SchedulerType": "trainer_utils.py",
+    "OptimizerNames": "training_args.py",
+}
 CONFIG_NAMES = {
     "sft": "trl.SFTConfig",
     "reward": "trl.RewardConfig",
@@ -44,6 +53,7 @@ _CHECKPOINTS = "a checkpoint is there to go on from, which a run does by itself"
 _BEST = "a stage's result is what its last step left; no checkpoint is kept for being the best"
 _ONE_GPU = "a stage runs as one process on one device"
 _HUB = "publishing is not part of a run"
+_NO_METRICS = "evaluation measures TRL's own numbers, and this changes nothing about them"
 _REPORTS = "numbers go to the stage's `metrics.jsonl`; trackers are not supported yet"
 
 _DECIDED: dict[str, str] = {
@@ -59,6 +69,9 @@ _DECIDED: dict[str, str] = {
     "restore_callback_states_from_checkpoint": _CHECKPOINTS, "save_on_each_node": _ONE_GPU,
     "enable_jit_checkpoint": "SIGTERM always leaves a checkpoint",
     "auto_find_batch_size": "a stage trains with the batch size that its recipe states, before and after a break",
+    "prediction_loss_only": _NO_METRICS, "include_for_metrics": _NO_METRICS, "batch_eval_metrics": _NO_METRICS,
+    "eval_do_concat_batches": _NO_METRICS, "eval_use_gather_object": _ONE_GPU,
+    "length_column_name": "the encoded rows have no column of lengths: they are counted",
     "load_best_model_at_end": _BEST, "metric_for_best_model": _BEST, "greater_is_better": _BEST,
     "logging_nan_inf_filter": "a loss that is not finite ends the stage",
     "report_to": _REPORTS, "run_name": _REPORTS, "project": _REPORTS, "trackio_space_id": _REPORTS,
@@ -77,6 +90,16 @@ _DECIDED: dict[str, str] = {
     "ref_model_mixup_alpha": "the reference is a frozen copy of the adapter that the stage starts from",
     "ref_model_sync_steps": "the reference is a frozen copy of the adapter that the stage starts from",
 }  # fmt: skip
+
+# What only some of TRL's trainers read.
+_KIND_DECIDED: dict[str, dict[str, str]] = {
+    "sft": {},
+    "reward": {"label_smoothing_factor": "TRL's reward loss does not read it"},
+    "dpo": {
+        "label_smoothing_factor": "DPO's losses do not read it; some read `label_smoothing`",
+        "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
+    },
+}
 
 # What our PPO reads of its config; every other key does nothing there.
 _PPO_READS = {
@@ -113,6 +136,7 @@ _PPO_REASONS = {
 }  # fmt: skip
 
 _BASE_STAYS = "the base is never changed: only adapters are trained"
+_START = "it belongs to an initialisation that changes the base, or starts away from it"
 _LORA_DECIDED = {
     "task_type": "each stage sets it", "inference_mode": "each role sets it", "peft_type": "it is always LoRA",
     "auto_mapping": "PEFT sets it", "base_model_name_or_path": "PEFT sets it", "revision": _MODEL,
@@ -120,7 +144,24 @@ _LORA_DECIDED = {
     "bias": _BASE_STAYS, "kasa_config": _BASE_STAYS, "layer_replication": _BASE_STAYS,
     "runtime_config": "it is not saved with the adapter", "megatron_config": _ONE_GPU,
     "megatron_core": _ONE_GPU,
+    "eva_config": _START, "corda_config": _START, "lora_ga_config": _START, "loftq_config": _START,
 }  # fmt: skip
+
+# How Transformers makes its optimizers (trainer_optimizer.py): which do not take Adam's keys, and which take
+# `optim_args`. What SGD & co. take of them; `weight_decay` is not among it, since the key of that name always wins.
+_WITHOUT_ADAM_KEYS = ("adafactor", "sgd", "adagrad", "rmsprop", "galore", "lomo", "adalomo", "grokadamw",
+                      "schedule_free_sgd")  # fmt: skip
+_WITH_OPTIM_ARGS = ("sgd", "adagrad", "rmsprop", "ademamix", "paged_ademamix", "adamw_anyprecision", "adamw_torch_4bit",
+                    "adamw_torch_8bit", "galore", "apollo", "schedule_free", "grokadamw", "stable_adamw")  # fmt: skip
+_OPTIM_ARGS = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+}
+_DPO_LOSS_KEYS = {
+    "label_smoothing": ("exo_pair", "robust", "aot", "aot_unpaired"),
+    "discopop_tau": ("discopop",),
+}
 
 # These change what is written or how fast, not what is learned; the fingerprint leaves them out.
 WITHOUT_EFFECT_ON_RESULT = {
@@ -130,26 +171,82 @@ WITHOUT_EFFECT_ON_RESULT = {
     "skip_memory_metrics", "torch_empty_cache_steps", "debug",
     # The same numbers in less memory: a stage that ran out of it goes on from its checkpoint.
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "eval_accumulation_steps",
     "num_sample_generations", "save_strategy", "save_steps", "save_total_limit",
 }  # fmt: skip
 
 
+class Key(NamedTuple):
+    """A key of a library's config class, as its source file has it."""
+
+    annotation: str
+    """Its type; a `Literal` where the library lists the words that its command line takes."""
+
+    help: str
+    """What the library says about it, in one line; empty where it says nothing."""
+
+    default: Any
+    """Its default; `...` where the file alone does not show it."""
+
+
 @functools.cache
-def accepted(config: str) -> dict[str, str]:
-    """Every key that a library's config class takes, with its type as written there.
+def keys(config: str) -> dict[str, Key]:
+    """Every key that a library's config class takes, in its order.
 
     Args:
         config: `sft`, `reward`, `ppo`, `dpo` or `lora`.
     """
-    keys: dict[str, str] = {}
+    found: dict[str, Key] = {}
     for package, file, class_name in _CLASSES[config]:
-        tree = ast.parse(_source(package, file).read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == class_name:
-                for item in node.body:
-                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                        keys[item.target.id] = ast.unparse(item.annotation)
-    return {name: annotation for name, annotation in keys.items() if not name.startswith("_")}
+        for item in _class(package, file, class_name).body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                name, details = item.target.id, {"default": item.value}
+                if isinstance(item.value, ast.Call):
+                    details = {str(keyword.arg): keyword.value for keyword in item.value.keywords}
+                metadata = details.get("metadata")
+                if isinstance(metadata, ast.Dict):
+                    words = [key.value for key in metadata.keys if isinstance(key, ast.Constant)]
+                    details |= dict(zip(map(str, words), metadata.values, strict=True))
+                annotation = ast.unparse(item.annotation)
+                if choices := _literal(details.get("choices"), []):
+                    annotation = f"Literal[{', '.join(map(repr, choices))}]{' | None' * ('None' in annotation)}"
+                text = " ".join(str(_literal(details.get("help"), "")).replace("%%", "%").split())
+                found[name] = Key(annotation, text, _literal(details.get("default"), ...))
+    return {name: key for name, key in found.items() if not name.startswith("_")}
+
+
+def accepted(config: str) -> dict[str, str]:
+    """Every key that a library's config class takes, with its type as written there; see `keys`."""
+    return {name: key.annotation for name, key in keys(config).items()}
+
+
+@functools.cache
+def _class(package: str, file: str, name: str) -> ast.ClassDef:
+    tree = _tree(package, file)
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+@functools.cache
+def _tree(package: str, file: str) -> ast.Module:
+    return ast.parse(_source(package, file).read_text(encoding="utf-8"))
+
+
+def _literal(node: ast.expr | None, otherwise: Any) -> Any:
+    """The value that an expression spells out; something else where it has to be computed."""
+    try:
+        return otherwise if node is None else ast.literal_eval(node)
+    except ValueError:
+        return otherwise
+
+
+@functools.cache
+def words(name: str) -> tuple[str, ...]:
+    """The words of a choice that annotations name, such as `SchedulerType`; empty for any other name."""
+    if name not in _CHOICES:
+        return ()
+    body = _class("transformers", _CHOICES[name], name).body
+    values = (_literal(item.value, None) for item in body if isinstance(item, ast.Assign))
+    return tuple(value for value in values if isinstance(value, str))
 
 
 def _source(package: str, file: str) -> Path:
@@ -170,41 +267,166 @@ def refusal(config: str, key: str) -> str | None:
         return _LORA_DECIDED.get(key)
     if config == "ppo":
         return None if key in _PPO_READS else (_DECIDED | _PPO_REASONS).get(key, "PPO does not read it")
-    return _DECIDED.get(key)
+    return (_DECIDED | _KIND_DECIDED[config]).get(key)
+
+
+def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[str, str]:
+    """Keys that would have no effect beside the others.
+
+    Args:
+        config: `sft`, `reward`, `ppo` or `dpo`; of `lora` there are none.
+        values: what a recipe sets there. A null counts as not set; values of a wrong type are tolerated.
+        holds_out: whether there are rows to evaluate on.
+
+    Returns:
+        For each such key the end of a sentence that begins with "it has no effect".
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    reasons: dict[str, str] = {}
+
+    def useless(reason: str, *keys: str) -> None:
+        for key in keys:
+            if key in given:
+                reasons.setdefault(key, reason)
+
+    for what in ("logging", "eval", "save"):
+        if given.get(f"{what}_strategy", "steps") != "steps":
+            useless(f"unless `{what}_strategy` is `steps`", f"{what}_steps")
+    if given.get("save_strategy") == "no":
+        useless("without `save_strategy`", "save_total_limit")
+    if given.get("eval_strategy", "steps" if "eval_steps" in given else "no") == "no":
+        useless("without `eval_strategy`", "eval_delay")
+        if config == "ppo":  # the others evaluate at the end as well
+            useless("without `eval_strategy`", "eval_on_start", "per_device_eval_batch_size")
+    if config != "ppo" and not holds_out:
+        evaluating = ("eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
+        useless("without `eval_fraction` or `eval_data` in `data`", *evaluating, "eval_packing")
+    _idle_optimizer_keys(given, useless)
+    if config == "ppo":
+        for key in ("total_episodes", "max_steps"):  # elsewhere `max_steps` is there to end the epochs early
+            if isinstance(given.get(key), int) and given[key] > 0:
+                useless(f"beside `{key}`", "num_train_epochs")
+        if "target_kl" not in given:
+            useless("without `target_kl`", "kl_horizon")
+        return reasons
+
+    _idle_trainer_keys(given, useless)
+    if "max_length" in values and values["max_length"] is None:
+        useless("without `max_length`", "truncation_mode")
+    if config == "sft":
+        if not given.get("packing") and not given.get("eval_packing"):
+            useless("without `packing`", "packing_strategy")
+        if given.get("loss_type") != "nll":
+            useless("unless `loss_type` is `nll`", "label_smoothing_factor")
+    if config == "dpo":
+        losses = given.get("loss_type", ["sigmoid"])
+        for key, readers in _DPO_LOSS_KEYS.items():
+            if isinstance(losses, list) and not any(loss in readers for loss in losses):
+                useless(f"unless `loss_type` has {' or '.join(f'`{loss}`' for loss in readers)}", key)
+        if given.get("f_divergence_type") != "alpha_divergence":
+            useless("unless `f_divergence_type` is `alpha_divergence`", "f_alpha_divergence_coef")
+        if not given.get("precompute_ref_log_probs"):
+            useless("without `precompute_ref_log_probs`", "precompute_ref_batch_size")
+    return reasons
+
+
+def _idle_optimizer_keys(given: dict[str, Any], useless: Callable[..., None]) -> None:
+    """Of the keys for optimizer and schedule, those that Transformers passes to neither."""
+    optimizer = str(given.get("optim", "adamw_torch"))
+    with_it = f"with `optim: {optimizer}`"
+    if optimizer.startswith(_WITHOUT_ADAM_KEYS):
+        useless(with_it, "adam_beta1", "adam_beta2", "adam_epsilon")
+    if "lion" in optimizer:
+        useless(with_it, "adam_epsilon")
+    if not optimizer.startswith(("galore", "apollo")):
+        useless(with_it, "optim_target_modules")
+    if optimizer in words("OptimizerNames") and not optimizer.startswith(_WITH_OPTIM_ARGS):
+        useless(with_it, "optim_args")
+    elif optimizer in _OPTIM_ARGS:
+        options = str(given.get("optim_args", "")).replace(" ", "").split(",")
+        unread = [option.split("=")[0] for option in options if option.split("=")[0] not in _OPTIM_ARGS[optimizer]]
+        if unread:
+            useless(f"with `{unread[0]}`: `{optimizer}` reads {', '.join(_OPTIM_ARGS[optimizer])}", "optim_args")
+
+    schedule = given.get("lr_scheduler_type", "linear")
+    if schedule in ("constant", "reduce_lr_on_plateau", "greedy") and "schedule_free" not in optimizer:
+        useless(f"with `lr_scheduler_type: {schedule}`", "warmup_steps")
+    if schedule in ("constant", "constant_with_warmup"):
+        useless(f"with `lr_scheduler_type: {schedule}`", "lr_scheduler_kwargs")
+
+
+def _idle_trainer_keys(given: dict[str, Any], useless: Callable[..., None]) -> None:
+    """Of the other keys of Transformers' Trainer, those that need another one."""
+    if "activation_checkpointing" in given:
+        useless("beside `activation_checkpointing`, its new name", "gradient_checkpointing")
+    if "activation_checkpointing_kwargs" in given:
+        useless("beside `activation_checkpointing_kwargs`, its new name", "gradient_checkpointing_kwargs")
+    name = "activation_checkpointing" if "activation_checkpointing" in given else "gradient_checkpointing"
+    if given.get(name, True) is False:
+        useless(f"without `{name}`", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+    if given.get("torch_compile") is False:
+        for key in ("torch_compile_backend", "torch_compile_mode"):
+            if key in given:
+                useless(f"beside `{key}`, which turns it on", "torch_compile")
+    if not given.get("use_liger_kernel"):
+        useless("without `use_liger_kernel`", "liger_kernel_config")
+    if given.get("dataloader_num_workers", 0) == 0:
+        of_workers = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "in_order")
+        useless("without `dataloader_num_workers`", *(f"dataloader_{key}" for key in of_workers))
+    order = given.get("train_sampling_strategy", "random")
+    if order in ("sequential", "group_by_length"):
+        useless(f"with `train_sampling_strategy: {order}`", "data_seed")
 
 
 def type_problem(annotation: str, value: Any) -> str | None:
     """What is wrong with a value's type, given the library's annotation; None where it fits or cannot be told.
 
-    Names that only importing would resolve (`SchedulerType`) are left for the library itself to judge.
+    Names that only importing would resolve (`LoftQConfig`) are left for the library itself to judge.
     """
-    expected = _alternatives(ast.parse(annotation, mode="eval").body)
+    expected = alternatives(annotation)
     if any(_fits(name, value) for name in expected):
         return None
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
-             "list": "a list", "dict": "a mapping", "None": "null"}  # fmt: skip
-    if any(name not in names and not name.startswith("=") for name in expected):
+    wanted = [f"`{name[1:]}`" if name.startswith("=") else _plain(name) for name in expected if name != "None"]
+    if None in wanted:
         return None
-    wanted = [f"`{name[1:]}`" if name.startswith("=") else names[name] for name in expected if name != "None"]
-    return f"expected {' or '.join(wanted)}, got {value!r}"
+    if len(wanted) > 6:  # schedules, optimizers
+        known = [name.removeprefix("=") for name in expected]
+        near = [name for name in known if name.startswith(str(value))] or difflib.get_close_matches(str(value), known)
+        wanted = ["a name such as " + ", ".join(f"`{name}`" for name in (near or known)[:3])]
+    return f"expected {' or '.join(map(str, wanted))}, got {value!r}"
 
 
-def _alternatives(node: ast.expr) -> list[str]:
+def _plain(name: str) -> str | None:
+    """A type in plain words; None where only importing would tell what it is."""
+    if name.startswith("list["):
+        inner = name.removeprefix("list[").removesuffix("]")
+        return {"int": "a list of whole numbers", "float": "a list of numbers", "str": "a list of texts"}.get(inner)
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
+            "dict": "a mapping", "None": "null"}.get(name)  # fmt: skip
+
+
+def alternatives(annotation: str) -> list[str]:
     """The plain names a type annotation allows; a literal value is written `=value`."""
+    names = _named(ast.parse(annotation, mode="eval").body)
+    choices = [f"={word}" for name in names for word in words(name)]
+    return choices + [name for name in names if not words(name) and name != "str"] if choices else names
+
+
+def _named(node: ast.expr) -> list[str]:
     if isinstance(node, ast.BinOp):
-        return _alternatives(node.left) + _alternatives(node.right)
+        return _named(node.left) + _named(node.right)
     if isinstance(node, ast.Constant):
-        return ["None"] if node.value is None else _alternatives(ast.parse(str(node.value), mode="eval").body)
+        return ["None"] if node.value is None else _named(ast.parse(str(node.value), mode="eval").body)
     if isinstance(node, ast.Subscript):
         outer, inner = ast.unparse(node.value).removeprefix("typing."), node.slice
         elements = inner.elts if isinstance(inner, ast.Tuple) else [inner]
         if outer == "Optional":
-            return ["None", *_alternatives(elements[0])]
+            return ["None", *_named(elements[0])]
         if outer == "Union":
-            return [name for element in elements for name in _alternatives(element)]
+            return [name for element in elements for name in _named(element)]
         if outer == "Literal":
             return [f"={ast.literal_eval(element)}" for element in elements]
-        return [outer]
+        return [f"list[{ast.unparse(inner)}]" if outer == "list" else outer]
     return [ast.unparse(node)]
 
 
@@ -217,5 +439,8 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if name == "int":
         return isinstance(value, int) and not isinstance(value, bool)
+    if name.startswith("list["):
+        inner = name.removeprefix("list[").removesuffix("]")
+        return isinstance(value, list) and (_plain(inner) is None or all(_fits(inner, item) for item in value))
     kinds: dict[str, type] = {"bool": bool, "str": str, "list": list, "dict": dict}
     return name in kinds and isinstance(value, kinds[name])

@@ -127,14 +127,14 @@ def test_a_text_that_is_no_condition_is_an_error_at_its_line(load):
     with pytest.raises(InputError, match=r"'about 0\.5' is not a condition on `accuracy`") as caught:
         load("accuracy", '"about 0.5"')
     assert caught.value.place is not None
-    assert re.search(r"r\.yaml:8: stages\.reward\.gates\.accuracy$", caught.value.place)
+    assert re.search(r"r\.yaml:8:17: stages\.reward\.gates\.accuracy$", caught.value.place)
     assert ">=, <=, >, <" in str(caught.value.hint)
 
 
 def test_a_number_without_an_operator_is_an_error_at_its_line(load):
     with pytest.raises(InputError, match=r"0\.5") as caught:
         load("accuracy", "0.5")
-    assert ":8: " in str(caught.value.place)
+    assert ":8:17: " in str(caught.value.place)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_number_without_an_operator_is_an_error_at_its_line(load):
 def test_a_metric_that_the_stage_will_not_have_is_an_error_with_the_nearest_one(load, metric: str, hint: str):
     with pytest.raises(InputError, match=f"stage `reward` will have no metric `{metric}`") as caught:
         load(metric)
-    assert re.search(rf"r\.yaml:8: stages\.reward\.gates\.{metric}$", str(caught.value.place))
+    assert re.search(rf"r\.yaml:8:7: stages\.reward\.gates\.{metric}$", str(caught.value.place))
     assert caught.value.hint == hint
 
 

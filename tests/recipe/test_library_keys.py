@@ -1,16 +1,22 @@
 """The keys read from the libraries' source, held against the classes that importing gives."""
 
 import dataclasses
+import inspect
 import os
 from pathlib import Path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
+import torch
 from peft import LoraConfig
+from transformers import SchedulerType, Trainer, get_scheduler, trainer_optimizer
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig, RewardConfig, SFTConfig
 from trl.experimental import ppo as trl_ppo
 
+from rlhf_pipeline import recipe
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import library_keys
 
@@ -48,6 +54,8 @@ def test_each_field_can_be_set_or_is_refused_with_a_reason(config):
     ("table", "configs"),
     [
         ("_DECIDED", ("sft", "reward", "ppo", "dpo")),
+        *((f"_KIND_DECIDED.{kind}", (kind,)) for kind in ("sft", "reward", "dpo")),
+        ("_DPO_LOSS_KEYS", ("dpo",)),
         ("_PPO_READS", ("ppo",)),
         ("_PPO_REASONS", ("ppo",)),
         ("_LORA_DECIDED", ("lora",)),
@@ -56,7 +64,9 @@ def test_each_field_can_be_set_or_is_refused_with_a_reason(config):
 def test_the_tables_name_no_key_that_the_libraries_do_not_have(table, configs):
     """A misspelt or outdated name there would let the real key through."""
     everywhere = set().union(*(library_keys.accepted(config) for config in configs))
-    assert set(getattr(library_keys, table)) - everywhere == set()
+    name, _, kind = table.partition(".")
+    found = getattr(library_keys, name)
+    assert set(found[kind] if kind else found) - everywhere == set()
 
 
 def test_nothing_is_both_read_by_ppo_and_refused():
@@ -126,6 +136,11 @@ def test_the_keys_people_set_can_be_set(config, key):
         *((kind, "load_best_model_at_end", "no checkpoint is kept") for kind in ("sft", "reward", "dpo")),
         ("dpo", "resume_from_checkpoint", "which a run does by itself"),
         ("lora", "modules_to_save", "only adapters are trained"),
+        ("lora", "eva_config", "starts away from it"),
+        ("reward", "label_smoothing_factor", "does not read it"),
+        ("dpo", "label_smoothing_factor", "`label_smoothing`"),
+        ("dpo", "dataset_num_proc", "nothing left to process"),
+        *((kind, "include_for_metrics", "TRL's own numbers") for kind in ("sft", "reward", "dpo")),
     ],
 )
 def test_the_keys_that_would_mislead_are_refused(config, key, reason):
@@ -147,13 +162,16 @@ def test_a_key_of_a_parent_class_carries_the_type_of_the_class_that_overrides_it
         ("float", [0, 1.5], [False, "1.5", None], "a number"),
         ("bool", [True, False], [1, 0, "true", None], "true or false"),
         ("str", ["", "a"], [1, None, True], "text"),
-        ("list[str]", [["a"], []], ["a", None], "a list"),
+        ("list[str]", [["a"], []], ["a", None, [1]], "a list of texts"),
+        ("list[float] | None", [[0.5, 1], [], None], ["a", [None], ["0.5"]], "a list of numbers"),
+        ("list", [["a"], [1]], ["a", None], "a list"),
         ("dict[str, Any]", [{}], [[], "a"], "a mapping"),
         ("int | None", [1, None], ["1", 1.5], "a whole number"),
         ("Optional[float]", [None, 1], ["x"], "a number"),
         ("typing.Optional[bool]", [None, True], [1], "true or false"),
         ("Union[dict, str, None]", [{}, "a", None], [1, []], "a mapping or text"),
-        ("str | list[str]", ["a", ["a"]], [1, None], "text or a list"),
+        ("str | list[str]", ["a", ["a"]], [1, None], "text or a list of texts"),
+        ("IntervalStrategy | str", ["no", "steps", "epoch"], ["never", None, False], "`no` or `steps` or `epoch`"),
         ("Literal['k1', 'k3']", ["k1", "k3"], ["k2", 1, None], "`k1` or `k3`"),
         ("Optional[Literal['eos']]", ["eos", None], ["bos"], "`eos`"),
         ("bool | Literal['gaussian', 'eva']", [True, "eva"], ["pissa", 3], "true or false or `gaussian` or `eva`"),
@@ -167,10 +185,29 @@ def test_type_problem_tells_fitting_values_from_others(annotation, good, bad, wo
         assert library_keys.type_problem(annotation, value) == f"expected {words}, got {value!r}", value
 
 
-@pytest.mark.parametrize("annotation", ["SchedulerType | str", "Union[SaveStrategy, str]", "Any", "LoftQConfig | dict"])
+@pytest.mark.parametrize("annotation", ["Any", "LoftQConfig | dict", "str | list[DebugOption]"])
 def test_types_that_only_importing_would_resolve_are_left_to_the_library(annotation):
     for value in ("text", 1, None, [], {}):
         assert library_keys.type_problem(annotation, value) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "names"),
+    [
+        ("lr_scheduler_type", "cosin", "`cosine`, `cosine_with_restarts`, `cosine_with_min_lr`"),
+        ("lr_scheduler_type", "polynmial", "`polynomial`"),
+        ("optim", "adamw", "`adamw_torch`, `adamw_torch_fused`, `adamw_torch_xla`"),
+        ("optim", 3, "`adamw_torch`, `adamw_torch_fused`, `adamw_torch_xla`"),
+    ],
+)
+def test_of_many_words_the_nearest_are_named(key, value, names):
+    found = library_keys.type_problem(library_keys.accepted("sft")[key], value)
+    assert found == f"expected a name such as {names}, got {value!r}"
+
+
+@pytest.mark.parametrize("enumeration", [IntervalStrategy, SaveStrategy, SchedulerType, OptimizerNames])
+def test_the_words_of_a_choice_are_those_of_the_real_class(enumeration):
+    assert library_keys.words(enumeration.__name__) == tuple(choice.value for choice in enumeration)
 
 
 @pytest.mark.parametrize("config", CLASSES)
@@ -181,3 +218,185 @@ def test_the_real_defaults_have_no_type_problem(config):
         plain = isinstance(field.default, (int, float, str, bool, type(None)))
         if field.name in library_keys.settable(config) and plain and type(field.default).__module__ == "builtins":
             assert library_keys.type_problem(accepted[field.name], field.default) is None, field.name
+
+
+def test_what_the_files_say_of_a_key_is_what_the_class_has():
+    for config in CLASSES:
+        for field in dataclasses.fields(CLASSES[config]):
+            if field.name in library_keys.settable(config):
+                key = library_keys.keys(config)[field.name]
+                assert key.help == " ".join(field.metadata["help"].replace("%%", "%").split()), field.name
+                assert key.default in (field.default, ...), field.name
+
+
+# Keys without effect beside others
+
+
+OPTIMIZERS = ["adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor", "adamw_8bit", "paged_adamw_32bit", "lion_32bit",
+              "lion_8bit", "ademamix", "paged_ademamix_8bit", "rmsprop_bnb"]  # fmt: skip
+OPTIONS = {"sgd": "momentum=0.5", "adagrad": "eps=0.5", "rmsprop": "alpha=0.5", "rmsprop_bnb": "alpha=0.5"}
+
+
+def optimizer_settings(tmp_path: Path, **settings) -> dict:
+    """What Transformers passes to the optimizer."""
+    return Trainer.get_optimizer_cls_and_kwargs(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **settings))[1]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_an_optimizers_idle_keys_are_those_it_is_not_passed(optim, tmp_path):
+    """Of all optimizers that need no further package."""
+    changed = {"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5, "optim_args": OPTIONS.get(optim, "alpha=7")}
+    plain = optimizer_settings(tmp_path, optim=optim)
+    idle = {key for key, value in changed.items() if optimizer_settings(tmp_path, optim=optim, **{key: value}) == plain}
+    found = library_keys.idle("sft", {"optim": optim, **changed})
+    assert set(found) == idle
+    assert all(reason == f"with `optim: {optim}`" for reason in found.values())
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adagrad", "rmsprop"])
+def test_options_that_an_optimizer_does_not_read_are_found(optim, tmp_path):
+    """`weight_decay` as an option is read, and then the key of that name wins."""
+    read = library_keys._OPTIM_ARGS[optim]
+    plain = optimizer_settings(tmp_path, optim=optim)
+    for option in ("momentum", "dampening", "nesterov", "lr_decay", "eps", "alpha", "centered", "mumentum"):
+        value = "true" if option in ("nesterov", "centered") else "0.25"
+        settings = {"optim": optim, "optim_args": f"{option}={value}"}
+        assert (optimizer_settings(tmp_path, **settings) != plain) == (option in read), option
+        assert ("optim_args" in library_keys.idle("sft", settings)) == (option not in read), option
+    reason = library_keys.idle("ppo", {"optim": optim, "optim_args": "weight_decay=0.1"})["optim_args"]
+    assert reason.startswith(f"with `weight_decay`: `{optim}` reads ")
+
+
+def test_every_optimizer_is_known_to_read_its_options_or_not():
+    """A new name in Transformers must be looked up."""
+    for optim in OptimizerNames:
+        handler = inspect.getsource(trainer_optimizer._OPTIMIZER_HANDLERS[optim])
+        if "optim_args" not in handler:
+            assert "optim_args" in library_keys.idle("dpo", {"optim": optim.value, "optim_args": "a=1"}), optim
+        if not any(word in handler for word in ("adam_kwargs", "adam_beta1")):
+            assert "adam_beta1" in library_keys.idle("dpo", {"optim": optim.value, "adam_beta1": 0.5}), optim
+
+
+@pytest.mark.parametrize("schedule", [one.value for one in SchedulerType if "plateau" not in one and one != "greedy"])
+def test_a_schedules_idle_keys_are_those_it_does_not_read(schedule):
+    """`reduce_lr_on_plateau` and `greedy` follow the loss, and read no warm-up either."""
+    needed = {
+        "cosine_with_min_lr": {"min_lr": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 2},
+    }.get(schedule, {})
+
+    def rates(warmup: int, **options) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        scheduler = get_scheduler(schedule, optimizer, warmup, 10, needed | options)
+        found = []
+        for _ in range(10):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    try:
+        reads_options = False
+        rates(3, an_option_that_no_schedule_has=1)
+    except TypeError:
+        reads_options = True
+    found = library_keys.idle("sft", {"lr_scheduler_type": schedule, "warmup_steps": 3, "lr_scheduler_kwargs": {}})
+    assert ("warmup_steps" in found) == (rates(0) == rates(3))
+    assert ("lr_scheduler_kwargs" in found) == (not reads_options)
+
+
+ALL = ("sft", "reward", "dpo", "ppo")
+OF_TRAINER = ("sft", "reward", "dpo")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "values", "key", "reason"),
+    [
+        (ALL, {"logging_strategy": "no", "logging_steps": 3}, "logging_steps", "unless `logging_strategy` is `steps`"),
+        (ALL, {"save_strategy": "epoch", "save_steps": 3}, "save_steps", "unless `save_strategy` is `steps`"),
+        (ALL, {"eval_strategy": "no", "eval_steps": 3}, "eval_steps", "unless `eval_strategy` is `steps`"),
+        (ALL, {"save_strategy": "no", "save_total_limit": 3}, "save_total_limit", "without `save_strategy`"),
+        (ALL, {"eval_delay": 3}, "eval_delay", "without `eval_strategy`"),
+        (("ppo",), {"eval_on_start": True}, "eval_on_start", "without `eval_strategy`"),
+        (("ppo",), {"per_device_eval_batch_size": 3}, "per_device_eval_batch_size", "without `eval_strategy`"),
+        (("ppo",), {"kl_horizon": 3}, "kl_horizon", "without `target_kl`"),
+        (("ppo",), {"total_episodes": 8, "num_train_epochs": 2}, "num_train_epochs", "beside `total_episodes`"),
+        (("ppo",), {"max_steps": 8, "num_train_epochs": 2}, "num_train_epochs", "beside `max_steps`"),
+        (ALL, {"adam_beta1": 0.8, "optim": "sgd"}, "adam_beta1", "with `optim: sgd`"),
+        (ALL, {"optim_args": "a=1"}, "optim_args", "with `optim: adamw_torch`"),
+        (ALL, {"lr_scheduler_type": "greedy", "warmup_steps": 3}, "warmup_steps", "with `lr_scheduler_type: greedy`"),
+        (OF_TRAINER, {"optim_target_modules": "all-linear"}, "optim_target_modules", "with `optim: adamw_torch`"),
+        (OF_TRAINER, {"liger_kernel_config": {}}, "liger_kernel_config", "without `use_liger_kernel`"),
+        (OF_TRAINER, {"torch_compile": False, "torch_compile_mode": "default"}, "torch_compile",
+         "beside `torch_compile_mode`, which turns it on"),
+        (OF_TRAINER, {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {}},
+         "gradient_checkpointing_kwargs", "without `gradient_checkpointing`"),
+        (OF_TRAINER, {"activation_checkpointing": False, "gradient_checkpointing": True}, "gradient_checkpointing",
+         "beside `activation_checkpointing`, its new name"),
+        (OF_TRAINER, {"dataloader_in_order": False}, "dataloader_in_order", "without `dataloader_num_workers`"),
+        (OF_TRAINER, {"train_sampling_strategy": "sequential", "data_seed": 1}, "data_seed",
+         "with `train_sampling_strategy: sequential`"),
+        (("sft", "dpo"), {"max_length": None, "truncation_mode": "x"}, "truncation_mode", "without `max_length`"),
+        (("sft",), {"packing_strategy": "bfd"}, "packing_strategy", "without `packing`"),
+        (("sft",), {"label_smoothing_factor": 0.1}, "label_smoothing_factor", "unless `loss_type` is `nll`"),
+        (("dpo",), {"label_smoothing": 0.1}, "label_smoothing",
+         "unless `loss_type` has `exo_pair` or `robust` or `aot` or `aot_unpaired`"),
+        (("dpo",), {"loss_type": ["hinge"], "discopop_tau": 0.1}, "discopop_tau", "unless `loss_type` has `discopop`"),
+        (("dpo",), {"f_alpha_divergence_coef": 0.1}, "f_alpha_divergence_coef",
+         "unless `f_divergence_type` is `alpha_divergence`"),
+        (("dpo",), {"precompute_ref_batch_size": 2}, "precompute_ref_batch_size", "without `precompute_ref_log_probs`"),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_beside_the_others_is_found(kinds, values, key, reason):
+    for kind in kinds:
+        assert set(values) <= set(library_keys.settable(kind)), kind
+        assert library_keys.idle(kind, values) == {key: reason}, kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("sft", {"logging_steps": 3, "save_steps": 3, "eval_steps": 3, "save_total_limit": 1, "eval_delay": 1}),
+        ("sft", {"max_steps": 2, "num_train_epochs": 1}),  # as an override on the command line would have it
+        ("sft", {"eval_on_start": True, "per_device_eval_batch_size": 3}),  # it evaluates at the end
+        ("ppo", {"eval_steps": 3, "eval_on_start": True, "per_device_eval_batch_size": 3, "eval_delay": 1}),
+        ("ppo", {"target_kl": 6.0, "kl_horizon": 10, "max_steps": -1, "num_train_epochs": 2}),
+        ("sft", {"adam_beta1": 0.8, "adam_epsilon": 1e-6, "weight_decay": 0.1, "warmup_steps": 3}),
+        ("sft", {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"}),
+        ("sft", {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "warmup_steps": 3}),
+        ("sft", {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": "rank=8"}),
+        ("sft", {"eval_packing": True, "packing_strategy": "wrapped", "truncation_mode": "keep_end"}),
+        ("sft", {"loss_type": "nll", "label_smoothing_factor": 0.1}),
+        ("sft", {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "activation_checkpointing": True}),
+        ("sft", {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3, "data_seed": 3}),
+        ("dpo", {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1, "max_length": None}),
+        ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.1}),
+        ("sft", {"max_steps": None, "num_train_epochs": 2, "eval_delay": None, "packing_strategy": None}),
+    ],
+)
+def test_keys_with_an_effect_are_left_alone(kind, values):
+    assert library_keys.idle(kind, values) == {}
+
+
+def test_what_only_evaluation_reads_needs_rows_to_evaluate_on():
+    values = {"per_device_eval_batch_size": 2, "eval_accumulation_steps": 2, "eval_on_start": True}
+    for kind in OF_TRAINER:
+        assert library_keys.idle(kind, values, holds_out=True) == {}
+        found = library_keys.idle(kind, values, holds_out=False)
+        assert found == dict.fromkeys(values, "without `eval_fraction` or `eval_data` in `data`")
+
+
+def test_values_of_a_wrong_type_are_left_to_the_check_of_types():
+    values = {"max_steps": "many", "num_train_epochs": 1, "loss_type": "sigmoid", "label_smoothing": 0.1, "optim": 3,
+              "optim_args": 5, "lr_scheduler_type": ["constant"], "warmup_steps": {}, "eval_strategy": 1}  # fmt: skip
+    for kind in ALL:
+        library_keys.idle(kind, values)
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_no_shipped_recipe_sets_a_key_without_effect(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = recipe.load(name)
+    for stage in loaded.stages.values():
+        assert library_keys.idle(stage.kind, stage.trainer, stage.data.holds_out) == {}

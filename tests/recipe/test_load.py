@@ -151,7 +151,7 @@ def test_an_override_can_replace_data_by_a_path(write):
         ("a..b=3", "form key=value"),
         ("seed=[1", "not a YAML value"),
         ("model.path.deep=1", "`model.path` has no keys below"),
-        ("seed=abc", "expected a valid integer"),
+        ("seed=abc", "expected a whole number"),
         ("tempo=1", "unknown key `tempo`"),
         ("sft.trainer.learning_rte=1", "unknown key `learning_rte`"),
         ("ppo.init=dpo", "stands after it"),
@@ -169,7 +169,7 @@ def test_a_bad_override_is_named_as_the_place(write, override, message):
 
 def test_an_error_of_the_file_names_its_line_even_beside_overrides(write):
     path = write(FULL.replace("learning_rate", "learning_rte"))
-    assert problem(path, "seed=3").place == f"{path}:6: stages.sft.trainer.learning_rte"
+    assert problem(path, "seed=3").place == f"{path}:6:7: stages.sft.trainer.learning_rte"
 
 
 ONE = "model: {path: tiny}\nstages:\n"
@@ -181,10 +181,11 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
     [
         ("just text\n", None, "a recipe is a mapping", "cp tiny"),
         ("", None, "a recipe is a mapping", "cp tiny"),
-        (ONE, 2, "expected a valid mapping", None),
+        (ONE, 2, "expected a mapping", None),
         ("model: {path: tiny}\n", None, "`stages` is missing", None),
         (f"stages:\n{SFT}", None, "`model` is missing", None),
-        (ONE + "  7: {data: tiny:prompts}\n", 3, "cannot name a stage", "letters"),
+        (ONE + "  7: {data: tiny:prompts}\n", 3, "kind of stage `7` is not given", "sft, reward, ppo, dpo"),
+        (ONE + "  -7: {data: tiny:prompts}\n", 3, "cannot name a stage", "letters"),
         (ONE + "  a b: {kind: sft, data: tiny:prompts}\n", 3, "cannot name a stage", "letters"),
         (ONE + "  model: {kind: sft, data: tiny:prompts}\n", 3, "has a meaning of its own", None),
         (ONE + "  base: {kind: sft, data: tiny:prompts}\n", 3, "has a meaning of its own", None),
@@ -204,11 +205,11 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
         (ONE + SFT + "  ppo: {data: tiny:prompts, reward: sft}\n", 4, "needs reward", None),
         (ONE + "  sft: {data: tiny:demonstrations, reward: x}\n", 3, "`reward` has no effect", "remove"),
         (ONE + "  sft:\n    data: tiny:replies\n", 4, "no data `tiny:replies`", "tiny:demonstrations"),
-        (ONE + "  sft:\n    data: nowhere.jsonl\n", 4, "no data file", "recipe's folder"),
-        (ONE + "  sft:\n    data: ./hub/name\n", 4, "no data file", "recipe's folder"),
+        (ONE + "  sft:\n    data: nowhere.jsonl\n", 4, "no data file", "folder of the recipe"),
+        (ONE + "  sft:\n    data: ./hub/name\n", 4, "no data file", "folder of the recipe"),
         (ONE + "  sft:\n    data: rows.txt\n", 4, "type `.txt`", ".jsonl"),
         (ONE + "  sft:\n    data: empty.jsonl\n", 4, "is empty", None),
-        (ONE + "  sft:\n    data: folder\n", 4, "is not a file", None),
+        (ONE + "  sft:\n    data: folder\n", 4, "no data files in", ".jsonl"),
         ("model: {path: folder}\nstages:\n" + SFT, 1, "no config.json", None),
         ("model: {path: half}\nstages:\n" + SFT, 1, "no *.safetensors", "save_pretrained"),
         ("model: {path: ./none}\nstages:\n" + SFT, 1, "no model folder", None),
@@ -216,14 +217,19 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
         (ONE + SFT + "lora: {bias: all}\n", 4, "`bias` cannot be set: the base is never changed", "remove"),
         (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {rank: 8}}\n", 4, "unknown key `rank`", None),
         (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: big}}\n", 4, "expected a whole number", "LoraConfig"),
-        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: [r]}\n", 4, "expected a valid mapping", None),
+        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: [r]}\n", 4, "expected a mapping", None),
         (
             ONE + SFT + "  dpo: {data: tiny:preferences, lora: {init_lora_weights: pissa}}\n",
             4,
             "initialisation changes the base",
             "gaussian",
         ),
-        (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: 8, bias: all}}\n", 4, "`bias` cannot be set", "remove"),
+        (
+            ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: 16, bias: all}}\n",
+            4,
+            "`bias` cannot be set",
+            "remove",
+        ),
         (ONE + SFT + "  dpo: {data: tiny:preferences, lora: {r: 8}}\n", 4, "rank 8 is less than 16", "16 or more"),
         (
             ONE + SFT + "  dpo: {data: tiny:preferences, lora: {use_dora: true}}\n",
@@ -231,7 +237,7 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
             "`use_dora` is not that of",
             "base",
         ),
-        (ONE + SFT + "name: a/b\n", 4, "pattern", None),
+        (ONE + SFT + "name: a/b\n", 4, "expected letters", "run directory"),
         (ONE + "  sft: {data: {path: tiny:prompts, eval_fraction: 1.0}}\n", 3, "less than 1", None),
     ],
 )
@@ -244,7 +250,7 @@ def test_every_rule_has_a_message_with_its_place(write, tmp_path, text, line, me
     path = write(text)
     found = problem(path)
     assert message in str(found).replace("*.safetensors weights", "*.safetensors").replace("holds no", "no")
-    assert found.place == path or found.place.startswith(f"{path}:{line}: " if line else f"{path}: ")
+    assert found.place == path or found.place.startswith(f"{path}:{line}:" if line else f"{path}: ")
     if hint:
         assert hint in found.hint
 
@@ -272,7 +278,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(write, old, new, 
 
 def test_a_key_like_no_other_is_answered_with_all_that_are_known(write):
     found = problem(write(FULL), "model.zzz=1")
-    assert found.hint == "the keys here are path, revision, trust_remote_code, quantization, dtype"
+    assert found.hint == "the keys here are path, revision, trust_remote_code, chat_template, quantization, dtype"
 
 
 def test_a_missing_recipe_is_answered_with_the_nearest_shipped_one():
@@ -287,7 +293,7 @@ def test_a_folder_is_no_recipe(tmp_path):
 def test_a_recipe_in_another_encoding_cannot_be_read(tmp_path):
     (tmp_path / "r.yaml").write_bytes("name: \xe9\n".encode("latin-1"))
     found = problem(str(tmp_path / "r.yaml"))
-    assert found.message.startswith("cannot be read")
+    assert found.message == "this cannot be read: it is not UTF-8 (line 1)"
     assert found.place == str(tmp_path / "r.yaml")
 
 
@@ -439,7 +445,7 @@ def test_an_adapter_that_could_not_begin_as_the_one_it_starts_from_is_refused(wr
     path = write(stages + f"lora: {top}\n")
     found = problem(path)
     key = own.partition(":")[0]
-    assert found.place == f"{path}:7: stages.dpo.lora.{key}"
+    assert found.place == f"{path}:7:{len(own) + 7 - len(own.partition(': ')[2])}: stages.dpo.lora.{key}"
     assert message in found.message
     assert hint in found.hint
     assert recipe.load(path, ["dpo.init=base"]).stages["dpo"].init == "base"

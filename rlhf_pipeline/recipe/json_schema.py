@@ -1,0 +1,179 @@
+"""A JSON Schema of recipes, from which editors complete and check them.
+
+Our own keys come from the schema in Python; those of `trainer` and `lora` from the libraries' source files, so nothing
+here imports torch. The draft is 7, which editors know best. It describes a recipe as it is written: short forms,
+`extends` and `${VAR}` included.
+"""
+
+import re
+from typing import Any
+
+from rlhf_pipeline.recipe import library_keys
+from rlhf_pipeline.recipe.schema import BASE, KINDS, Recipe, Stage
+
+# Text that stands for a number or another value: with a variable in it, or a number with underscores.
+STANDS_FOR_VALUE = r"\$\{|^[-+]?\d[\d.]*_[\d_.eE+-]*$"
+# What is beside the libraries' own defaults, or narrower than their types.
+OWN_DEFAULTS = ("save_strategy", "save_steps", "save_total_limit")
+NARROWER: dict[str, dict[str, Any]] = {"init_lora_weights": {"enum": [True, "gaussian"]}}
+# What stages of other kinds have in its place, in a resolved recipe at least; editors need not offer it.
+PPO_ONLY = {key: {"type": "null", "doNotSuggest": True} for key in ("reward", "ptx_data")}
+TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "dict": "object", "None": "null"}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe."""
+    ours = Recipe.model_json_schema(ref_template="#/definitions/{model}")
+    definitions = {name: _object(schema) for name, schema in ours.pop("$defs").items()}
+    recipe = _object(ours)
+    definitions["Data"]["type"] = ["object", "string", "array"]  # `data: FILE`, `data: [A, B]`
+    definitions["Data"]["items"] = {"$ref": "#/definitions/MixedSource"}
+    definitions["Source"]["type"] = definitions["MixedSource"]["type"] = ["object", "string"]
+    definitions["MixedSource"]["required"] = ["path"]
+    definitions["Lora"] = _library("lora")
+    recipe["properties"]["lora"] |= {"$ref": "#/definitions/Lora"}
+    definitions |= _stages(definitions.pop("Stage"))
+    extends = {"type": "string", "minLength": 1, "description": "The recipe that this one builds on: a file, or the "
+               "name of a shipped one. What is said here goes before what it says."}  # fmt: skip
+    recipe["properties"] = {"name": recipe["properties"].pop("name"), "extends": extends, **recipe["properties"]}
+    recipe["properties"]["stages"] |= {
+        "properties": {kind: {"$ref": f"#/definitions/StageNamed{kind.title()}"} for kind in KINDS},
+        "additionalProperties": {"$ref": "#/definitions/Stage"},
+        "propertyNames": {"pattern": r"^\w[\w-]*$", "not": {"enum": [*Recipe.model_fields, BASE]}},
+    }
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "A recipe for rlhf-pipeline",
+        "$comment": "Keys of `trainer` and `lora` have the descriptions of TRL, Transformers and PEFT (Apache-2.0).",
+        **recipe,
+        # What must be there, unless another recipe says it.
+        "if": {"not": {"required": ["extends"]}},
+        "then": {
+            "required": ["model", "stages"],
+            "properties": {
+                "model": {"required": ["path"]},
+                "evaluate": {"required": ["data", "judge"]},
+                "stages": {
+                    "minProperties": 1,
+                    "properties": {kind: {"type": "object", "required": ["data"]} for kind in KINDS},
+                    "additionalProperties": {"type": "object", "required": ["kind", "data"]},
+                },
+            },
+        },
+        "definitions": definitions,
+    }
+
+
+def _stages(stage: dict[str, Any]) -> dict[str, Any]:
+    """A definition for each kind of stage, and those that choose one by a stage's name and `kind`."""
+    stage["type"] = ["object", "null"]  # `dpo: null` leaves out a stage of the recipe that is extended
+    properties = stage["properties"]
+    properties["lora"] |= {"$ref": "#/definitions/Lora"}
+    chosen: dict[str, Any] = {"$ref": "#/definitions/StageOfSomeKind"}  # its kind is said by the recipe it extends
+    definitions = {"StageOfSomeKind": {**stage, "properties": dict(properties)}}
+    for kind in reversed(KINDS):
+        title = kind.title()
+        own = dict(properties) if kind == "ppo" else properties | PPO_ONLY
+        own["kind"] = {"const": kind, "description": Stage.model_fields["kind"].description}
+        own["trainer"] = {"$ref": f"#/definitions/{title}Trainer", "description": properties["trainer"]["description"]}
+        definitions[f"{title}Stage"] = {**stage, "properties": own}
+        definitions[f"{title}Trainer"] = _library(kind)
+        definitions[f"StageNamed{title}"] = {
+            "if": {"required": ["kind"]},
+            "then": {"$ref": "#/definitions/Stage"},
+            "else": {"$ref": f"#/definitions/{title}Stage"},
+        }
+        is_this = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
+        chosen = {"if": is_this, "then": {"$ref": f"#/definitions/{title}Stage"}, "else": chosen}
+    definitions["Stage"] = chosen
+    return definitions
+
+
+def _object(schema: dict[str, Any]) -> dict[str, Any]:
+    """One of pydantic's objects, tidied; what it requires another recipe may say, see `extends`."""
+    properties = {name: _tidy(value) for name, value in schema["properties"].items()}
+    return {
+        "description": " ".join(schema["description"].split()),
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
+    """A value's schema in few words; a number may also be a `${VAR}`."""
+    schema = {key: value for key, value in schema.items() if key != "title"}
+    if "description" in schema:
+        schema["description"] = " ".join(schema["description"].split())
+    if schema.get("default", ...) in (None, "", [], {}):
+        del schema["default"]
+    some, *null = schema.get("anyOf", [{}])
+    if null and "type" in some:  # a value or null
+        del schema["anyOf"]
+        schema |= {**some, "type": [some["type"], "null"]}
+    if "enum" in schema:
+        del schema["type"]
+        schema["anyOf"] = [{"enum": schema.pop("enum")}, {"type": "string", "pattern": r"\$\{"}]
+    elif "pattern" in schema:
+        schema["pattern"] += r"|\$\{"
+    elif {"integer", "number", "boolean"} & set(_list(schema.get("type"))):
+        schema |= {"type": [*_list(schema["type"]), "string"], "pattern": STANDS_FOR_VALUE}
+    return schema
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _library(config: str) -> dict[str, Any]:
+    """The keys of a library's config class that a recipe may set."""
+    settable = set(library_keys.settable(config))
+    keys = {name: key for name, key in library_keys.keys(config).items() if name in settable}
+    return {
+        "description": f"The keys of {library_keys.CONFIG_NAMES[config]}.",
+        "type": "object",
+        "properties": {name: _library_key(name, key) for name, key in keys.items()},
+        "additionalProperties": False,
+    }
+
+
+def _library_key(name: str, key: library_keys.Key) -> dict[str, Any]:
+    schema: dict[str, Any] = {"description": first_sentences(key.help)} if key.help else {}
+    if key.default not in (..., None) and name not in OWN_DEFAULTS:
+        schema["default"] = key.default
+    return schema | (NARROWER.get(name) or _type(key.annotation))
+
+
+def _type(annotation: str) -> dict[str, Any]:
+    """The JSON Schema of a library's annotation; empty where only importing would tell."""
+    choices: list[Any] = []
+    types: list[str] = []
+    schema: dict[str, Any] = {}
+    for name in library_keys.alternatives(annotation):
+        if name.startswith("="):
+            choices.append(name[1:])
+        elif name.startswith("list"):
+            types.append("array")
+            items = TYPES.get(name.removeprefix("list").strip("[]"))
+            schema |= {"items": {"type": items}} if items else {}
+        elif name in TYPES:
+            types.append(TYPES[name])
+        else:
+            return {}
+    if {"integer", "number", "boolean"} & set(types) and "string" not in types:
+        types.append("string")
+        schema["pattern"] = STANDS_FOR_VALUE
+    schema |= {"type": types[0] if len(types) == 1 else types} if types else {}
+    if not choices:
+        return schema
+    others = [schema] if types else []
+    return {"anyOf": [{"enum": choices}, {"type": "string", "pattern": r"\$\{"}, *others]}
+
+
+def first_sentences(text: str, enough: int = 200) -> str:
+    """The beginning of a text: whole sentences, until there are `enough` characters."""
+    end = re.compile(r"[.!?](?=\s|$)")
+    for match in end.finditer(text):
+        if match.end() >= enough:
+            return text[: match.end()]
+    return text

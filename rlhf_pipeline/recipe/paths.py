@@ -1,0 +1,299 @@
+"""What a recipe names on disk, made absolute and looked at: models, data, chat templates. No torch."""
+
+import difflib
+import glob
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.recipe import data_files, schema
+from rlhf_pipeline.recipe.layers import OF_PATH, OF_SOURCE
+from rlhf_pipeline.recipe.origins import Problems
+from rlhf_pipeline.recipe.schema import Data, Recipe
+from rlhf_pipeline.recipe.shipped import TINY
+from rlhf_pipeline.recipe.yaml import KeyPath
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+RELATIVE = "relative paths start from the folder of the recipe that says them"
+
+
+def resolve_paths(recipe: Recipe, problems: Problems) -> None:
+    """Make paths absolute, and see that what is named is there; what is wrong is noted."""
+    origins = problems.origins
+    recipe._folder = origins.folder(("evaluate", "judge"))
+    recipe.output_dir = str((origins.folder(("output_dir",)) / Path(recipe.output_dir).expanduser()).resolve())
+    model = recipe.model
+    model.path = _model_path(model.path, ("model", "path"), problems)
+    if Path(model.path).is_absolute() and model.revision is not None:
+        problems.add(
+            ("model", "revision"),
+            "`revision` has no effect: a model folder has no revisions",
+            "remove it",
+            of_key=True,
+        )
+    if model.chat_template is not None and not problems.is_broken(("model", "chat_template")):
+        model.chat_template = _template_path(model.chat_template, ("model", "chat_template"), problems)
+    for name, stage in recipe.stages.items():
+        path = ("stages", name, "data")
+        idle = {"max_completion_length": "only prompts are read here"} if stage.kind == "ppo" else {}
+        _resolve_data(stage.data, path, idle, problems)
+        if stage.ptx_data:
+            unused = "nothing evaluates on these rows"
+            _resolve_data(
+                stage.ptx_data, ("stages", name, "ptx_data"), {"eval_fraction": unused, "eval_data": unused}, problems
+            )
+    if recipe.evaluate:
+        all_held_out, as_they_are = "all rows are held out here", "every prompt that is asked is judged"
+        idle = {
+            "eval_fraction": all_held_out, "eval_data": all_held_out, "too_long": as_they_are, "bad_rows": as_they_are,
+            "max_completion_length": "only prompts are read here",
+        }  # fmt: skip
+        _resolve_data(recipe.evaluate.data, ("evaluate", "data"), idle, problems)
+
+
+def _resolve_data(data: Data, path: KeyPath, idle: dict[str, str], problems: Problems) -> None:
+    """Check the keys of one section of data against each other, and make its paths absolute."""
+    _refuse_idle(data, idle, path, problems)
+    written = problems.origins.written
+    if data.path and data.mix:
+        problems.add(
+            (*path, "mix"), "`path` and `mix` exclude each other", "give `path` of one source, or `mix` of several"
+        )
+    elif not data.path and not data.mix:
+        if (*path, "mix") in written:
+            problems.add((*path, "mix"), "`mix` is empty", "name at least one source")
+        elif (*path, "path") in written:
+            problems.add((*path, "path"), "`path` is empty", "name a file, a folder or a hub id")
+        else:
+            problems.add((*path, "path"), "`path` is missing", "give `path` of one source, or `mix` of several")
+    if data.eval_data is not None and data.eval_fraction > 0:
+        problems.add(
+            (*path, "eval_fraction"),
+            "`eval_fraction` and `eval_data` exclude each other",
+            "remove one of them: rows are held out, or come from elsewhere",
+            of_key=True,
+        )
+    limits = [key for key in ("max_prompt_length", "max_completion_length") if key not in idle]
+    if data.too_long == "drop" and not any(getattr(data, key) for key in limits):
+        problems.add(
+            (*path, "too_long"),
+            "`too_long` has no effect: no length limits the rows",
+            f"set {' or '.join(f'`{key}`' for key in limits)}, or remove it",
+            of_key=True,
+        )
+    if data.mix:
+        in_entries = "it belongs to each entry of `mix`"
+        for key in OF_SOURCE:
+            if key != "path" and _is_set(data, key):
+                problems.add((*path, key), f"`{key}` has no effect beside `mix`", in_entries, of_key=True)
+        _check_weights(data, path, problems)
+        for i, source in enumerate(data.mix):
+            _resolve_source(source, (*path, "mix", i), problems)
+    elif data.path:
+        _resolve_source(data, path, problems)
+    if data.eval_data is not None:
+        _resolve_source(data.eval_data, (*path, "eval_data"), problems)
+
+
+def _check_weights(data: Data, path: KeyPath, problems: Problems) -> None:
+    """All sources of a mix have a weight, or none."""
+    without = [i for i, source in enumerate(data.mix) if source.weight is None]
+    if any(problems.within((*path, "mix", i)) for i in without) or len(without) in (0, len(data.mix)):
+        return
+    for i in without:
+        problems.add(
+            (*path, "mix", i, "weight"),
+            "`weight` is missing: other sources of this mix have one",
+            "give each source a weight, or none: then all rows are used",
+        )
+
+
+def _resolve_source(source: schema.Source, path: KeyPath, problems: Problems) -> None:
+    """Make one path absolute, and refuse what has no effect beside it."""
+    for expected, column in source.columns.items():
+        if not expected.strip() or not column.strip():
+            problems.add(
+                (*path, "columns", expected),
+                "a column without a name",
+                "columns are {expected name: the data's own name}",
+                of_key=not expected.strip(),
+            )
+    if problems.is_broken((*path, "path")):
+        return
+    source.path = _data_path(source.path, (*path, "path"), problems)
+    if data_files.is_local(source.path):
+        no = "a data file has no"
+        idle = {"split": f"{no} splits", "revision": f"{no} revisions", "subset": f"{no} subsets"}
+        _refuse_idle(source, {key: idle[key] for key in OF_PATH}, path, problems)
+
+
+def _refuse_idle(source: schema.Source, idle: dict[str, str], path: KeyPath, problems: Problems) -> None:
+    """Refuse what would have no effect, each key for its reason: no setting is ignored in silence."""
+    for key, reason in idle.items():
+        if _is_set(source, key):
+            problems.add((*path, key), f"`{key}` has no effect: {reason}", "remove it", of_key=True)
+
+
+def _is_set(source: schema.Source, key: str) -> bool:
+    """Whether a key has another value than it has by default."""
+    default: Any = type(source).model_fields[key].default
+    return getattr(source, key) != default
+
+
+def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
+    if path == "tiny":
+        return str(TINY / "checkpoint")
+    local = problems.origins.folder(key) / Path(path).expanduser()
+    if not local.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            problems.add(key, f"there is no model folder {local}", RELATIVE)
+        return path  # a hub id
+    pickled = sorted(file.name for file in local.iterdir() if file.suffix in PICKLE_SUFFIXES) if local.is_dir() else []
+    if not (local / "config.json").is_file():
+        problems.add(
+            key,
+            f"{local} is not a model folder: it has no config.json",
+            "name the folder that `save_pretrained` wrote",
+        )
+    elif any(local.glob("*.safetensors")):
+        return str(local.resolve())
+    elif pickled:
+        problems.add(
+            key,
+            f"{local} holds its weights as a pickle, {pickled[0]}, which can run any code when it is opened, so only "
+            "*.safetensors are read",
+            "if you trust who made it, load model and tokenizer once with Transformers and `save_pretrained` both "
+            "to a new folder",
+        )
+    else:
+        problems.add(
+            key,
+            f"{local} holds no *.safetensors weights",
+            "load the model with Transformers and save it with `save_pretrained`",
+        )
+    return str(local.resolve())
+
+
+def _template_path(path: str, key: KeyPath, problems: Problems) -> str:
+    file = problems.origins.folder(key) / Path(path).expanduser()
+    if not file.is_file():
+        problems.add(key, f"there is no chat template {file}", f"name a file with a Jinja template; {RELATIVE}")
+        return path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.add(key, f"the chat template {file} cannot be read: {error}", "save it as plain UTF-8 text")
+        return path
+    if not text.strip():
+        problems.add(key, f"the chat template {file} is empty", "write a template, or remove `chat_template`")
+    elif problem := _template_problem(text):
+        problems.add(key, f"the chat template {file} is no Jinja template: {problem}", "mend the template")
+    return str(file.resolve())
+
+
+def _template_problem(text: str) -> str | None:
+    """What keeps a chat template from being compiled as Transformers compiles it; None where nothing does."""
+    import jinja2
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.parser import Parser
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}`, which Transformers adds to the language, read as what it encloses."""
+
+        tags = {"generation"}  # noqa: RUF012  as the base class has it
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        jinja2.Environment(extensions=[Generation, jinja2.ext.loopcontrols]).from_string(text)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        return f"{error.message}{f' (line {line})' if line else ''}"
+    return None
+
+
+def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
+    """What a path stands for: an absolute file, folder or glob, or a hub id; what is wrong is noted."""
+    if path.startswith("tiny:"):
+        file = TINY / "data" / f"{path.removeprefix('tiny:')}.jsonl"
+        if not file.is_file():
+            known = ", ".join(f"tiny:{other.stem}" for other in sorted(file.parent.glob("*.jsonl")))
+            problems.add(key, f"the tiny world has no data `{path}`", f"it has {known}")
+        return str(file)
+    folder = problems.origins.folder(key)
+    local = folder / Path(path).expanduser()
+    if "://" in path:
+        problems.add(key, "an address is not read", "download the file first, or name the hub dataset by its id")
+    elif local.is_file():
+        _check_file(local, key, problems)
+    elif local.is_dir() or glob.has_magic(path):
+        pattern = str(local) if local.is_dir() or Path(path).expanduser().is_absolute() else _inside(folder, path)
+        _check_several(str(pattern), local, key, problems)
+        return str(local.resolve()) if local.is_dir() else pattern
+    elif _names_a_file(path):
+        files = sorted(local.parent.iterdir()) if local.parent.is_dir() else []
+        beside = {file.name.partition(".")[0]: file.name for file in files if data_files.file_type(file)}
+        near = difflib.get_close_matches(local.name.partition(".")[0], beside, n=1)
+        hint = f"did you mean `{beside[near[0]]}`?" if near else RELATIVE
+        problems.add(key, f"there is no data file {local}", hint)
+    else:
+        return path  # a hub dataset
+    return str(local.resolve())
+
+
+def _names_a_file(path: str) -> bool:
+    """Whether a path that is not there can only have been meant as a file's."""
+    suffix = Path(path).suffix.lower()
+    known = data_files.file_type(Path(path)) or suffix in (*data_files.NOT_READ, *data_files.COMPRESSED)
+    return bool(known) or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _inside(folder: Path, pattern: str) -> str:
+    """A pattern under a folder, whose own name is no pattern."""
+    return f"{glob.escape(str(folder))}/{Path(pattern).expanduser()}"
+
+
+def _check_file(file: Path, key: KeyPath, problems: Problems) -> None:
+    if data_files.file_type(file) is None:
+        problems.add(key, f"data files of type `{file.suffix}` are not read", _instead(file))
+    elif file.stat().st_size == 0:
+        problems.add(key, f"the data file {file} is empty", "put at least one row in it")
+
+
+def _instead(file: Path) -> str:
+    types = f"use {', '.join(data_files.SUFFIXES)}, also with {', '.join(data_files.COMPRESSED)}"
+    return data_files.NOT_READ.get(file.suffix.lower(), types)
+
+
+def _check_several(path: str, local: Path, key: KeyPath, problems: Problems) -> None:
+    """Check the files of a folder or a glob."""
+    files = data_files.matching(path)
+    is_folder = local.is_dir()
+    types = sorted({str(data_files.file_type(file)) for file in files})
+    splits = data_files.splits(files)
+    if not files:
+        others = data_files.not_read(path)
+        below = is_folder and any(data_files.file_type(one) for one in local.rglob("*") if one.is_file())
+        what = f"there are no data files in {local}" if is_folder else f"no data file matches {local}"
+        hint = _instead(others[0]) if others and others[0].suffix.lower() in data_files.NOT_READ else None
+        if below:
+            hint = f"there are some further down: {local.name}/**/*.jsonl would match those of one type"
+        problems.add(key, what, hint or (RELATIVE if not is_folder else _instead(Path("x"))))
+    elif len(types) > 1:
+        problems.add(
+            key,
+            f"{local} stands for files of several types: {', '.join(types)}",
+            f"name those of one type: {local.name if is_folder else '...'}/*{types[-1]}",
+        )
+    elif is_folder and len(splits) > 1:
+        problems.add(
+            key,
+            f"the files in {local} look like splits: {', '.join(splits)}",
+            f"name one of them, as {local.name}/{splits[-1]}*",
+        )
+    else:
+        empty = next((file for file in files if file.stat().st_size == 0), None)
+        if empty:
+            problems.add(key, f"the data file {empty} is empty", "put at least one row in it, or remove it")

@@ -1,0 +1,132 @@
+"""Which earlier stage each stage starts from, the shape of its adapter, and which reward it uses."""
+
+import difflib
+
+from rlhf_pipeline.recipe.origins import Problems
+from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
+
+POLICY_KINDS = ("sft", "ppo", "dpo")
+# PEFT's keys that make another function of the same weights, or share or repeat them.
+FUNCTION_KEYS = (
+    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "alora_invocation_tokens",
+    "ensure_weight_tying", "velora_config", "monteclora_config", "use_bdlora", "arrow_config",
+)  # fmt: skip
+# With one of these, the weights are not two plain factors that a larger rank extends.
+RIGID_KEYS = ("target_parameters", "monteclora_config", "use_bdlora", "arrow_config")
+SIZE_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def resolve_stages(recipe: Recipe, problems: Problems) -> None:
+    """Fill in `init`, `reward` and the whole `lora` of every stage; what is wrong is noted."""
+    earlier: dict[str, Stage] = {}
+    derived = problems.origins.derived
+    for name, stage in recipe.stages.items():
+        path = ("stages", name)
+        known = {other: spec for other, spec in earlier.items() if not problems.is_broken(("stages", other, "kind"))}
+        if stage.init is None:
+            stage.init = next((other for other in reversed(known) if known[other].kind == "sft"), BASE)
+            derived[*path, "init"] = "the latest sft stage before" if stage.init != BASE else "no sft stage before"
+        elif stage.init != BASE:
+            _require(recipe, earlier, name, "init", stage.init, POLICY_KINDS, problems)
+        if problems.is_broken((*path, "init")):
+            stage.init = BASE
+            problems.break_((*path, "lora"))
+        _resolve_lora(recipe, name, stage, problems)
+        if stage.kind == "ppo":
+            _resolve_reward(recipe, earlier, known, name, stage, problems)
+            if "stop_token_id" not in stage.trainer and "stop_token" not in stage.trainer:
+                stage.trainer = {"stop_token": "eos", **stage.trainer}
+        for key in ("reward", "ptx_data"):
+            if stage.kind != "ppo" and getattr(stage, key) is not None:
+                problems.add(
+                    (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`", "remove it", of_key=True
+                )
+        earlier[name] = stage
+
+
+def _resolve_reward(
+    recipe: Recipe, earlier: dict[str, Stage], known: dict[str, Stage], name: str, stage: Stage, problems: Problems
+) -> None:
+    """Fill in which reward model a PPO stage uses."""
+    path = ("stages", name, "reward")
+    if stage.reward is not None:
+        _require(recipe, earlier, name, "reward", stage.reward, ("reward",), problems)
+        return
+    stage.reward = next((other for other in reversed(known) if known[other].kind == "reward"), None)
+    problems.origins.derived[path] = "the latest reward stage before"
+    if stage.reward is None and len(known) == len(earlier):  # else one of unknown kind may be meant
+        problems.add(
+            path,
+            f"stage `{name}` needs a reward model, and no `reward` stage stands before it",
+            "add a stage of kind `reward` before it",
+        )
+
+
+def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -> None:
+    """Fill in the whole shape of a stage's adapter, and see that it can begin as the adapter it starts from.
+
+    Only what the keys alone show; the worker's check compares the adapters themselves, module by module.
+    """
+    before = recipe.lora if stage.init == BASE else recipe.stages[str(stage.init)].lora
+    path = ("stages", name, "lora")
+    taken_over = "from lora" if stage.init == BASE else f"from {stage.init}"
+    problems.origins.derived |= {(*path, key): taken_over for key in before if key not in stage.lora}
+    stage.lora = {**before, **stage.lora}
+    if stage.init == BASE or problems.is_broken(path) or problems.is_broken(("stages", str(stage.init), "lora")):
+        return
+    rigid = next((key for key in RIGID_KEYS if stage.lora.get(key)), None)
+    for key in (*FUNCTION_KEYS, *(SIZE_KEYS if rigid else ())):
+        if (stage.lora.get(key) or None) != (before.get(key) or None):  # no value and `false` are the same
+            why = f"with `{rigid}` a change of size would" if key in SIZE_KEYS else "that would"
+            problems.add(
+                (*path, key),
+                f"`{key}` is not that of stage `{stage.init}`, whose adapter stage `{name}` starts from: {why} "
+                "change what the adapter computes",
+                f"leave it as in `{stage.init}`, or start from the base: `init: {BASE}`",
+            )
+    patterned = stage.lora.get("rank_pattern") or before.get("rank_pattern")
+    if not patterned and "r" in before and stage.lora["r"] < before["r"]:
+        problems.add(
+            (*path, "r"),
+            f"rank {stage.lora['r']} is less than {before['r']}, that of stage `{stage.init}`, whose adapter stage "
+            f"`{name}` starts from and would not fit",
+            f"use {before['r']} or more, or start from the base: `init: {BASE}`",
+        )
+
+
+def _require(
+    recipe: Recipe,
+    earlier: dict[str, Stage],
+    name: str,
+    key: str,
+    wanted: str,
+    kinds: tuple[str, ...],
+    problems: Problems,
+) -> None:
+    """Check that `wanted` is an earlier stage of one of `kinds`."""
+    path = ("stages", name, key)
+    if wanted == name:
+        problems.add(path, f"stage `{name}` cannot depend on itself", _earlier(earlier, kinds))
+    elif wanted not in recipe.stages:
+        near = difflib.get_close_matches(wanted, earlier, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else _earlier(earlier, kinds)
+        problems.add(path, f"stage `{name}` needs stage `{wanted}`, which is not in the recipe", hint)
+    elif wanted not in earlier:
+        problems.add(path, f"stage `{name}` needs stage `{wanted}`, which stands after it", "stages run in order")
+    elif earlier[wanted].kind not in kinds and not problems.is_broken(("stages", wanted, "kind")):
+        problems.add(
+            path,
+            f"`{wanted}` is of kind `{earlier[wanted].kind}`; `{key}` needs {_either(kinds)}",
+            _earlier(earlier, kinds),
+        )
+
+
+def _earlier(earlier: dict[str, Stage], kinds: tuple[str, ...]) -> str:
+    """The stages that would do, for a hint."""
+    fitting = [name for name, stage in earlier.items() if stage.kind in kinds]
+    return f"earlier stages: {', '.join(fitting) or f'none of kind {_either(kinds)}'}"
+
+
+def _either(kinds: tuple[str, ...]) -> str:
+    *others, last = kinds
+    return f"{', '.join(others)} or {last}" if others else last
