@@ -33,7 +33,8 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 from trl.experimental import ppo as trl_ppo
 
-from rlhf_pipeline import data, recipe
+from rlhf_pipeline import recipe
+from rlhf_pipeline.data import prepare
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -166,7 +167,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     job = Job(loaded, "ppo", options.run)
     decided = {"output_dir": str(options.out), "num_sample_generations": 0}
     tokenizer = load_tokenizer(loaded.model.path)
-    prompts, _ = data.prompts(stage.data, tokenizer, loaded.seed)
+    prompts = prepare.prompts(stage.data, tokenizer, loaded.seed).train
     set_seed(loaded.seed)
     shared = SharedBase(
         load_base(loaded.model, tokenizer), stage.lora, job.init, job.reward, loaded.stages["reward"].lora

@@ -9,11 +9,14 @@ import re
 import sys
 import tempfile
 import time
+from glob import has_magic
 from pathlib import Path
 from typing import Literal
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import Data, Model, Recipe
+from rlhf_pipeline.recipe.data_files import is_local, matching
+from rlhf_pipeline.recipe.schema import Source
 
 # Files of a model folder that decide what is loaded: weights, configuration, tokenizer.
 MODEL_FILES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".txt")
@@ -37,9 +40,25 @@ class Digests:
         self.known = self._remembered()
 
     def of_data(self, data: Data) -> str:
-        """`name@digest` of a data file; of a hub dataset its identity: `id@commit`, or what is known of it."""
-        file = Path(data.path)
-        return f"{file.name}@{self.of_file(file)}" if file.is_file() else _on_hub(data)
+        """What the sources of the rows hold, `eval_data` apart: see `of_source`; of a mix all of them, as "a + b"."""
+        return " + ".join(self.of_source(source) for source in data.sources)
+
+    def of_source(self, source: Source) -> str:
+        """`name@digest` of a file, a glob or a folder; of a hub dataset its identity: `id@commit`, or what is known.
+
+        Of several files, names and contents of all that match count.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        if not is_local(source.path):
+            return _on_hub(source)
+        path, files = Path(source.path), matching(source.path)
+        if files == [path]:
+            return f"{path.name}@{self.of_file(path)}"
+        start = path if path.is_dir() else next(parent for parent in path.parents if not has_magic(str(parent)))
+        names = "".join(f"{file.relative_to(start).as_posix()}={self.of_file(file)}\n" for file in files)
+        return f"{path.name}@{short_hash(names.encode())}"
 
     def of_model(self, model: Model) -> str:
         """`name@digest` of a model folder; of a hub model its identity, see `of_data`.
@@ -126,7 +145,7 @@ class Digests:
                 raise
 
 
-def _on_hub(spec: Model | Data) -> str:
+def _on_hub(spec: Model | Source) -> str:
     return f"{spec.path}@{spec.revision}" if spec.revision else spec.path
 
 
@@ -136,11 +155,12 @@ def pin(recipe: Recipe) -> None:
     So all stages load the same, and the resolved recipe says what that was. The hub is asked at most once for each;
     where it does not answer, the commit that the local cache holds counts; where that has none, nothing changes.
     """
-    specs: list[tuple[Literal["model", "dataset"], Model | Data]] = [("model", recipe.model)]
-    for stage in recipe.stages.values():
-        specs += [("dataset", data) for data in (stage.data, stage.ptx_data) if data]
+    specs: list[tuple[Literal["model", "dataset"], Model | Source]] = [("model", recipe.model)]
+    everywhere = [data for stage in recipe.stages.values() for data in (stage.data, stage.ptx_data) if data]
     if recipe.evaluate:
-        specs.append(("dataset", recipe.evaluate.data))
+        everywhere.append(recipe.evaluate.data)
+    for data in everywhere:
+        specs += [("dataset", source) for source in (*data.sources, data.eval_data) if source]
     commits: dict[tuple[str, str, str | None], str | None] = {}
     for kind, spec in specs:
         local = Path(spec.path).is_absolute() or Path(spec.path).exists()

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pipeline import durable
+from rlhf_pipeline.data.peek import first_rows
+from rlhf_pipeline.data.shapes import Wanted, recognise
 from rlhf_pipeline.digests import Digests, pin, short_hash
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.recipe import BASE, Data, Recipe, gates
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.run.directory import WEIGHTS, Progress, RunDirectory
 
+# What each kind of stage reads.
+NEEDS: dict[str, Wanted] = {
+    "sft": "demonstrations", "reward": "preferences", "ppo": "prompts", "dpo": "preferences",
+}  # fmt: skip
 State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
 # With another version of these a stage may come out otherwise: any other of TRL, whose minor version is fixed, another
@@ -165,13 +171,45 @@ def data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:
         inputs |= _not_default(f"{prefix}.mix.{i}", source)
     if data.eval_data:
         name = f"{prefix}.eval_data"
-        inputs |= {name: digests.of_data(data.eval_data)} | _not_default(name, data.eval_data)
+        inputs |= {name: digests.of_source(data.eval_data)} | _not_default(name, data.eval_data)
     return inputs
 
 
 def _not_default(prefix: str, source: Source, apart: Set[str] = frozenset()) -> dict[str, Any]:
     settings = source.model_dump(exclude={"path", "revision", *apart}, exclude_defaults=True)
     return {f"{prefix}.{key}": value for key, value in settings.items()}
+
+
+def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
+    """How the data of each stage are read, as their first rows tell.
+
+    Returns:
+        For each stage, a `{"key": "data", "path": …, "shape": …}` for each of its sources; of a hub dataset, which may
+        have to be downloaded first, the shape is None.
+
+    Raises:
+        InputError: for all data that cannot be read, or are not what their stage needs.
+    """
+    found: dict[str, list[dict[str, str | None]]] = {}
+    problems: dict[str, InputError] = {}
+    for name, stage in recipe.stages.items():
+        used: list[tuple[str, Wanted, Data, Source]]
+        used = [("data", NEEDS[stage.kind], stage.data, source) for source in stage.data.sources]
+        if stage.data.eval_data:
+            used.append(("data.eval_data", NEEDS[stage.kind], stage.data, stage.data.eval_data))
+        if stage.ptx_data:
+            used += [("ptx_data", "demonstrations", stage.ptx_data, source) for source in stage.ptx_data.sources]
+        found[name] = []
+        for key, wanted, data, source in used:
+            try:
+                rows = first_rows(source)
+                shape = None if rows is None else recognise(rows, wanted, data.chat, source.path).says
+                found[name].append({"key": key, "path": source.path, "shape": shape})
+            except InputError as error:
+                problems[str(error)] = error  # two stages may share their data
+    if problems:
+        raise InputErrors(list(problems.values()))
+    return found
 
 
 def _state_of_finished(

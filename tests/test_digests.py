@@ -135,6 +135,52 @@ class TestMemory:
         assert caught.value.place == str(folder / "config.json")
 
 
+class TestSources:
+    """Globs, folders, mixes: what they are made of counts, wherever it lies."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        folder = tmp_path / "rows"
+        folder.mkdir()
+        for name in ("a.jsonl", "b.jsonl.gz", "c.csv"):
+            (folder / name).write_text(name)
+        return folder
+
+    @pytest.mark.parametrize("pattern", ["rows", "rows/*", "*/*"])
+    @pytest.mark.parametrize(
+        ("change", "counts"),
+        [
+            (lambda folder: (folder / "a.jsonl").write_text("other"), True),
+            (lambda folder: (folder / "d.json").write_text("d"), True),
+            (lambda folder: (folder / "c.csv").unlink(), True),
+            (lambda folder: (folder / "c.csv").rename(folder / "c.json"), True),
+            (lambda folder: (folder / "readme.md").write_text("d"), False),
+        ],
+    )
+    def test_names_and_contents_of_all_files_count(self, memory, folder, pattern, change, counts):
+        path = folder.parent / pattern
+        before = of(path)
+        change(folder)
+        assert (of(path) != before) == counts
+        assert before.startswith(f"{path.name}@")
+
+    @pytest.mark.parametrize("pattern", ["rows", "rows/*", "*/*.csv"])
+    def test_where_they_lie_does_not_count(self, memory, folder, pattern, tmp_path):
+        before = of(tmp_path / pattern)
+        (tmp_path / "elsewhere").mkdir()
+        shutil.move(folder, tmp_path / "elsewhere" / "rows")
+        assert of(tmp_path / "elsewhere" / pattern) == before
+
+    def test_a_mix_is_what_its_sources_are(self, memory, rows, folder):
+        mix = Data(mix=[{"path": str(rows), "weight": 2.0}, {"path": str(folder)}, {"path": "org/x", "revision": OLD}])
+        assert Digests().of_data(mix) == f"{of(rows)} + {of(folder)} + org/x@{OLD}"
+
+    def test_eval_data_have_a_value_of_their_own(self, memory, rows, folder):
+        data = Data(path=str(rows), eval_data={"path": str(folder)})
+        assert Digests().of_data(data) == of(rows)
+        assert Digests().of_source(data.eval_data) == of(folder)
+
+
 class TestModelFolder:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -352,6 +398,18 @@ class TestPin:
         hub.commits["/api/models/org/base"] = NEW
         (reason,) = plan._changes(before["sft"].inputs, planned(load())["sft"])
         assert reason == f"model changed: org/base ({OLD[:8]}) → org/base ({NEW[:8]})"
+
+    def test_the_sources_of_a_mix_and_held_out_data_are_asked_as_well(self, hub, load):
+        recipe = load("dpo.data.path=tiny:preferences", "reward.data.path=tiny:preferences")
+        recipe.stages["dpo"].data = Data(
+            mix=[{"path": "org/pairs"}, {"path": "org/pairs", "revision": OTHER}],
+            eval_data={"path": "org/asked"},
+        )
+        digests.pin(recipe)
+        data = recipe.stages["dpo"].data
+        assert [source.revision for source in data.mix] == [OLD, OTHER]
+        assert data.eval_data.revision == OLD
+        assert sorted(hub.asked) == sorted(hub.commits)
 
     def test_a_branch_is_resolved_and_a_commit_is_not_asked_for(self, hub, load):
         hub.commits["/api/models/org/base/revision/v1.0"] = NEW

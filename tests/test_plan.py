@@ -236,6 +236,81 @@ def test_the_content_of_the_model_counts_for_every_stage(folder, file):
     assert plans["sft"].reason.startswith("model changed: base (")
 
 
+def test_the_content_of_the_chat_template_counts(folder):
+    (folder / "chat.jinja").write_text("{{ messages[0]['content'] }}")
+    finish(folder)
+    assert set(states(make(folder, "model.chat_template=chat.jinja")).values()) == {"stale"}
+    before = {name: stage.fingerprint for name, stage in make(folder, "model.chat_template=chat.jinja").items()}
+    (folder / "chat.jinja").write_text("{{ messages[-1]['content'] }}")
+    after = {name: stage.fingerprint for name, stage in make(folder, "model.chat_template=chat.jinja").items()}
+    assert not set(before.values()) & set(after.values())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "{mix: [{path: pairs.jsonl, weight: 3}, {path: more.jsonl, weight: 1}]}",
+        "{mix: [{path: more.jsonl, weight: 1}, {path: pairs.jsonl, weight: 1}]}",
+        "{mix: [{path: pairs.jsonl, weight: 1}, {path: more.jsonl, weight: 1, limit: 1}]}",
+        "{mix: [{path: pairs.jsonl, weight: 1}, {path: other.jsonl, weight: 1}]}",
+        "{mix: [{path: pairs.jsonl, weight: 1}, {path: more.jsonl, weight: 1}], eval_data: pairs.jsonl}",
+        "{mix: [{path: pairs.jsonl, weight: 1}, {path: more.jsonl, weight: 1}], max_prompt_length: 9, too_long: drop}",
+    ],
+)
+def test_every_part_of_a_mix_counts(folder, changed):
+    for name in ("more", "other"):
+        (folder / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "chosen": "b", "rejected": "c"}}\n')
+    mix = "dpo.data={mix: [{path: pairs.jsonl, weight: 1}, {path: more.jsonl, weight: 1}]}"
+    assert make(folder, mix)["dpo"].fingerprint != make(folder, f"dpo.data={changed}")["dpo"].fingerprint
+
+
+def test_the_content_of_eval_data_counts(folder):
+    held_out = "dpo.data={path: pairs.jsonl, eval_data: held_out.jsonl}"
+    (folder / "held_out.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    before = make(folder, held_out)["dpo"].fingerprint
+    (folder / "held_out.jsonl").write_text('{"prompt": "z", "chosen": "b", "rejected": "c"}\n')
+    assert make(folder, held_out)["dpo"].fingerprint != before
+
+
+def test_what_is_as_by_default_makes_no_difference(folder):
+    """So that a key which a later version adds leaves former results as they are."""
+    said = "dpo.data={path: pairs.jsonl, split: train, eval_fraction: 0.0, too_long: cut}"
+    assert make(folder, said)["dpo"].fingerprint == make(folder)["dpo"].fingerprint
+
+
+def shapes(folder: Path, *overrides: str) -> dict[str, list[tuple[str, str, str | None]]]:
+    """For each stage the key, the file's name and what its rows are read as."""
+    found = plan.shapes(recipe.load(str(folder / "r.yaml"), overrides))
+    return {
+        stage: [(one["key"], Path(one["path"]).name, (one["shape"] or "").partition(":")[0] or None) for one in sources]
+        for stage, sources in found.items()
+    }
+
+
+def test_the_shape_of_every_source_is_said(folder):
+    (folder / "asked.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    found = shapes(folder, "sft.data=[rows.jsonl, {path: asked.jsonl}]", "dpo.data.eval_data=pairs.jsonl",
+                   "ppo.ptx_data=asked.jsonl", "ppo.trainer.ptx_coef=0.1")  # fmt: skip
+    pairs = "prompt/chosen/rejected"
+    assert found == {
+        "sft": [("data", "rows.jsonl", "prompt/completion"), ("data", "asked.jsonl", "question/answer")],
+        "reward": [("data", "pairs.jsonl", pairs)],
+        "ppo": [("data", "rows.jsonl", "prompt"), ("ptx_data", "asked.jsonl", "question/answer")],
+        "dpo": [("data", "pairs.jsonl", pairs), ("data.eval_data", "pairs.jsonl", pairs)],
+    }
+
+
+def test_the_shape_of_a_hub_dataset_is_not_known_yet(folder):
+    assert shapes(folder, "sft.data=nobody/nothing")["sft"] == [("data", "nothing", None)]
+
+
+def test_all_data_that_do_not_fit_their_stage_are_refused_at_once(folder):
+    (folder / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError) as caught:
+        shapes(folder, "reward.data=rows.jsonl", "dpo.data=rows.jsonl", "ppo.data=empty.jsonl")
+    assert [one.place for one in caught.value.all] == [str(folder / "rows.jsonl"), str(folder / "empty.jsonl")]
+
+
 def everything_in(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")

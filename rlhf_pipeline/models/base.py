@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -147,6 +147,8 @@ def _file_names(spec: Model) -> list[str]:
         return [file.rfilename for file in found.siblings or []]
     except HfHubHTTPError:
         return []  # it answers; what is wrong, loading says better
+    except HFValidationError as error:  # a path, which no cache has either
+        raise _unreachable(spec, error) from None
     except Exception as error:
         if not isinstance(try_to_load_from_cache(spec.path, "config.json", revision=spec.revision), str):
             raise _unreachable(spec, error) from None

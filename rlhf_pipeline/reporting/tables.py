@@ -43,12 +43,19 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
     console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
 
 
-def intentions(plans: list[StagePlan], chosen: list[StagePlan], remote_code: str | None, console: Console) -> None:
-    """Print what a run would do, and why.
+def intentions(
+    plans: list[StagePlan],
+    chosen: list[StagePlan],
+    shapes: dict[str, list[dict[str, str | None]]],
+    remote_code: str | None,
+    console: Console,
+) -> None:
+    """Print what a run would do and why, and how its data are read.
 
     Args:
         plans: every stage.
         chosen: those that would run.
+        shapes: from `plan.shapes`.
         remote_code: the model whose own code would be run; None where none would.
         console: where to.
     """
@@ -61,6 +68,20 @@ def intentions(plans: list[StagePlan], chosen: list[StagePlan], remote_code: str
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
         table.add_row(plan.name, plan.kind, start, state, "yes" if plan.name in names else "no", escape(plan.reason))
     console.print(table)
+    console.print()
+    read = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    read.add_column("stage", no_wrap=True)
+    for column in ("data", "read as"):
+        read.add_column(column, overflow="fold")
+    for plan in plans:
+        for source in shapes[plan.name]:
+            key = "" if source["key"] == "data" else f"{source['key']}: "
+            path = str(source["path"])
+            known = source["shape"] or "what its columns say, once it is downloaded"
+            read.add_row(
+                plan.name, escape(key + (Path(path).name if Path(path).is_absolute() else path)), escape(known)
+            )
+    console.print(read)
     if remote_code:
         console.print(
             f"trust_remote_code: code that comes with {remote_code} will be run", style="bold", soft_wrap=True

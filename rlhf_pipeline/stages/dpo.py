@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from rlhf_pipeline import data
+from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -24,19 +24,16 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         if limit is None or args.truncation_mode != "keep_start":
             return dataset
         # As in TRL: where the prompt alone fills `max_length`, no token of the replies would be left.
-        return dataset.filter(lambda row: len(row["prompt_ids"]) < limit)
+        return dataset.filter(lambda ids: [len(one) < limit for one in ids], batched=True, input_columns="prompt_ids")
 
 
 def prepare(job: Job) -> tuple[DPOConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
     """See `sft.prepare`."""
     args = job.trainer_config(DPOConfig)
     tokenizer = load_tokenizer(job.recipe.model)
-    train, held_out = data.preferences(job.stage.data, tokenizer, job.recipe.seed)
-    job.require_eval_data(args, held_out)
-    limit = args.max_length
-    if limit is not None and args.truncation_mode == "keep_start":
-        job.require(sum(len(prompt) < limit for prompt in train["prompt_ids"]), len(train), limit)
-    return args, tokenizer, train, held_out
+    prepared = rows.preferences(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, prepared.held_out)
+    return args, tokenizer, prepared.train, prepared.held_out
 
 
 def run(job: Job) -> dict[str, Any]:

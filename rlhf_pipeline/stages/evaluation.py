@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_pipeline import data, durable
-from rlhf_pipeline.data import rows
+from rlhf_pipeline import durable
+from rlhf_pipeline.data.prepare import encode_prompts, first_prompts
+from rlhf_pipeline.data.shapes import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
@@ -50,8 +51,8 @@ def load_judge(name: str, folders: Sequence[Path]) -> Judge:
     return function
 
 
-def prepare(job: Job) -> tuple[Evaluate, Judge, list[dict[str, Any]]] | None:
-    """The judge and the first `n` rows to ask; None where the recipe has no `evaluate`.
+def prepare(job: Job) -> tuple[Evaluate, Judge, list[tuple[Prompt, dict[str, Any]]]] | None:
+    """The judge and the first `n` prompts, each with its row; None where the recipe has no `evaluate`.
 
     Raises:
         InputError: judge or data cannot be used.
@@ -60,10 +61,7 @@ def prepare(job: Job) -> tuple[Evaluate, Judge, list[dict[str, Any]]] | None:
     if spec is None:
         return None
     judge = load_judge(spec.judge, [Path(job.recipe.folder), Path.cwd()])
-    table = rows.load(spec.data)
-    table = table.select(range(min(spec.n, len(table))))
-    rows.check(table, spec.data, rows.prompt)
-    return spec, judge, table.to_list()
+    return spec, judge, first_prompts(spec.data, spec.n)
 
 
 def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
@@ -85,14 +83,15 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     prepared = prepare(job)
     if prepared is None:
         return {}
-    spec, judge, table = prepared
-    prompts = [rows.prompt(row) for row in table]
+    spec, judge, asked = prepared
+    prompts = [prompt for prompt, _ in asked]
     replies = sample_replies(model, tokenizer, spec, prompts, job.recipe.seed)
     chats = [isinstance(prompt, list) for prompt in prompts]
     completions = [
         [{"role": "assistant", "content": reply}] if chat else reply for chat, reply in zip(chats, replies, strict=True)
     ]
-    others = {name: [row[name] for row in table] for name in table[0] if name not in ("prompt", "completion")}
+    names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion"))
+    others = {name: [row.get(name) for _, row in asked] for name in names}
     scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
     if len(scores) != len(prompts):
         raise ValueError(f"{spec.judge} returned {len(scores)} scores for {len(prompts)} replies")
@@ -119,7 +118,7 @@ def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def sample_replies(
-    model: Any, tokenizer: PreTrainedTokenizerBase, spec: Evaluate, prompts: Sequence[rows.Prompt], seed: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, spec: Evaluate, prompts: Sequence[Prompt], seed: int
 ) -> list[str]:
     """One reply per prompt, without special tokens; greedy where the temperature is 0."""
     sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}
@@ -131,7 +130,7 @@ def sample_replies(
     model.eval()
     replies: list[str] = []
     for start in range(0, len(prompts), spec.batch_size):
-        batch = data.encode_prompts(tokenizer, spec.data, prompts[start : start + spec.batch_size])
+        batch = encode_prompts(tokenizer, spec.data, prompts[start : start + spec.batch_size])
         inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(device)
         output = model.generate(**inputs, generation_config=settings)
         replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -90,12 +90,6 @@ class Job:
             **self.stage.trainer,
         }
         for what in ("logging", "eval", "save"):
-            if f"{what}_steps" in self.stage.trainer and self.stage.trainer.get(f"{what}_strategy", "steps") != "steps":
-                raise InputError(
-                    f"`{what}_steps` has no effect unless `{what}_strategy` is `steps`",
-                    place=f"stages.{self.name}.trainer.{what}_steps",
-                    hint="remove one of the two",
-                )
             if f"{what}_steps" in self.stage.trainer:
                 settings[f"{what}_strategy"] = "steps"
         if settings["save_strategy"] == "best":
@@ -103,12 +97,6 @@ class Job:
                 "no checkpoint is kept for being the best",
                 place=f"stages.{self.name}.trainer.save_strategy",
                 hint="use `steps` or `epoch`; PPO has `kl_budget`",
-            )
-        if self.stage.trainer.get("save_strategy") == "no" and "save_total_limit" in self.stage.trainer:
-            raise InputError(
-                "`save_total_limit` has no effect without `save_strategy`",
-                place=f"stages.{self.name}.trainer.save_total_limit",
-                hint="remove it",
             )
         try:
             return config(**settings)
@@ -148,18 +136,5 @@ class Job:
             raise InputError(
                 "there are no held-out rows to evaluate on",
                 place=f"stages.{self.name}.trainer.eval_strategy",
-                hint=f"set `eval_fraction` in stages.{self.name}.data",
-            )
-
-    def require(self, kept: int, total: int, limit: int | None) -> None:
-        """See that a length limit leaves something to train on.
-
-        Raises:
-            InputError: it leaves nothing.
-        """
-        if kept == 0:
-            raise InputError(
-                f"none of the {total} rows fits in max_length {limit}",
-                place=f"stages.{self.name}.trainer.max_length",
-                hint="raise it, or shorten the data with `max_prompt_length` and `max_completion_length`",
+                hint=f"set `eval_fraction` or `eval_data` in stages.{self.name}.data",
             )

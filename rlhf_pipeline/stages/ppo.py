@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rlhf_pipeline import data
+from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
@@ -16,14 +16,6 @@ from rlhf_pipeline.ppo.trainer import PPOTrainer, check_data
 from rlhf_pipeline.stages.evaluation import judge_policy
 from rlhf_pipeline.stages.job import Job
 
-# A key, and what it would have no effect without.
-NEEDS = {
-    "kl_horizon": "target_kl",
-    "eval_delay": "eval_strategy",
-    "eval_on_start": "eval_strategy",
-    "per_device_eval_batch_size": "eval_strategy",
-}
-
 
 def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, dict[str, Dataset | None]]:
     """Build the trainer's config, the tokenizer, and the trainer's three datasets by their names.
@@ -32,32 +24,31 @@ def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, dict[str, Dat
         InputError: for settings or data that cannot work.
     """
     args = job.trainer_config(PPOConfig)
-    place, given = f"stages.{job.name}.trainer", job.stage.trainer
-    for key, needed in NEEDS.items():
-        if key in given and getattr(args, needed) in (None, "no"):
-            raise InputError(f"`{key}` has no effect without `{needed}`", place=f"{place}.{key}", hint="remove it")
-    for key in ("total_episodes", "max_steps"):
-        if key in given and "num_train_epochs" in given:
-            raise InputError(
-                f"`num_train_epochs` has no effect beside `{key}`", place=f"{place}.num_train_epochs", hint="remove it"
-            )
-    if job.stage.data.eval_fraction and args.eval_strategy == "no":
+    if job.stage.data.holds_out and args.eval_strategy == "no":
         raise InputError(
             "prompts are held out, and nothing evaluates on them",
-            place=f"stages.{job.name}.data.eval_fraction",
+            place=f"stages.{job.name}.data.{'eval_data' if job.stage.data.eval_data else 'eval_fraction'}",
             hint="set `eval_steps` in `trainer`, or remove it",
         )
     tokenizer = load_tokenizer(job.recipe.model)
-    prompts, held_out = data.prompts(job.stage.data, tokenizer, job.recipe.seed)
-    job.require_eval_data(args, held_out)
+    prepared = rows.prompts(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, prepared.held_out)
     demonstrations = None
     if job.stage.ptx_data:
-        demonstrations = data.demonstrations(job.stage.ptx_data, tokenizer, job.recipe.seed)[0]
+        demonstrations = rows.demonstrations(job.stage.ptx_data, tokenizer, job.recipe.seed).train
     try:
-        check_data(args, prompts, held_out, demonstrations)
+        check_data(args, prepared.train, prepared.held_out, demonstrations)
     except ValueError as error:
         raise InputError(str(error), place=f"stages.{job.name}") from None
-    return args, tokenizer, {"train_dataset": prompts, "eval_dataset": held_out, "ptx_dataset": demonstrations}
+    return (
+        args,
+        tokenizer,
+        {
+            "train_dataset": prepared.train,
+            "eval_dataset": prepared.held_out,
+            "ptx_dataset": demonstrations,
+        },
+    )
 
 
 def run(job: Job) -> dict[str, Any]:

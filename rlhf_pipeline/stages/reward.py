@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from rlhf_pipeline import data
+from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -23,14 +23,9 @@ def prepare(job: Job) -> tuple[RewardConfig, PreTrainedTokenizerBase, Dataset, D
     """See `sft.prepare`."""
     args = job.trainer_config(RewardConfig)
     tokenizer = load_tokenizer(job.recipe.model)
-    train, held_out = data.whole_preferences(job.stage.data, tokenizer, job.recipe.seed)
-    job.require_eval_data(args, held_out)
-    limit = args.max_length
-    for table in (train, held_out):
-        if table is not None and limit is not None:
-            longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in table]
-            job.require(sum(length <= limit for length in longest), len(table), limit)
-    return args, tokenizer, train, held_out
+    prepared = rows.whole_preferences(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, prepared.held_out)
+    return args, tokenizer, prepared.train, prepared.held_out
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_pipeline import data
+from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -28,11 +28,9 @@ def prepare(job: Job) -> tuple[SFTConfig, PreTrainedTokenizerBase, Dataset, Data
     """
     args = job.trainer_config(SFTConfig)
     tokenizer = load_tokenizer(job.recipe.model)
-    train, held_out = data.demonstrations(job.stage.data, tokenizer, job.recipe.seed)
-    job.require_eval_data(args, held_out)
-    fitting = sum(any(label != -100 for label in row[: args.max_length]) for row in train["labels"])
-    job.require(fitting, len(train), args.max_length)
-    return args, tokenizer, train, held_out
+    prepared = rows.demonstrations(job.stage.data, tokenizer, job.recipe.seed)
+    job.require_eval_data(args, prepared.held_out)
+    return args, tokenizer, prepared.train, prepared.held_out
 
 
 def run(job: Job) -> dict[str, Any]:

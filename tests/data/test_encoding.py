@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf_pipeline import data
+from rlhf_pipeline.data import prepare
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import TINY
@@ -53,7 +53,7 @@ def test_the_same_demonstration_is_encoded_alike_from_every_shape(spec, tokenize
         spec({"turns": [USER, GOOD]}, columns={"messages": "turns"}),
         spec({"prompt": f"<|user|>{USER['content']}<|assistant|>", "completion": GOOD["content"]}),
     ]
-    encoded = [data.demonstrations(shape, tokenizer, seed=0)[0].to_list() for shape in shapes]
+    encoded = [prepare.demonstrations(shape, tokenizer, seed=0).train.to_list() for shape in shapes]
     assert all(rows == encoded[0] for rows in encoded[1:])
 
 
@@ -64,8 +64,8 @@ def test_the_same_preference_is_encoded_alike_from_every_shape(spec, tokenizer):
         spec({"prompt": [USER], "chosen": GOOD["content"], "rejected": BAD["content"]}),
         spec({"better": [USER, GOOD], "worse": [USER, BAD]}, columns={"chosen": "better", "rejected": "worse"}),
     ]
-    for read in (data.preferences, data.whole_preferences):
-        encoded = [read(shape, tokenizer, seed=0)[0].to_list() for shape in shapes]
+    for read in (prepare.preferences, prepare.whole_preferences):
+        encoded = [read(shape, tokenizer, seed=0).train.to_list() for shape in shapes]
         assert all(rows == encoded[0] for rows in encoded[1:])
 
 
@@ -73,10 +73,10 @@ def test_the_same_preference_is_encoded_alike_from_every_shape(spec, tokenizer):
 def test_all_stages_read_the_same_tokens_and_end_at_the_same_one(spec, tokenizer, turns):
     prompt = [USER] if turns else TEXT["prompt"]
     table = {"prompt": prompt, "chosen": TEXT["chosen"], "rejected": TEXT["rejected"]}
-    sft = data.demonstrations(spec(table, columns={"completion": "chosen"}), tokenizer, seed=0)[0][0]
-    dpo = data.preferences(spec(table), tokenizer, seed=0)[0][0]
-    reward = data.whole_preferences(spec(table), tokenizer, seed=0)[0][0]
-    ppo = data.prompts(spec({"prompt": prompt}), tokenizer, 0)[0][0]
+    sft = prepare.demonstrations(spec(table, columns={"completion": "chosen"}), tokenizer, seed=0).train[0]
+    dpo = prepare.preferences(spec(table), tokenizer, seed=0).train[0]
+    reward = prepare.whole_preferences(spec(table), tokenizer, seed=0).train[0]
+    ppo = prepare.prompts(spec({"prompt": prompt}), tokenizer, 0).train[0]
     assert set(dpo) == {"prompt_ids", "chosen_ids", "rejected_ids"}
     assert set(reward) == {"chosen_ids", "rejected_ids"}
     assert set(ppo) == {"input_ids"}
@@ -91,7 +91,9 @@ def test_all_stages_read_the_same_tokens_and_end_at_the_same_one(spec, tokenizer
 
 
 def test_labels_are_hidden_exactly_on_the_prompt(spec, tokenizer):
-    row = data.demonstrations(spec({"prompt": TEXT["prompt"], "completion": TEXT["chosen"]}), tokenizer, seed=0)[0][0]
+    row = prepare.demonstrations(
+        spec({"prompt": TEXT["prompt"], "completion": TEXT["chosen"]}), tokenizer, seed=0
+    ).train[0]
     prompt = tokenizer(TEXT["prompt"])["input_ids"]
     assert row["labels"][: len(prompt)] == [-100] * len(prompt)
     assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
@@ -100,37 +102,43 @@ def test_labels_are_hidden_exactly_on_the_prompt(spec, tokenizer):
 
 
 def test_the_tokens_decode_to_prompt_and_reply(spec, tokenizer):
-    row = data.preferences(spec({"chosen": [USER, GOOD], "rejected": [USER, BAD]}), tokenizer, seed=0)[0][0]
+    row = prepare.preferences(spec({"chosen": [USER, GOOD], "rejected": [USER, BAD]}), tokenizer, seed=0).train[0]
     assert tokenizer.decode(row["prompt_ids"]) == f"<|user|>{USER['content']}<|assistant|>"
     assert tokenizer.decode(row["chosen_ids"]) == GOOD["content"] + tokenizer.eos_token
 
 
 def test_long_prompts_keep_their_end_and_long_replies_their_start(spec, tokenizer):
-    whole = data.preferences(spec(TEXT), tokenizer, seed=0)[0][0]
+    whole = prepare.preferences(spec(TEXT), tokenizer, seed=0).train[0]
     limits = {"max_prompt_length": 3, "max_completion_length": 4}
-    cut = data.preferences(spec(TEXT, **limits), tokenizer, seed=0)[0][0]
+    cut = prepare.preferences(spec(TEXT, **limits), tokenizer, seed=0).train[0]
     assert cut["prompt_ids"] == whole["prompt_ids"][-3:]
     assert cut["chosen_ids"] == whole["chosen_ids"][:4]
     assert tokenizer.eos_token_id not in cut["chosen_ids"]
-    assert data.prompts(spec(TEXT, **limits), tokenizer, 0)[0][0]["input_ids"] == whole["prompt_ids"][-3:]
-    reward = data.whole_preferences(spec(TEXT, **limits), tokenizer, seed=0)[0][0]
+    assert prepare.prompts(spec(TEXT, **limits), tokenizer, 0).train[0]["input_ids"] == whole["prompt_ids"][-3:]
+    reward = prepare.whole_preferences(spec(TEXT, **limits), tokenizer, seed=0).train[0]
     assert reward["chosen_ids"] == cut["prompt_ids"] + cut["chosen_ids"]
 
 
 def test_limits_that_nothing_exceeds_change_nothing(spec, tokenizer):
-    whole = data.preferences(spec(TEXT), tokenizer, seed=0)[0][0]
+    whole = prepare.preferences(spec(TEXT), tokenizer, seed=0).train[0]
     limits = {
         "max_prompt_length": len(whole["prompt_ids"]),
         "max_completion_length": max(len(whole["chosen_ids"]), len(whole["rejected_ids"])),
     }
-    assert data.preferences(spec(TEXT, **limits), tokenizer, seed=0)[0][0] == whole
+    assert prepare.preferences(spec(TEXT, **limits), tokenizer, seed=0).train[0] == whole
 
 
-def test_turns_without_a_chat_template_are_an_error_of_the_input(spec):
-    bare = load_tokenizer(str(TINY / "checkpoint"))
-    bare.chat_template = None
-    with pytest.raises(InputError, match="no chat template"):
-        data.demonstrations(spec({"messages": [USER, GOOD]}), bare, seed=0)
+def test_a_conversation_that_the_chat_template_refuses_is_a_bad_row(spec):
+    strict = load_tokenizer(str(TINY / "checkpoint"))
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}x"
+    )
+    rows = [{"messages": [USER, GOOD]}, {"messages": [{"role": "system", "content": "Be brief."}, USER, GOOD]}]
+    with pytest.raises(InputError, match="no system turns") as caught:
+        prepare.demonstrations(spec(*rows), strict, seed=0)
+    assert caught.value.place.endswith("row 2")
+    prepared = prepare.demonstrations(spec(*rows, bad_rows="drop"), strict, seed=0)
+    assert (len(prepared.train), prepared.counts["bad_rows"]) == (1, 1)
 
 
 PAIRS = [
@@ -140,39 +148,56 @@ PAIRS = [
 
 def test_the_split_is_by_prompt_and_the_same_for_reward_and_dpo(spec, tokenizer):
     table = spec(*PAIRS, eval_fraction=0.3)
-    train, held_out = data.preferences(table, tokenizer, seed=7)
-    prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (train, held_out)]
+    dpo = prepare.preferences(table, tokenizer, seed=7)
+    prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (dpo.train, dpo.held_out)]
     assert not prompts[0] & prompts[1]
     assert (len(prompts[0]), len(prompts[1])) == (7, 3)
-    assert (len(train), len(held_out)) == (21, 9)
+    assert (len(dpo.train), len(dpo.held_out)) == (21, 9)
 
-    whole = data.whole_preferences(table, tokenizer, seed=7)
-    for dpo_rows, reward_rows in zip((train, held_out), whole, strict=True):
+    reward = prepare.whole_preferences(table, tokenizer, seed=7)
+    for dpo_rows, reward_rows in ((dpo.train, reward.train), (dpo.held_out, reward.held_out)):
         joined = [row["prompt_ids"] + row["chosen_ids"] for row in dpo_rows]
         assert joined == list(reward_rows["chosen_ids"])
 
 
-def test_the_split_depends_on_the_seed_alone(spec, tokenizer):
-    table = spec(*PAIRS, eval_fraction=0.3)
-    held_out = [data.preferences(table, tokenizer, seed=seed)[1].to_list() for seed in (1, 1, 2)]
-    assert held_out[0] == held_out[1]
-    assert held_out[0] != held_out[2]
-    other_order = spec(*reversed(PAIRS), eval_fraction=0.3)
-    again = data.preferences(other_order, tokenizer, seed=1)[1].to_list()
-    assert sorted(map(str, again)) == sorted(map(str, held_out[0]))
+def held_out_prompts(table: Data, tokenizer, seed: int = 1) -> set[str]:
+    held_out = prepare.preferences(table, tokenizer, seed).held_out
+    return {tokenizer.decode(row["prompt_ids"]) for row in held_out}
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order(spec, tokenizer):
+    first, again, other = (held_out_prompts(spec(*PAIRS, eval_fraction=0.3), tokenizer, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert held_out_prompts(spec(*reversed(PAIRS), eval_fraction=0.3), tokenizer) == first
+
+
+def test_a_prompt_stays_on_its_side_when_rows_are_added(spec, tokenizer):
+    """Ten times as many prompts: of the old ones, those that change sides are few, and only those at the border."""
+    old = [{"prompt": f"Q: {i}?", "chosen": " a", "rejected": " b"} for i in range(50)]
+    new = [{"prompt": f"Q: {i}?", "chosen": " a", "rejected": " b"} for i in range(50, 500)]
+    before = held_out_prompts(spec(*old, eval_fraction=0.3), tokenizer)
+    after = held_out_prompts(spec(*new, *old, eval_fraction=0.3), tokenizer) & {row["prompt"] for row in old}
+    assert before <= after or after <= before
+    assert len(before ^ after) <= 8
+    assert before & after
 
 
 def test_without_a_fraction_nothing_is_held_out(spec, tokenizer):
-    train, held_out = data.preferences(spec(*PAIRS), tokenizer, seed=7)
-    assert len(train) == len(PAIRS)
-    assert held_out is None
+    prepared = prepare.preferences(spec(*PAIRS), tokenizer, seed=7)
+    assert len(prepared.train) == len(PAIRS)
+    assert prepared.held_out is None and prepared.held_out_table is None
 
 
-@pytest.mark.parametrize(("count", "fraction"), [(1, 0.5), (3, 0.1), (3, 0.9)])
-def test_a_split_that_would_leave_one_side_empty_is_refused(spec, tokenizer, count, fraction):
-    table = spec(*PAIRS[:count], eval_fraction=fraction)
-    with pytest.raises(InputError, match=f"{count} distinct prompts cannot be split") as caught:
-        data.preferences(table, tokenizer, seed=7)
+@pytest.mark.parametrize(("count", "fraction", "held_out"), [(2, 0.5, 1), (3, 0.1, 1), (3, 0.9, 2)])
+def test_a_split_leaves_a_prompt_on_each_side(spec, tokenizer, count, fraction, held_out):
+    prepared = prepare.preferences(spec(*PAIRS[:count], eval_fraction=fraction), tokenizer, seed=7)
+    assert (len(prepared.train), len(prepared.held_out)) == (count - held_out, held_out)
+
+
+def test_rows_of_one_prompt_cannot_be_split(spec, tokenizer):
+    table = spec(PAIRS[0], PAIRS[10], PAIRS[20], eval_fraction=0.5)
+    with pytest.raises(InputError, match="all rows have the same prompt") as caught:
+        prepare.preferences(table, tokenizer, seed=7)
     assert caught.value.place == table.path
     assert caught.value.hint
 
@@ -180,6 +205,6 @@ def test_a_split_that_would_leave_one_side_empty_is_refused(spec, tokenizer, cou
 @pytest.mark.parametrize("name", ["demonstrations", "preferences", "prompts"])
 def test_the_shipped_rows_can_be_read_by_their_stage(name, tokenizer):
     spec = Data(path=str(TINY / "data" / f"{name}.jsonl"))
-    read = getattr(data, name)
-    table = read(spec, tokenizer, 0)[0]
+    read = getattr(prepare, name)
+    table = read(spec, tokenizer, 0).train
     assert len(table) > 100

@@ -1,14 +1,24 @@
-"""The tokenizer pads on the left, with a token that ends nothing and that no text contains."""
+"""The tokenizer pads on the left, with a token that ends nothing, and has a chat template, if only a plain one."""
 
 import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.tokenizer import (
+    TemplateError,
+    begins_with_bos,
+    end_of_turn,
+    has_default_template,
+    load_tokenizer,
+    render,
+)
+from rlhf_pipeline.recipe.schema import Model
 
 WORDS = ["a", "lemon", "is", "yellow"]
 
@@ -122,3 +132,131 @@ def test_shipped_tokenizer_keeps_its_own_padding(tokenizer):
     assert tokenizer.pad_token == "<|pad|>"
     assert tokenizer.eos_token == "<|end|>"
     assert tokenizer.padding_side == "left"
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "What is a lemon?"}
+REPLY = {"role": "assistant", "content": "A fruit."}
+AGAIN = {"role": "user", "content": "Which colour?"}
+# As Gemma's, which refuses system turns.
+REFUSING = """\
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{{- '<turn>' + message['content'] }}
+{%- endfor %}
+"""
+
+
+@pytest.fixture
+def plain(folder_with):
+    """A tokenizer whose model has no chat template."""
+    return load_tokenizer(folder_with(["<pad>", "<end>"], eos_token="<end>", pad_token="<pad>"))
+
+
+class TestDefaultTemplate:
+    def test_it_is_taken_where_there_is_none_and_can_be_told(self, plain, tokenizer):
+        assert has_default_template(plain)
+        assert not has_default_template(tokenizer)
+
+    def test_turns_are_plain_text_and_replies_end_in_eos(self, plain):
+        rendered = render(plain, [SYSTEM, USER, REPLY, AGAIN])
+        assert rendered == (
+            "System:\nBe brief.\n\nUser:\nWhat is a lemon?\n\nAssistant:\nA fruit.<end>\n\n"
+            "User:\nWhich colour?\n\nAssistant:\n"
+        )
+        assert end_of_turn(plain) == "<end>"
+
+    @pytest.mark.parametrize("content", ["  indented\n\n", "{{ messages }}", "User:\nfaked"])
+    def test_what_was_said_is_kept_to_the_letter(self, plain, content):
+        assert render(plain, [{"role": "user", "content": content}]) == f"User:\n{content}\n\nAssistant:\n"
+
+    @pytest.mark.parametrize(
+        ("turns", "words"),
+        [
+            ([USER, REPLY, {"role": "tool", "content": "42"}], "a turn of `tool`"),
+            ([USER, REPLY, SYSTEM, AGAIN], "a system turn only at the beginning"),
+        ],
+    )
+    def test_what_it_has_no_place_for_is_refused(self, plain, turns, words):
+        with pytest.raises(TemplateError, match=words):
+            render(plain, turns)
+
+    def test_prompts_begin_with_bos_where_the_tokenizer_begins_texts_so(self, folder_with, tmp_path):
+        path = folder_with(["<pad>", "<s>", "<end>"], eos_token="<end>", pad_token="<pad>", bos_token="<s>")
+        without = load_tokenizer(path)
+        assert render(without, [USER]).startswith("User:")
+
+        backend = without.backend_tokenizer
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        adding = PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", bos_token="<s>"
+        )
+        adding.save_pretrained(tmp_path)
+        tokenizer = load_tokenizer(str(tmp_path))
+        ids = tokenizer(render(tokenizer, [USER]), add_special_tokens=False)["input_ids"]
+        assert begins_with_bos(tokenizer, ids)
+        assert not begins_with_bos(tokenizer, ids, times=2)
+        assert has_default_template(tokenizer)
+
+
+class TestOwnTemplate:
+    def test_the_recipes_file_stands_in_for_the_tokenizers_and_is_saved_with_an_adapter(
+        self, folder_with, tmp_path, make_artifacts
+    ):
+        file = tmp_path / "mine.jinja"
+        file.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}|{% endfor %}")
+        spec = make_artifacts().spec.model_copy(update={"chat_template": str(file)})
+        tokenizer = load_tokenizer(spec)
+        assert render(tokenizer, [USER, REPLY]) == "[user] What is a lemon?|[assistant] A fruit.|"
+        assert not has_default_template(tokenizer)
+        assert end_of_turn(tokenizer) == "|"
+
+        lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+        model = adapters.with_policy_adapter(load_base(spec, tokenizer), lora, None)
+        adapters.save_adapter(model, "default", tmp_path / "adapter", tokenizer)
+        published = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+        assert published.apply_chat_template([USER], tokenize=False) == "[user] What is a lemon?|"
+
+    def test_the_default_is_saved_with_the_tokenizer(self, plain, tmp_path):
+        plain.save_pretrained(tmp_path / "adapter")
+        published = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+        assert published.apply_chat_template([USER], tokenize=False, add_generation_prompt=True) == render(
+            plain, [USER]
+        )
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"{% for m in messages %}\n{{ m.content }", "not valid Jinja"),
+            (b"\xff\xfe", "not UTF-8"),
+            (b" \n", "is empty"),
+            (None, "No such file"),
+        ],
+    )
+    def test_a_file_that_is_no_template_is_an_input_error(self, folder_with, tmp_path, content, message):
+        path = folder_with(["<pad>", "<end>"], eos_token="<end>", pad_token="<pad>")
+        file = tmp_path / "mine.jinja"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(InputError, match=message) as error:
+            load_tokenizer(Model(path=path, chat_template=str(file)))
+        assert error.value.place.startswith(str(file))
+
+    def test_a_refusal_is_passed_on_in_the_templates_words(self, folder_with, tmp_path):
+        path = folder_with(["<pad>", "<end>"], eos_token="<end>", pad_token="<pad>")
+        (tmp_path / "mine.jinja").write_text(REFUSING)
+        tokenizer = load_tokenizer(Model(path=path, chat_template=str(tmp_path / "mine.jinja")))
+        assert render(tokenizer, [USER]) == "<turn>What is a lemon?"
+        with pytest.raises(TemplateError, match="System role not supported"):
+            render(tokenizer, [SYSTEM, USER])
+
+    @pytest.mark.parametrize(
+        "fault", ["{{ messages[7].content }}", "{{ 'a' + 1 }}", "{{ messages[0].content.nope() }}"]
+    )
+    def test_a_template_that_fails_is_no_traceback(self, folder_with, tmp_path, fault):
+        path = folder_with(["<pad>", "<end>"], eos_token="<end>", pad_token="<pad>")
+        (tmp_path / "mine.jinja").write_text(fault)
+        tokenizer = load_tokenizer(Model(path=path, chat_template=str(tmp_path / "mine.jinja")))
+        with pytest.raises(TemplateError, match=r"cannot render this conversation: \S"):
+            render(tokenizer, [USER])
+        assert end_of_turn(tokenizer) is None

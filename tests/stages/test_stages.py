@@ -12,9 +12,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl.experimental.utils import get_reward
 
-from rlhf_pipeline import data, stages
 from rlhf_pipeline import recipe as recipes
-from rlhf_pipeline.data import rows
+from rlhf_pipeline import stages
+from rlhf_pipeline.data import prepare
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
@@ -85,9 +85,11 @@ def test_the_first_sft_loss_is_that_of_the_replies_alone(prepared: tuple[Path, d
     tokenizer = load_tokenizer(recipe.model.path)
     base = load_base(recipe.model, tokenizer)
     losses = []
-    for row in rows.load(recipe.stages["sft"].data):
-        (prompt,) = data.encode_prompts(tokenizer, recipe.stages["sft"].data, [row["prompt"]])
-        (reply,) = data.encode_replies(tokenizer, recipe.stages["sft"].data, [row["completion"]])
+    spec = recipe.stages["sft"].data
+    for line in Path(spec.path).read_text().splitlines():
+        row = json.loads(line)
+        (prompt,) = prepare.encode_prompts(tokenizer, spec, [row["prompt"]])
+        (reply,) = prepare.encode_replies(tokenizer, spec, [row["completion"]])
         ids = torch.tensor([prompt + reply])
         logits = base(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(reply), reduction="none"))
@@ -100,7 +102,7 @@ def test_ppo_reads_the_scores_that_the_reward_model_was_evaluated_with(prepared:
     folder, metrics = prepared
     recipe = recipes.load(str(folder / "recipe.yaml"))
     tokenizer = load_tokenizer(recipe.model.path)
-    _, held_out = data.preferences(recipe.stages["reward"].data, tokenizer, recipe.seed)
+    held_out = prepare.preferences(recipe.stages["reward"].data, tokenizer, recipe.seed).held_out
     assert held_out is not None and len(held_out) > 4
     job = Job(recipe, "ppo", recipe.run)
     reward_lora = recipe.stages["reward"].lora

@@ -1,0 +1,547 @@
+"""What a trainer will see of a stage's data: numbers, one example, and what is wrong with it.
+
+Numbers come from Arrow columns through numpy, a batch at a time, so that millions of rows cost no more memory than one
+integer each.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_pipeline.data.prepare import Prepared
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template
+from rlhf_pipeline.recipe.schema import Data, Source
+
+Kind = Literal["sft", "reward", "ppo", "dpo"]
+
+AT_ONCE = 10_000  # rows
+MANY_CUT = 0.1  # shares of rows from which something is worth a warning
+MANY_DUPLICATES = 0.05
+TOO_MANY_DUPLICATES = 0.5
+LENGTH_TELLS = 0.7  # the share of pairs that length alone tells apart
+
+
+class Trainer(NamedTuple):
+    """What decides, beside the data, what a trainer sees of it.
+
+    Attributes:
+        max_length: TRL's limit on prompt and reply together; None where there is none.
+        keep_end: whether TRL keeps the end of a row that is longer, and not its beginning.
+        batch: the rows of one optimizer step; for PPO the prompts of one update.
+        response_length: PPO's limit on sampled replies.
+        stop_token: the token that ends PPO's replies.
+        max_positions: how many tokens the model has positions for; None where it does not say.
+    """
+
+    max_length: int | None = None
+    keep_end: bool = False
+    batch: int = 1
+    response_length: int | None = None
+    stop_token: int | None = None
+    max_positions: int | None = None
+
+    @classmethod
+    def of(cls, args: Any, tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None) -> "Trainer":
+        """Read it from TRL's config."""
+        # Packed rows are cut into pieces of `max_length` with nothing lost, except by `bfd`.
+        packed = getattr(args, "packing", False) and args.packing_strategy != "bfd"
+        stop = tokenizer.eos_token_id if getattr(args, "stop_token", None) == "eos" else None
+        return cls(
+            max_length=None if packed else getattr(args, "max_length", None),
+            keep_end=getattr(args, "truncation_mode", "keep_start") == "keep_end",
+            batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            response_length=getattr(args, "response_length", None),
+            stop_token=getattr(args, "stop_token_id", None) if stop is None else stop,
+            max_positions=max_positions,
+        )
+
+
+def measure(
+    kind: Kind, prepared: Prepared, spec: Data, tokenizer: PreTrainedTokenizerBase, trainer: Trainer
+) -> dict[str, Any]:
+    """Everything that `data --json` says of one stage's rows; `docs/json.md` lists the keys.
+
+    Args:
+        kind: the kind of stage that reads them; `sft` for PPO's `ptx_data`.
+        prepared: from `prepare.demonstrations`, `preferences`, `whole_preferences` or `prompts`, as the kind needs.
+        spec: what the recipe says of them.
+        tokenizer: from `load_tokenizer`.
+        trainer: from `Trainer.of`.
+    """
+    table, held_out = prepared.table, prepared.held_out_table
+    prompt_keys, row_keys = numbers_of(table, "prompt_key"), numbers_of(table, "row_key")
+    replies = {"sft": ["reply"], "reward": ["chosen", "rejected"], "dpo": ["chosen", "rejected"], "ppo": []}[kind]
+    lengths = {name: numbers_of(table, f"{name}_length") for name in ["prompt", *replies]}
+    limits = {"prompt": spec.max_prompt_length} | dict.fromkeys(replies, spec.max_completion_length)
+    distinct = np.unique(prompt_keys)
+    return {
+        "kind": kind,
+        "sources": [
+            _source(source) | {"shape": shape.name, "says": shape.says}
+            for source, shape in zip(spec.sources, prepared.shapes, strict=False)
+        ],
+        "eval_source": _source(spec.eval_data) if spec.eval_data else None,
+        "rows": len(table),
+        "held_out_rows": None if held_out is None else len(held_out),
+        "prompts": len(distinct),
+        "chat": spec.chat,
+        "conversations": prepared.counts.get("conversations", 0),
+        "left_out": {name: count for name, count in prepared.counts.items() if count and name in LEFT_OUT},
+        "batch": trainer.batch,
+        "lengths": {name: _percentiles(values) for name, values in lengths.items()},
+        "limits": {
+            "max_prompt_length": spec.max_prompt_length,
+            "max_completion_length": spec.max_completion_length if replies else None,
+            "max_length": trainer.max_length,
+            "response_length": trainer.response_length,
+            "max_positions": trainer.max_positions,
+        },
+        "cut": {name: 0 if limit is None else int((lengths[name] > limit).sum()) for name, limit in limits.items()},
+        "duplicates": {
+            "rows": len(table) - len(np.unique(row_keys)),
+            "prompts": len(table) - len(distinct),
+        },
+        "both_sides": None if held_out is None else _both_sides(distinct, numbers_of(held_out, "prompt_key")),
+        "pairs": _pairs(lengths["chosen"], lengths["rejected"]) if "chosen" in lengths else None,
+        "chat_template": "default" if has_default_template(tokenizer) else "own",
+        "end_of_turn": end_of_turn(tokenizer),
+        "end_of_reply": tokenizer.eos_token,
+        **_count(kind, table, spec, tokenizer, trainer),
+    }
+
+
+LEFT_OUT = ("bad_rows", "too_long", "rows_without_pair", "prompts_without_pair", "bad_replies")
+
+
+def _source(source: Source) -> dict[str, Any]:
+    keys = source.model_dump(include={"path", "subset", "split", "revision", "columns", "limit", "weight"})
+    return {"path": keys.pop("path")} | {"weight": None} | keys
+
+
+def numbers_of(table: Dataset, name: str) -> np.ndarray:
+    """A column of numbers, int64 `[rows]`."""
+    values, order = table.data.table[name].to_numpy().astype(np.int64), _order(table)
+    return values if order is None else values[order]
+
+
+def _order(table: Dataset) -> np.ndarray | None:
+    """Which rows of its Arrow table a dataset has, and in which order; None where it has all as they are.
+
+    The datasets library gathers such rows one by one, which takes minutes for a million.
+    """
+    return None if table._indices is None else table._indices.column(0).to_numpy()
+
+
+def _percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths that so many per cent of the rows do not exceed, and the largest."""
+    if not len(lengths):
+        return {"p50": 0, "p90": 0, "p99": 0, "max": 0}
+    found = np.percentile(lengths, [50, 90, 99, 100], method="inverted_cdf")
+    return {name: int(value) for name, value in zip(("p50", "p90", "p99", "max"), found, strict=True)}
+
+
+def _both_sides(train: np.ndarray, held_out: np.ndarray) -> dict[str, int]:
+    shared = np.isin(held_out, train)
+    return {"prompts": len(np.unique(held_out[shared])), "held_out_rows": int(shared.sum())}
+
+
+def _pairs(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float | None]:
+    """How much length tells of which reply is the chosen one.
+
+    `length_correlation` is Pearson's (here the point-biserial) between length in tokens and being chosen, over all 2N
+    replies. `length_accuracy` is the share of pairs in which the longer one is chosen, pairs of equal length by half:
+    how often a reward model would be right that saw nothing but length.
+    """
+    if not len(chosen):
+        return {"chosen_longer": None, "rejected_longer": None, "length_correlation": None, "length_accuracy": None}
+    spread = np.concatenate([chosen, rejected]).std()
+    longer, shorter = float((chosen > rejected).mean()), float((chosen < rejected).mean())
+    return {
+        "chosen_longer": longer,
+        "rejected_longer": shorter,
+        "length_correlation": float((chosen.mean() - rejected.mean()) / 2 / spread) if spread else None,
+        "length_accuracy": (1 + longer - shorter) / 2,
+    }
+
+
+# What the trainer does with the rows
+
+
+class _Lists(NamedTuple):
+    """A column of token ids: all of them, and where each row begins; row i is `values[starts[i]:starts[i + 1]]`."""
+
+    values: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def running(self, marked: np.ndarray) -> np.ndarray:
+        """How many of the values before each place are marked, one place more than there are values."""
+        return np.concatenate([[0], np.cumsum(marked)])
+
+    def last(self) -> np.ndarray:
+        """The last value of each row; -1 where it is empty."""
+        if not len(self.values):
+            return np.full(len(self.lengths), -1)
+        return np.where(self.lengths > 0, self.values[np.maximum(self.starts[1:] - 1, 0)], -1)
+
+
+def _batches(table: Dataset, names: list[str]) -> Iterator[tuple[np.ndarray, list[_Lists]]]:
+    """Columns of token ids, some rows at a time, in the order of the Arrow table; with the rows' numbers in that."""
+    data, order = table.data.table.select(names), _order(table)
+    used = np.ones(len(data), bool)
+    if order is not None:
+        used[:] = False
+        used[order] = True
+    for start in range(0, len(data), AT_ONCE):
+        some = used[start : start + AT_ONCE]
+        if some.any():
+            batch = data.slice(start, AT_ONCE).filter(pa.array(some))
+            yield start + np.flatnonzero(some), [_lists(batch[name]) for name in names]
+
+
+def _lists(column: pa.ChunkedArray) -> _Lists:
+    chunks = [(chunk.flatten().to_numpy(), np.diff(chunk.offsets.to_numpy())) for chunk in column.chunks]
+    lengths = np.concatenate([length for _, length in chunks])
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return _Lists(np.concatenate([values for values, _ in chunks]), starts)
+
+
+def _count(
+    kind: Kind, table: Dataset, spec: Data, tokenizer: PreTrainedTokenizerBase, trainer: Trainer
+) -> dict[str, Any]:
+    """Rows and tokens as the trainer reads them.
+
+    Returns:
+        example: the first row that is not left out.
+        tokens: in all rows that are left, prompts of pairs twice.
+        loss_tokens: those that carry loss; None where single tokens do not.
+        max_length: rows that it cuts, and rows that it leaves out.
+        replies: how many there are, how many do not end in EOS, how many hold nothing else, and for `sft` how many rows
+            bear no loss at all.
+        equal_pairs: pairs whose two replies are the same.
+        bos_doubled: rows that begin with two BOS.
+        beyond_model: rows that are longer, for PPO with a reply of `response_length`, than the model has positions.
+    """
+    counted = ("tokens", "loss", "cut", "dropped", "replies", "without_eos", "empty", "without_loss", "equal", "bos")
+    sums = dict.fromkeys((*counted, "beyond"), 0)
+    positions = trainer.max_positions or np.inf
+    names = {
+        "sft": ["input_ids", "labels"],
+        "reward": ["chosen_ids", "rejected_ids"],
+        "dpo": ["prompt_ids", "chosen_ids", "rejected_ids"],
+        "ppo": ["input_ids"],
+    }[kind]
+    prompt_lengths = table.data.table["prompt_length"].to_numpy() if kind == "reward" else None
+    limit, eos, bos = trainer.max_length, tokenizer.eos_token_id, tokenizer.bos_token_id
+    fits = np.zeros(len(table.data), bool)
+    for places, columns in _batches(table, names):
+        first = columns[0]
+        rows = len(first.lengths)
+        left = np.ones(rows, bool)
+        sums["bos"] += _doubled(first, bos)
+        if kind == "ppo":
+            sums["tokens"] += int(first.lengths.sum())
+            sums["beyond"] += int((first.lengths + (trainer.response_length or 0) > positions).sum())
+        elif kind == "sft":
+            ids, labels = columns
+            begin, end = _window(ids.lengths, trainer)
+            learned = ids.running(labels.values != -100)
+            loss = learned[ids.starts[:-1] + end] - learned[ids.starts[:-1] + begin]
+            left = loss > 0  # TRL drops the others
+            sums["tokens"] += int((end - begin)[left].sum())
+            sums["beyond"] += int((left & (end - begin > positions)).sum())
+            # Nothing predicts the first token of a row.
+            head = labels.values[np.minimum(ids.starts[:-1] + begin, max(len(labels.values) - 1, 0))] if rows else loss
+            sums["loss"] += int((loss - ((head != -100) & left)).sum())
+            sums["cut"] += int((left & (end - begin < ids.lengths)).sum())
+            sums["dropped"] += int((~left).sum())
+            whole = learned[ids.starts[1:]] - learned[ids.starts[:-1]]
+            sums["without_loss"] += int((whole == 0).sum())
+            ended = (ids.last() == eos) & (end == ids.lengths)
+            sums["replies"] += rows
+            sums["without_eos"] += int((~ended).sum())
+            sums["empty"] += int(((whole == 1) & (ids.last() == eos)).sum())
+        else:
+            chosen, rejected = columns[-2:]
+            sums["equal"] += _equal(chosen, rejected)
+            if kind == "reward":
+                assert prompt_lengths is not None
+                before = prompt_lengths[places]
+                if spec.max_prompt_length is not None:
+                    before = np.minimum(before, spec.max_prompt_length)
+                left = np.maximum(chosen.lengths, rejected.lengths) <= (limit or np.inf)
+            else:
+                before = first.lengths
+                left = before < (limit or np.inf) if not trainer.keep_end else left
+            sums["dropped"] += int((~left).sum())
+            cut, beyond = np.zeros(rows, bool), np.zeros(rows, bool)
+            for number, reply in enumerate((chosen, rejected)):
+                whole = reply.lengths if kind == "reward" else before + reply.lengths
+                begin, end = _window(whole, trainer) if kind == "dpo" else (np.zeros(rows, np.int64), whole)
+                cut |= end - begin < whole
+                beyond |= end - begin > positions
+                sums["tokens"] += int((end - begin)[left].sum())
+                sums["loss"] += int((end - np.maximum(begin, before))[left].sum())
+                ended = (reply.last() == eos) & (end == whole)
+                sums["replies"] += rows
+                sums["without_eos"] += int((~ended).sum())
+                if number == 0:
+                    sums["empty"] += int(((whole - before <= 1) & ((reply.last() == eos) | (whole == before))).sum())
+            sums["cut"] += int((cut & left).sum())
+            sums["beyond"] += int((beyond & left).sum())
+        fits[places] = left
+    order = _order(table)
+    first_left = int((fits if order is None else fits[order]).argmax()) if len(table) else 0
+    return {
+        "example": _example(kind, table[first_left], tokenizer, trainer) if len(table) else None,
+        "tokens": sums["tokens"],
+        "loss_tokens": sums["loss"] if kind in ("sft", "dpo") else None,
+        "max_length": {"cut": sums["cut"], "left_out": sums["dropped"]},
+        "replies": {
+            "count": sums["replies"],
+            "without_eos": sums["without_eos"],
+            "empty": sums["empty"],
+            "without_loss": sums["without_loss"],
+        },
+        "equal_pairs": sums["equal"] if kind in ("reward", "dpo") else None,
+        "bos_doubled": sums["bos"],
+        "beyond_model": sums["beyond"],
+    }
+
+
+def _window(lengths: np.ndarray, trainer: Trainer) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each row that `max_length` leaves: from where, and up to where."""
+    kept = lengths if trainer.max_length is None else np.minimum(lengths, trainer.max_length)
+    return (lengths - kept, lengths) if trainer.keep_end else (np.zeros_like(lengths), kept)
+
+
+def _doubled(ids: _Lists, bos: int | None) -> int:
+    """Rows that begin with BOS twice."""
+    if bos is None:
+        return 0
+    starts = ids.starts[:-1][ids.lengths >= 2]
+    return int(((ids.values[starts] == bos) & (ids.values[starts + 1] == bos)).sum())
+
+
+def _equal(one: _Lists, other: _Lists) -> int:
+    """Rows that are the same in both columns."""
+    rows = np.flatnonzero(one.lengths == other.lengths)
+    lengths = one.lengths[rows]
+    ends = np.cumsum(lengths)
+    within = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+    places = [np.repeat(column.starts[:-1][rows], lengths) + within for column in (one, other)]
+    differ = np.concatenate([[0], np.cumsum(one.values[places[0]] != other.values[places[1]])])
+    return int((differ[ends] == differ[ends - lengths]).sum())
+
+
+# One example
+
+
+def _example(kind: Kind, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, trainer: Trainer) -> dict[str, Any]:
+    """A row as the trainer sees it: texts, each with its tokens and which of them carry loss."""
+    if kind == "ppo":
+        ids = row["input_ids"]
+        stop = None if trainer.stop_token is None else tokenizer.decode([trainer.stop_token])
+        return {"prompt": _shown(tokenizer, ids, [False] * len(ids)), "stop_token": stop}
+    if kind == "sft":
+        begin, end = (int(edge[0]) for edge in _window(np.array([len(row["input_ids"])]), trainer))
+        learned = [label != -100 for label in row["labels"]][begin:end]
+        learned[:1] = [False] * len(learned[:1])  # nothing predicts the first token
+        return {"text": _shown(tokenizer, row["input_ids"][begin:end], learned)}
+    example = {}
+    for name in ("chosen", "rejected"):
+        ids = row[f"{name}_ids"]
+        if kind == "dpo":
+            before = len(row["prompt_ids"])
+            ids = row["prompt_ids"] + ids
+            begin, end = (int(edge[0]) for edge in _window(np.array([len(ids)]), trainer))
+            example[name] = _shown(tokenizer, ids[begin:end], [i >= before for i in range(begin, end)])
+        else:
+            example[name] = _shown(tokenizer, ids, [False] * len(ids)) | {"score_at": len(ids) - 1}
+    return example
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: list[int], loss: list[bool]) -> dict[str, Any]:
+    return {"ids": ids, "tokens": pieces(tokenizer, ids), "loss": loss}
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text of each token, special ones included; together they are the text.
+
+    Of a character that several tokens share, the last one has it and the others are empty.
+    """
+    found: list[str] = []
+    start = end = 0  # the tokens that are decoded together, of which those before `end` are known
+    for i in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[start:i], clean_up_tokenization_spaces=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and i < len(ids) and i - end < 4:
+            found.append("")
+            continue
+        found.append(text[len(before) :])
+        start, end = end, i
+    return found
+
+
+# What is wrong
+
+
+def problems(numbers: dict[str, Any], place: str) -> tuple[list[InputError], list[str]]:
+    """What in a stage's data would spoil its training, and what may.
+
+    Args:
+        numbers: from `measure`.
+        place: the key of the recipe, as `stages.sft.data`.
+
+    Returns:
+        Errors, and warnings as sentences.
+    """
+    return list(_errors(numbers, place)), [f"{place}: {warning}" for warning in _warnings(numbers)]
+
+
+def _errors(numbers: dict[str, Any], place: str) -> Iterator[InputError]:
+    rows, replies = numbers["rows"], numbers["replies"]
+    if not rows:
+        yield InputError("no rows are left to train on", place=place)
+        return
+    if numbers["max_length"]["left_out"] == rows and replies["without_loss"] < rows:
+        yield InputError(
+            f"none of the {rows:,} rows fits in max_length {numbers['limits']['max_length']}",
+            place=place,
+            hint="raise it, or shorten the data with `max_prompt_length` and `max_completion_length`",
+        )
+    elif replies["without_loss"] == rows:
+        yield InputError(f"all labels of all {rows:,} rows are masked: there is nothing to learn", place=place)
+    elif replies["count"] and replies["without_eos"] == replies["count"]:
+        yield InputError(
+            f"none of the {replies['count']:,} replies ends in EOS as the trainer sees them, so the model would never "
+            "learn to end one",
+            place=place,
+            hint=f"raise `{'` or `'.join(_limits_on_replies(numbers))}`",
+        )
+    if replies["empty"]:
+        what = "chosen replies" if numbers["pairs"] else "replies"
+        yield InputError(f"{out_of(replies['empty'], rows)} {what} are empty", place=place, hint="remove these rows")
+    if numbers["equal_pairs"] == rows:
+        yield InputError(f"in all {rows:,} pairs the two replies are the same", place=place)
+    doubles = numbers["duplicates"]["rows"]
+    if doubles > TOO_MANY_DUPLICATES * rows:
+        yield InputError(
+            f"{out_of(doubles, rows)} rows repeat an earlier one",
+            place=place,
+            hint="remove them; or train for more epochs",
+        )
+
+
+def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
+    rows, limits, replies = numbers["rows"], numbers["limits"], numbers["replies"]
+    if not rows:
+        return
+    if rows < numbers["batch"]:
+        yield f"{rows} rows are fewer than one batch of {numbers['batch']}"
+    for name, count in numbers["cut"].items():
+        if count > MANY_CUT * rows:
+            key = "max_prompt_length" if name == "prompt" else "max_completion_length"
+            what, then = ("prompts", "lose their beginning") if name == "prompt" else ("replies", "have no EOS")
+            what = what if name in ("prompt", "reply") else f"{name} {what}"
+            yield f"{out_of(count, rows)} {what} are longer than {key} {limits[key]}, and {then}"
+    for what, count in numbers["max_length"].items():
+        if count > MANY_CUT * rows and not (what == "left_out" and count == rows):  # which is an error
+            yield f"{out_of(count, rows)} rows are longer than max_length {limits['max_length']}, and are {said(what)}"
+    if numbers["beyond_model"]:
+        reply = f" with a reply of response_length {limits['response_length']}" if numbers["kind"] == "ppo" else ""
+        yield (
+            f"{out_of(numbers['beyond_model'], rows)} rows{reply} are longer than the {limits['max_positions']:,} "
+            "tokens that the model has positions for"
+        )
+    if replies["without_loss"] and replies["without_loss"] < rows:
+        yield f"all labels are masked in {out_of(replies['without_loss'], rows)} rows"
+    yield from _warnings_of_repetition(numbers)
+    if numbers["pairs"] and rows >= 20:
+        yield from _warnings_of_length(numbers["pairs"])
+    if numbers["bos_doubled"]:
+        yield (
+            f"{out_of(numbers['bos_doubled'], rows)} rows begin with BOS twice: the tokenizer adds one, so the text "
+            "should have none"
+        )
+
+
+def _warnings_of_repetition(numbers: dict[str, Any]) -> Iterator[str]:
+    rows, doubles, both = numbers["rows"], numbers["duplicates"]["rows"], numbers["both_sides"]
+    if MANY_DUPLICATES * rows < doubles <= TOO_MANY_DUPLICATES * rows:
+        yield f"{out_of(doubles, rows)} rows repeat an earlier one"
+    if numbers["equal_pairs"] and numbers["equal_pairs"] < rows:
+        yield f"in {out_of(numbers['equal_pairs'], rows)} pairs the two replies are the same, and teach nothing"
+    if both and both["held_out_rows"]:
+        share = out_of(both["held_out_rows"], numbers["held_out_rows"])
+        yield f"the prompts of {share} held-out rows are trained on too, so evaluation flatters"
+
+
+def _warnings_of_length(pairs: dict[str, Any]) -> Iterator[str]:
+    right = pairs["length_accuracy"]
+    if not 1 - LENGTH_TELLS < right < LENGTH_TELLS:
+        longer = "longer" if right > 0.5 else "shorter"
+        yield (
+            f"the {longer} reply is the chosen one in {max(right, 1 - right):.0%} of the pairs (correlation of length "
+            f"and being chosen {pairs['length_correlation']:+.2f}): a reward model may learn length alone"
+        )
+
+
+def across(stages: dict[str, dict[str, Any]]) -> list[str]:
+    """Warnings about a recipe's chat template, and about stages that do not fit together.
+
+    Args:
+        stages: numbers from `measure` by the stage's name.
+    """
+    if not stages:
+        return []
+    turns = [name for name, numbers in stages.items() if numbers["conversations"]]
+    text = [name for name in stages if name not in turns]
+    one = next(iter(stages.values()))  # all have the same tokenizer
+    end, eos, default = one["end_of_turn"], one["end_of_reply"], one["chat_template"] == "default"
+    warnings = []
+    if turns and text:
+        warnings.append(
+            f"the prompts of {_and(turns)} are conversations, and those of {_and(text)} plain text: the stages train "
+            "the model on two formats"
+        )
+    elif text and not default and not all(stages[name]["chat"] is False for name in text):
+        warnings.append(
+            "the model has a chat template, and all prompts are plain text, which does not go through it: set `chat: "
+            "true` in `data` if they are a user's turns, and `chat: false` if not"
+        )
+    if turns and default:
+        warnings.append("the model has no chat template, so turns are written in a plain default; see docs/data.md")
+    if turns and end and not end.startswith(eos):
+        warnings.append(
+            f"the chat template ends the assistant's turns in {end!r}, and the replies that are trained end in EOS, "
+            f"{eos!r}: stop generation at that, or make the template's end the tokenizer's `eos_token`"
+        )
+    return warnings
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(names)
+
+
+def said(what: str) -> str:
+    """What `max_length` does, in words."""
+    return {"cut": "cut there", "left_out": "left out"}[what]
+
+
+def _limits_on_replies(numbers: dict[str, Any]) -> list[str]:
+    keys = [key for key in ("max_completion_length", "max_length") if numbers["limits"][key] is not None]
+    return keys or ["max_length"]
+
+
+def out_of(count: int, total: int) -> str:
+    """A count in words that also give its share."""
+    return f"{count:,} of {total:,} ({count / total:.0%})"

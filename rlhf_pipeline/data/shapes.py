@@ -1,0 +1,597 @@
+"""The shapes that rows come in, recognised from their columns, and what is read of one row. No libraries.
+
+Every shape becomes the same records: a prompt and a reply (demonstrations), a prompt, a chosen and a rejected reply
+(preferences), or a prompt (prompts). Where the columns fit several shapes, the first one counts in the order in which
+`_demonstrations`, `_preferences` and `_prompts` try them.
+"""
+
+import difflib
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_pipeline.errors import InputError
+
+Prompt = str | list[dict[str, str]]  # text as the model reads it, or the turns {role, content} of a conversation
+Row = dict[str, Any]
+Record = tuple[Any, ...]  # (prompt, reply), (prompt, chosen, rejected), or (prompt,)
+Wanted = Literal["demonstrations", "preferences", "prompts"]
+Scored = list[tuple[str, float]]  # replies to one prompt, each with its score
+
+ASKED = ("prompt", "instruction", "question")
+REPLY = ("completion", "response", "reply", "output", "answer")
+RANKED = ("replies", "completions", "responses", "answers")
+TEXT_OF_REPLY = ("reply", "text", "content", "response", "answer", "completion")
+SCORE = ("score", "rating")
+THUMB = ("label", "thumbs")
+THUMBS = {"true": True, "1": True, "up": True, "false": False, "0": False, "down": False}
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+# What the columns of each kind of rows are at their plainest, and what else people call them.
+PLAINEST: dict[str, tuple[str, ...]] = {
+    "demonstrations": ("prompt", "completion"),
+    "preferences": ("prompt", "chosen", "rejected"),
+    "prompts": ("prompt",),
+}
+OTHER_NAMES = {
+    "prompt": (*ASKED, "query", "user", "human", "context", "request"),
+    "completion": (*REPLY, "assistant", "gpt", "target", "chosen", "solution"),
+    "chosen": ("preferred", "better", "winner", "accepted", "positive", "good"),
+    "rejected": ("dispreferred", "worse", "loser", "negative", "bad"),
+}
+
+
+class RowError(Exception):
+    """A row lacks something; the message says what, and who reads the rows adds where."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows are read.
+
+    Attributes:
+        name: what it is called, as "prompt/completion", "messages" or "ranking".
+        says: the name and what is taken for what, in one line.
+        read: the records of one row, perhaps none. Raises RowError where the row lacks something.
+        of_replies: None, or what becomes of all replies to one prompt; `read` then gives (prompt, reply, score), and
+            the result is the records without their prompt.
+    """
+
+    name: str
+    says: str
+    read: Callable[[Row], list[Record]]
+    of_replies: Callable[[Scored], list[Record]] | None = None
+
+
+def recognise(rows: Iterable[Row], wanted: Wanted, chat: bool | None = None, place: str | None = None) -> Shape:
+    """Tell a shape from the first rows.
+
+    Args:
+        rows: some rows; what is null in all of them does not count as a column.
+        wanted: what a stage needs.
+        chat: the recipe's `data.chat`.
+        place: what to name in an error.
+
+    Raises:
+        InputError: these columns are none of the shapes.
+    """
+    names: Row = {}
+    for row in rows:
+        for name, value in row.items():
+            if names.get(name) is None:
+                names[name] = value
+    known = {name: value for name, value in names.items() if value is not None}
+    find = {"demonstrations": _demonstrations, "preferences": _preferences, "prompts": _prompts}[wanted]
+    shape = find(known, chat)
+    if shape is None:
+        raise InputError(
+            f"the columns ({', '.join(names) or 'none'}) are no {wanted}; they need {_needs(wanted)}",
+            place=place,
+            hint=_suggested_columns(wanted, list(names)),
+        )
+    return shape
+
+
+def _needs(wanted: Wanted) -> str:
+    return {
+        "demonstrations": "`messages`, or a prompt (`prompt`, `instruction`, `question`) with a reply (`completion`, "
+        "`response`, `output`, `answer`), or `text`",
+        "preferences": "`chosen` and `rejected`, or a prompt with `replies` from best to worst, or a prompt with a "
+        "reply and its `score` or `label`",
+        "prompts": "`prompt`, `messages`, `instruction` or `question`",
+    }[wanted]
+
+
+def _suggested_columns(wanted: Wanted, names: list[str]) -> str:
+    found: dict[str, str] = {}
+    for expected in PLAINEST[wanted]:
+        left = {name.lower(): name for name in names if name not in found.values()}
+        same = next((left[other] for other in (expected, *OTHER_NAMES[expected]) if other in left), None)
+        near = difflib.get_close_matches(expected, left, n=1, cutoff=0.7)
+        if same or near:
+            found[expected] = same or left[near[0]]
+    renamed = {expected: name for expected, name in found.items() if expected != name}
+    if len(found) < len(PLAINEST[wanted]) or not renamed:
+        return "`columns: {expected: yours}` gives your columns the names that are expected"
+    return f"perhaps `columns: {{{', '.join(f'{expected}: {name}' for expected, name in renamed.items())}}}`"
+
+
+# Which shape
+
+
+def _demonstrations(known: Row, chat: bool | None) -> Shape | None:
+    asked, reply = _asked(known, chat), next((name for name in REPLY if name in known), None)
+    if "prompt" in known and "completion" not in known and ("messages" in known or "conversations" in known):
+        asked = None  # beside a whole conversation, `prompt` repeats its beginning
+    if asked and reply:
+        label = next((name for name in THUMB if name in known and _is_thumb(known[name])), None)
+        score = next((name for name in SCORE if name in known and _is_number(known[name])), None)
+        if label:
+            return _labelled(asked, reply, label, pairs=False)
+        if score:
+            return _scored(asked, reply, score, best)
+        return Shape(
+            f"{asked.name}/{reply}",
+            f"{asked.name}/{reply}: {asked.says} and the reply",
+            lambda row: [(_to_be_answered(asked.read(row)), _reply(row, reply))],
+        )
+    column = _whole(known)
+    if column and "chosen" not in known:
+        says = f"{column}: conversations, whose last turn is the reply"
+        return Shape(column, says, lambda row: [_conversation(row, column)])
+    preferences = _preferences(known, chat)
+    if preferences is not None:  # rankings and chosen/rejected; labels and scores were looked for above
+        if "chosen" in known or "preferred" in known:
+            says = f"{preferences.says}; the chosen one is the reply"
+            return Shape(preferences.name, says, lambda row: [record[:2] for record in preferences.read(row)])
+        return _ranking(known, chat, best)
+    if "text" in known:
+        return Shape("text", "text: all of it is learned, there is no prompt", lambda row: [("", _reply(row, "text"))])
+    return None
+
+
+def _preferences(known: Row, chat: bool | None) -> Shape | None:
+    asked = _asked(known, chat)
+    if "rejected" in known and ("chosen" in known or "preferred" in known):
+        return _chosen_and_rejected(known, chat, asked)
+    ranking = _ranking(known, chat, pairs_of)
+    if ranking or asked is None:
+        return ranking
+    for reply in (name for name in REPLY if name in known):
+        score = next((name for name in SCORE if name in known), None)
+        if score:
+            return _scored(asked, reply, score, pairs_of)
+        label = next((name for name in THUMB if name in known), None)
+        if label:
+            return _labelled(asked, reply, label, pairs=True)
+    return None
+
+
+def _prompts(known: Row, chat: bool | None) -> Shape | None:
+    asked = _asked(known, chat)
+    if asked:
+        return Shape(asked.name, f"{asked.name}: {asked.says}", lambda row: [(_to_be_answered(asked.read(row)),)])
+    column = _whole(known)
+    if column:
+        says = f"{column}: conversations, without the reply that may stand last"
+        return Shape(column, says, lambda row: [(_before_reply(row, column),)])
+    if "rejected" in known and ("chosen" in known or "preferred" in known):
+        pairs = _chosen_and_rejected(known, chat, None)
+        return Shape(pairs.name, f"{pairs.says}; only the prompt is taken", lambda row: [pairs.read(row)[0][:1]])
+    return None
+
+
+def _whole(known: Row) -> str | None:
+    """The column with whole conversations."""
+    return next((name for name in ("messages", "conversations") if name in known), None)
+
+
+# What is asked
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Where a row's prompt stands."""
+
+    name: str
+    says: str
+    read: Callable[[Row], Prompt]
+
+
+def _asked(known: Row, chat: bool | None) -> _Asked | None:
+    """The column with the prompt: `prompt`, `instruction` (with `input`) or `question`, in this order."""
+    column = next((name for name in ASKED if name in known), None)
+    if column is None:
+        return None
+    beside_system = "system" in known
+    # A prompt is text as the model reads it; an instruction or a question is what somebody says to it.
+    as_turn = (column != "prompt" or beside_system) if chat is None else chat
+
+    def read(row: Row) -> Prompt:
+        value = row.get(column)
+        if isinstance(value, list):
+            return _with_system(turns_of(row, column), row)
+        text = _text(row, column)
+        if column == "instruction" and row.get("input") not in (None, ""):
+            text += "\n\n" + _text(row, "input")
+        return _framed(text, row, as_turn)
+
+    name = "instruction/input" if column == "instruction" and "input" in known else column
+    if isinstance(known[column], list):
+        return _Asked(name, "a conversation", read)
+    return _Asked(name, "a user's turn" if as_turn else "text", read)
+
+
+def _framed(text: str, row: Row, as_turn: bool) -> Prompt:
+    """Text as a user's turn after the row's `system`, or as text with that before it."""
+    if as_turn:
+        return _with_system([{"role": "user", "content": text}], row)
+    system = _system(row)
+    return f"{system}\n\n{text}" if system else text
+
+
+def _with_system(turns: list[dict[str, str]], row: Row) -> list[dict[str, str]]:
+    system = _system(row)
+    if not system:
+        return turns
+    first = {"role": "system", "content": system}
+    if turns[0]["role"] == "system":
+        if turns[0] != first:
+            raise RowError("`system` is another one than the system turn of the conversation")
+        return turns
+    return [first, *turns]
+
+
+def _system(row: Row) -> str:
+    value = row.get("system")
+    if value is not None and not isinstance(value, str):
+        raise RowError(_what_is_wrong("system", value))
+    return value or ""
+
+
+# Pairs of replies
+
+
+def _chosen_and_rejected(known: Row, chat: bool | None, asked: _Asked | None) -> Shape:
+    """Chosen and rejected: replies to a prompt, or whole conversations or texts that begin alike."""
+    better = "chosen" if "chosen" in known else "preferred"
+    whole = isinstance(known[better], list) and len(known[better]) > 1
+    before = _whole(known)
+    if asked is None and before and not whole:
+
+        def read_before(row: Row) -> Prompt:
+            return _to_be_answered(_with_system(turns_of(row, before), row))
+
+        asked = _Asked(before, "a conversation", read_before)
+
+    def read(row: Row) -> list[Record]:
+        chosen, rejected = row.get(better), row.get("rejected")
+        if isinstance(chosen, list) and len(chosen) > 1:
+            return [_whole_conversations(row, better)]
+        if asked is not None:
+            return [(_to_be_answered(asked.read(row)), _reply(row, better), _reply(row, "rejected"))]
+        if isinstance(chosen, list):
+            raise RowError(f"`{better}` holds a reply alone, and there is no `prompt`")
+        chosen, rejected = _text(row, better), _text(row, "rejected")
+        if chat is not False and _is_transcript(chosen):
+            return [_whole_transcripts(chosen, rejected, row, better)]
+        prompt, *replies = split_texts(chosen, rejected, better)
+        return [(_framed(prompt, row, bool(chat) or "system" in known), *replies)]
+
+    if whole or (asked is None and isinstance(known[better], list)):
+        name, says = f"{better}/rejected", "conversations that differ in their last turn"
+    elif asked is not None:
+        name, says = f"{asked.name}/{better}/rejected", f"{asked.says} and two replies"
+    elif chat is not False and _is_transcript(known[better]):
+        name, says = f"{better}/rejected", "texts of Human and Assistant, which become turns"
+    else:
+        name, says = f"{better}/rejected", "texts, whose common beginning is the prompt"
+    return Shape(name, f"{name}: {says}", read)
+
+
+def _whole_conversations(row: Row, better: str) -> Record:
+    chosen, rejected = turns_of(row, better), turns_of(row, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise RowError(f"`{better}` and `rejected` differ before their last turn")
+    before = _with_system(_without_reply(chosen, better), row)
+    _without_reply(rejected, "rejected")
+    return before, chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _is_transcript(text: Any) -> bool:
+    return isinstance(text, str) and re.match(r"\s*Human:", text) is not None
+
+
+def _whole_transcripts(chosen: str, rejected: str, row: Row, better: str) -> Record:
+    before, *replies = (
+        _turns_of_transcript(text, column) for text, column in ((chosen, better), (rejected, "rejected"))
+    )
+    if before[:-1] != replies[0][:-1]:
+        raise RowError(f"`{better}` and `rejected` differ before their last turn")
+    prompt = _with_system(_without_reply(before, better), row)
+    _without_reply(replies[0], "rejected")
+    return prompt, before[-1]["content"], replies[0][-1]["content"]
+
+
+def _turns_of_transcript(text: str, column: str) -> list[dict[str, str]]:
+    """The turns of a text in which `Human:` and `Assistant:` begin paragraphs."""
+    start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if start.strip():
+        raise RowError(f"`{column}` does not begin with `Human:`")
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    turns = [
+        {"role": speakers[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return _in_order(turns, column)
+
+
+def split_texts(chosen: str, rejected: str, better: str = "chosen") -> tuple[str, str, str]:
+    """Split two texts into the prompt they begin with, up to a whole word, and two replies.
+
+    Raises:
+        RowError: they do not begin alike, or one has no reply.
+    """
+    shorter = min(len(chosen), len(rejected))
+    end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    following = chosen[end : end + 1] + rejected[end : end + 1]
+    if end == shorter or (re.match(r"\w", chosen[end - 1 : end] or " ") and re.search(r"\w", following)):
+        end = re.search(r"\w*\W*$" if end == shorter else r"\w*$", chosen[:end]).start()  # type: ignore[union-attr]
+    # A space belongs to the word after it, as tokenizers have it; a line ends with its line break.
+    end = len(chosen[:end].rstrip(" "))
+    prompt, *replies = chosen[:end], chosen[end:], rejected[end:]
+    if not prompt.strip():
+        raise RowError(f"`{better}` and `rejected` have no common beginning that could be the prompt")
+    for column, reply in zip((better, "rejected"), replies, strict=True):
+        if not reply.strip():
+            raise RowError(f"the reply in `{column}` is empty")
+    return prompt, replies[0], replies[1]
+
+
+# Several replies to a prompt
+
+
+def pairs_of(replies: Scored) -> list[Record]:
+    """Every pair of a better and a worse reply, the best ones first; equal scores make none."""
+    ranked = sorted(replies, key=lambda reply: -reply[1])
+    return [(better, worse) for (better, high), (worse, low) in itertools.combinations(ranked, 2) if high > low]
+
+
+def best(replies: Scored) -> list[Record]:
+    """The reply with the highest score, the first of several."""
+    return [(max(replies, key=lambda reply: reply[1])[0],)]
+
+
+def _ranking(known: Row, chat: bool | None, choose: Callable[[Scored], list[Record]]) -> Shape | None:
+    """All replies to a prompt in one row: best first, or with ranks or scores."""
+    asked = _asked(known, chat)
+    column = next((name for name in RANKED if isinstance(known.get(name), list)), None)
+    if asked is None or column is None:
+        return None
+    order: str | None = next((name for name in ("ranks", "scores") if name in known), None)
+    if order is None and known[column] and isinstance(known[column][0], dict):
+        order = next((name for name in ("rank", *SCORE) if name in known[column][0]), None)
+    says = {
+        None: "from best to worst",
+        "ranks": "with their ranks, 1 the best",
+        "rank": "with their ranks, 1 the best",
+    }.get(order, "with their scores")
+
+    def read(row: Row) -> list[Record]:
+        prompt = _to_be_answered(asked.read(row))
+        return [(prompt, *record) for record in choose(_scored_replies(row, column, order))]
+
+    name = "scores per reply" if order in ("scores", *SCORE) else "ranking"
+    return Shape(name, f"{name}: {asked.says} under `{asked.name}`, `{column}` {says}", read)
+
+
+def _scored_replies(row: Row, column: str, order: str | None) -> Scored:
+    values = row.get(column)
+    if not isinstance(values, list):
+        raise RowError(_what_is_wrong(column, values, "a list of replies"))
+    if len(values) < 2:
+        raise RowError(f"`{column}` should be two replies or more, and has {len(values)}")
+    texts: list[str] = []
+    within: Any = []
+    for value in values:
+        if isinstance(value, dict) and "role" not in value:
+            name = next((name for name in TEXT_OF_REPLY if value.get(name) is not None), None)
+            if name is None:
+                raise RowError(
+                    f"a reply of `{column}` has no text under {', '.join(f'`{one}`' for one in TEXT_OF_REPLY)}"
+                )
+            texts.append(_reply(value, name))
+            within.append(value.get(order) if order else None)
+        else:
+            texts.append(_reply({column: value}, column))
+    if order is None:
+        return [(text, float(-i)) for i, text in enumerate(texts)]
+    if order in ("ranks", "scores"):
+        within = row.get(order)
+        if not isinstance(within, list):
+            raise RowError(_what_is_wrong(order, within, "a list of numbers"))
+    if len(within) != len(texts):
+        raise RowError(f"`{column}` has {len(texts)} replies, and `{order}` {len(within)} numbers")
+    sign = -1.0 if order in ("rank", "ranks") else 1.0
+    return [(text, sign * _number(value, order)) for text, value in zip(texts, within, strict=True)]
+
+
+def _scored(asked: _Asked, reply: str, score: str, choose: Callable[[Scored], list[Record]]) -> Shape:
+    """One reply and its score in each row; the rows of a prompt belong together."""
+    taken = "the best reply to each prompt" if choose is best else "every better with every worse reply to a prompt"
+    return Shape(
+        f"{asked.name}/{reply}/{score}",
+        f"{asked.name}/{reply}/{score}: {asked.says} and a scored reply in each row; {taken}",
+        lambda row: [(_to_be_answered(asked.read(row)), _reply(row, reply), _number(row.get(score), score))],
+        choose,
+    )
+
+
+def _labelled(asked: _Asked, reply: str, label: str, pairs: bool) -> Shape:
+    """One reply and whether it is good in each row."""
+    name = f"{asked.name}/{reply}/{label}"
+    if pairs:
+        return Shape(
+            name,
+            f"{name}: {asked.says} and a good or bad reply in each row; every good with every bad reply to a prompt",
+            lambda row: [(_to_be_answered(asked.read(row)), _reply(row, reply), float(_thumb(row, label)))],
+            pairs_of,
+        )
+
+    def read(row: Row) -> list[Record]:
+        record = _to_be_answered(asked.read(row)), _reply(row, reply)
+        return [record] if _thumb(row, label) else []
+
+    return Shape(name, f"{name}: {asked.says} and a good or bad reply in each row; the good ones are taken", read)
+
+
+def _thumb(row: Row, column: str) -> bool:
+    value: Any = row.get(column)
+    if not _is_thumb(value):
+        raise RowError(_what_is_wrong(column, value, "true or false, 1 or 0, up or down"))
+    return THUMBS[_as_word(value)]
+
+
+def _is_thumb(value: Any) -> bool:
+    return isinstance(value, str | int | float) and _as_word(value) in THUMBS
+
+
+def _as_word(value: str | float) -> str:
+    return value.strip().lower() if isinstance(value, str) else f"{float(value):g}"
+
+
+def _number(value: Any, column: str) -> float:
+    if not _is_number(value):
+        raise RowError(_what_is_wrong(column, value, "a number"))
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, or text that says one, as all of a CSV file is text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
+
+
+# Text and turns
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(_what_is_wrong(column, value))
+    return value
+
+
+def _reply(row: Row, column: str) -> str:
+    """A reply: text, one turn, or a list of one turn."""
+    value = row.get(column)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return _text(row, column)
+    if len(value) != 1:
+        raise RowError(
+            f"`{column}` should be one turn beside a prompt, and has {len(value)}"
+            if value
+            else _what_is_wrong(column, value)
+        )
+    turn = _turn(value[0], column)
+    if turn["role"] != "assistant":
+        raise RowError(f"the reply in `{column}` is the turn of {turn['role']}, and not of the assistant")
+    if not turn["content"].strip():
+        raise RowError(f"the reply in `{column}` is empty")
+    return turn["content"]
+
+
+def turns_of(row: Row, column: str) -> list[dict[str, str]]:
+    """The turns of a conversation, as {role, content} or as {from, value}.
+
+    Raises:
+        RowError: there are none, or one lacks something or stands where it cannot.
+    """
+    value = row.get(column)
+    if not isinstance(value, list) or not value:
+        raise RowError(_what_is_wrong(column, value, "a list of turns"))
+    return _in_order([_turn(turn, column) for turn in value], column)
+
+
+def _turn(turn: Any, column: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
+    if "from" in turn and turn.get("role") is None:
+        role, content = SPEAKERS.get(str(turn["from"]), turn["from"]), turn.get("value")
+    else:
+        role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise RowError(f"a turn of `{column}` has the role `{role}`; roles are system, user, assistant and tool")
+    return {"role": role, "content": content}
+
+
+# Which roles may follow a role; None is the beginning.
+AFTER: dict[str | None, tuple[str, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+def _in_order(turns: list[dict[str, str]], column: str) -> list[dict[str, str]]:
+    before = None
+    for number, turn in enumerate(turns, 1):
+        role = turn["role"]
+        if role not in AFTER[before]:
+            there = f"after one of {before}" if before else "at the beginning"
+            raise RowError(
+                f"turn {number} of `{column}` is of {role}, and {there} comes one of {' or '.join(AFTER[before])}"
+            )
+        before = role
+        may_be_empty = role == "tool" or (role == "assistant" and number == len(turns))  # the reply is looked at later
+        if not turn["content"].strip() and not may_be_empty:
+            raise RowError(f"turn {number} of `{column}`, of {role}, is empty")
+    return turns
+
+
+def _without_reply(turns: list[dict[str, str]], column: str) -> list[dict[str, str]]:
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise RowError(f"`{column}` does not end with an assistant's reply to a prompt")
+    if not turns[-1]["content"].strip():
+        raise RowError(f"the reply in `{column}` is empty")
+    return turns[:-1]
+
+
+def _conversation(row: Row, column: str) -> Record:
+    turns = turns_of(row, column)
+    return _with_system(_without_reply(turns, column), row), turns[-1]["content"]
+
+
+def _before_reply(row: Row, column: str) -> Prompt:
+    turns = turns_of(row, column)
+    if turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return _to_be_answered(_with_system(turns, row))
+
+
+def _to_be_answered(prompt: Prompt) -> Prompt:
+    if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
+        raise RowError(f"the prompt ends with a turn of {prompt[-1]['role']}, to which there is no reply")
+    return prompt
+
+
+def _what_is_wrong(column: str, value: Any, wanted: str = "text") -> str:
+    if value is None:
+        return f"`{column}` is missing"
+    if value in ([], {}) or (isinstance(value, str) and not value.strip()):
+        return f"`{column}` is empty"
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return f"`{column}` should be {wanted}, and is {shown if len(shown) <= 60 else shown[:57] + '…'}"
