@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak check format clean
+.PHONY: demo test smoke soak check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +16,10 @@ demo: .venv/ready
 # A process per core, each with one thread: threads that wait for each other would take longer.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Every shipped recipe for two steps a stage, on a tiny checkpoint of its model: docs/ci.md says what that shows.
+smoke: .venv/ready
+	set -e; for recipe in recipes/*.yaml; do $(BIN)/rlhf-pipeline smoke $$recipe; done
 
 # Kills a run at random instants and starts it again, 40 times or as often as SOAK_KILLS says.
 soak: .venv/ready

@@ -5,16 +5,25 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rlhf_pipeline import __version__
-from rlhf_pipeline.errors import InputError, Interrupted, RunError
+from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
+
+SCHEMA_HINT = "# yaml-language-server: $schema="  # where editors look for a recipe's JSON Schema
+
+
+def _examples(*examples: tuple[str, str]) -> str:
+    """The end of a command's help: what to type, each with a word on what it does."""
+    lines = [line for arguments, does in examples for line in (f"  # {does}", f"  rlhf-pipeline {arguments}")]
+    return "\n".join(["\b", "Examples:", *lines])  # \b: lines stay as they are
+
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +31,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: it answers at once
     pretty_exceptions_enable=False,
     help="Fine-tune a language model from one YAML recipe: SFT, reward model, PPO and DPO on one GPU.",
+    epilog=_examples(
+        ("run tiny", "see it work, on the tiny model that ships with it"),
+        ("cp full-pipeline my-recipe.yaml", "begin a recipe of your own, every key explained"),
+        ("plan my-recipe.yaml", "see what it would do"),
+        ("smoke my-recipe.yaml", "see it work, without a GPU"),
+    ),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -32,7 +47,7 @@ RunArgument = Annotated[
     str, typer.Argument(help="A run directory, or the recipe it was made with.", show_default=False)
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, as ppo.trainer.kl_coef=0.1.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to override, as ppo.trainer.kl_coef=0.1.")
 ]
 TrustVersions = Annotated[
     bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")
@@ -51,7 +66,14 @@ def options(
         raise typer.Exit
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        ("run tiny", "all four stages on the tiny model that ships with it: a minute or two"),
+        ("run my-recipe.yaml", "your own recipe; the same again goes on where it broke off"),
+        ("run my-recipe.yaml ppo.trainer.kl_coef=0.1 name=milder", "other settings, in a run of their own"),
+        ("run my-recipe.yaml --until reward", "the stages up to the reward model, and no further"),
+    )
+)
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -61,12 +83,10 @@ def run(
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
 ) -> None:
-    """Run the stages of a recipe that are not done yet, each from where it broke off.
+    """Run the stages of a recipe that are not done yet.
 
-    Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same command goes on from there. A second
-    one stops at once.
-
-    For example: rlhf-pipeline run tiny --until reward
+    Each goes on from where it broke off. Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same
+    command goes on from there. A second one stops at once.
     """
     from rich.console import Console
 
@@ -90,7 +110,13 @@ def run(
     tables.results(loaded.run, plans, Console())
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        ("plan my-recipe.yaml", "what `run` would do, stage by stage, and why"),
+        ("plan tiny ppo.trainer.kl_coef=0.1", "what a changed setting would make necessary"),
+        ("plan my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+    )
+)
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -101,10 +127,7 @@ def plan(
     ignore_gates: IgnoreGates = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which stages would run, and why; takes what `run` takes.
-
-    For example: rlhf-pipeline plan tiny ppo.trainer.kl_coef=0.1
-    """
+    """Show which stages would run, and why; takes what `run` takes."""
     from rich.console import Console
 
     from rlhf_pipeline import plan as plans
@@ -112,6 +135,7 @@ def plan(
     from rlhf_pipeline.reporting import tables
 
     loaded = recipes.load(recipe, overrides or [])
+    shapes = plans.shapes(loaded)
     stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates)
     chosen = [
         stage
@@ -122,12 +146,20 @@ def plan(
         object_ = tables.as_json(loaded.run, stages) | {"trust_remote_code": loaded.model.trust_remote_code}
         for stage in object_["stages"]:
             stage["will_run"] = stage["name"] in {plan.name for plan in chosen}
+            stage["data"] = shapes[stage["name"]]
         typer.echo(json.dumps(object_, indent=2))
     else:
-        tables.intentions(stages, chosen, loaded.model.path if loaded.model.trust_remote_code else None, Console())
+        remote_code = loaded.model.path if loaded.model.trust_remote_code else None
+        tables.intentions(stages, chosen, shapes, remote_code, Console())
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        ("status my-recipe.yaml", "state, time and final numbers of every stage"),
+        ("status my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+        ("status my-recipe.yaml -q && echo done", "only whether every stage is done"),
+    )
+)
 def status(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -137,10 +169,7 @@ def status(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what each stage made: state, time and final numbers.
-
-    For example: rlhf-pipeline status tiny --json
-    """
+    """Show what each stage made: state, time and final numbers."""
     from rich.console import Console
 
     from rlhf_pipeline import plan as plans
@@ -157,12 +186,14 @@ def status(
         tables.results(loaded.run, stages, Console())
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        ("validate my-recipe.yaml", "everything that can be known without training"),
+        ("validate my-recipe.yaml model.path=tiny", "the same with a model that is at hand"),
+    )
+)
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check a recipe, its settings and all its data, without training.
-
-    For example: rlhf-pipeline validate my-recipe.yaml
-    """
+    """Check a recipe, its settings and all its data, without training."""
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.run import runner
 
@@ -171,24 +202,37 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     typer.echo(f"{recipe}: {len(loaded.stages)} stages, nothing wrong")
 
 
-@app.command("ls")
+@app.command(
+    "ls",
+    epilog=_examples(
+        ("ls", "their names, each with what it does"),
+        ("cp full-pipeline my-recipe.yaml", "and then take one as your own"),
+    ),
+)
 def list_recipes() -> None:
     """List the shipped recipes."""
     from rlhf_pipeline import recipe as recipes
 
     for name, path in recipes.shipped().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        typer.echo(f"{name:<20} {first}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        first = next(line for line in lines if not line.startswith(SCHEMA_HINT))
+        typer.echo(f"{name:<20} {first.lstrip('# ')}")
 
 
-@app.command("cp")
+@app.command(
+    "cp",
+    epilog=_examples(
+        ("cp full-pipeline my-recipe.yaml", "a copy under a name of your own"),
+        ("cp tiny", "a copy here, as tiny.yaml"),
+    ),
+)
 def copy_recipe(
     recipe: Annotated[str, typer.Argument(help="The name of a shipped recipe.", show_default=False)],
     to: Annotated[Path | None, typer.Argument(help="Where to; by default NAME.yaml here.", show_default=False)] = None,
 ) -> None:
     """Copy a shipped recipe, to edit it.
 
-    For example: rlhf-pipeline cp full-pipeline my-recipe.yaml
+    Editors that read YAML schemas (VS Code with the YAML extension, Neovim, …) complete and check the copy.
     """
     from rlhf_pipeline import recipe as recipes
 
@@ -201,11 +245,19 @@ def copy_recipe(
         raise InputError(f"{target} exists already", hint="name another file")
     if not target.parent.is_dir():
         raise InputError(f"there is no folder {target.parent}")
-    shutil.copyfile(recipes.shipped()[recipe], target)
+    shipped = recipes.shipped()[recipe]
+    schema = shipped.resolve().with_name("recipe.schema.json")
+    text = shipped.read_text(encoding="utf-8").replace(SCHEMA_HINT + schema.name, SCHEMA_HINT + schema.as_uri(), 1)
+    target.write_text(text, encoding="utf-8")
     typer.echo(str(target))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        ("env", "one line each for versions, processors and GPU"),
+        ("env > env.txt", "in a file, to attach"),
+    )
+)
 def env() -> None:
     """Print versions and hardware, to paste into a bug report."""
     from rlhf_pipeline import plan as plans
@@ -217,11 +269,17 @@ def env() -> None:
         typer.echo(f"- {name}: {value}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        ("diff runs/first runs/second", "settings, data, versions and final numbers that differ"),
+        ("diff first.yaml second.yaml", "the runs of two recipes"),
+        ("diff runs/first runs/second --json", "the same for scripts; see docs/json.md"),
+    )
+)
 def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> None:
-    """Show what differs between two runs: settings, data, versions, final numbers.
+    """Show what differs between two runs.
 
-    For example: rlhf-pipeline diff runs/first runs/second
+    Settings, data, versions of the libraries, and final numbers.
     """
     from rich.console import Console
 
@@ -235,16 +293,19 @@ def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> Non
         diffs.show(difference, Console())
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        ("prune my-recipe.yaml", "list them, and ask whether to remove them"),
+        ("prune runs/my-recipe --yes", "remove them without asking"),
+        ("prune runs/my-recipe --json", "list them for scripts; never asks; see docs/json.md"),
+    )
+)
 def prune(
     run: RunArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Remove them without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List former results that later runs moved aside, and remove them if you say so.
-
-    For example: rlhf-pipeline prune runs/tiny
-    """
+    """List what later runs moved aside, and remove it if you say so."""
     from rich.console import Console
 
     from rlhf_pipeline import recipe as recipes
@@ -269,6 +330,171 @@ def prune(
     elif yes or typer.confirm("Remove them for good?", err=True):
         pruning.remove(directory, names)
         _say("removed")
+
+
+@app.command(
+    epilog=_examples(
+        ("show my-recipe.yaml", "every setting that counts, and where each was written"),
+        ("show tiny sft.trainer.learning_rate=1e-3", "with a setting of the command line"),
+        ("show tiny --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the resolved recipe, and where each value was written.
+
+    It is YAML that loads to the same recipe. The origin of a value, in the comment beside it, is a line of a file, an
+    override, a default, a variable of the environment, or another stage.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.recipe import show as shows
+
+    loaded, origins = recipes.load_with_origins(recipe, overrides or [])
+    if as_json:
+        typer.echo(json.dumps(shows.as_json(loaded, origins), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(shows.as_yaml(loaded, origins), nl=False)
+
+
+@app.command(
+    epilog=_examples(
+        ("schema > recipe.schema.json", "a file to point an editor to"),
+        ("cp tiny", "a recipe that points to the installed schema already"),
+    )
+)
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors.
+
+    Shipped recipes and their copies name it in their first line; put such a line into recipes of your own.
+    """
+    from rlhf_pipeline.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema.recipe_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command(
+    epilog=_examples(
+        ("data my-recipe.yaml", "rows, lengths, what is cut, and an example, for every stage"),
+        ("data my-recipe.yaml reward", "for one stage"),
+        ("data tiny ppo ppo.data.max_prompt_length=8", "with another setting"),
+        ("data my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def data(
+    recipe: RecipeArgument,
+    stage_and_overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="STAGE|KEY=VALUE", help="One stage alone, and settings to override."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the trainers will see of the data.
+
+    And what is wrong with it: what would spoil training is an error, lesser things are warnings.
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.reporting import data as reports
+    from rlhf_pipeline.run.launch import ENVIRONMENT
+
+    given = stage_and_overrides or []
+    chosen = given[:1] if given and "=" not in given[0] else []
+    loaded = recipes.load(recipe, given[len(chosen) :])
+    for name in chosen:
+        if name not in loaded.stages:
+            raise InputError(f"there is no stage `{name}`", hint=f"the stages are {', '.join(loaded.stages)}")
+    quiet = {} if sys.stderr.isatty() else {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error"} | quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+        from rlhf_pipeline.stages import data_report
+
+        report, errors = data_report.of_recipe(loaded, chosen or list(loaded.stages))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        reports.show(report, Console())
+    for warning in report["warnings"]:
+        _say(f"warning: {warning}")
+    if errors:
+        raise InputErrors(errors)
+
+
+@app.command(
+    epilog=_examples(
+        ("smoke my-recipe.yaml", "every stage for two steps, without a GPU and in about a minute"),
+        ("smoke my-recipe.yaml --tokenizer my-tokenizer", "with a tokenizer at hand, where there is no network"),
+        ("smoke my-recipe.yaml --keep smoke", "leave all that it made in a folder, to look at"),
+        ("smoke my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def smoke(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or hub id with the tokenizer to use.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Work in this new folder, and leave it.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that a recipe works, without a GPU.
+
+    The same stages, settings and templates run for two steps each on the first rows of the same data, with a tiny
+    random checkpoint of the model's own architecture and tokenizer. Nothing is left behind.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.run import smoke as smokes
+
+    loaded = recipes.load(recipe, overrides or [])
+    try:
+        report = smokes.smoke(loaded, tokenizer=tokenizer, keep=keep, say=_say)
+    except KeyboardInterrupt:  # typer has an answer of its own to it
+        raise RunError("interrupted") from None
+    except Interrupted:  # whose words are about going on
+        raise RunError("interrupted") from None
+    if as_json:
+        typer.echo(json.dumps({"recipe": recipe, **report.as_json()}, indent=2, ensure_ascii=False))
+    else:
+        for stage in report.stages:
+            typer.echo(str(stage))
+    if report.failure:
+        raise RunError(report.failure, hint=report.hint)
+
+
+@app.command(
+    epilog=_examples(
+        ("shrink Qwen/Qwen3-4B-Base tiny-qwen3", "a tiny random Qwen3 with its own tokenizer"),
+        ("shrink ./my-model tiny-model --tokenizer ./my-tokenizer", "of a model folder, with another tokenizer"),
+    )
+)
+def shrink(
+    model: Annotated[
+        str, typer.Argument(help="A hub id, a folder, or `tiny`; its weights are not read.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.", show_default=False)],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or hub id with the tokenizer to use.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a tiny random checkpoint, for tests.
+
+    It has the model's architecture and tokenizer, and weights that mean nothing.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.recipe.schema import Model
+    from rlhf_pipeline.run.launch import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+        from rlhf_pipeline.models import shrink as shrinking
+
+        path = str(recipes.TINY / "checkpoint") if model == "tiny" else model
+        for note in shrinking.shrink(Model(path=path), out, tokenizer):
+            _say(f"note: {note}")
+    typer.echo(str(out))
 
 
 def _gpu() -> str:

@@ -6,6 +6,8 @@ import re
 import resource
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -78,18 +80,25 @@ def test_version_and_env_name_the_version(folder):
     assert "not installed" not in done.stdout
 
 
-def test_ls_lists_every_shipped_recipe_with_its_first_line(folder):
+def test_ls_lists_every_shipped_recipe_with_what_it_is(folder):
+    """The first line of its comment, below the editors' hint."""
     lines = run(folder, "ls").stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(recipe.shipped())
     for line, path in zip(lines, recipe.shipped().values(), strict=True):
         about = line.split(maxsplit=1)[1]
-        assert path.read_text().startswith(f"# {about}")
+        assert path.read_text().splitlines()[1] == f"# {about}"
 
 
 def test_cp_copies_a_recipe_and_refuses_to_overwrite(folder):
     done = run(folder, "cp", "tiny")
     assert (done.returncode, done.stdout, done.stderr) == (0, "tiny.yaml\n", "")
-    assert (folder / "tiny.yaml").read_text() == recipe.shipped()["tiny"].read_text()
+    first, rest = (folder / "tiny.yaml").read_text().split("\n", 1)
+    assert rest == recipe.shipped()["tiny"].read_text().split("\n", 1)[1]
+    hint, _, address = first.partition("=")
+    assert hint == "# yaml-language-server: $schema"
+    schema = Path(urllib.request.url2pathname(urllib.parse.urlparse(address).path))
+    assert address.startswith("file:///")
+    assert json.loads(schema.read_text())["properties"]["stages"]
     (folder / "tiny.yaml").write_text("mine")
     again = run(folder, "cp", "tiny")
     assert (again.returncode, again.stdout) == (2, "")
@@ -124,7 +133,7 @@ def test_json_of_a_fresh_directory(folder):
         for stage in object_["stages"]:
             keys = {"name", "kind", "state", "reason", "init", "reward", "fingerprint", "wall_s", "peak_memory_bytes",
                     "metrics", "artifact", "log", "step", "gates"}  # fmt: skip
-            assert set(stage) == keys | ({"will_run"} if command == "plan" else set())
+            assert set(stage) == keys | ({"will_run", "data"} if command == "plan" else set())
             assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)
     assert [(stage["init"], stage["reward"]) for stage in shown["status"]["stages"]] == [
         ("base", None),

@@ -39,9 +39,15 @@ def test_the_wheel_runs_without_the_checkout(unpacked: Path, tmp_path: Path) -> 
     assert record["state"] == "done" and "judge_mean" in record["metrics"]
 
 
-def test_the_wheel_holds_every_recipe(unpacked: Path) -> None:
-    shipped = {path.name for path in (unpacked / "rlhf_pipeline" / "recipes").glob("*.yaml")}
-    assert shipped == {path.name for path in (ROOT / "recipes").glob("*.yaml")} != set()
+def test_the_wheel_holds_every_recipe_and_their_schema(unpacked: Path, tmp_path: Path) -> None:
+    recipes = unpacked / "rlhf_pipeline" / "recipes"
+    shipped = {path.name: path.read_bytes() for path in recipes.iterdir()}
+    assert shipped == {path.name: path.read_bytes() for path in (ROOT / "recipes").iterdir()}
+    assert {"tiny.yaml", "recipe.schema.json"} <= set(shipped)
+    copy = [sys.executable, "-P", "-m", "rlhf_pipeline", "cp", "tiny"]
+    subprocess.run(copy, env=os.environ | {"PYTHONPATH": str(unpacked)}, cwd=tmp_path, check=True)
+    hint = (tmp_path / "tiny.yaml").read_text().splitlines()[0]
+    assert hint.endswith(f"$schema={(recipes / 'recipe.schema.json').as_uri()}")
 
 
 def test_pins_lie_within_the_declared_ranges_and_serve_everywhere() -> None:

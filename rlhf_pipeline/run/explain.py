@@ -133,7 +133,7 @@ def memory_hint(recipe: Recipe, name: str) -> str:
         steps.append(
             "half the `per_device_train_batch_size` with twice the `gradient_accumulation_steps` (costs time only)"
         )
-    if stage.data.eval_fraction and trainer.get("per_device_eval_batch_size", 8) > 1:
+    if stage.data.holds_out and trainer.get("per_device_eval_batch_size", 8) > 1:
         steps.append("a lower `per_device_eval_batch_size` (costs time only)")
     if recipe.model.dtype == "float32":
         steps.append("`model.dtype: bfloat16`")

@@ -197,6 +197,7 @@ def _scratch() -> Iterator[Path]:
 
 
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, say: Say) -> None:
+    plan.shapes(recipe)  # what the first rows show needs no worker
     job = _job(recipe, "check", stages=[stage.name for stage in stages])
     log, killed_before = scratch / "check.log", oom_kills()
     code = launcher.run(job, scratch / "check.json", log)

@@ -25,7 +25,7 @@ from rlhf_pipeline.run.explain import explain, recognise
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
 from rlhf_pipeline.run.secrets import redact
 from rlhf_pipeline.run.server import die_with
-from rlhf_pipeline.stages import evaluation
+from rlhf_pipeline.stages import data_report, evaluation
 from rlhf_pipeline.stages.job import Job
 
 
@@ -91,7 +91,6 @@ def check(recipe: Recipe, names: list[str]) -> list[str]:
     if any(recipe.stages[name].kind in ("reward", "ppo") for name in names):
         load_config(recipe.model, head="score")
     problems: dict[str, InputError] = {}  # two stages may share their data, and so their faults
-    warnings: list[str] = []
 
     def attempt(task: Callable[[], Any]) -> Any:
         try:
@@ -106,9 +105,11 @@ def check(recipe: Recipe, names: list[str]) -> list[str]:
     policies = [job for job in jobs if job.stage.kind != "reward"]
     if policies:
         attempt(lambda: evaluation.prepare(policies[0]))
+    report, wrong = data_report.of_recipe(recipe, names)
+    problems.update({str(one): one for one in wrong})
     if problems:
         raise InputErrors(list(problems.values()))
-    return list(dict.fromkeys(warnings))
+    return report["warnings"]
 
 
 def check_lora(recipe: Recipe, names: list[str]) -> None:
