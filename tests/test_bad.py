@@ -124,3 +124,41 @@ def test_wrong_data_and_models_are_refused_before_anything_trains(check, bad, na
     before = files(bad)
     assert check(bad / name) == WHEN_CHECKED[name]
     assert files(bad) == before
+
+
+def test_one_broken_line_among_a_million_is_named(check, tmp_path):
+    row = '{"prompt": "Q: What is the capital of Peru?", "completion": " It is Lima."}\n'
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", compresslevel=1) as file:
+        for _ in range(7):
+            file.write(row * 100_000)
+        file.write(row.replace('"}', "}"))
+        for _ in range(3):
+            file.write(row * 100_000)
+    said = check(recipe_of(tmp_path, "sft: {data: rows.jsonl.gz}"))
+    assert said.startswith("error: rows.jsonl.gz:700001: this line is not JSON: ")
+
+
+def test_a_tokenizer_without_eos_is_refused(check, tmp_path):
+    """Nothing could tell that a reply is over."""
+    model = shutil.copytree(TINY / "checkpoint", tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert check(recipe_of(tmp_path, "sft: {data: tiny:demonstrations}", "./model")) == (
+        "error: model.path: model: the tokenizer has no EOS token, so replies could never end\n"
+        "hint: set `eos_token` in its tokenizer_config.json"
+    )
+
+
+def test_weights_in_a_pickle_are_refused_as_the_recipe_is_read(tmp_path):
+    model = shutil.copytree(TINY / "checkpoint", tmp_path / "model")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(InputError, match="as a pickle") as caught:
+        recipe.load(str(recipe_of(tmp_path, "sft: {data: tiny:demonstrations}", "./model")))
+    assert caught.value.place == f"{tmp_path / 'recipe.yaml'}:1:15: model.path"
+
+
+def recipe_of(folder: Path, stage: str, model: str = "tiny") -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(f"model: {{path: {model}, quantization: none, dtype: float32}}\nstages:\n  {stage}\n")
+    return file

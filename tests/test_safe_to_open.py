@@ -163,7 +163,7 @@ def test_a_pickled_model_is_refused_unopened(folder: Path, model: Path, name: st
     done = command(folder, "run", "recipe.yaml")
     assert done.returncode == 2
     error, hint = done.stderr.strip().splitlines()
-    assert error.startswith("error: recipe.yaml:3:9: model.path: ") and f"a pickle, {name}" in error
+    assert error.startswith("error: recipe.yaml:3:15: model.path: ") and f"a pickle, {name}" in error
     assert "can run any code when it is opened" in error
     assert hint.startswith("hint: ") and "save_pretrained" in hint
     assert not mark.exists() and not (folder / "runs").exists()

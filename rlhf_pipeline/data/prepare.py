@@ -58,9 +58,9 @@ class Prepared:
             `rejected_length`, which count the EOS.
         held_out_table: the same of the rows to evaluate on.
         shapes: what was recognised in each source, those of `eval_data` apart.
-        counts: `rows` that were read, and what became of them: `bad_rows`, `too_long`, `rows_without_pair` and, of
-            labelled demonstrations, `bad_replies` were left out; `conversations` go through the chat template. Those of
-            `eval_data` have names that begin with `eval_`.
+        counts: `rows` that were read; `bad_rows`, `too_long` and `rows_without_pair`, which were left out; of rows with
+            labels `good_replies` and `bad_replies`, of which demonstrations leave the bad ones out; `conversations`,
+            which go through the chat template. Those of `eval_data` have names that begin with `eval_`.
     """
 
     train: Dataset
@@ -144,18 +144,17 @@ def first_prompts(spec: Data, n: int) -> list[tuple[Prompt, dict[str, Any]]]:
 
 
 def column(table: Dataset, name: str) -> np.ndarray:
-    """A column of numbers."""
-    return np.asarray(table.select_columns([name]).with_format("numpy")[:][name])
+    """A column of numbers, int64 `[rows]`."""
+    values, order = table.data.table[name].to_numpy().astype(np.int64), row_order(table)
+    return values if order is None else values[order]
 
 
-def kept_lengths(table: Dataset, spec: Data) -> list[np.ndarray]:
-    """How many tokens the limits leave of each prompt, then of each of the replies to it."""
-    names = [
-        name for name in ("prompt_length", "reply_length", "chosen_length", "rejected_length") if name in table.features
-    ]
-    limits = [spec.max_prompt_length, *[spec.max_completion_length] * (len(names) - 1)]
-    lengths = [column(table, name) for name in names]
-    return [np.minimum(length, limit) if limit else length for length, limit in zip(lengths, limits, strict=True)]
+def row_order(table: Dataset) -> np.ndarray | None:
+    """Which rows of its Arrow table a dataset has, and in which order; None where it has all as they are.
+
+    The datasets library gathers such rows one by one, which takes minutes for a million.
+    """
+    return None if table._indices is None else table._indices.column(0).to_numpy()
 
 
 def where(spec: Data) -> str:
@@ -347,6 +346,9 @@ def _records(
             continue
         if not records:
             counts[NO_RECORD[wanted]] += 1
+        if shape.labelled and records:
+            good = wanted == "demonstrations" or records[0][2] > 0
+            counts["good_replies" if good else "bad_replies"] += 1
         for record in records:
             yield located, record
 
@@ -435,6 +437,10 @@ def _encoded(
     notes = file.with_suffix(".json")
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
+        if spec.bad_rows == "error":  # in seconds, where encoding takes minutes
+            for _ in _records(rows, shape, layout.wanted, spec, Counter()):
+                pass
+            rows, shape = open_source(source, layout.wanted, spec.chat, hub)
         counts = Counter[str]()
         records = _records(rows, shape, layout.wanted, spec, counts)
         if shape.of_replies is not None:
@@ -457,7 +463,7 @@ def _encoded(
         raise InputError(
             f"none of the {counts_of_file['rows']} rows can be used",
             place=source.path,
-            hint=", ".join(f"{name}: {count}" for name, count in counts_of_file.items()),
+            hint=", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts_of_file.items()),
         )
     return table, shape, counts_of_file
 

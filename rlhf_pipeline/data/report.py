@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline.data.prepare import Prepared
+from rlhf_pipeline.data.prepare import Prepared, column, row_order
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template
 from rlhf_pipeline.recipe.schema import Data, Source
@@ -74,11 +74,12 @@ def measure(
         trainer: from `Trainer.of`.
     """
     table, held_out = prepared.table, prepared.held_out_table
-    prompt_keys, row_keys = numbers_of(table, "prompt_key"), numbers_of(table, "row_key")
+    prompt_keys, row_keys = column(table, "prompt_key"), column(table, "row_key")
     replies = {"sft": ["reply"], "reward": ["chosen", "rejected"], "dpo": ["chosen", "rejected"], "ppo": []}[kind]
-    lengths = {name: numbers_of(table, f"{name}_length") for name in ["prompt", *replies]}
+    lengths = {name: column(table, f"{name}_length") for name in ["prompt", *replies]}
     limits = {"prompt": spec.max_prompt_length} | dict.fromkeys(replies, spec.max_completion_length)
     distinct = np.unique(prompt_keys)
+    good, bad = (prepared.counts.get(f"{label}_replies", 0) for label in ("good", "bad"))
     return {
         "kind": kind,
         "sources": [
@@ -91,7 +92,12 @@ def measure(
         "prompts": len(distinct),
         "chat": spec.chat,
         "conversations": prepared.counts.get("conversations", 0),
-        "left_out": {name: count for name, count in prepared.counts.items() if count and name in LEFT_OUT},
+        "left_out": {
+            name: count
+            for name, count in prepared.counts.items()
+            if count and (name in LEFT_OUT or (name == "bad_replies" and kind == "sft"))
+        },
+        "labels": {"good": good, "bad": bad} if good or bad else None,
         "batch": trainer.batch,
         "lengths": {name: _percentiles(values) for name, values in lengths.items()},
         "limits": {
@@ -106,35 +112,24 @@ def measure(
             "rows": len(table) - len(np.unique(row_keys)),
             "prompts": len(table) - len(distinct),
         },
-        "both_sides": None if held_out is None else _both_sides(distinct, numbers_of(held_out, "prompt_key")),
+        "both_sides": None if held_out is None else _both_sides(distinct, column(held_out, "prompt_key")),
         "pairs": _pairs(lengths["chosen"], lengths["rejected"]) if "chosen" in lengths else None,
         "chat_template": "default" if has_default_template(tokenizer) else "own",
         "end_of_turn": end_of_turn(tokenizer),
         "end_of_reply": tokenizer.eos_token,
         **_count(kind, table, spec, tokenizer, trainer),
+        "held_out_max_length": (
+            None if held_out is None else _count(kind, held_out, spec, tokenizer, trainer)["max_length"]
+        ),
     }
 
 
-LEFT_OUT = ("bad_rows", "too_long", "rows_without_pair", "prompts_without_pair", "bad_replies")
+LEFT_OUT = ("bad_rows", "too_long", "rows_without_pair")
 
 
 def _source(source: Source) -> dict[str, Any]:
     keys = source.model_dump(include={"path", "subset", "split", "revision", "columns", "limit", "weight"})
     return {"path": keys.pop("path")} | {"weight": None} | keys
-
-
-def numbers_of(table: Dataset, name: str) -> np.ndarray:
-    """A column of numbers, int64 `[rows]`."""
-    values, order = table.data.table[name].to_numpy().astype(np.int64), _order(table)
-    return values if order is None else values[order]
-
-
-def _order(table: Dataset) -> np.ndarray | None:
-    """Which rows of its Arrow table a dataset has, and in which order; None where it has all as they are.
-
-    The datasets library gathers such rows one by one, which takes minutes for a million.
-    """
-    return None if table._indices is None else table._indices.column(0).to_numpy()
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
@@ -195,7 +190,7 @@ class _Lists(NamedTuple):
 
 def _batches(table: Dataset, names: list[str]) -> Iterator[tuple[np.ndarray, list[_Lists]]]:
     """Columns of token ids, some rows at a time, in the order of the Arrow table; with the rows' numbers in that."""
-    data, order = table.data.table.select(names), _order(table)
+    data, order = table.data.table.select(names), row_order(table)
     used = np.ones(len(data), bool)
     if order is not None:
         used[:] = False
@@ -298,7 +293,7 @@ def _count(
             sums["cut"] += int((cut & left).sum())
             sums["beyond"] += int((beyond & left).sum())
         fits[places] = left
-    order = _order(table)
+    order = row_order(table)
     first_left = int((fits if order is None else fits[order]).argmax()) if len(table) else 0
     return {
         "example": _example(kind, table[first_left], tokenizer, trainer) if len(table) else None,
@@ -415,6 +410,13 @@ def _errors(numbers: dict[str, Any], place: str) -> Iterator[InputError]:
     if numbers["max_length"]["left_out"] == rows and replies["without_loss"] < rows:
         yield InputError(
             f"none of the {rows:,} rows fits in max_length {numbers['limits']['max_length']}",
+            place=place,
+            hint="raise it, or shorten the data with `max_prompt_length` and `max_completion_length`",
+        )
+    elif numbers["held_out_rows"] and numbers["held_out_max_length"]["left_out"] == numbers["held_out_rows"]:
+        yield InputError(
+            f"none of the {numbers['held_out_rows']:,} held-out rows fits in max_length "
+            f"{numbers['limits']['max_length']}",
             place=place,
             hint="raise it, or shorten the data with `max_prompt_length` and `max_completion_length`",
         )

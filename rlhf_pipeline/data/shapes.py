@@ -59,12 +59,14 @@ class Shape:
         read: the records of one row, perhaps none. Raises RowError where the row lacks something.
         of_replies: None, or what becomes of all replies to one prompt; `read` then gives (prompt, reply, score), and
             the result is the records without their prompt.
+        labelled: each row says of one reply whether it is good.
     """
 
     name: str
     says: str
     read: Callable[[Row], list[Record]]
     of_replies: Callable[[Scored], list[Record]] | None = None
+    labelled: bool = False
 
 
 def recognise(rows: Iterable[Row], wanted: Wanted, chat: bool | None = None, place: str | None = None) -> Shape:
@@ -439,13 +441,16 @@ def _labelled(asked: _Asked, reply: str, label: str, pairs: bool) -> Shape:
             f"{name}: {asked.says} and a good or bad reply in each row; every good with every bad reply to a prompt",
             lambda row: [(_to_be_answered(asked.read(row)), _reply(row, reply), float(_thumb(row, label)))],
             pairs_of,
+            labelled=True,
         )
 
     def read(row: Row) -> list[Record]:
         record = _to_be_answered(asked.read(row)), _reply(row, reply)
         return [record] if _thumb(row, label) else []
 
-    return Shape(name, f"{name}: {asked.says} and a good or bad reply in each row; the good ones are taken", read)
+    return Shape(
+        name, f"{name}: {asked.says} and a good or bad reply in each row; the good ones are taken", read, labelled=True
+    )
 
 
 def _thumb(row: Row, column: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
@@ -670,7 +671,7 @@ def check_data(
             f"{len(train_dataset)} prompts are fewer than one batch of {batch}: lower `per_device_train_batch_size` or "
             "`gradient_accumulation_steps`, or give more prompts"
         )
-    if not all(train_dataset["input_ids"]):
+    if pc.min(pc.list_value_length(train_dataset.data.column("input_ids"))).as_py() == 0:
         raise ValueError("a prompt is empty: a reply needs at least one token to follow")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError("`eval_strategy` is set, and no prompts are held out to evaluate on")

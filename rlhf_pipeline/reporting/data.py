@@ -15,7 +15,6 @@ LEFT_OUT = {
     "bad_rows": "bad rows",
     "too_long": "too long",
     "rows_without_pair": "without a pair",
-    "prompts_without_pair": "prompts without a pair",
     "bad_replies": "with a bad reply alone",
 }
 TEMPLATES = {
@@ -59,6 +58,9 @@ def _facts(numbers: dict[str, Any]) -> list[tuple[str, str | Text]]:
     left_out = [f"{count:,} {LEFT_OUT.get(name, name)}" for name, count in numbers["left_out"].items()]
     if left_out:
         facts.append(("not used", ", ".join(left_out)))
+    if numbers["labels"]:
+        good, bad = numbers["labels"]["good"], numbers["labels"]["bad"]
+        facts.append(("labels", f"{_share(good, good + bad)} good, {_share(bad, good + bad)} bad"))
     loss = numbers["loss_tokens"]
     facts.append(("tokens", f"{numbers['tokens']:,}" + ("" if loss is None else f", {loss:,} of them carry loss")))
     facts.append(("prompts are", _format(numbers)))

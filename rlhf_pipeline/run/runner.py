@@ -83,6 +83,7 @@ def run(
     if not to_do(plans):
         return plans
     directory.refuse_if_locked()
+    plan.shapes(recipe)  # what the first rows show needs no worker
     try:
         with _scratch() as scratch, Launcher(scratch / "server.log") as launcher, _stop_on_signals(launcher, say):
             to_check = [
@@ -185,6 +186,7 @@ def check(recipe: Recipe, say: Say = print) -> None:
     Raises:
         InputError: for all that was found wrong.
     """
+    plan.shapes(recipe)
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         _check(recipe, plan.make(recipe), launcher, scratch, say)
 
@@ -197,7 +199,6 @@ def _scratch() -> Iterator[Path]:
 
 
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, say: Say) -> None:
-    plan.shapes(recipe)  # what the first rows show needs no worker
     job = _job(recipe, "check", stages=[stage.name for stage in stages])
     log, killed_before = scratch / "check.log", oom_kills()
     code = launcher.run(job, scratch / "check.json", log)

@@ -94,7 +94,7 @@ def _judged_on_what_is_trained_on(recipe: Recipe, names: Sequence[str]) -> list[
     if not spec.mix:
         spec = spec.model_copy(update={"limit": min(n, spec.limit or n)})
     try:
-        asked = np.unique(report.numbers_of(prepare.prompts(spec, tokenizer, recipe.seed).table, "prompt_key"))
+        asked = np.unique(prepare.column(prepare.prompts(spec, tokenizer, recipe.seed).table, "prompt_key"))
     except InputError:  # the check of `evaluate` says it
         return []
     for name in names:
@@ -102,7 +102,7 @@ def _judged_on_what_is_trained_on(recipe: Recipe, names: Sequence[str]) -> list[
         if stage.kind == "reward":
             continue
         table = READERS[stage.kind](stage.data, tokenizer, recipe.seed).table
-        seen = int(np.isin(asked, report.numbers_of(table, "prompt_key")).sum())
+        seen = int(np.isin(asked, prepare.column(table, "prompt_key")).sum())
         if seen:
             warnings.append(
                 f"evaluate.data: {report.out_of(seen, len(asked))} of its prompts are trained on in `{name}`, so "

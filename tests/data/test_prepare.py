@@ -122,7 +122,7 @@ def test_rows_without_a_pair_are_counted(write, tokenizer):
     assert (len(demonstrations.train), demonstrations.counts["bad_replies"]) == (1, 2)
     with pytest.raises(InputError, match="none of the 1 rows can be used") as caught:
         prepare.preferences(Data(path=write(thumbs[0])), tokenizer, seed=0)
-    assert "rows_without_pair: 1" in caught.value.hint
+    assert "rows without pair: 1" in caught.value.hint
 
 
 def test_text_alone_is_learned_whole_and_split_by_itself(write, tokenizer):
@@ -212,11 +212,6 @@ def test_lengths_are_those_before_the_cut(write, tokenizer):
         assert (table[0]["prompt_length"], table[0]["chosen_length"], table[0]["rejected_length"]) == (
             len(whole["prompt_ids"]), len(whole["chosen_ids"]), len(whole["rejected_ids"])
         )  # fmt: skip
-        assert [int(kept[0]) for kept in prepare.kept_lengths(table, data)] == [
-            2,
-            3,
-            min(3, len(whole["rejected_ids"])),
-        ]
 
 
 @pytest.mark.parametrize("limit", ["max_prompt_length", "max_completion_length"])
@@ -226,8 +221,8 @@ def test_rows_that_are_too_long_are_left_out_and_counted_where_that_is_wanted(wr
         {"prompt": "a cow in the meadow", "completion": " moo and moo and moo"},
     ]
     path = write(*rows)
-    lengths = prepare.kept_lengths(prepare.demonstrations(Data(path=path), tokenizer, 0).table, Data())
-    of_limit = lengths[0 if limit == "max_prompt_length" else 1]
+    table = prepare.demonstrations(Data(path=path), tokenizer, 0).table
+    of_limit = prepare.column(table, "prompt_length" if limit == "max_prompt_length" else "reply_length")
     kept = prepare.demonstrations(Data(path=path, too_long="drop", **{limit: int(of_limit[0])}), tokenizer, 0)
     assert (len(kept.train), kept.counts["too_long"]) == (1, 1)
     assert kept.train[0] == prepare.demonstrations(Data(path=path), tokenizer, 0).train[0]

@@ -150,7 +150,7 @@ def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(
         assert launcher._server is not None
         assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
         assert launcher._server is None
-    assert json.loads((tmp_path / "result.json").read_text()) == {}
+    assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings"}
 
 
 @pytest.mark.parametrize(
