@@ -30,6 +30,7 @@ from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.run.launch import Launcher
 
 TINY = Path(rlhf_pipeline.models.tiny.__file__).parent
 PAD, EOS = 0, 1  # of the shipped tokenizer, which all checkpoints here share
@@ -69,10 +70,22 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+# The files that take longest, the longest first.
+SLOW = (
+    "test_tiny_run", "test_stop", "test_faults", "test_kill", "test_runner", "test_smoke", "test_resume",
+    "test_safe_to_open", "test_docs_ci", "test_closed_form", "test_shrink",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist hand out files in the order below; by itself it begins with those of the most tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the slowest files first, so that no process is left alone with one of them at the end."""
-    slow = ("test_tiny_run", "test_stop", "test_kill", "test_faults", "test_runner")
-    items.sort(key=lambda item: item.path.stem not in slow)
+    place = {name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
 
 
 class Artifacts(NamedTuple):
@@ -89,6 +102,17 @@ def own_cache_home(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_server(tmp_path_factory: pytest.TempPathFactory, own_cache_home: None) -> Iterator[Launcher]:
+    """One server to fork workers from for all tests of this process, which would each import for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        launcher = Launcher(tmp_path_factory.mktemp("server") / "log.txt")
+        launcher.__enter__()
+    yield launcher
+    launcher.__exit__()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """The tiny recipe through the real command, short enough to be broken off again and again. Linux only."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
@@ -12,10 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_pipeline import cli
 from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.run import runner
+from rlhf_pipeline.run.launch import Launcher
 
 STAGES = ("sft", "reward", "ppo", "dpo")
 WEIGHTS = "adapter_model.safetensors"
@@ -45,6 +51,29 @@ def write_data(folder: Path) -> None:
     for name, count in ROWS.items():
         with (TINY / "data" / f"{name}.jsonl").open(encoding="utf-8") as rows:
             (folder / f"{name}.jsonl").write_text("".join(next(rows) for _ in range(count)), encoding="utf-8")
+
+
+def run_warm(server: Launcher, folder: Path, *arguments: str) -> tuple[int, str]:
+    """`rlhf-pipeline run` in this process, with workers that are forked from a server which has imported already.
+
+    Returns:
+        Its exit code and what it said.
+    """
+    said = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(said),
+        contextlib.redirect_stdout(said),
+    ):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["rlhf-pipeline", "run", *arguments])
+        patch.setattr(runner, "Launcher", lambda log: contextlib.nullcontext(server))
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        return code or 0, said.getvalue()
 
 
 class Command:

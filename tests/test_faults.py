@@ -1,9 +1,7 @@
 """What really goes wrong is said in one sentence, and the next run ends as if nothing had gone wrong."""
 
-import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -16,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import short_run
 from safetensors.torch import load_file
 
-from rlhf_pipeline import cli, durable, plan, recipe
-from rlhf_pipeline.run import runner
+from rlhf_pipeline import durable, plan, recipe
 from rlhf_pipeline.run.launch import Launcher
 
 RECIPE = """
@@ -118,7 +116,7 @@ def plant(hooks: Path) -> Iterator[Plant]:
 
 @pytest.fixture(scope="module")
 def warm_server(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Launcher]:
-    """One server for all commands of this process, which would each import for seconds."""
+    """One server for all commands of this file, which has the hook."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -132,24 +130,7 @@ def warm_server(tmp_path_factory: pytest.TempPathFactory, environment: dict[str,
 def command(warm_server: Launcher) -> Command:
     """A function that gives the command in a folder, in this process, and returns its exit code and what it said."""
 
-    def run(folder: Path, *arguments: str) -> tuple[int, str]:
-        said = io.StringIO()
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(said),
-        ):
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", ["rlhf-pipeline", "run", "recipe.yaml", *arguments])
-            patch.setattr(runner, "Launcher", lambda log: contextlib.nullcontext(warm_server))
-            try:
-                cli.main()
-                code: Any = 0
-            except SystemExit as end:
-                code = end.code
-            return code or 0, said.getvalue()
-
-    return run
+    return lambda folder, *arguments: short_run.run_warm(warm_server, folder, "recipe.yaml", *arguments)
 
 
 def write_recipe(folder: Path) -> Path:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.run.launch import Launcher
 
 
 def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -23,6 +24,13 @@ def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedPr
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def run_warm(server: Launcher, folder: Path, *arguments: str) -> str:
+    """`run tiny` with workers from a server that has imported already; what it said."""
+    code, said = short_run.run_warm(server, folder, "tiny", *arguments)
+    assert code == 0, said
+    return said
 
 
 def stages_of(cwd: Path, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -119,20 +127,24 @@ def test_a_second_run_does_nothing_at_once(finished: tuple[Path, str]) -> None:
     assert (finished[0] / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns == before
 
 
-def test_a_changed_setting_runs_its_stage_and_no_other(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_changed_setting_runs_its_stage_and_no_other(
+    finished: tuple[Path, str], tmp_path: Path, warm_server: Launcher
+) -> None:
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-    done = command("run", "tiny", "ppo.trainer.total_episodes=64", cwd=tmp_path)
-    assert "ppo     starts over: trainer.total_episodes 1280 → 64; the former results are now in ppo." in done.stderr
-    assert "sft " not in done.stderr and "dpo " not in done.stderr
+    said, _, table = run_warm(warm_server, tmp_path, "ppo.trainer.total_episodes=64").rpartition("ppo     done in")
+    assert "ppo     starts over: trainer.total_episodes 1280 → 64; the former results are now in ppo." in said
+    assert "sft " not in said and "dpo " not in said and table
     (aside,) = (tmp_path / "runs" / "tiny").glob("ppo.*")
     assert (aside / "adapter" / "adapter_model.safetensors").is_file()
     assert stages_of(tmp_path, "tiny", "ppo.trainer.total_episodes=64")["ppo"]["metrics"]["episode"] == 64
 
 
-def test_a_changed_evaluation_judges_again_and_trains_nothing(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_changed_evaluation_judges_again_and_trains_nothing(
+    finished: tuple[Path, str], tmp_path: Path, warm_server: Launcher
+) -> None:
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-    done = command("run", "tiny", "evaluate.n=8", "--only", "sft", cwd=tmp_path)
-    assert "training" not in done.stderr and "sft     judged again" in done.stderr
+    said = run_warm(warm_server, tmp_path, "evaluate.n=8", "--only", "sft")
+    assert "training, from" not in said and "sft     judged again" in said
     samples = (tmp_path / "runs" / "tiny" / "sft" / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 8
     # The reloaded adapter is the one that was trained: the same seed gives the same first replies.
@@ -140,28 +152,45 @@ def test_a_changed_evaluation_judges_again_and_trains_nothing(finished: tuple[Pa
     assert [json.loads(line)["prompt"] for line in samples] == [json.loads(line)["prompt"] for line in former]
 
 
-def test_all_stages_run_on_a_4_bit_base(tmp_path: Path) -> None:
-    short_run.write_data(tmp_path)
-    settings = [*short_run.OVERRIDES, "model.quantization=nf4"]
-    command("run", "tiny", *settings, cwd=tmp_path)
-    stages = stages_of(tmp_path, "tiny", *settings)
+QUANTIZED = (*short_run.OVERRIDES, "model.quantization=nf4")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on a 4-bit base."""
+    folder = tmp_path_factory.mktemp("quantized")
+    short_run.write_data(folder)
+    command("run", "tiny", *QUANTIZED, cwd=folder)
+    return folder
+
+
+def test_all_stages_run_on_a_4_bit_base(quantized: Path) -> None:
+    stages = stages_of(quantized, "tiny", *QUANTIZED)
     assert [stage["state"] for stage in stages.values()] == ["done"] * 4
-    run = tmp_path / "runs" / "tiny"
+    run = quantized / "runs" / "tiny"
     assert abs(logged(run, "ppo")[0]["objective/kl"]) < 1e-3
     assert abs(logged(run, "dpo")[0]["rewards/margins"]) < 1e-4
     weights = load_file(run / "dpo" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_the_same_seed_gives_the_same_adapters_and_another_does_not(tmp_path: Path) -> None:
-    """Of another seed the first stage tells: all later ones would differ because they start from it."""
-    runs = {}
-    for name, *arguments in (("a", "seed=1"), ("b", "seed=1"), ("c", "seed=2", "--until", "sft")):
-        folder = tmp_path / name
+def test_the_same_seed_gives_the_same_adapters_and_another_does_not(
+    quantized: Path, tmp_path: Path, warm_server: Launcher
+) -> None:
+    """Of another seed the first stage tells: all later ones would differ because they start from it.
+
+    The first of the runs had a server of its own, in which Python orders sets otherwise.
+    """
+
+    def digests(folder: Path) -> dict[str, str]:
+        files = (folder / "runs" / "tiny").glob("*/adapter/adapter_model.safetensors")
+        return {file.parts[-3]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    first = digests(quantized)
+    same, other = tmp_path / "same", tmp_path / "other"
+    for folder, *arguments in ((same, "seed=42"), (other, "seed=2", "--until", "sft")):
         folder.mkdir()
         short_run.write_data(folder)
-        command("run", "tiny", *short_run.OVERRIDES, *arguments, cwd=folder)
-        files = (folder / "runs" / "tiny").glob("*/adapter/adapter_model.safetensors")
-        runs[name] = {file.parts[-3]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert set(runs["a"]) == {"sft", "reward", "ppo", "dpo"} and runs["a"] == runs["b"]
-    assert set(runs["c"]) == {"sft"} and runs["a"]["sft"] != runs["c"]["sft"]
+        run_warm(warm_server, folder, *QUANTIZED, *arguments)
+    assert set(first) == {"sft", "reward", "ppo", "dpo"} and first == digests(same)
+    assert set(digests(other)) == {"sft"} and digests(other)["sft"] != first["sft"]

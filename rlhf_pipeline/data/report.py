@@ -20,6 +20,7 @@ from rlhf_pipeline.recipe.schema import Data, Source
 Kind = Literal["sft", "reward", "ppo", "dpo"]
 
 AT_ONCE = 10_000  # rows
+FEW = 100  # rows whose text is looked at
 MANY_CUT = 0.1  # shares of rows from which something is worth a warning
 MANY_DUPLICATES = 0.05
 TOO_MANY_DUPLICATES = 0.5
@@ -97,6 +98,7 @@ def measure(
             for name, count in prepared.counts.items()
             if count and (name in LEFT_OUT or (name == "bad_replies" and kind == "sft"))
         },
+        "run_together": None if prepared.counts.get("conversations") else _run_together(kind, table, spec, tokenizer),
         "labels": {"good": good, "bad": bad} if good or bad else None,
         "batch": trainer.batch,
         "lengths": {name: _percentiles(values) for name, values in lengths.items()},
@@ -130,6 +132,32 @@ LEFT_OUT = ("bad_rows", "too_long", "rows_without_pair")
 def _source(source: Source) -> dict[str, Any]:
     keys = source.model_dump(include={"path", "subset", "split", "revision", "columns", "limit", "weight"})
     return {"path": keys.pop("path")} | {"weight": None} | keys
+
+
+def _run_together(kind: Kind, table: Dataset, spec: Data, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """How many of the first rows have a letter right after their prompt; None where there are no replies.
+
+    Text is put together as it is, so `What is it?` and `A cow.` become `What is it?A cow.`.
+    """
+    if kind == "ppo" or not len(table):
+        return None
+    found: dict[str, Any] = {"rows": 0, "of": 0, "example": None}
+    for row in table.select(range(min(FEW, len(table)))):
+        if kind == "sft":
+            ids, start = row["input_ids"], row["labels"].count(-100)
+        elif kind == "reward":
+            ids, start = row["chosen_ids"], min(row["prompt_length"], spec.max_prompt_length or row["prompt_length"])
+        else:
+            ids, start = row["prompt_ids"] + row["chosen_ids"], len(row["prompt_ids"])
+        prompt, reply = ids[:start], ids[start:]
+        before = tokenizer.decode(prompt[-8:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        both = tokenizer.decode(prompt[-8:] + reply[:8], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        after = both[len(before) :]
+        found["of"] += 1
+        if before and not before[-1].isspace() and after[:1].isalnum():
+            found["rows"] += 1
+            found["example"] = found["example"] or both
+    return found
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
@@ -469,6 +497,12 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
     yield from _warnings_of_repetition(numbers)
     if numbers["pairs"] and rows >= 20:
         yield from _warnings_of_length(numbers["pairs"])
+    together = numbers["run_together"]
+    if together and together["rows"] > together["of"] / 2:
+        yield (
+            f"prompt and reply run together, as in {together['example']!r}: end prompts with a space or a line break, "
+            "begin replies with a space, or set `chat: true`"
+        )
     if numbers["bos_doubled"]:
         yield (
             f"{out_of(numbers['bos_doubled'], rows)} rows begin with BOS twice: the tokenizer adds one, so the text "

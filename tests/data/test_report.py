@@ -12,7 +12,7 @@ from rlhf_pipeline import recipe
 from rlhf_pipeline.data import prepare, report
 from rlhf_pipeline.data.report import Trainer
 from rlhf_pipeline.models.tokenizer import DEFAULT_TEMPLATE, load_tokenizer
-from rlhf_pipeline.recipe.schema import Data
+from rlhf_pipeline.recipe.schema import Data, Source
 from rlhf_pipeline.stages import data_report
 from rlhf_pipeline.stages.dpo import EncodedDPOTrainer
 
@@ -298,6 +298,33 @@ class TestErrors:
             assert len([warning for warning in warnings if "10 of 11 (91%) pairs the two replies" in warning]) == 1
 
 
+class TestHeldOut:
+    @pytest.mark.parametrize("kind", ["reward", "dpo"])
+    def test_rows_none_of_which_fits_are_an_error(self, data, measure, kind):
+        """The trainer would have nothing left to evaluate on."""
+        long = [row | {"prompt": "long " * 30 + str(i)} for i, row in enumerate(pairs(3))]
+        spec = data(pairs(20, longer=10))
+        spec.eval_data = Source(path=data(long).path)
+        errors, _ = found(measure(kind, spec, Trainer(max_length=20)))
+        assert errors == ["none of the 3 held-out rows fits in max_length 20"]
+        numbers = measure(kind, spec, Trainer(max_length=200))
+        assert numbers["held_out_max_length"] == {"cut": 0, "left_out": 0}
+        assert found(numbers)[0] == []
+
+
+class TestLabels:
+    def test_good_and_bad_replies_are_counted(self, data, measure):
+        rows = [{"prompt": f"Q {i // 2}:", "completion": f" {i}", "label": i % 2 == 0 or i < 4} for i in range(12)]
+        assert measure("dpo", data(rows))["labels"] == {"good": 8, "bad": 4}
+        numbers = measure("sft", data(rows))
+        assert (numbers["labels"], numbers["left_out"], numbers["rows"]) == (
+            {"good": 8, "bad": 4},
+            {"bad_replies": 4},
+            8,
+        )
+        assert measure("dpo", data(pairs(4)))["labels"] is None
+
+
 class TestWarnings:
     @pytest.mark.parametrize(("long", "warned"), [(2, False), (3, True)])
     def test_more_than_a_tenth_cut(self, data, measure, long, warned):
@@ -312,6 +339,22 @@ class TestWarnings:
         rows = [*pairs(20 - long), *[row | {"prompt": " is" * 9 + str(i)} for i, row in enumerate(pairs(long))]]
         _, warnings = found(measure("ppo", data(rows, max_prompt_length=8)))
         assert any("max_prompt_length 8, and lose their beginning" in warning for warning in warnings) == warned
+
+    @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+    @pytest.mark.parametrize(
+        ("prompt", "reply", "warned"),
+        [("What is {}?", "A cow.", True), ("What is {}?", " A cow.", False), ("What is {}?\n", "A cow.", False)],
+    )
+    def test_a_reply_with_nothing_between_it_and_its_prompt(self, data, measure, kind, prompt, reply, warned):
+        rows = [
+            {"prompt": prompt.format(f"it, {i},"), "completion": reply, "chosen": reply, "rejected": " Not so."}
+            for i in range(20)
+        ]
+        for spec in (data(rows), data(rows, max_prompt_length=4)):
+            numbers = measure(kind, spec)
+            assert (numbers["run_together"]["rows"], numbers["run_together"]["of"]) == (20 if warned else 0, 20)
+            assert any("?A cow" in warning for warning in found(numbers)[1]) == warned
+        assert measure(kind, data(rows, chat=True))["run_together"] is None
 
     @pytest.mark.parametrize(("twice", "warned"), [(2, False), (3, True)])
     def test_more_than_a_twentieth_repeated(self, data, measure, twice, warned):

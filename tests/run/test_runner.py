@@ -1,5 +1,6 @@
 """What the runner does when a stage, or its process, goes wrong; and workers that are spawned, not forked."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import short_run
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
@@ -37,6 +39,12 @@ stages:
 """
 
 
+@pytest.fixture
+def warm(warm_server: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `runner.run` fork its workers from a server that has imported already."""
+    monkeypatch.setattr(runner, "Launcher", lambda log: contextlib.nullcontext(warm_server))
+
+
 def write(folder: Path, judge: str) -> Recipe:
     """A recipe of two short stages, judged by a module of the user's beside it."""
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -50,10 +58,11 @@ FINE = """
 """
 FAILS_AFTER_SFT = """
     def judge(prompts, completions, **columns):
-        if os.path.exists("stop"):
+        stop = os.path.join(os.path.dirname(__file__), "stop")
+        if os.path.exists(stop):
             print("the judge is about to give up")
             raise ValueError("no opinion")
-        open("stop", "w").close()
+        open(stop, "w").close()
         return [0.5 for _ in prompts]
 """
 KILLS_ITS_PROCESS = """
@@ -62,8 +71,8 @@ KILLS_ITS_PROCESS = """
 """
 
 
-def test_a_failing_stage_is_named_and_leaves_the_others_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("warm")
+def test_a_failing_stage_is_named_and_leaves_the_others_usable(tmp_path: Path) -> None:
     recipe = write(tmp_path, FAILS_AFTER_SFT)
     with pytest.raises(RunError) as error:
         runner.run(recipe, say=lambda line: None)
@@ -83,6 +92,7 @@ def test_a_failing_stage_is_named_and_leaves_the_others_usable(tmp_path: Path, m
     assert not any(line.startswith("sft") for line in said)
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,14 +130,15 @@ def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
     assert adapter.stat().st_mtime_ns == trained
 
 
-def test_a_worker_that_is_killed_is_reported_with_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("warm")
+def test_a_worker_that_is_killed_is_reported_with_its_signal(tmp_path: Path) -> None:
     recipe = write(tmp_path, KILLS_ITS_PROCESS)
     with pytest.raises(RunError, match="stage `sft` failed: its worker was ended by signal 9"):
         runner.run(recipe, say=lambda line: None)
     assert json.loads((recipe.run / "sft" / "stage.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_fault_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path: Path) -> None:
     recipe = write(tmp_path, FINE)
     recipe.stages["dpo"].trainer["lr_scheduler_type"] = "zigzag"
@@ -141,7 +152,7 @@ def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(tmp_path, FINE)
-    job = {"task": "check", "recipe": recipe.model_dump(), "folder": str(tmp_path), "stages": ["sft", "dpo"]}
+    job = {"task": "check", "recipe": recipe.model_dump(), "folder": str(tmp_path), "stages": ["sft"]}
     (tmp_path / "sitecustomize.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
@@ -153,23 +164,30 @@ def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(
     assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings"}
 
 
-@pytest.mark.parametrize(
-    ("circumstance", "reason"),
-    [
-        (
-            "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
-            "2 Python threads are running",
-        ),
-        ("import torch; torch.cuda._is_in_bad_fork = lambda: True", "CUDA was touched before the fork"),
-    ],
-)
-def test_the_server_refuses_to_fork_where_that_is_not_safe(tmp_path: Path, circumstance: str, reason: str) -> None:
-    program = f"{circumstance}\nimport os\nfrom rlhf_pipeline.run import server\nserver.serve(os.getppid())\n"
+# The second request comes when there is a thread; in the first, the fork finds CUDA spoiled.
+REFUSING = """
+import os, sys, threading, time
+import torch
+from rlhf_pipeline.run import server
+
+def requests(job):
+    yield job
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    yield job
+
+torch.cuda._is_in_bad_fork = lambda: True
+sys.stdin = requests(sys.argv[1])
+server.serve(os.getppid())
+"""
+
+
+def test_the_server_refuses_to_fork_where_that_is_not_safe(tmp_path: Path) -> None:
     job = json.dumps({"job": str(tmp_path / "job.json"), "log": str(tmp_path / "log.txt")})
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=job + "\n", capture_output=True, text=True, timeout=120
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == {"unsafe": reason}, done.stderr
+    done = subprocess.run([sys.executable, "-c", REFUSING, job], capture_output=True, text=True, timeout=120)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["unsafe"] for answer in answers if "worker" not in answer] == [
+        "CUDA was touched before the fork", "2 Python threads are running"
+    ], done.stderr  # fmt: skip
     assert not (tmp_path / "result.json").exists()
 
 
@@ -190,19 +208,19 @@ stages:
 """
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path) -> subprocess.Popen[str]:
     """The real command in a folder, what it says about its progress to be read from its standard error."""
     return subprocess.Popen(
-        [sys.executable, "-m", "rlhf_pipeline", "run", "recipe.yaml", *arguments],
+        [sys.executable, "-m", "rlhf_pipeline", "run", "recipe.yaml"],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def finish(command: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for the command; what it said."""
-    said = command.communicate(timeout=300)[1]
-    assert command.returncode == code, said
+def finish(server: Launcher, folder: Path, *arguments: str) -> str:
+    """The command on the same recipe to its end; what it said."""
+    code, said = short_run.run_warm(server, folder, "recipe.yaml", *arguments)
+    assert code == 0, said
     return said
 
 
@@ -234,8 +252,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (server,) = children(command.pid)
     (worker,) = children(server)
     os.kill(worker, signal.SIGKILL)
-    said = finish(command, code=1)
-    assert "stage `ppo` failed: its worker was ended by signal 9" in said
+    said = command.communicate(timeout=300)[1]
+    assert command.returncode == 1 and "stage `ppo` failed: its worker was ended by signal 9" in said
     assert not (work / "checkpoint-6").exists()
     return folder
 
@@ -246,16 +264,17 @@ def copied(killed: Path, tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(killed, tmp_path / name))
 
 
-def test_a_stage_whose_worker_was_killed_goes_on_and_ends_as_if_it_was_not(copied: Callable[[str], Path]) -> None:
+def test_a_stage_whose_worker_was_killed_goes_on_and_ends_as_if_it_was_not(
+    copied: Callable[[str], Path], warm_server: Launcher
+) -> None:
     """Going on, starting afresh because it is asked for, and starting afresh because a setting changed."""
     resumed, forced, changed = (copied(name) for name in ("resumed", "forced", "changed"))
     log = (resumed / "runs/longer/ppo/log.txt").read_text()
-    commands = [
-        start(resumed),
-        start(forced, "--force", "ppo"),
-        start(changed, "ppo.trainer.max_steps=1", "ppo.trainer.kl_coef=0.1"),
+    said = [
+        finish(warm_server, resumed),
+        finish(warm_server, forced, "--force", "ppo"),
+        finish(warm_server, changed, "ppo.trainer.max_steps=1", "ppo.trainer.kl_coef=0.1"),
     ]
-    said = [finish(command) for command in commands]
     runs = [folder / "runs" / "longer" for folder in (resumed, forced, changed)]
 
     assert "ppo     goes on from step " in said[0] and "former results" not in said[0]
@@ -280,7 +299,9 @@ def test_a_stage_whose_worker_was_killed_goes_on_and_ends_as_if_it_was_not(copie
     assert not any((run / "ppo" / "work").exists() for run in runs)
 
 
-def test_a_stage_whose_record_still_says_running_goes_on_too(copied: Callable[[str], Path]) -> None:
+def test_a_stage_whose_record_still_says_running_goes_on_too(
+    copied: Callable[[str], Path], warm_server: Launcher
+) -> None:
     """As after a power cut: the runner itself had no time to write down that the stage failed."""
     folder = copied("cut")
     run = folder / "runs" / "longer"
@@ -289,7 +310,7 @@ def test_a_stage_whose_record_still_says_running_goes_on_too(copied: Callable[[s
     (run / "ppo" / "work" / "adapter").mkdir()
     (run / "ppo" / "work" / "adapter" / "half").write_text("of an adapter")
     (run / "ppo" / "work" / "result.json").write_text('{"metrics": {"half": 1}}')
-    said = finish(start(folder))
+    said = finish(warm_server, folder)
     assert "ppo     goes on from step " in said
     assert [row["step"] for row in rows(run / "ppo" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert not (run / "ppo" / "adapter" / "half").exists()
