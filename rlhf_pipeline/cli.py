@@ -450,10 +450,9 @@ def smoke(
     loaded = recipes.load(recipe, overrides or [])
     try:
         report = smokes.smoke(loaded, tokenizer=tokenizer, keep=keep, say=_say)
-    except KeyboardInterrupt:  # typer has an answer of its own to it
-        raise RunError("interrupted") from None
-    except Interrupted:  # whose words are about going on
-        raise RunError("interrupted") from None
+    except (KeyboardInterrupt, Interrupted):  # there is nothing to go on from
+        _say("interrupted")
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps({"recipe": recipe, **report.as_json()}, indent=2, ensure_ascii=False))
     else:
@@ -527,6 +526,11 @@ def main() -> None:
         sys.exit(2)
     except RunError as error:
         _complain(error.message, error.hint)
+        sys.exit(1)
+    except OSError as error:  # of a file that the command itself writes, or of standard output
+        if error.errno is None:
+            raise
+        _complain(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}", None)
         sys.exit(1)
     except Interrupted as stop:
         _say(stop.message)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import short_run
 
 from rlhf_pipeline import recipe
 from rlhf_pipeline.errors import InputError
@@ -79,20 +80,15 @@ def test_a_bad_override_is_refused(tmp_path):
     assert "torch" not in imported
 
 
-def test_a_bad_row_of_a_late_stage_is_refused_before_the_first_one_trains(tmp_path):
+def test_a_bad_row_of_a_late_stage_is_refused_before_the_first_one_trains(tmp_path, warm_server):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'rejected': None})}\n")
     write(tmp_path, GOOD.replace("dpo: {data: tiny:preferences}", "dpo: {data: pairs.jsonl}"))
-    done, _ = run(tmp_path, "run", "r.yaml", HF_HOME=str(tmp_path / "hf"))
-    assert_refused(done, tmp_path, f"{tmp_path / 'pairs.jsonl'}: row 2: `rejected` is missing")
-    assert "hint: the row has prompt, chosen, rejected" in done.stderr
-
-
-def test_a_hub_model_without_network_is_refused(tmp_path):
-    (tmp_path / "r.yaml").write_text(GOOD.replace("path: tiny", "path: nobody/no-such-model"))
-    done, _ = run(tmp_path, "validate", "r.yaml", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
-    assert_refused(done, tmp_path, "model.path: nobody/no-such-model", "neither a model folder nor a hub model")
-    assert "hint: check the spelling, the network" in done.stderr
+    code, said = short_run.run_warm(warm_server, tmp_path, "r.yaml")
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and f"{tmp_path / 'pairs.jsonl'}: row 2: `rejected` is missing" in error
+    assert "hint: the row has prompt, chosen, rejected" in said
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.fixture
@@ -114,26 +110,12 @@ def check(tmp_path, monkeypatch):
     return of
 
 
-@pytest.mark.parametrize(
-    ("content", "place", "message"),
-    [
-        (ROW + '{"prompt": "a"}\n', ": row 2", "`completion` is missing"),
-        (ROW + '{"prompt": "a", "completion"\n', ":2", "not JSON"),
-        ('{"colour": "a", "size": "b"}\n', "", "demonstrations"),
-        ('{"prompt": "a", "completion": 3}\n', ": row 1", "should be text"),
-    ],
-)
-def test_bad_data_name_file_and_row(check, tmp_path, content, place, message):
-    (tmp_path / "rows.jsonl").write_text(content)
-    found = check("sft", replace=("tiny:demonstrations", "rows.jsonl"))
-    assert found.place == f"{tmp_path / 'rows.jsonl'}{place}"
-    assert message in found.message
-
-
-def test_data_of_the_wrong_stage_show_the_way_to_columns(check):
-    found = check("dpo", overrides=("dpo.data=tiny:demonstrations",))
-    assert found.place == str(TINY / "data" / "demonstrations.jsonl")
-    assert "columns" in found.hint
+def test_a_hub_model_without_network_is_refused(check):
+    """The tests have none: see conftest.py."""
+    found = check("sft", replace=("path: tiny", "path: nobody/no-such-model"))
+    assert found.place == "model.path: nobody/no-such-model"
+    assert "neither a model folder nor a hub model" in found.message
+    assert "check the spelling, the network" in found.hint
 
 
 @pytest.mark.parametrize("config", ["{}", '{"model_type": "no-such-type"}', "not JSON"])
@@ -151,13 +133,6 @@ def test_a_model_that_cannot_write_text_is_refused(check, tmp_path):
     (tmp_path / "model" / "model.safetensors").touch()
     found = check("sft", replace=("path: tiny", "path: model"))
     assert "cannot load `vit` as a causal language model" in found.message
-
-
-def test_a_lora_target_that_matches_no_layer_is_refused(check):
-    found = check("sft", replace=("all-linear", "[no_such_layer]"))
-    assert found.place == "lora"
-    assert "no_such_layer" in found.message
-    assert "all-linear" in found.hint
 
 
 def test_an_adapter_without_room_for_the_one_it_starts_from_is_refused(check):
@@ -203,7 +178,6 @@ def test_larger_adapters_pass_the_check(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
-        ("no_such_module:judge", "ModuleNotFoundError"),
         ("json:no_such_function", "module `json` has no function `no_such_function`"),
         ("broken_judge:judge", "ZeroDivisionError"),
         ("json:__name__", "module `json` has no function `__name__`"),
@@ -242,7 +216,6 @@ def refused(tmp_path):
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("sft.trainer.lr_scheduler_type=nonsense", "`cosine`"),
         ("sft.trainer.optim=nonsense", "`adamw_torch`"),
         ("sft.trainer.eval_strategy=nonsense", "`epoch`"),
     ],
@@ -250,18 +223,6 @@ def refused(tmp_path):
 def test_a_word_that_the_library_does_not_have_is_refused_with_those_it_has(refused, override, word):
     found = refused(override)
     assert word in found.message and "'nonsense'" in found.message
-
-
-def test_fewer_prompts_than_a_batch_are_refused(check, tmp_path):
-    """TRL would wait for a full batch for ever."""
-    (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n' * 3)
-    found = check(
-        "ppo", overrides=(f"ppo.data={tmp_path / 'few.jsonl'}", "ppo.trainer.per_device_train_batch_size=4",
-                          "ppo.trainer.gradient_accumulation_steps=1")
-    )  # fmt: skip
-    assert found.place.startswith("stages.ppo")
-    assert "3 prompts are fewer than one batch of 4" in found.message
-    assert "per_device_train_batch_size" in f"{found.message} {found.hint}"
 
 
 def test_a_sound_recipe_passes_the_check(tmp_path, monkeypatch):
@@ -274,12 +235,6 @@ def test_a_sound_recipe_passes_the_check(tmp_path, monkeypatch):
     warnings = worker.check(loaded, list(loaded.stages))
     assert not [warning for warning in warnings if "the longer reply" not in warning and "chat template" not in warning]
     assert not loaded.run.exists()
-
-
-def test_evaluation_during_training_without_held_out_rows_is_refused(check):
-    """Transformers would find out only when the stage starts."""
-    found = check("sft", overrides=("sft.trainer.eval_strategy=steps",))
-    assert found.place == "stages.sft.trainer.eval_strategy" and "eval_fraction" in found.hint
 
 
 @pytest.mark.parametrize(

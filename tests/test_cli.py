@@ -191,6 +191,16 @@ def test_errors_go_to_standard_error_and_data_to_standard_output(folder):
     assert bad.stderr.startswith("error: override `seed=x`: ")
 
 
+def test_what_cannot_be_written_is_said_in_one_line(folder):
+    done = run(folder, "cp", "tiny", "n" * 300)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {'n' * 300}: File name too long\n"
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "rlhf_pipeline", "schema"]
+        done = subprocess.run(command, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
 def test_a_command_that_does_not_exist_is_refused(folder):
     done = run(folder, "trian", "r.yaml")
     assert (done.returncode, done.stdout) == (2, "")

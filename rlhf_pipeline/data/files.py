@@ -138,6 +138,7 @@ def _json(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
             begun, listed, position = True, True, position + 1
             continue
         if text[position] == "]" and listed:
+            _require_end(file, text[position + 1 :], reader, line)
             return
         if text[position] != "{":
             raise InputError("here should be a JSON object", place=f"{file}:{line}")
@@ -154,6 +155,21 @@ def _json(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
         yield row
     if listed:
         raise InputError("this is not JSON: the list has no end", place=f"{file}:{line}")
+
+
+def _require_end(file: Path, rest: str, reader: IO[str], line: int) -> None:
+    """See that nothing follows a list of rows, as where two files were joined: those rows would be lost.
+
+    Raises:
+        InputError: something does.
+    """
+    while rest:
+        if rest.strip():
+            line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
+            hint = "a file has one list of rows, or rows one after the other"
+            raise InputError("something follows the end of the list", place=f"{file}:{line}", hint=hint)
+        line += rest.count("\n")
+        rest = reader.read(CHUNK)
 
 
 def _why(error: Exception) -> str:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,7 +61,8 @@ class Prepared:
         shapes: what was recognised in each source, those of `eval_data` apart.
         counts: `rows` that were read; `bad_rows`, `too_long` and `rows_without_pair`, which were left out; of rows with
             labels `good_replies` and `bad_replies`, of which demonstrations leave the bad ones out; `conversations`,
-            which go through the chat template. Those of `eval_data` have names that begin with `eval_`.
+            the rows in use whose prompts go through the chat template. Those of `eval_data` have names that begin with
+            `eval_`.
     """
 
     train: Dataset
@@ -166,13 +168,16 @@ def where(spec: Data) -> str:
 
 
 def _prepare(layout: Layout, spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
-    tables, shapes, counts = [], [], Counter[str]()
+    tables, shapes, counts, turns = [], [], Counter[str](), []
     for source in spec.sources:
         table, shape, of_source = _encoded(layout, source, spec, tokenizer)
         tables.append(table)
         shapes.append(shape)
         counts.update(of_source)
-    table = _mixed(tables, spec, seed)
+        turns.append(of_source.get("conversations", 0) / len(table))
+    taken = _taken(tables, spec)
+    counts["conversations"] = sum(round(share * count) for share, count in zip(turns, taken, strict=True))
+    table = _mixed(tables, taken, seed)
     held_out = None
     if spec.eval_data is not None:
         held_out, _, of_source = _encoded(layout, spec.eval_data, spec, tokenizer)
@@ -199,16 +204,20 @@ def _shares(spec: Data) -> list[float] | None:
     return [weight / sum(known) for weight in known]
 
 
-def _mixed(tables: list[Dataset], spec: Data, seed: int) -> Dataset:
-    """One table of several, in an order drawn by the seed: all rows, or as many as the weights allow, none twice."""
+def _taken(tables: list[Dataset], spec: Data) -> list[int]:
+    """How many rows of each table are used: all, or as many as the weights allow with none twice."""
+    shares = _shares(spec)
+    if shares is None:
+        return [len(table) for table in tables]
+    total = min(len(table) / share for table, share in zip(tables, shares, strict=True))
+    return [min(len(table), max(1, round(total * share))) for table, share in zip(tables, shares, strict=True)]
+
+
+def _mixed(tables: list[Dataset], counts: list[int], seed: int) -> Dataset:
+    """One table of so many rows of each of several; which ones, and their order, is drawn by the seed."""
     if len(tables) == 1:
         return tables[0]
-    draw, shares = np.random.default_rng(seed), _shares(spec)
-    if shares:
-        total = min(len(table) / share for table, share in zip(tables, shares, strict=True))
-        counts = [min(len(table), max(1, round(total * share))) for table, share in zip(tables, shares, strict=True)]
-    else:
-        counts = [len(table) for table in tables]
+    draw = np.random.default_rng(seed)
     starts = np.cumsum([0, *(len(table) for table in tables[:-1])])
     chosen = [
         start + draw.permutation(len(table))[:count] for start, table, count in zip(starts, tables, counts, strict=True)
@@ -287,10 +296,11 @@ def _require_one_shape(files: Sequence[Path], source: Source, wanted: Wanted, ch
         rows = first_rows(Source(path=str(file), columns=source.columns))
         shape, names = recognise(rows or [], wanted, chat, str(file)), column_names(rows or [])
         first = first or (shape, names)
-        if shape.name != first[0].name:
+        if shape.says != first[0].says:
+            one, other = (shape.name, first[0].name) if shape.name != first[0].name else (shape.says, first[0].says)
             raise InputError(
-                f"its columns ({', '.join(names)}) are read as {shape.name}, and those of {files[0].name} "
-                f"({', '.join(first[1])}) as {first[0].name}",
+                f"its columns ({', '.join(names)}) are read as {one}, and those of {files[0].name} "
+                f"({', '.join(first[1])}) as {other}",
                 place=str(file),
                 hint="give files of different columns as several sources under `mix`, with `columns` for each",
             )
@@ -432,11 +442,10 @@ def _encoded(
     """A source's rows as tokens, with keys and lengths, from the cache if they are there."""
     hub = load_hub(source)
     rows, shape = open_source(source, layout.wanted, spec.chat, hub)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf-pipeline"
+    folder = _cache_folder()
     file = folder / f"{_fingerprint(layout, source, hub, spec, tokenizer)}.arrow"
     notes = file.with_suffix(".json")
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         if spec.bad_rows == "error":  # in seconds, where encoding takes minutes
             for _ in _records(rows, shape, layout.wanted, spec, Counter()):
                 pass
@@ -575,6 +584,27 @@ def _hash(value: Any) -> int:
 
 
 # The cache
+
+
+def _cache_folder() -> Path:
+    """The folder of what was encoded.
+
+    Raises:
+        InputError: it cannot be made, or not be written to.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf-pipeline"
+    why = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+    if why or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"encoded rows cannot be written there: {why or 'the folder is read-only'}",
+            place=str(folder),
+            hint="set HF_DATASETS_CACHE to a folder that can be written to",
+        )
+    return folder
 
 
 def _fingerprint(

@@ -92,7 +92,7 @@ def measure(
         "held_out_rows": None if held_out is None else len(held_out),
         "prompts": len(distinct),
         "chat": spec.chat,
-        "conversations": prepared.counts.get("conversations", 0),
+        "conversations": sum(prepared.counts.get(f"{name}conversations", 0) for name in ("", "eval_")),
         "left_out": {
             name: count
             for name, count in prepared.counts.items()
@@ -477,6 +477,12 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
         return
     if rows < numbers["batch"]:
         yield f"{rows} rows are fewer than one batch of {numbers['batch']}"
+    turns, all_rows = numbers["conversations"], rows + (numbers["held_out_rows"] or 0)
+    if 0 < turns < all_rows:
+        yield (
+            f"the prompts of {out_of(turns, all_rows)} rows are conversations, and the others plain text: the model is "
+            "trained on two formats"
+        )
     for name, count in numbers["cut"].items():
         if count > MANY_CUT * rows:
             key = "max_prompt_length" if name == "prompt" else "max_completion_length"
@@ -565,7 +571,7 @@ def across(stages: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _and(names: list[str]) -> str:
-    return " and ".join(names)
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def said(what: str) -> str:

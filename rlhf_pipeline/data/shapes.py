@@ -218,7 +218,7 @@ def _asked(known: Row, chat: bool | None) -> _Asked | None:
         if isinstance(value, list):
             return _with_system(turns_of(row, column), row)
         text = _text(row, column)
-        if column == "instruction" and row.get("input") not in (None, ""):
+        if column == "instruction" and not _is_blank(row.get("input")):
             text += "\n\n" + _text(row, "input")
         return _framed(text, row, as_turn)
 
@@ -248,11 +248,18 @@ def _with_system(turns: list[dict[str, str]], row: Row) -> list[dict[str, str]]:
     return [first, *turns]
 
 
+def _is_blank(value: Any) -> bool:
+    """Whether a column that need not be there holds nothing, as a cell of a table in which there is only a space."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _system(row: Row) -> str:
     value = row.get("system")
-    if value is not None and not isinstance(value, str):
+    if value is None or _is_blank(value):
+        return ""
+    if not isinstance(value, str):
         raise RowError(_what_is_wrong("system", value))
-    return value or ""
+    return _encodable(value, "system")
 
 
 # Pairs of replies
@@ -491,7 +498,17 @@ def _text(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise RowError(_what_is_wrong(column, value))
-    return value
+    return _encodable(value, column)
+
+
+def _encodable(text: str, column: str) -> str:
+    """The text itself. JSON can hold half of a character, where text was cut within an emoji."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start]).strip("'")
+        raise RowError(f"`{column}` has half of a character, {half}, which is no text") from None
+    return text
 
 
 def _reply(row: Row, column: str) -> str:
@@ -538,7 +555,7 @@ def _turn(turn: Any, column: str) -> dict[str, str]:
         raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
     if role not in ("system", "user", "assistant", "tool"):
         raise RowError(f"a turn of `{column}` has the role `{role}`; roles are system, user, assistant and tool")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _encodable(content, column)}
 
 
 # Which roles may follow a role; None is the beginning.

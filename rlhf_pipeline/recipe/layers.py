@@ -12,7 +12,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.origins import Origin, Origins, Problems, Source
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.recipe.shipped import shipped
-from rlhf_pipeline.recipe.yaml import KeyPath, Mark, parse_value, read_document
+from rlhf_pipeline.recipe.yaml import KeyPath, Mark, parse_value, read_document, shown
 
 DATA_KEYS = ("data", "ptx_data")
 # A new path leaves behind what named a place inside the former one.
@@ -75,8 +75,7 @@ def _read_file(
         problems.add_fault(fault, source)
     content, origins = document.value, Origins(source)
     origins.written = {path: Origin(source, mark) for path, mark in document.marks.items() if path}
-    faulty = next((fault for fault in document.faults if fault.path == ("extends",)), None)
-    if "extends" not in content or faulty:
+    if "extends" not in content:
         _write_out_short_forms(content, origins)
         return content, origins.written
     base_file, base_source = _extended(content.pop("extends"), origins, problems, [*chain, file.resolve()])
@@ -104,7 +103,7 @@ def _extended(value: Any, origins: Origins, problems: Problems, chain: list[Path
         error = InputError(mark.fault.message, place=place, hint=mark.fault.hint)
     elif not isinstance(value, str) or not value:
         error = InputError(
-            f"expected the path of one recipe, or the name of a shipped one, got {value!r}",
+            f"expected the path of one recipe, or the name of a shipped one, got {shown(value)}",
             place=place,
             hint="one recipe extends one other, which may extend a further one",
         )

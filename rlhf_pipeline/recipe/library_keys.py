@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_pipeline.recipe.yaml import shown
+
 _TRAINING_ARGUMENTS = [("transformers", "training_args.py", "TrainingArguments"),
                        ("trl", "trainer/base_config.py", "_BaseConfig")]  # fmt: skip
 _CLASSES = {
@@ -393,7 +395,7 @@ def type_problem(annotation: str, value: Any) -> str | None:
         known = [name.removeprefix("=") for name in expected]
         near = [name for name in known if name.startswith(str(value))] or difflib.get_close_matches(str(value), known)
         wanted = ["a name such as " + ", ".join(f"`{name}`" for name in (near or known)[:3])]
-    return f"expected {' or '.join(map(str, wanted))}, got {value!r}"
+    return f"expected {' or '.join(map(str, wanted))}, got {shown(value)}"
 
 
 def _plain(name: str) -> str | None:

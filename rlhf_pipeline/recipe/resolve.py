@@ -36,6 +36,7 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             _resolve_reward(recipe, earlier, known, name, stage, problems)
             if "stop_token_id" not in stage.trainer and "stop_token" not in stage.trainer:
                 stage.trainer = {"stop_token": "eos", **stage.trainer}
+            _require_both_of_ptx(name, stage, problems)
         for key in ("reward", "ptx_data"):
             if stage.kind != "ppo" and getattr(stage, key) is not None:
                 problems.add(
@@ -60,6 +61,18 @@ def _resolve_reward(
             f"stage `{name}` needs a reward model, and no `reward` stage stands before it",
             "add a stage of kind `reward` before it",
         )
+
+
+def _require_both_of_ptx(name: str, stage: Stage, problems: Problems) -> None:
+    """Demonstrations without a weight would not be read, and a weight without them weighs nothing."""
+    data, weight = ("stages", name, "ptx_data"), ("stages", name, "trainer", "ptx_coef")
+    weighed = stage.trainer.get("ptx_coef", 0)
+    if problems.within(data) or problems.within(weight[:-1]) or not isinstance(weighed, int | float):
+        return
+    if stage.ptx_data and not weighed:
+        problems.add(weight, "`ptx_data` has no effect without `ptx_coef`", "set `ptx_coef` in `trainer`")
+    elif weighed and not stage.ptx_data:
+        problems.add(weight, "`ptx_coef` has no effect without `ptx_data`", "give demonstrations", of_key=True)
 
 
 def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -> None:

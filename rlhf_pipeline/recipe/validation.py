@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from rlhf_pipeline.recipe import library_keys, schema
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import BASE, KINDS, Data, Evaluate, MixedSource, Model, Recipe, Stage
-from rlhf_pipeline.recipe.yaml import KeyPath, parse_value
+from rlhf_pipeline.recipe.yaml import KeyPath, parse_value, shown
 
 # What people write for a key that has another name here, or in TRL and PEFT.
 OTHER_WORDS = {
@@ -184,18 +184,6 @@ def _written_otherwise(given: Any, *, boolean: bool) -> str | None:
     if isinstance(given, str) and not isinstance(parse_value(given) if SCALAR.fullmatch(given) else "", str):
         return "remove the quotes: between them it is text"
     return None
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it."""
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _repair(error: ErrorDetails, content: dict[str, Any]) -> None:

@@ -115,6 +115,18 @@ def dump_inline(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
+def shown(value: Any) -> str:
+    """A value as messages show it."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def parse_value(text: str) -> Any:
     """Read one YAML value, such as the right side of `key=value` on the command line. No variable is looked up.
 
@@ -160,6 +172,9 @@ def read_document(text: str, source: str) -> Document:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         hint = "check indentation, colons and quotes"
+        if "another document" in str(error.problem):
+            message = "a second document begins here"
+            raise InputError(message, place=place, hint="a recipe is one document: remove `---`") from None
         if "\\t" in str(error.problem):
             hint = "indent with spaces, not tabs"
         elif "indentation indicators" in str(error.problem):  # a `>` begins folded text
@@ -228,6 +243,10 @@ class _Reader:
                 raise InputError("a key must be a plain word", place=place, hint="write `key: value`")
             key = key_node.value  # text, even where it looks like a number
             here = (*path, key)
+            if key == "<<" and key_node.style is None:
+                hint = "write the keys out, or build on another recipe with `extends`"
+                self.document.faults.append(Fault(here, position, "YAML's merge key `<<` is not read", hint))
+                continue
             if key in result:
                 first = self.document.marks[here].key[0]
                 message = f"the key `{key}` stands twice here, first on line {first}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf_pipeline import plan
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.errors import InputError, InputErrors, RunError
 from rlhf_pipeline.recipe import TINY, Data, Recipe
@@ -129,6 +130,7 @@ def smoke(recipe: Recipe, *, tokenizer: str | None = None, keep: Path | None = N
         Interrupted: it was asked to stop, and has.
     """
     began = time.perf_counter()
+    plan.shapes(recipe)  # what the first rows show needs no model
     with _folder(keep) as folder, _environment(folder):
         cut, origins, notes = _cut(recipe, folder, tokenizer)
         for note in notes:

@@ -208,3 +208,19 @@ def test_the_shipped_rows_can_be_read_by_their_stage(name, tokenizer):
     read = getattr(prepare, name)
     table = read(spec, tokenizer, 0).train
     assert len(table) > 100
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(spec, tokenizer, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="encoded rows cannot be written there: Not a directory") as caught:
+        prepare.preferences(spec(TEXT), tokenizer, seed=0)
+    assert caught.value.place == str(tmp_path / "cache" / "rlhf-pipeline")
+    assert "HF_DATASETS_CACHE" in caught.value.hint
+
+
+def test_files_of_one_folder_are_rankings_of_the_same_columns(spec, tokenizer, tmp_path):
+    """Their shape has one name, and yet the columns of one would not be read in the other."""
+    spec({"prompt": "Q:", "replies": [" a", " b"]}), spec({"prompt": "Q:", "responses": [" a", " b"], "ranks": [2, 1]})
+    with pytest.raises(InputError, match=r"`responses` with their ranks, 1 the best, and those of rows0") as caught:
+        prepare.preferences(Data(path=str(tmp_path)), tokenizer, seed=0)
+    assert caught.value.place == str(tmp_path / "rows1.jsonl")

@@ -170,6 +170,8 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(tmp_path):
         ("a.json", b'[{"a": "b"},\n{"a": "b",}]', 2, "not JSON"),
         ("a.json", b'[{"a": "b"},\n{"a": "b"}\n', 3, "the list has no end"),
         ("a.json", b'[{"a": "b"},\n\n3]', 3, "here should be a JSON object"),
+        ("a.json", b'[{"a": "b"}]\n\n[{"a": "c"}]', 3, "something follows the end of the list"),
+        ("a.json", b'[{"a": "b"}]' + b" \n" * files.CHUNK + b"x", files.CHUNK + 1, "something follows the end"),
         ("a.json", b'\n"text"', 2, "here should be a JSON object"),
         ("a.json", b'[{"a": "caf\xe9"}]', None, "not UTF-8"),
         ("a.csv", b"a,b\n1,2\n3\n", 3, "this row has 1 values, and there are 2 columns"),

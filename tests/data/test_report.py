@@ -413,6 +413,19 @@ class TestAcross:
         assert report.across({"sft": chat}) == []
         (warning,) = report.across({"sft": chat, "dpo": text})
         assert "the prompts of sft are conversations, and those of dpo plain text" in warning
+        (warning,) = report.across({"a": chat, "b": chat, "c": chat, "d": text})
+        assert "the prompts of a, b and c are conversations, and those of d plain text" in warning
+
+    def test_text_and_conversations_in_one_stage(self, data, measure):
+        """Of each source as many as are in use; rows of `eval_data` count, too."""
+        chats, texts = data(CHATS * 4).path, data(demonstrations(30)).path
+        mix = [{"path": chats, "weight": 1}, {"path": texts, "weight": 3}]
+        numbers = measure("sft", Data(mix=mix))
+        assert (numbers["rows"], numbers["conversations"]) == (40, 10)
+        assert any("10 of 40 (25%) rows are conversations" in warning for warning in found(numbers)[1])
+        numbers = measure("sft", Data(path=chats, eval_data={"path": chats, "limit": 3}))
+        assert (numbers["rows"], numbers["held_out_rows"], numbers["conversations"]) == (20, 3, 23)
+        assert not any("two formats" in warning for warning in found(numbers)[1])
 
     @pytest.mark.parametrize(("chat", "warned"), [(None, True), (False, False), (True, False)])
     def test_a_template_that_no_prompt_goes_through(self, data, measure, chat, warned):

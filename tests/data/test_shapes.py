@@ -314,6 +314,20 @@ ROWS = {
         ("demonstrations", "demonstrations", {"completion": [USER, REPLY]}, "one turn beside a prompt, and has 2"),
         ("demonstrations", "demonstrations", {"completion": [USER]}, "is the turn of user"),
         ("demonstrations", "demonstrations", {"system": 3}, "`system` should be text, and is 3"),
+        ("prompts", "demonstrations", {"prompt": "q\ud83d"}, r"`prompt` has half of a character, \ud83d, which is no"),
+        (
+            "demonstrations",
+            "demonstrations",
+            {"completion": "\udf4b a"},
+            r"`completion` has half of a character, \udf4b",
+        ),
+        ("demonstrations", "demonstrations", {"system": "\ud83d"}, r"`system` has half of a character, \ud83d"),
+        (
+            "demonstrations",
+            "conversations",
+            {"messages": [USER, {**REPLY, "content": "a\ud83d"}]},
+            r"`messages` has half of a character, \ud83d",
+        ),
         ("demonstrations", "conversations", {"messages": []}, "`messages` is empty"),
         ("demonstrations", "conversations", {"messages": "hi"}, 'should be a list of turns, and is "hi"'),
         ("demonstrations", "conversations", {"messages": [USER]}, "does not end with an assistant's reply"),
@@ -390,6 +404,12 @@ def test_a_row_that_lacks_something_says_what(wanted, kind, change, message):
     with pytest.raises(RowError) as caught:
         shape.read(ROWS[kind] | change)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("blank", [None, "", " \n"])
+def test_a_column_that_need_not_be_there_may_be_blank(blank):
+    rows = [{"instruction": "q", "input": value, "system": value, "output": "a"} for value in ("x", blank)]
+    assert recognise(rows, "demonstrations").read(rows[1]) == [([{"role": "user", "content": "q"}], "a")]
 
 
 @pytest.mark.parametrize(

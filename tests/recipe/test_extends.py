@@ -223,6 +223,11 @@ def test_a_fault_in_the_extended_file_names_that_file(write, tmp_path):
     assert problem(path).place == f"{tmp_path}/twice.yaml:4:1: seed"
 
 
+def test_what_is_extended_twice_is_one_fault_and_no_more(write):
+    path = write(base=BASE, mine="extends: base.yaml\nextends: team/base.yaml\nseed: 3\n")
+    assert [str(one.place) for one in problem(path).all] == [f"{path}:2:1: extends"]
+
+
 def test_extends_is_for_files_not_for_the_command_line(write):
     found = problem(write(mine=BASE), "extends=tiny")
     assert found.message == "unknown key `extends`"

@@ -19,6 +19,7 @@ from trl.experimental import ppo as trl_ppo
 from rlhf_pipeline import recipe
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import library_keys
+from rlhf_pipeline.recipe.yaml import shown
 
 CLASSES = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "dpo": DPOConfig, "lora": LoraConfig}
 
@@ -182,7 +183,14 @@ def test_type_problem_tells_fitting_values_from_others(annotation, good, bad, wo
     for value in good:
         assert library_keys.type_problem(annotation, value) is None, value
     for value in bad:
-        assert library_keys.type_problem(annotation, value) == f"expected {words}, got {value!r}", value
+        assert library_keys.type_problem(annotation, value) == f"expected {words}, got {shown(value)}", value
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(None, "null"), (True, "true"), ([1], "a list"), ({}, "a mapping"), ("1", "'1'")]
+)
+def test_what_was_given_is_said_in_the_words_of_yaml(value, said):
+    assert library_keys.type_problem("float", value) == f"expected a number, got {said}"
 
 
 @pytest.mark.parametrize("annotation", ["Any", "LoftQConfig | dict", "str | list[DebugOption]"])

@@ -328,13 +328,16 @@ def test_every_shipped_recipe_loads_and_its_resolved_form_too(name, write, tmp_p
     ("stages", "place"),
     [
         (
-            "ppo: {data: tiny:prompts, ptx_data: {path: tiny:demonstrations, eval_fraction: 0.1}}",
+            "ppo: {data: tiny:prompts, ptx_data: {path: tiny:demonstrations, eval_fraction: 0.1}, "
+            "trainer: {ptx_coef: 0.1}}",
             "stages.ppo.ptx_data.eval_fraction",
         ),
         (
-            "ppo: {data: tiny:prompts, ptx_data: {path: tiny:demonstrations, split: test}}",
+            "ppo: {data: tiny:prompts, ptx_data: {path: tiny:demonstrations, split: test}, trainer: {ptx_coef: 0.1}}",
             "stages.ppo.ptx_data.split",
         ),
+        ("ppo: {data: tiny:prompts, ptx_data: tiny:demonstrations}", "stages.ppo.trainer.ptx_coef"),
+        ("ppo: {data: tiny:prompts, trainer: {ptx_coef: 0.1}}", "4:39: stages.ppo.trainer.ptx_coef"),
         ("ppo: {data: {path: tiny:prompts, max_completion_length: 9}}", "stages.ppo.data.max_completion_length"),
         ("dpo: {data: {path: tiny:preferences, split: test}}", "stages.dpo.data.split"),
     ],
@@ -353,7 +356,7 @@ def test_demonstrations_for_ppo_are_data_like_any_other(write, tmp_path):
     """A path alone or a mapping, relative to the recipe, refined by overrides, and written down whole."""
     (tmp_path / "shown.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     path = write(FULL.replace("data: tiny:prompts", "data: tiny:prompts\n    ptx_data: shown.jsonl"))
-    loaded = recipe.load(path, ["ppo.ptx_data.max_completion_length=9"])
+    loaded = recipe.load(path, ["ppo.ptx_data.max_completion_length=9", "ppo.trainer.ptx_coef=0.1"])
     assert loaded.stages["ppo"].ptx_data.path == str(tmp_path / "shown.jsonl")
     assert loaded.stages["ppo"].ptx_data.max_completion_length == 9
     again = recipe.load(write(recipe.to_yaml(loaded), name="recipe.yaml"))
@@ -372,7 +375,8 @@ def test_demonstrations_for_ppo_are_data_like_any_other(write, tmp_path):
     ],
 )
 def test_demonstrations_that_cannot_be_read_or_used_are_refused(write, override, message):
-    found = problem(write(FULL), override)
+    weight = ["ppo.trainer.ptx_coef=0.1"] if override.startswith("ppo.") else []
+    found = problem(write(FULL), override, *weight)
     assert message in found.message
     assert found.place == f"override `{override}`"
 

@@ -125,6 +125,20 @@ def test_what_is_not_yaml_is_an_error_with_line_and_hint(text, line, hint):
     assert hint in caught.value.hint
 
 
+def test_a_second_document_is_an_error_where_it_begins():
+    with pytest.raises(InputError, match=r": a second document begins here$") as caught:
+        parse_document("a: 1\n---\nb: 2\n", "r.yaml")
+    assert caught.value.place == "r.yaml:2:1"
+
+
+def test_a_merge_key_is_refused_where_it_stands_and_a_quoted_one_is_a_key():
+    with pytest.raises(InputError, match="merge key `<<` is not read") as caught:
+        parse_document("a: &a {b: 1}\nc:\n  <<: *a\n", "r.yaml")
+    assert caught.value.place == "r.yaml:3:3: c.<<"
+    assert "extends" in caught.value.hint
+    assert parse_document('"<<": 1\n', "r.yaml")[0] == {"<<": 1}
+
+
 def test_a_control_character_is_an_error_that_names_the_file():
     with pytest.raises(InputError, match="not YAML") as caught:
         parse_document("a: \x01\n", "r.yaml")

@@ -4,8 +4,10 @@ import csv
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,16 +172,19 @@ stages:
     assert not (tmp_path / "cache").exists() and not (tmp_path / "datasets").exists()
 
 
-def test_bad_row_is_a_fault_of_the_recipe(tmp_path):
-    """Exit code 2, with the user's own file and row, as `run` says it."""
+@pytest.mark.parametrize(("second", "said"), [
+    ('{"prompt": "a", "completion"', ":2: this line is not JSON"),
+    ('{"prompt": "a", "answered": "b"}', ": the columns (prompt, answered) are no demonstrations"),
+])  # fmt: skip
+def test_bad_rows_are_a_fault_of_the_recipe(tmp_path, second, said):
+    """Exit code 2, with the user's own file, as `run` says it: found in that file, or in the rows taken from it."""
     folder = write(tmp_path / "mine", "model: {path: tiny}\nstages:\n  sft: {data: rows.jsonl}\n")
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text(f'{{"prompt": "a"}}\n{second}\n')
     before = tree(folder)
     done = run(folder)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert f"{folder}/rows.jsonl" in done.stderr and "row 2" in done.stderr and "`completion`" in done.stderr
+    assert f"error: {folder}/rows.jsonl{said}" in done.stderr
     assert tree(folder) == before
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -223,3 +228,20 @@ def test_two_small_updates_of_ppo_are_possible_whatever_the_recipe_says(trainer,
 ])  # fmt: skip
 def test_lora_that_names_layers_by_number_needs_all_of_them(lora, named):
     assert smoke._names_layers(lora) is named
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
+    """As every other command, with the exit code of a shell."""
+    (tmp_path / "recipe.yaml").write_text("model: {path: tiny}\nstages:\n  sft: {data: tiny:demonstrations}\n")
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-m", "rlhf_pipeline", "smoke", "recipe.yaml"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as smoke:
+        while not any((tmp_path / "temporary").glob("rlhf-smoke-*/data")):
+            assert smoke.poll() is None
+            time.sleep(0.05)
+        smoke.send_signal(signal.SIGINT)
+        said = smoke.communicate(timeout=60)[1]
+    assert (smoke.returncode, said.splitlines()[-1]) == (130, "interrupted")
+    assert not any((tmp_path / "temporary").iterdir())
+    assert not (tmp_path / "runs").exists()
