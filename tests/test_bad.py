@@ -45,7 +45,7 @@ def expectations() -> tuple[dict[str, str], dict[str, str]]:
     parts = re.split(r"^== (.+)$\n", (BAD / "messages.txt").read_text(), flags=re.MULTILINE)[1:]
     said = dict(zip(parts[::2], (text.strip() for text in parts[1::2]), strict=True))
     read = {name: text for name, text in said.items() if not name.endswith(", when checked")}
-    return read, {name.removesuffix(", when checked"): said[name] for name in said.keys() - read.keys()}
+    return read, {name.removesuffix(", when checked"): text for name, text in said.items() if name not in read}
 
 
 AS_READ, WHEN_CHECKED = expectations()
