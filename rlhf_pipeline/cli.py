@@ -347,12 +347,13 @@ def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = 
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.recipe import show as shows
+    from rlhf_pipeline.run.secrets import redact
 
     loaded, origins = recipes.load_with_origins(recipe, overrides or [])
     if as_json:
-        typer.echo(json.dumps(shows.as_json(loaded, origins), indent=2, ensure_ascii=False))
+        typer.echo(redact(json.dumps(shows.as_json(loaded, origins), indent=2, ensure_ascii=False)))
     else:
-        typer.echo(shows.as_yaml(loaded, origins), nl=False)
+        typer.echo(redact(shows.as_yaml(loaded, origins)), nl=False)
 
 
 @app.command(
@@ -374,7 +375,7 @@ def schema() -> None:
 @app.command(
     epilog=_examples(
         ("data my-recipe.yaml", "rows, lengths, what is cut, and an example, for every stage"),
-        ("data my-recipe.yaml reward", "for one stage"),
+        ("data my-recipe.yaml reward", "for one stage, or some"),
         ("data tiny ppo ppo.data.max_prompt_length=8", "with another setting"),
         ("data my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
     )
@@ -383,7 +384,7 @@ def data(
     recipe: RecipeArgument,
     stage_and_overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="STAGE|KEY=VALUE", help="One stage alone, and settings to override."),
+        typer.Argument(metavar="STAGE|KEY=VALUE", help="Stages to show, by default all, and settings to override."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -398,8 +399,8 @@ def data(
     from rlhf_pipeline.run.launch import ENVIRONMENT
 
     given = stage_and_overrides or []
-    chosen = given[:1] if given and "=" not in given[0] else []
-    loaded = recipes.load(recipe, given[len(chosen) :])
+    chosen = [one for one in given if "=" not in one]
+    loaded = recipes.load(recipe, [one for one in given if "=" in one])
     for name in chosen:
         if name not in loaded.stages:
             raise InputError(f"there is no stage `{name}`", hint=f"the stages are {', '.join(loaded.stages)}")

@@ -150,3 +150,16 @@ def test_the_command_prints_it_without_importing_torch(mine, tmp_path):
     done = subprocess.run([*command[:1], *command[3:], "--json"], cwd=tmp_path, capture_output=True, text=True,
                           check=True, timeout=60, env=os.environ)  # fmt: skip
     assert json.loads(done.stdout) == show.as_json(*recipe.load_with_origins(mine, ["seed=7"]))
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_secrets_of_the_environment_are_not_printed(mine, tmp_path, option):
+    """What it prints may end in the log of a CI that anyone reads."""
+    token = "hf_" + "a1B2" * 9
+    command = [sys.executable, "-m", "rlhf_pipeline", "show", "mine.yaml", *option]
+    environment = os.environ | {"HF_TOKEN": token, "PLACE": f"runs/{token}"}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env=environment
+    )
+    assert token not in done.stdout + done.stderr
+    assert "runs/***" in done.stdout

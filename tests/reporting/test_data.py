@@ -176,7 +176,7 @@ class TestCommand:
 
     def test_one_stage_and_overrides(self, written, command):
         path = written({}, sft=CHATS, dpo=PAIRS)
-        code, out, _ = command("data", path, "dpo", "dpo.data.max_completion_length=2", "--json")
+        code, out, _ = command("data", path, "dpo.data.max_completion_length=2", "dpo", "--json")  # in any order
         assert code == 0
         (stage,) = json.loads(out)["stages"]
         assert stage["name"] == "dpo"
