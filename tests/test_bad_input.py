@@ -293,13 +293,6 @@ def test_checkpoints_for_being_the_best_are_refused(check, stage):
     assert "being the best" in found.message and found.hint
 
 
-@pytest.mark.parametrize("override", ["ppo.trainer.ptx_coef=0.5", "ppo.ptx_data=demonstrations.jsonl"])
-def test_demonstrations_and_their_weight_need_each_other(check, override):
-    found = check("ppo", overrides=(override,))
-    assert found.place.startswith("stages.ppo")
-    assert "`ptx_coef`" in found.message and "demonstrations" in found.message
-
-
 @pytest.mark.parametrize(
     ("override", "word"),
     [

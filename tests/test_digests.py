@@ -22,7 +22,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.schema import Data, Model
 
 OLD, NEW, OTHER = "a" * 40, "b" * 40, "c" * 40
-LONG_AGO = time.time() + 60
+CLOCK = time.time
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock by which every file of the test has been as it is for a minute."""
-    monkeypatch.setattr(digests.time, "time", lambda: LONG_AGO)
+    monkeypatch.setattr(digests.time, "time", lambda: CLOCK() + 60)
 
 
 @pytest.fixture

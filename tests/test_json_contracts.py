@@ -177,7 +177,10 @@ def test_data(folder):
         text + "  again: {kind: sft, data: {path: again.jsonl, eval_data: pairs.jsonl}}\n"
         "  short: {kind: sft, data: {path: pairs.jsonl, max_prompt_length: 2, too_long: drop, limit: 9}}\n"
         "  some: {kind: sft, data: {path: some.jsonl, bad_rows: drop}}\n"
+        "  thumbs: {kind: sft, data: thumbs.jsonl}\n"
     )
+    labelled = [{"prompt": f"Q {i}:", "completion": " c", "label": i % 3 == 0} for i in range(9)]
+    (folder / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (folder / "some.jsonl").write_text((folder / "pairs.jsonl").read_text() + '{"prompt": "a"}\n')
     compare("data", [output(folder, "data", "bad.yaml", exit_code=2)])
 

@@ -207,12 +207,18 @@ def test_the_content_of_data_counts_and_not_its_time(folder):
 
 def test_demonstrations_for_ppo_count_by_their_content(folder):
     (folder / "shown.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    assert make(folder, "ppo.ptx_data=rows.jsonl")["ppo"].inputs["ptx_data"].startswith("rows.jsonl@")
+    assert (
+        make(folder, "ppo.trainer.ptx_coef=0.1", "ppo.ptx_data=rows.jsonl")["ppo"]
+        .inputs["ptx_data"]
+        .startswith("rows.jsonl@")
+    )
     assert "ptx_data" not in make(folder)["ppo"].inputs
-    first = make(folder, "ppo.ptx_data=shown.jsonl")["ppo"].fingerprint
+    first = make(folder, "ppo.trainer.ptx_coef=0.1", "ppo.ptx_data=shown.jsonl")["ppo"].fingerprint
     (folder / "shown.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
-    second = make(folder, "ppo.ptx_data=shown.jsonl")["ppo"].fingerprint
-    shorter = make(folder, "ppo.ptx_data={path: shown.jsonl, max_completion_length: 3}")["ppo"].fingerprint
+    second = make(folder, "ppo.trainer.ptx_coef=0.1", "ppo.ptx_data=shown.jsonl")["ppo"].fingerprint
+    shorter = make(folder, "ppo.trainer.ptx_coef=0.1", "ppo.ptx_data={path: shown.jsonl, max_completion_length: 3}")[
+        "ppo"
+    ].fingerprint
     assert len({first, second, shorter, make(folder)["ppo"].fingerprint}) == 4
 
 
