@@ -282,6 +282,7 @@ def test_what_is_as_by_default_makes_no_difference(folder):
     """So that a key which a later version adds leaves former results as they are."""
     said = "dpo.data={path: pairs.jsonl, split: train, eval_fraction: 0.0, too_long: cut}"
     assert make(folder, said)["dpo"].fingerprint == make(folder)["dpo"].fingerprint
+    assert [key for key in make(folder)["dpo"].inputs if key.startswith("data")] == ["data"]
 
 
 def shapes(folder: Path, *overrides: str) -> dict[str, list[tuple[str, str, str | None]]]:
