@@ -185,7 +185,6 @@ def test_bad_rows_are_a_fault_of_the_recipe(tmp_path, second, said):
     assert done.returncode == 2
     assert done.stdout == ""
     assert f"error: {folder}/rows.jsonl{said}" in done.stderr
-    assert len(done.stderr.splitlines()) <= 2  # at once, before a model is made and a check begins
     assert tree(folder) == before
     assert list((tmp_path / "tmp").iterdir()) == []
 
