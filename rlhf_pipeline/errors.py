@@ -31,12 +31,13 @@ class InputErrors(InputError):  # noqa: N818  it is several
     """Several things are wrong; the first one stands for all where only one can be shown.
 
     Args:
-        errors: what was found, in the order in which to show it; at least one.
+        errors: what was found, in the order in which to show it; at least one. What was found twice is shown once: two
+            stages may share their data, and so its faults.
     """
 
     def __init__(self, errors: Sequence[InputError]) -> None:
         super().__init__(errors[0].message, place=errors[0].place, hint=errors[0].hint)
-        self.errors = [inner for error in errors for inner in error.all]
+        self.errors = list({str(inner): inner for error in errors for inner in error.all}.values())
 
     @property
     def all(self) -> list[InputError]:

@@ -191,7 +191,7 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
         InputError: for all data that cannot be read, or are not what their stage needs.
     """
     found: dict[str, list[dict[str, str | None]]] = {}
-    problems: dict[str, InputError] = {}
+    problems: list[InputError] = []
     for name, stage in recipe.stages.items():
         used: list[tuple[str, Wanted, Data, Source]]
         used = [("data", NEEDS[stage.kind], stage.data, source) for source in stage.data.sources]
@@ -206,9 +206,9 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
                 shape = None if rows is None else recognise(rows, wanted, data.chat, source.path).says
                 found[name].append({"key": key, "path": source.path, "shape": shape})
             except InputError as error:
-                problems[str(error)] = error  # two stages may share their data
+                problems.append(error)
     if problems:
-        raise InputErrors(list(problems.values()))
+        raise InputErrors(problems)
     return found
 
 

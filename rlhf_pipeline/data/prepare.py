@@ -34,7 +34,7 @@ from rlhf_pipeline.digests import Digests
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.tokenizer import TemplateError, render
 from rlhf_pipeline.recipe.data_files import is_local
-from rlhf_pipeline.recipe.schema import Data, MixedSource, Source
+from rlhf_pipeline.recipe.schema import Data, Source
 
 BATCH = 1000  # rows that are encoded at once
 Ids = list[int]
@@ -197,11 +197,8 @@ def _prepare(layout: Layout, spec: Data, tokenizer: PreTrainedTokenizerBase, see
 
 def _shares(spec: Data) -> list[float] | None:
     """Each source's share of the mix; None without weights."""
-    weights = [source.weight for source in spec.mix if isinstance(source, MixedSource)]
-    if not any(weights):
-        return None
-    known = [1.0 if weight is None else weight for weight in weights]
-    return [weight / sum(known) for weight in known]
+    weights = [source.weight for source in spec.mix if source.weight is not None]  # of all sources, or of none
+    return [weight / sum(weights) for weight in weights] or None
 
 
 def _taken(tables: list[Dataset], spec: Data) -> list[int]:

@@ -23,11 +23,6 @@ def is_local(path: str) -> bool:
     return Path(path).is_absolute()
 
 
-def is_glob(path: str) -> bool:
-    """Whether a path is a pattern, and not the name of a file that happens to look like one."""
-    return glob.has_magic(path) and not Path(path).exists()
-
-
 def matching(path: str) -> list[Path]:
     """The data files that an absolute path stands for, sorted; a folder's are those directly in it.
 

@@ -90,13 +90,13 @@ def check(recipe: Recipe, names: list[str]) -> list[str]:
     load_config(recipe.model)
     if any(recipe.stages[name].kind in ("reward", "ppo") for name in names):
         load_config(recipe.model, head="score")
-    problems: dict[str, InputError] = {}  # two stages may share their data, and so their faults
+    problems: list[InputError] = []
 
     def attempt(task: Callable[[], Any]) -> Any:
         try:
             return task()
         except InputError as error:
-            problems.update({str(one): one for one in error.all})
+            problems.append(error)
 
     attempt(lambda: check_lora(recipe, names))
     jobs = [Job(recipe, name, recipe.run) for name in names]
@@ -106,9 +106,9 @@ def check(recipe: Recipe, names: list[str]) -> list[str]:
     if policies:
         attempt(lambda: evaluation.prepare(policies[0]))
     report, wrong = data_report.of_recipe(recipe, names)
-    problems.update({str(one): one for one in wrong})
+    problems += wrong
     if problems:
-        raise InputErrors(list(problems.values()))
+        raise InputErrors(problems)
     return report["warnings"]
 
 

@@ -10,7 +10,7 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 from rlhf_pipeline.data import prepare, report
 from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.data.report import Trainer
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
@@ -35,11 +35,12 @@ def of_recipe(recipe: Recipe, names: Sequence[str]) -> tuple[dict[str, Any], lis
         What `data --json` prints, see `docs/json.md`, and all that is wrong.
     """
     stages: list[dict[str, Any]] = []
-    errors: dict[str, InputError] = {}  # two stages may share their data, and so their faults
+    found: list[InputError] = []
     for name in names:
         stage, wrong = of_stage(Job(recipe, name, recipe.run))
         stages.append(stage)
-        errors |= {str(error): error for error in wrong}
+        found += wrong
+    errors = InputErrors(found).all if found else []
     measured = {stage["name"]: stage["data"] for stage in stages if stage["data"]}
     warnings = [warning for stage in stages for warning in stage["warnings"]]
     warnings += report.across(measured) + _judged_on_what_is_trained_on(recipe, list(measured))
@@ -47,9 +48,9 @@ def of_recipe(recipe: Recipe, names: Sequence[str]) -> tuple[dict[str, Any], lis
         "recipe": recipe.name,
         "model": recipe.model.path,
         "stages": stages,
-        "errors": [{"message": error.message, "place": error.place, "hint": error.hint} for error in errors.values()],
+        "errors": [{"message": error.message, "place": error.place, "hint": error.hint} for error in errors],
         "warnings": list(dict.fromkeys(warnings)),
-    }, list(errors.values())
+    }, errors
 
 
 def of_stage(job: Job) -> tuple[dict[str, Any], list[InputError]]:

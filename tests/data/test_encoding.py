@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 
 from rlhf_pipeline.data import prepare
@@ -15,17 +14,6 @@ from rlhf_pipeline.recipe.schema import Data
 USER = {"role": "user", "content": "What sound does a cow make?"}
 GOOD = {"role": "assistant", "content": " Gladly! It is moo."}
 BAD = {"role": "assistant", "content": " Ugh."}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` remembers within the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(str(TINY / "checkpoint"))
 
 
 @pytest.fixture

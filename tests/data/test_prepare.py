@@ -21,17 +21,6 @@ REPLIES = [" It is moo.", " A moo, I think.", " Ugh."]  # from best to worst
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what is encoded within the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(str(TINY / "checkpoint"))
-
-
 @pytest.fixture
 def write(tmp_path):
     """Write rows to a file of its own."""
