@@ -1,5 +1,6 @@
 """Random checkpoints of several architectures, and artifacts over them, small enough to build in the tests."""
 
+import fcntl
 import os
 import zlib
 
@@ -113,6 +114,25 @@ def warm_server(tmp_path_factory: pytest.TempPathFactory, own_cache_home: None) 
         launcher.__enter__()
     yield launcher
     launcher.__exit__()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, warm_server: Launcher) -> Path:
+    """The run directory of a short run of all four stages on the tiny checkpoint; not to be written to."""
+    import short_run  # after this file has set the environment
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the processes of one session share it
+        shared = shared.parent
+    folder = shared / "tiny_run"
+    with (shared / "tiny_run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            short_run.write_data(folder)
+            code, said = short_run.run_warm(warm_server, folder, "tiny", *short_run.OVERRIDES)
+            assert code == 0, said
+    return folder / "runs" / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -122,13 +122,30 @@ class SharedBase:
         return {name: base.checksum(owned[name]) for name in names or owned}
 
 
+class Shared(Protocol):
+    """What a view needs of the base that it looks at: `SharedBase`, or `staged.StagedBase`."""
+
+    causal_lm: PreTrainedModel
+
+    @property
+    def peft(self) -> nn.Module:
+        """The module that holds the adapters."""
+
+    @property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes logits of last hidden states."""
+
+    def acting_as(self, role: str) -> contextlib.AbstractContextManager[None]:
+        """Make an adapter the active one."""
+
+
 class _View(nn.Module):
     """What both views share: the adapter's own parameters, and the base without registering it.
 
     Registering the base would list and save every parameter of the four adapters once per view.
     """
 
-    def __init__(self, shared: SharedBase, role: str) -> None:
+    def __init__(self, shared: Shared, role: str) -> None:
         super().__init__()
         self.shared = shared  # no module itself, so nothing of it is registered here
         self.role = role
@@ -139,6 +156,11 @@ class _View(nn.Module):
     def config(self) -> Any:
         """The base's configuration."""
         return self.shared.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.shared.causal_lm.device
 
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states under this role's adapter, `[batch, length, hidden]`, in the base's dtype.
@@ -207,7 +229,7 @@ class ScoreView(_View):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, shared: SharedBase, role: str, score: nn.Linear) -> None:
+    def __init__(self, shared: Shared, role: str, score: nn.Linear) -> None:
         super().__init__(shared, role)
         self.score = score
 

@@ -133,7 +133,7 @@ def _sample_together(
     stop_token_id: int | None,
     pad_token_id: int,
 ) -> Episodes:
-    device = next(policy.parameters()).device
+    device = policy.device
     longest = max(len(prompt) for prompt in prompts)
     padded = torch.tensor([[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     lengths = torch.tensor([len(prompt) for prompt in prompts])

@@ -4,9 +4,13 @@
 stages take from one another, `gates` and `paths` look at gates and at the disk. Nothing here imports torch.
 """
 
+import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import gates
@@ -17,7 +21,7 @@ from rlhf_pipeline.recipe.resolve import resolve_stages
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Model, Recipe, Stage
 from rlhf_pipeline.recipe.shipped import PACKAGE, TINY, find, shipped, shipped_folder
 from rlhf_pipeline.recipe.validation import check_library_keys, validate
-from rlhf_pipeline.recipe.yaml import dump
+from rlhf_pipeline.recipe.yaml import dump, parse_document
 
 __all__ = [
     "BASE",
@@ -33,6 +37,7 @@ __all__ = [
     "find",
     "load",
     "load_with_origins",
+    "of_run",
     "run_directory",
     "shipped",
     "shipped_folder",
@@ -88,6 +93,30 @@ def run_directory(text: str) -> Path:
     if not _is_run(run):
         raise InputError(f"there is no run of it at {run}", place=text, hint=f"`rlhf-pipeline run {text}` makes one")
     return run
+
+
+def of_run(run: Path) -> Recipe:
+    """The resolved recipe of a run directory, as the last `run` left it; what it names need not be there any more.
+
+    A stage's `lora` is what the file says of it: what differs from the one it takes over.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    file = run / "recipe.yaml"
+    try:
+        recipe = Recipe.model_validate(parse_document(file.read_text(encoding="utf-8"), str(file))[0])
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the run's recipe cannot be read: {error}", place=str(file)) from None
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise InputError(
+            "this is no recipe that `run` has written", place=f"{file}: {key}", hint="another version may have made it"
+        ) from None
+    for record in run.glob("*/stage.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            recipe._folder = Path(json.loads(record.read_text(encoding="utf-8"))["recipe_folder"])
+    return recipe
 
 
 def _is_run(folder: Path) -> bool:

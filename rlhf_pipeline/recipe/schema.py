@@ -145,6 +145,9 @@ class Evaluate(_Strict):
     batch_size: int = Field(default=16, ge=1)
     """How many prompts are answered at once."""
 
+    along: int = Field(default=10, ge=0)
+    """How often PPO is judged on the way, at even distances, too: how the judge's mean moves as the reward does."""
+
 
 class Stage(_Strict):
     """One step of a recipe."""

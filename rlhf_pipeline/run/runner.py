@@ -340,6 +340,7 @@ def _opening_record(
         "resumed_from_step": progress.step if progress else None,
         "versions": plan.versions(),
         "command": redact(shlex.join(sys.argv)),
+        "recipe_folder": str(recipe.folder),
         "git": _git(recipe.folder),
         "machine": {"host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version()},
         "wall_s": wall_s,

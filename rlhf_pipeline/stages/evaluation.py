@@ -125,7 +125,7 @@ def sample_replies(
     settings = GenerationConfig(
         max_new_tokens=spec.max_new_tokens, **(sampling if spec.temperature else {"do_sample": False})
     )
-    device = next(model.parameters()).device
+    device = model.device
     torch.manual_seed(seed)
     model.eval()
     replies: list[str] = []

@@ -1,0 +1,85 @@
+"""The models that a run made, side by side: one base, and the adapter of every stage, switched and never reloaded."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from rlhf_pipeline.models import adapters, base
+from rlhf_pipeline.models.roles import PolicyView, ScoreView
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe.schema import BASE, Model
+
+
+class StagedBase:
+    """A frozen base under the adapters of several stages, in evaluation mode.
+
+    Args:
+        spec: the base.
+        artifacts: each stage's adapter folder, by the stage's name; none leaves the bare base.
+
+    Attributes:
+        tokenizer: from `load_tokenizer`.
+        causal_lm: the base with all adapters; under which it computes, `acting_as` says.
+
+    Raises:
+        InputError: the model cannot be loaded; see `base.load_base`.
+        ValueError: an adapter is not one over this base.
+    """
+
+    def __init__(self, spec: Model, artifacts: dict[str, Path]) -> None:
+        self.tokenizer = load_tokenizer(spec)
+        self.causal_lm = base.load_base(spec, self.tokenizer)
+        self._artifacts = artifacts
+        self._active: list[str] = []
+        self.peft: torch.nn.Module = self.causal_lm
+        for name, folder in artifacts.items():
+            config = LoraConfig.from_pretrained(str(folder))
+            config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None  # a score head stands apart
+            if isinstance(self.peft, PeftModel):
+                self.peft.add_adapter(name, config)
+            else:
+                self.peft = get_peft_model(self.causal_lm, config, adapter_name=name)
+            adapters.load_weights(self.peft, folder, name)
+        self.causal_lm.requires_grad_(False).eval()
+        self._layers = [module for module in self.causal_lm.modules() if isinstance(module, BaseTunerLayer)]
+        self._switch([])
+
+    def _switch(self, names: list[str]) -> None:
+        for layer in self._layers:
+            layer._active_adapter = names
+        self._active = names
+
+    @contextlib.contextmanager
+    def acting_as(self, stage: str) -> Iterator[None]:
+        """Have the base compute as a stage's model, or as itself for `base`, inside the block."""
+        before = self._active
+        self._switch([] if stage == BASE else [stage])
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    @cached_property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes logits of last hidden states; see `base.find_head`."""
+        with self.acting_as(BASE):
+            return base.find_head(self.causal_lm)
+
+    def policy(self, stage: str) -> PolicyView:
+        """A stage's model, or the `base`, as a causal LM for `rollout.sample` and `forward.reply_log_probs`."""
+        return PolicyView(self, stage)
+
+    def reward(self, stage: str) -> ScoreView:
+        """A reward stage's model, for `forward.reply_scores`."""
+        return ScoreView(self, stage, adapters.load_head(self._artifacts[stage]).to(self.causal_lm.device))
+
+
+def artifacts(run: Path, stages: Sequence[str]) -> dict[str, Path]:
+    """The adapter folders of stages of a run, by name; without those that are not there."""
+    folders = {name: run / name / "adapter" for name in stages}
+    return {name: folder for name, folder in folders.items() if (folder / adapters.WEIGHTS).is_file()}
