@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,7 @@ TrustVersions = Annotated[
     bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")
 ]
 IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Go on past gates that are closed.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Stream the log of the stage at work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -82,6 +84,7 @@ def run(
     force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the stages of a recipe that are not done yet.
 
@@ -91,23 +94,47 @@ def run(
     from rich.console import Console
 
     from rlhf_pipeline import recipe as recipes
-    from rlhf_pipeline.reporting import tables
+    from rlhf_pipeline.reporting import live, tables
     from rlhf_pipeline.run import runner
 
     loaded = recipes.load(recipe, overrides or [])
     try:
-        plans = runner.run(
-            loaded,
-            until=until,
-            only=only,
-            force=force,
-            trust_versions=trust_versions,
-            ignore_gates=ignore_gates,
-            say=_say,
-        )
+        with live.following(loaded.run, _say, recipe=loaded, verbose=verbose) as say:
+            plans = runner.run(
+                loaded,
+                until=until,
+                only=only,
+                force=force,
+                trust_versions=trust_versions,
+                ignore_gates=ignore_gates,
+                say=say,
+            )
     except KeyboardInterrupt:  # typer has an answer of its own to it
         raise Interrupted("interrupted") from None
-    tables.results(loaded.run, plans, Console())
+    except (RunError, Interrupted):
+        _report(loaded.run)
+        raise
+    _report(loaded.run)
+    tables.finished(loaded.run, plans, Console())
+
+
+@app.command(
+    epilog=_examples(
+        ("watch my-recipe.yaml", "how far a run is that goes on elsewhere; Ctrl-C leaves it alone"),
+        ("watch runs/my-recipe -v", "what its stage writes to the log"),
+    )
+)
+def watch(run: RunArgument, verbose: Verbose = False) -> None:
+    """Watch a run that goes on elsewhere.
+
+    In another terminal, or on another machine that shares the disk. Ends with the run, and shows where it stands then.
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.reporting import live
+
+    live.watch(recipes.run_directory(run), _say, Console(), verbose=verbose)
 
 
 @app.command(
@@ -291,6 +318,45 @@ def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> Non
         typer.echo(json.dumps(difference, indent=2))
     else:
         diffs.show(difference, Console())
+
+
+@app.command(
+    epilog=_examples(
+        ("report my-recipe.yaml", "the page again, of a run in any state"),
+        ("report runs/first runs/second", "both in one page, overlaid"),
+        ("report runs/first -o first.html", "a file elsewhere, to send to somebody"),
+    )
+)
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Run directories, or the recipes they were made with.", show_default=False)
+    ],
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file to write; by default report.html in the run, of several here.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Write report.html: curves, samples, where all came from.
+
+    One file without any other, to look at in a browser, on paper or on a phone. It is made from the run directory
+    alone, so also of a run that is going on, has failed, or was made elsewhere.
+    """
+    import webbrowser
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.reporting import report as reports
+
+    folders = [recipes.run_directory(run) for run in runs]
+    default = (folders[0] if len(folders) == 1 else Path.cwd()) / reports.FILE
+    file = out / reports.FILE if out and out.is_dir() else out or default
+    reports.write(folders, file)
+    typer.echo(str(file))
+    if open_ and not webbrowser.open(file.absolute().as_uri()):
+        _say("there is no browser here to open it with")
 
 
 @app.command(
@@ -495,6 +561,252 @@ def shrink(
         for note in shrinking.shrink(Model(path=path), out, tokenizer):
             _say(f"note: {note}")
     typer.echo(str(out))
+
+
+@app.command(
+    epilog=_examples(
+        ("export runs/my-recipe ppo my-model --merge", "base and adapter as one model, for any tool"),
+        ("export runs/my-recipe ppo my-adapter", "the adapter alone, a few MB, which names its base"),
+        ("export my-recipe.yaml reward my-reward --merge", "a reward model, as a sequence classifier"),
+        ("export my-recipe.yaml ppo out --merge --push-to-hub ME/NAME", "and push it to the hub, private"),
+    )
+)
+def export(
+    run: RunArgument,
+    stage: Annotated[str, typer.Argument(help="The stage whose model it is.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the base, which is not quantized for it.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Push it to this hub repository, too.", show_default=False)
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let all see a repository that is made for it.")] = False,
+) -> None:
+    """Write a stage's model as a folder that others load.
+
+    Transformers, and so vLLM and TGI, load it without rlhf-pipeline. Its model card says what it was made of, what was
+    measured, and how to use it.
+    """
+    from rlhf_pipeline import export as exports
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.run.launch import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+        exports.export(
+            recipes.run_directory(run), stage, out, merge=merge, push_to=push_to_hub, public=public, say=_say
+        )
+    typer.echo(str(out))
+
+
+@app.command(
+    epilog=_examples(
+        ("compare my-recipe.yaml", "base, SFT, PPO and DPO on the prompts of `evaluate`"),
+        ("compare runs/my-recipe --prompts questions.jsonl --n 200", "on prompts of your own"),
+        ('compare my-recipe.yaml -p "Who are you?" --temperature 0', "on one, greedily"),
+        ("compare my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def compare(
+    run: RunArgument,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with prompts, in any shape that recipes read.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be given several times.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="The first so many prompts.", show_default="evaluate's, at most 64")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of sampling; 0 is greedy.", show_default="evaluate's")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Where a reply is cut.", show_default="evaluate's")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.", show_default="the recipe's")] = None,
+    stages: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="These alone; `base` is one too.", show_default="all")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send the same prompts through a run's models.
+
+    Means of reward, judge, KL and length, how often each model's reply beats another's, and replies side by side. With
+    the default settings it shows what `run` has left in comparison.json. A prompt given by -p is a user's turn where
+    the recipe's prompts are conversations, else text as the model reads it.
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.reporting import comparison as reports
+    from rlhf_pipeline.run import comparison
+    from rlhf_pipeline.run.explain import recognise
+
+    directory = recipes.run_directory(run)
+    loaded = recipes.of_run(directory)
+    made_of = comparison.weights(directory, loaded)
+    policies = comparison.choose(directory, loaded, list(made_of), stages)
+    usual = comparison.default_settings(loaded)
+    asked_for = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    settings = usual | {name: value for name, value in asked_for.items() if value is not None}
+    found = None
+    if prompts and not prompts.exists():
+        raise InputError("there is no such file", place=f"--prompts {prompts}")
+    if prompts or prompt:
+        where = ([str(prompts.absolute())] if prompts else []) + (["the command line"] if prompt else [])
+        settings |= {"prompts": " and ".join(where), "digest": None}
+    else:
+        found = comparison.saved(directory, made_of, settings)
+    if found is None:
+        _say(f"sampling from {', '.join(policies)}")
+        try:
+            with _quiet_libraries():
+                from rlhf_pipeline.stages import comparison as comparing
+
+                if prompts or prompt:
+                    asked, data = comparing.given_prompts(loaded, prompts, prompt or [], settings["n"])
+                    settings["n"] = len(asked)
+                else:
+                    asked, data = comparing.default_prompts(loaded, settings["n"])
+                found = comparing.compare(loaded, directory, asked, data, settings, policies)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            known = None if isinstance(error, InputError) else recognise(error, loaded, None, directory)
+            if known is None:
+                raise
+            raise RunError(known[0], hint=known[1]) from None
+        if settings == usual and stages is None:
+            with contextlib.suppress(OSError):  # a run may be kept where nothing can be written
+                comparison.write(directory, found)
+    found = comparison.only(found, policies)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        reports.show(found, None if prompt else reports.SHOWN, Console())
+    for note in found["notes"]:
+        _say(f"note: {note}")
+
+
+@app.command(
+    epilog=_examples(
+        ("chat my-recipe.yaml", "with the model of the last stage that is done"),
+        ("chat runs/my-recipe --stage sft", "with that of another stage"),
+        ('chat my-recipe.yaml -p "What is the capital of France?"', "one answer"),
+    )
+)
+def chat(
+    run: RunArgument,
+    stage: Annotated[
+        str | None, typer.Option(help="Whose model answers: a stage, or `base`.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Print the answer to this alone.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of sampling; 0 is greedy.", show_default="evaluate's, or 0.7")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Where a reply is cut.", show_default="evaluate's, or 256")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same one gives the same replies.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="A system turn to begin with.", show_default=False)] = None,
+) -> None:
+    """Talk to a run's models in the terminal.
+
+    /help there lists commands: /stage NAME switches models, /reward scores the last reply. Lines that are piped in
+    are answered one by one.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.run import finished
+
+    directory = recipes.run_directory(run)
+    loaded = recipes.of_run(directory)
+    chosen = finished.choose(directory, loaded, finished.POLICIES, stage)
+    with _quiet_libraries():
+        import torch
+
+        from rlhf_pipeline import chat as chats
+
+        torch.manual_seed(seed) if seed is not None else torch.seed()
+        conversation = chats.Chat(directory, loaded, chosen, temperature, max_new_tokens, system, _say)
+        if prompt is not None:
+            interrupted = conversation.ask(prompt)
+        else:
+            conversation.greet()
+            interrupted = chats.converse(conversation)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command(
+    epilog=_examples(
+        ("score my-recipe.yaml replies.jsonl", "a line for each row, with its score"),
+        ("score runs/my-recipe pairs.parquet -o scores.jsonl", "of preferences: both scores, and the accuracy"),
+        ("score my-recipe.yaml qa.csv --columns prompt=q,completion=a", "columns with names of their own"),
+    )
+)
+def score(
+    run: RunArgument,
+    file: Annotated[str, typer.Argument(help="Replies to prompts: a file, folder or glob.", show_default=False)],
+    stage: Annotated[str | None, typer.Option(help="The reward stage.", show_default="the last that is done")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write to this file.", show_default="standard output")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="EXPECTED=YOURS,…", help="Your names of columns.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many replies are scored at once.")] = 16,
+) -> None:
+    """Score replies with a trained reward model.
+
+    Takes demonstrations and preferences in every shape that a recipe does, and writes JSON lines in the same order:
+    a reply and its score, or two and their margin.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.run import finished
+
+    directory = recipes.run_directory(run)
+    loaded = recipes.of_run(directory)
+    chosen = finished.choose(directory, loaded, ["reward"], stage)
+    with _quiet_libraries():
+        from rlhf_pipeline.stages import scoring
+
+        source = scoring.source(file, columns, out)
+        scoring.score_file(directory, loaded, chosen, source, out, batch_size, _say)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Have the libraries that are imported inside the block keep their chatter to themselves."""
+    from rlhf_pipeline.run.launch import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    if not sys.stderr.isatty():
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+        yield
+
+
+def _report(run: Path) -> None:
+    """Write a run's report where something is newer than it. It shows what happened, and never changes what did."""
+    file = run / "report.html"
+    newest = max((one.stat().st_mtime for one in (*run.glob("*.json"), *run.glob("*/*.json*"))), default=0.0)
+    if not newest or (file.is_file() and file.stat().st_mtime >= newest):
+        return
+    try:
+        from rlhf_pipeline.reporting import report as reports
+
+        reports.write([run], file)
+    except KeyboardInterrupt:
+        _say("warning: there is no new report: it was interrupted")
+    except Exception as error:  # a full disk, or a fault of ours
+        _say(f"warning: there is no new report: {type(error).__name__}: {error}")
 
 
 def _gpu() -> str:

@@ -159,7 +159,7 @@ def judging_inputs(recipe: Recipe, kind: str, digests: Digests) -> dict[str, Any
     """
     if recipe.evaluate is None or kind == "reward":
         return None
-    settings = recipe.evaluate.model_dump(exclude={"data", "batch_size"})
+    settings = recipe.evaluate.model_dump(exclude={"data", "batch_size", "along"})
     settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
     return settings | data_inputs("data", recipe.evaluate.data, digests)
 

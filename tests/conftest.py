@@ -110,6 +110,9 @@ def warm_server(tmp_path_factory: pytest.TempPathFactory, own_cache_home: None) 
     """One server to fork workers from for all tests of this process, which would each import for seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
         launcher = Launcher(tmp_path_factory.mktemp("server") / "log.txt")
         launcher.__enter__()
     yield launcher
@@ -130,7 +133,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, warm_server: Launcher) ->
         if not folder.exists():
             folder.mkdir()
             short_run.write_data(folder)
-            code, said = short_run.run_warm(warm_server, folder, "tiny", *short_run.OVERRIDES)
+            code, said = short_run.run_warm(warm_server, folder, "tiny", *short_run.OVERRIDES, report=True)
             assert code == 0, said
     return folder / "runs" / "tiny"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_pipeline import cli
 from rlhf_pipeline.recipe import TINY
-from rlhf_pipeline.run import runner
+from rlhf_pipeline.run import comparison, runner
 from rlhf_pipeline.run.launch import Launcher
 
 STAGES = ("sft", "reward", "ppo", "dpo")
@@ -33,6 +33,7 @@ OVERRIDES = [
     "evaluate.n=8",
     "evaluate.batch_size=4",
     "evaluate.max_new_tokens=8",
+    "evaluate.along=2",
     "sft.data=demonstrations.jsonl",
     "reward.data.path=preferences.jsonl",
     "ppo.data=prompts.jsonl",
@@ -53,8 +54,14 @@ def write_data(folder: Path) -> None:
             (folder / f"{name}.jsonl").write_text("".join(next(rows) for _ in range(count)), encoding="utf-8")
 
 
-def run_warm(server: Launcher, folder: Path, *arguments: str) -> tuple[int, str]:
+def run_warm(server: Launcher, folder: Path, *arguments: str, report: bool = False) -> tuple[int, str]:
     """`rlhf-pipeline run` in this process, with workers that are forked from a server which has imported already.
+
+    Args:
+        server: the server.
+        folder: where to run.
+        arguments: the command's.
+        report: let it end with a comparison and a report, which takes seconds.
 
     Returns:
         Its exit code and what it said.
@@ -68,12 +75,19 @@ def run_warm(server: Launcher, folder: Path, *arguments: str) -> tuple[int, str]
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["rlhf-pipeline", "run", *arguments])
         patch.setattr(runner, "Launcher", lambda log: contextlib.nullcontext(server))
+        if not report:
+            patch.setattr(cli, "_report", lambda run: None)
+            patch.setattr(comparison, "due", lambda run, recipe: None)
         try:
             cli.main()
             code: Any = 0
         except SystemExit as end:
             code = end.code
         return code or 0, said.getvalue()
+
+
+# The command without its report, which takes seconds whenever a run stops.
+WITHOUT_REPORT = "from rlhf_pipeline import cli; cli._report = lambda run: None; cli.main()"
 
 
 class Command:
@@ -84,16 +98,25 @@ class Command:
         overrides: further settings.
         prefix: words before the command, as `nohup`.
         stderr: where standard error goes, if not to a file.
+        report: let it write its report.
     """
 
-    def __init__(self, folder: Path, *overrides: str, prefix: tuple[str, ...] = (), stderr: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        prefix: tuple[str, ...] = (),
+        stderr: int | None = None,
+        report: bool = True,
+    ) -> None:
         self.mark = f"RLHF_TEST={uuid.uuid4()}"
         self.log = folder / f"said-{self.mark[-12:]}.txt"
         self.run = folder / "runs" / "tiny"
         name, _, value = self.mark.partition("=")
+        program = ["-m", "rlhf_pipeline"] if report else ["-c", WITHOUT_REPORT]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "rlhf_pipeline", "run", "tiny", *OVERRIDES, *overrides],
+                [*prefix, sys.executable, *program, "run", "tiny", *OVERRIDES, *overrides],
                 cwd=folder,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder), name: value},
                 stdin=subprocess.DEVNULL,

@@ -30,11 +30,11 @@ stages:
     data: demonstrations.jsonl
     trainer: {max_steps: 4, save_steps: 1, logging_steps: 1, per_device_train_batch_size: 4, save_total_limit: 3}
   dpo:
-    data: tiny:preferences
+    data: pairs.jsonl
     trainer: {max_steps: 2, save_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
   reward:
     init: base
-    data: tiny:preferences
+    data: pairs.jsonl
     trainer: {max_steps: 2, save_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
   ppo:
     data: tiny:prompts
@@ -138,6 +138,8 @@ def write_recipe(folder: Path) -> Path:
     (folder / "my_judge.py").write_text(textwrap.dedent(JUDGE))
     rows = [{"prompt": f"question {i}?", "completion": f"answer {i}"} for i in range(40)]
     (folder / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": f"question {i}?", "chosen": f"answer {i}", "rejected": "no answer"} for i in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder
 
 

@@ -25,6 +25,10 @@ LONG = {
     "validate": "imports torch",
     "data": "imports torch",
     "shrink": "imports torch",
+    "chat": "imports torch",
+    "score": "imports torch",
+    "compare": "imports torch",
+    "export": "imports torch",
 }
 RECIPE = """\
 name: {name}
@@ -163,12 +167,12 @@ def test_an_example_that_is_not_understood_would_be_found(prepared, tmp_path, mo
 WRONG = {
     "run": ("gone.yaml",), "plan": ("gone.yaml",), "status": ("gone.yaml",), "validate": ("gone.yaml",),
     "show": ("gone.yaml",), "data": ("gone.yaml",), "smoke": ("gone.yaml",), "cp": ("gone",), "diff": ("a", "b"),
-    "prune": ("gone",), "shrink": ("./gone", "out"), "ls": ("too", "many"), "env": ("too", "many"),
-    "schema": ("too", "many"),
+    "prune": ("gone",), "compare": ("gone",), "report": ("gone",), "shrink": ("./gone", "out"), "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),
+    "schema": ("too", "many"), "chat": ("gone",), "score": ("gone", "rows.jsonl"), "watch": ("gone",),
 }  # fmt: skip
 RIGHT = {
     "plan": ("first.yaml",), "status": ("first.yaml",), "show": ("first.yaml",), "ls": (), "cp": ("tiny",), "env": (),
-    "diff": ("runs/first", "runs/second"), "prune": ("runs/first", "--yes"), "schema": (),
+    "diff": ("runs/first", "runs/second"), "report": ("runs/first",), "prune": ("runs/first", "--yes"), "schema": (),
 }  # fmt: skip
 
 

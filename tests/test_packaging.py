@@ -37,6 +37,7 @@ def test_the_wheel_runs_without_the_checkout(unpacked: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "runs" / "tiny" / "sft" / "stage.json").read_text())
     assert record["state"] == "done" and "judge_mean" in record["metrics"]
+    assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
 
 
 def test_the_wheel_holds_every_recipe_and_their_schema(unpacked: Path, tmp_path: Path) -> None:

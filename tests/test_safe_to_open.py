@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import short_run
 import torch
 
 from rlhf_pipeline.recipe import TINY
@@ -23,7 +24,7 @@ lora: {r: 4, target_modules: all-linear}
 evaluate: {data: tiny:heldout, judge: "my_judge:judge", n: 4, max_new_tokens: 4}
 stages:
   sft:
-    data: tiny:demonstrations
+    data: demonstrations.jsonl
     trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
 """
 FINE = """
@@ -36,9 +37,16 @@ TALKATIVE = """
     def judge(prompts, completions, **columns):
         print(os.environ)
         print(*(f"{name}={value}" for name, value in os.environ.items()), sep="\\n", file=sys.stderr)
-        if os.path.exists("fail"):
+        if os.path.exists("judged"):
             raise ValueError("401 Unauthorized: Bearer " + os.environ["HF_TOKEN"] + os.environ["MY_SERVICE_PASSWORD"])
+        open("judged", "w").close()
         return [1.0 for _ in prompts]
+"""
+# What follows a stage that ended well.
+DPO = """
+  dpo:
+    data: preferences.jsonl
+    trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
 """
 SECRETS = {
     "HF_TOKEN": "hf_plantedPlantedPlantedPlantedPlanted",
@@ -50,6 +58,7 @@ SECRETS = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A recipe of one short stage of the tiny model."""
+    short_run.write_data(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", "tiny"))
     (tmp_path / "my_judge.py").write_text(textwrap.dedent(FINE))
     return tmp_path
@@ -99,7 +108,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 def test_a_run_tells_nobody_and_no_file_of_it_holds_a_secret(
     folder: Path, hub: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one that failed, whose error says the token, and of one that ended well; nor does what the command says.
+    """Of a stage that ended well, and of one that failed, whose error says the token; nor does what the command says.
 
     The hub is asked nothing, not even told how many people use which version of what.
     """
@@ -113,23 +122,20 @@ def test_a_run_tells_nobody_and_no_file_of_it_holds_a_secret(
     asked.clear()
 
     (folder / "my_judge.py").write_text(textwrap.dedent(TALKATIVE))
-    (folder / "fail").touch()
+    (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", "tiny").rstrip() + DPO)
     failed = command(folder, "run", "recipe.yaml", **environment)
     assert failed.returncode == 1 and "401 Unauthorized" in failed.stderr, failed.stderr
     run = folder / "runs" / "short"
-    assert "401 Unauthorized: Bearer ***" in (run / "sft" / "stage.json").read_text()
-    assert "401 Unauthorized: Bearer ***" in (run / "sft" / "log.txt").read_text()
-    for name, secret in SECRETS.items():
-        assert files_with(run, secret) == [], name
-        assert secret not in failed.stdout + failed.stderr, name
-    (folder / "fail").unlink()
-    done = command(folder, "run", "recipe.yaml", **environment)
-    assert done.returncode == 0, done.stderr
+    states = [json.loads((run / stage / "stage.json").read_text())["state"] for stage in ("sft", "dpo")]
+    assert states == ["done", "failed"]
+    assert "401 Unauthorized: Bearer ***" in (run / "dpo" / "stage.json").read_text()
+    assert "401 Unauthorized: Bearer ***" in (run / "dpo" / "log.txt").read_text()
+    assert "401 Unauthorized: Bearer ***" in (run / "report.html").read_text()
     log = (run / "sft" / "log.txt").read_text()
     assert "WANDB_API_KEY=***" in log and f"HOME={os.environ['HOME']}" in log
     for name, secret in SECRETS.items():
         assert files_with(run, secret) == [], name
-        assert secret not in done.stdout + done.stderr, name
+        assert secret not in failed.stdout + failed.stderr, name
     assert command(folder, "status", "recipe.yaml", **environment).returncode == 0
     assert asked == []
 

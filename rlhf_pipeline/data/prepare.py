@@ -128,18 +128,33 @@ def prompts(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepar
     return _prepare(PROMPTS, spec, tokenizer, seed)
 
 
-def first_prompts(spec: Data, n: int) -> list[tuple[Prompt, dict[str, Any]]]:
+def first_prompts(spec: Data, n: int, among: Iterable[int] | None = None) -> list[tuple[Prompt, dict[str, Any]]]:
     """The first prompts of the data, each with its row; of a mix, each source's share.
+
+    Args:
+        spec: the data.
+        n: the most prompts.
+        among: values of a table's `prompt_key`; then only prompts with one of them are taken, each once.
 
     Raises:
         InputError: see `demonstrations`.
     """
     found: list[tuple[Prompt, dict[str, Any]]] = []
+    left = None if among is None else set(among)
+
+    def is_wanted(prompt: Prompt) -> bool:
+        if left is None:
+            return True
+        key = _hash(prompt)
+        wanted = key in left
+        left.discard(key)
+        return wanted
+
     for share, source in zip(_shares(spec) or [1 / len(spec.sources)] * len(spec.sources), spec.sources, strict=True):
         rows, shape = open_source(source, "prompts", spec.chat, load_hub(source))
         records = _records(rows, shape, "prompts", spec, Counter())
-        taken = itertools.islice(records, max(1, round(n * share)))
-        found += [(record[0], located.row) for located, record in taken]
+        asked = ((record[0], located.row) for located, record in records if is_wanted(record[0]))
+        found += itertools.islice(asked, max(1, round(n * share)))
     if not found:
         raise InputError("there is no prompt that can be used", place=where(spec))
     return found[:n]

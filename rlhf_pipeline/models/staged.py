@@ -35,6 +35,7 @@ class StagedBase:
         self.tokenizer = load_tokenizer(spec)
         self.causal_lm = base.load_base(spec, self.tokenizer)
         self._artifacts = artifacts
+        self._in_bfloat16 = base.resolve_dtype(spec.dtype) == torch.bfloat16
         self._active: list[str] = []
         self.peft: torch.nn.Module = self.causal_lm
         for name, folder in artifacts.items():
@@ -56,11 +57,15 @@ class StagedBase:
 
     @contextlib.contextmanager
     def acting_as(self, stage: str) -> Iterator[None]:
-        """Have the base compute as a stage's model, or as itself for `base`, inside the block."""
+        """Have the base compute as a stage's model, or as itself for `base`, inside the block: as in training.
+
+        There, adapters over a bfloat16 base compute in bfloat16, too.
+        """
         before = self._active
         self._switch([] if stage == BASE else [stage])
         try:
-            yield
+            with torch.autocast(self.causal_lm.device.type, torch.bfloat16, enabled=self._in_bfloat16):
+                yield
         finally:
             self._switch(before)
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline import durable
+from rlhf_pipeline.run.records import whole_lines
 
 
 class MetricsLog(TrainerCallback):
@@ -44,14 +45,6 @@ def keep_until(file: Path, step: int) -> None:
     _rewrite(file, [line for line in whole_lines(file) if json.loads(line).get("step", 0) <= step])
 
 
-def whole_lines(file: Path) -> list[str]:
-    """The lines of a file, but for a last one that was not written whole; none where there is no file."""
-    if not file.is_file():
-        return []
-    with file.open(encoding="utf-8") as lines:
-        return [line for line in lines if line.endswith("\n")]
-
-
 def _rewrite(file: Path, lines: list[str]) -> None:
     """Replace a file's lines in one step; a file that is not there is not made."""
     if file.is_file():
@@ -65,9 +58,16 @@ def numbers(logs: dict[str, Any]) -> dict[str, float | int | None]:
 
 
 def final(history: list[dict[str, Any]]) -> dict[str, float | int | None]:
-    """The last logged value of every metric, evaluation included; without the trainer's own bookkeeping."""
+    """The last logged value of every metric, evaluation included.
+
+    Without the trainer's own bookkeeping, and without what was measured on the way, `gold/…`.
+    """
     bookkeeping = {"step", "epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
     latest: dict[str, Any] = {}
     for entry in history:
         latest |= {name: value for name, value in entry.items() if name not in bookkeeping}
-    return {name: value for name, value in numbers(latest).items() if not name.endswith(("_runtime", "_per_second"))}
+    return {
+        name: value
+        for name, value in numbers(latest).items()
+        if not name.endswith(("_runtime", "_per_second")) and not name.startswith("gold/")
+    }

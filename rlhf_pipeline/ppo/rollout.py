@@ -78,7 +78,7 @@ class _SampledLogProbs(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         self.note(input_ids)
-        self.last = scores.float() / self.temperature
+        self.last = scores.float() / (self.temperature or 1.0)
         return scores
 
     def note(self, input_ids: Tensor) -> None:
@@ -105,7 +105,7 @@ def sample(
         policy: a view with `generate`.
         prompts: token ids, at least one each.
         response_length: the most tokens a reply may have.
-        temperature: more than 0.
+        temperature: 0 is greedy, and notes log-probabilities at 1.
         stop_token_id: ends a reply; with None every reply has `response_length` tokens.
         pad_token_id: fills rows up; it may equal the stop token.
         at_once: how many replies are sampled together.
@@ -140,14 +140,12 @@ def _sample_together(
     attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
     noted = _SampledLogProbs(temperature)
     policy.generation_config.eos_token_id = stop_token_id  # `generate` would put the model's own in place of None
+    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     settings = GenerationConfig(
         max_new_tokens=response_length,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
         eos_token_id=stop_token_id,
         pad_token_id=pad_token_id,
+        **(choice or {"do_sample": False}),
     )
     rows = policy.generate(
         input_ids=padded.to(device),
@@ -167,6 +165,20 @@ def _sample_together(
     ids = ids.masked_fill(torch.arange(width, device=device) >= (lengths + reply_lengths)[:, None], pad_token_id)
     kept = int(reply_lengths.max())
     return Episodes(ids, lengths, reply_lengths, ended, torch.stack(noted.noted, 1)[:, :kept])
+
+
+def diversity(episodes: Episodes) -> tuple[float, float]:
+    """How varied the replies of a batch are.
+
+    Returns:
+        The share of distinct pairs of neighbouring tokens among all of them (distinct-2; Li et al. 2016, "A
+        Diversity-Promoting Objective Function for Neural Conversation Models"), 0 where no reply has two tokens; and
+        the share of distinct replies. Both fall as batches grow, so that only batches of one size compare.
+    """
+    replies, mask = episodes.replies.cpu(), episodes.mask.cpu()
+    pairs = torch.stack([replies[:, :-1], replies[:, 1:]], 2)[mask[:, 1:]]
+    distinct = len(pairs.unique(dim=0)) / len(pairs) if len(pairs) else 0.0
+    return distinct, len(replies.masked_fill(~mask, -1).unique(dim=0)) / len(replies)
 
 
 def concatenate(parts: Sequence[Episodes], pad_token_id: int) -> Episodes:

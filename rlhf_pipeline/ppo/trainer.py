@@ -36,7 +36,7 @@ from rlhf_pipeline.ppo.advantages import (
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.control import KLControl, ScoreStatistics
 from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_scores, reply_values
-from rlhf_pipeline.ppo.rollout import Episodes, sample
+from rlhf_pipeline.ppo.rollout import Episodes, diversity, sample
 
 SAMPLES = 4  # episodes that are written down at a time
 
@@ -200,36 +200,42 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, {})
 
-    def roll_out(self, prompts: list[list[int]]) -> Episodes:
-        """Sample a reply to each prompt."""
+    def roll_out(
+        self, prompts: list[list[int]], temperature: float | None = None, response_length: int | None = None
+    ) -> Episodes:
+        """Sample a reply to each prompt, by default as training does."""
         with self._precision():
             return sample(
                 self.shared.policy,
                 prompts,
-                response_length=self.args.response_length,
-                temperature=self.args.temperature,
+                response_length=response_length or self.args.response_length,
+                temperature=self.args.temperature if temperature is None else temperature,
                 stop_token_id=self.stop_token_id,
                 pad_token_id=self.pad_token_id,
                 at_once=self.args.local_rollout_forward_batch_size,
             )
 
     @torch.no_grad()
-    def score(self, episodes: Episodes) -> Scored:
+    def score(self, episodes: Episodes, temperature: float | None = None) -> Scored:
         """Have the four roles read the episodes: log-probabilities, values and scores.
 
         The policy's log-probabilities come from the pass that optimisation uses, not from generation, whose cache
         makes them differ in low precision. So the first KL is 0, and the first ratio is 1 but for the rounding of a
         batch of another shape.
+
+        Args:
+            episodes: the episodes.
+            temperature: that they were sampled with, if not training's.
         """
-        shared = self.shared
+        shared, temperature = self.shared, temperature or self.args.temperature
         log_probs, ref_log_probs, values = (torch.zeros_like(episodes.sampled_log_probs) for _ in range(3))
         scores = torch.zeros_like(values[:, 0])
         for rows in episodes.by_length().split(self.args.local_rollout_forward_batch_size):
             some = episodes.select(rows)
             columns = slice(some.mask.shape[1])
             with self._precision():
-                log_probs[rows, columns] = reply_log_probs(shared.policy, some, self.args.temperature)[0]
-                ref_log_probs[rows, columns] = reply_log_probs(shared.reference, some, self.args.temperature)[0]
+                log_probs[rows, columns] = reply_log_probs(shared.policy, some, temperature)[0]
+                ref_log_probs[rows, columns] = reply_log_probs(shared.reference, some, temperature)[0]
                 values[rows, columns] = reply_values(shared.value, some)
                 scores[rows] = reply_scores(shared.reward, some)
         kl = kl_per_token(log_probs, ref_log_probs, self.args.kl_estimator)
@@ -384,6 +390,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         args, episodes, mask = self.args, scored.episodes, scored.episodes.mask
         sampling, scoring, optimising = (after - before for before, after in itertools.pairwise(clock))
         gap = (episodes.sampled_log_probs - scored.log_probs).abs() * mask
+        distinct_2, unique = diversity(episodes)
         rates = self.lr_scheduler.get_last_lr()
         non_score_reward = -self.kl_control.coefficient * scored.mean_kl
         trained_tokens = args.num_ppo_epochs * int((episodes.prompt_lengths + episodes.reply_lengths).sum())
@@ -402,6 +409,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 "value/explained_variance": explained_variance(scored.values, returns, mask).item(),
                 "reply/length": episodes.reply_lengths.float().mean().item(),
                 "reply/ended": self._ended(episodes).float().mean().item(),
+                "reply/distinct_2": distinct_2,
+                "reply/unique": unique,
                 "val/num_eos_tokens": int(((episodes.replies == self.processing_class.eos_token_id) & mask).sum()),
                 "rollout/log_prob_gap_mean": masked_mean(gap, mask).item(),
                 "rollout/log_prob_gap_max": gap.max().item(),

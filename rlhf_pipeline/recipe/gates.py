@@ -35,8 +35,8 @@ OF_MEMORY = {
 }  # fmt: skip
 OF_PPO = {
     "objective/kl", "objective/kl_coef", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward",
-    "objective/scores", "reward/score_mean", "reward/score_std", "reply/length", "reply/ended", "loss/value_avg",
-    "val/clipfrac_avg", "val/num_eos_tokens", "value/explained_variance", "value/grad_norm",
+    "objective/scores", "reward/score_mean", "reward/score_std", "reply/length", "reply/ended",
+    "reply/distinct_2", "reply/unique", "loss/value_avg", "val/clipfrac_avg", "val/num_eos_tokens", "value/explained_variance", "value/grad_norm",
     "rollout/log_prob_gap_mean", "rollout/log_prob_gap_max", "rollout/seconds", "rollout/sampling_seconds",
     "optimise/seconds", "eps", "skipped_steps", "lr", "lr_value", "episode",
 }  # fmt: skip

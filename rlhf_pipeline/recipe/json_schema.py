@@ -32,6 +32,12 @@ def recipe_schema() -> dict[str, Any]:
     definitions["MixedSource"]["required"] = ["path"]
     definitions["Lora"] = _library("lora")
     recipe["properties"]["lora"] |= {"$ref": "#/definitions/Lora"}
+    trackers = recipe["properties"]["report_to"]
+    trackers["anyOf"] = [  # `report_to: wandb`
+        {"type": trackers.pop("type"), "items": trackers["items"]},
+        {"enum": [*trackers.pop("items")["enum"], "none"]},
+        {"type": "string", "pattern": r"\$\{"},
+    ]
     definitions |= _stages(definitions.pop("Stage"))
     extends = {"type": "string", "minLength": 1, "description": "The recipe that this one builds on: a file, or the "
                "name of a shipped one. What is said here goes before what it says."}  # fmt: skip

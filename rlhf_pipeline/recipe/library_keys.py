@@ -56,7 +56,8 @@ _BEST = "a stage's result is what its last step left; no checkpoint is kept for 
 _ONE_GPU = "a stage runs as one process on one device"
 _HUB = "publishing is not part of a run"
 _NO_METRICS = "evaluation measures TRL's own numbers, and this changes nothing about them"
-_REPORTS = "numbers go to the stage's `metrics.jsonl`; trackers are not supported yet"
+_TRACKED_AS = "a tracker's runs are named after recipe and stage; set `report_to` at the top of the recipe"
+_TRACKIO = "Trackio logs to a local folder, or where TRACKIO_SPACE_ID says; set `report_to` at the top of the recipe"
 
 _DECIDED: dict[str, str] = {
     "output_dir": _RUN_DIRECTORY,
@@ -76,8 +77,9 @@ _DECIDED: dict[str, str] = {
     "length_column_name": "the encoded rows have no column of lengths: they are counted",
     "load_best_model_at_end": _BEST, "metric_for_best_model": _BEST, "greater_is_better": _BEST,
     "logging_nan_inf_filter": "a loss that is not finite ends the stage",
-    "report_to": _REPORTS, "run_name": _REPORTS, "project": _REPORTS, "trackio_space_id": _REPORTS,
-    "trackio_bucket_id": _REPORTS, "trackio_static_space_id": _REPORTS, "disable_tqdm": _REPORTS,
+    "report_to": "set `report_to` at the top of the recipe; every stage reports to the same trackers",
+    "run_name": _TRACKED_AS, "project": _TRACKED_AS, "trackio_space_id": _TRACKIO, "trackio_bucket_id": _TRACKIO,
+    "trackio_static_space_id": _TRACKIO, "disable_tqdm": "progress is shown from the stage's `metrics.jsonl`",
     "push_to_hub": _HUB, "hub_token": _HUB, "hub_private_repo": _HUB, "hub_model_id": _HUB, "hub_strategy": _HUB,
     "hub_always_push": _HUB, "hub_revision": _HUB,
     "use_cpu": _ONE_GPU, "local_rank": _ONE_GPU, "ddp_find_unused_parameters": _ONE_GPU,

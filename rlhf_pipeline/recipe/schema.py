@@ -179,6 +179,11 @@ class Stage(_Strict):
     start."""
 
 
+def _list_of_trackers(value: Any) -> Any:
+    """`report_to: wandb` is short for `report_to: [wandb]`, and `none` for no tracker."""
+    return [] if value in (None, "none") else [value] if isinstance(value, str) else value
+
+
 class Recipe(_Strict):
     """A recipe for rlhf-pipeline: from a base model to adapters, stage by stage."""
 
@@ -199,6 +204,9 @@ class Recipe(_Strict):
 
     evaluate: Evaluate | None = None
     """A judge for every policy stage."""
+
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_list_of_trackers)] = []
+    """Trackers that the numbers of every stage go to as well, one or several: `tensorboard`, `wandb`, `trackio`."""
 
     keep_checkpoints: bool = False
     """Leave a stage's `work/`, with its checkpoints, in place when it is done."""

@@ -22,6 +22,7 @@ OTHER_WORDS = {
     "file": "path", "files": "path", "name_or_path": "path", "model_name_or_path": "path", "id": "path",
     "load_in_4bit": "quantization", "torch_dtype": "dtype", "from": "init", "base": "extends", "include": "extends",
     "inherits": "extends", "max_rows": "limit", "max_samples": "limit", "datasets": "mix", "reward_model": "reward",
+    "trackers": "report_to", "tracker": "report_to", "log_with": "report_to", "loggers": "report_to",
 }  # fmt: skip
 EXPECTED = {
     "string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
@@ -124,6 +125,8 @@ def _break_what_follows(path: KeyPath, problems: Problems) -> None:
 def _note(error: ErrorDetails, content: dict[str, Any], problems: Problems) -> None:
     """Turn one of pydantic's complaints into ours."""
     path = _path_of(error)
+    if path[0] == "report_to" and not isinstance(content.get("report_to", []), list):
+        path = path[:1]  # one word, which stands for a list of one
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if problems.is_broken(path):
         return
@@ -189,6 +192,9 @@ def _written_otherwise(given: Any, *, boolean: bool) -> str | None:
 def _repair(error: ErrorDetails, content: dict[str, Any]) -> None:
     """Take out of the content what pydantic refused, or put in what it missed."""
     path = _path_of(error)
+    if path[0] == "report_to":
+        content.pop("report_to", None)
+        return
     above = _at(content, path[:-1])
     if isinstance(above, dict) and isinstance(path[-1], str) and path[-1] in STAND_INS and _is_needed(path):
         above[path[-1]] = copy.deepcopy(STAND_INS[path[-1]])

@@ -1,13 +1,20 @@
 """Stages as a table on the terminal, and as one JSON object."""
 
+import contextlib
+import itertools
+import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.run.records import parse
 
 # The numbers that matter for each kind, in order; those a stage does not have are left out.
 KEY_METRICS = {
@@ -16,9 +23,27 @@ KEY_METRICS = {
     "ppo": ["objective/kl", "objective/scores", "judge_mean"],
     "dpo": ["eval_rewards/accuracies", "rewards/margins", "judge_mean"],
 }
+# What a stage changed, from its start to its end.
+CHANGES = {
+    "sft": ["loss", "eval_loss", "mean_token_accuracy", "judge_mean"],
+    "reward": ["loss", "accuracy", "eval_accuracy", "eval_margin"],
+    "ppo": ["objective/scores", "objective/kl", "reply/length", "judge_mean"],
+    "dpo": ["loss", "rewards/margins", "eval_rewards/accuracies", "judge_mean"],
+}
+FIRST_ROWS = 1000  # in which the first value of a metric is looked for
 STYLES = {
     "done": "green", "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
 }  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: the two largest units that matter."""
+    whole = round(seconds)
+    for size, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {name}" + (f" {rest} {smaller_name}" if rest else "")
+    return f"{whole} s"
 
 
 def as_json(run: Path, plans: list[StagePlan]) -> dict[str, Any]:
@@ -37,10 +62,85 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         numbers = _numbers(plan.kind, summary["metrics"])
         unremarkable = plan.state == "done" and numbers and not plan.record.get("gates_ignored")
         about = numbers if unremarkable else escape(plan.reason)
-        time = "" if wall_s is None else f"{wall_s:.0f} s"
+        time = "" if wall_s is None else duration(wall_s)
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
     console.print(table)
     console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
+
+
+def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
+    """Print what each stage of a run made: time, memory, numbers before and after; and what one may do with it next."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("stage", "state", "time", "memory"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("numbers, from the first to the last", overflow="fold")
+    judged: dict[str, float] = {}  # what each stage came to by the judge
+    for plan in plans:
+        record = plan.record if plan.stands else {}
+        metrics = record.get("metrics", {})
+        changes = _changes(plan, run, metrics, judged.get(plan.init)) if metrics else []
+        if isinstance(metrics.get("judge_mean"), (int, float)):
+            judged[plan.name] = metrics["judge_mean"]
+        about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
+        if plan.state == "done" and record.get("gates_ignored"):
+            about = "\n".join([*changes, escape(plan.reason)])
+        wall_s, peak = record.get("wall_s"), record.get("peak_memory_bytes")
+        table.add_row(
+            plan.name,
+            f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]",
+            "" if wall_s is None else duration(wall_s),
+            "" if not peak else f"{peak / 2**30:.1f} GiB",
+            about,
+        )
+    console.print(table)
+    console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
+    for command, does in _next(run, plans):
+        console.print(Text.assemble("  ", command, (f"  # {does}", "dim")), soft_wrap=True)
+
+
+def _changes(plan: StagePlan, run: Path, metrics: dict[str, Any], judged: float | None) -> list[str]:
+    """The numbers that tell what a stage did: as first logged, or as the judge found its start, and at the end."""
+    first = _first_logged(run / plan.name / "metrics.jsonl", CHANGES[plan.kind])
+    if judged is not None:
+        first["judge_mean"] = judged
+    said = []
+    for name in CHANGES[plan.kind]:
+        after = metrics.get(name)
+        if isinstance(after, (int, float)):
+            before = first.get(name)
+            from_ = f"{before:.3g} → " if before is not None and (before != after or name == "judge_mean") else ""
+            said.append(f"{name} {from_}{after:.3g}")
+    return said
+
+
+def _first_logged(file: Path, names: Sequence[str]) -> dict[str, float]:
+    """The first logged value of each metric that is logged early on."""
+    found: dict[str, float] = {}
+    with contextlib.suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
+        for line in itertools.islice(lines, FIRST_ROWS):
+            row = parse(line) or {}
+            found |= {
+                name: row[name] for name in names if name not in found and isinstance(row.get(name), (int, float))
+            }
+    return found
+
+
+def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
+    """The commands that make sense for what a run has made, each with what it does."""
+    done = [plan for plan in plans if plan.state == "done"]
+    policies = [plan.name for plan in done if plan.kind != "reward"]
+    short = min(str(run), os.path.relpath(run), key=len)
+    path = shlex.quote(short)
+    commands = []
+    if policies:
+        commands += [(f"chat {path}", "talk to the model"), (f"compare {path}", "its stages side by side")]
+    if done:
+        commands.append((f"report {path} --open", "curves, samples, what was made of what"))
+    if policies:
+        out = shlex.quote(f"{run.name}-{policies[-1]}")
+        commands.append((f"export {path} {policies[-1]} {out}", "a model folder for other tools"))
+    widest = max((len(command) for command, _ in commands), default=0)
+    return [(f"rlhf-pipeline {command:<{widest}}", does) for command, does in commands]
 
 
 def intentions(

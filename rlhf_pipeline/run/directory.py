@@ -14,6 +14,7 @@ from rlhf_pipeline.run.lock import Lock
 
 TRAINED = "trained.json"  # in a stage's `work/`: its numbers and its artifact's digests, once training is over
 RESULT = "result.json"  # in a stage's `work/`: what the worker hands back, once there is nothing left to do
+PROGRESS = "progress.json"  # in a stage's `work/`: what it is doing just now, for those who watch
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -20,6 +20,7 @@ from rlhf_pipeline import durable, plan
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, gates, to_yaml
+from rlhf_pipeline.run import comparison, trackers
 from rlhf_pipeline.run.directory import RESULT, TRAINED, Progress, RunDirectory, read_json
 from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
@@ -36,6 +37,7 @@ def run(
     force: list[str] | None = None,
     trust_versions: bool = False,
     ignore_gates: bool = False,
+    compare: bool = True,
     say: Say = print,
 ) -> list[StagePlan]:
     """Bring a recipe's run directory up to date.
@@ -47,6 +49,7 @@ def run(
         force: stages to run even if done.
         trust_versions: let stages stand that other versions of the libraries made, from now on.
         ignore_gates: go on past gates that do not open, and record that.
+        compare: at the end, send the same prompts through all policies that are there.
         say: takes one line at a time, about what is going on.
 
     Returns:
@@ -80,9 +83,10 @@ def run(
         return [stage for stage in plans if stage.name in chosen]
 
     plans = make_plan()
-    if not to_do(plans):
+    if not to_do(plans) and not (compare and comparison.due(recipe.run, recipe)):
         return plans
     directory.refuse_if_locked()
+    trackers.require(recipe.report_to)
     plan.shapes(recipe)  # what the first rows show needs no worker
     try:
         with _scratch() as scratch, Launcher(scratch / "server.log") as launcher, _stop_on_signals(launcher, say):
@@ -114,6 +118,8 @@ def run(
                     _refuse_closed_gates(stage.name, record, directory, say)
                     if launcher.stopping:
                         raise Interrupted(f"stopped after stage `{stage.name}`, which is done")
+                if compare:
+                    _compare(recipe, directory, launcher, scratch, say)
     except OSError as error:  # the runner's own; a worker explains its own
         message, hint = explain(error, recipe, None, directory.path)
         raise RunError(message, hint=hint) from None
@@ -186,6 +192,7 @@ def check(recipe: Recipe, say: Say = print) -> None:
     Raises:
         InputError: for all that was found wrong.
     """
+    trackers.require(recipe.report_to)
     plan.shapes(recipe)
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         _check(recipe, plan.make(recipe), launcher, scratch, say)
@@ -376,6 +383,34 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
     metrics = stage.record["metrics"] | result["metrics"]
     say(f"{stage.name:<7} judged again, judge_mean {metrics['judge_mean']:.3f}")
     return stage.record | {"metrics": metrics, "judging": stage.judging}
+
+
+def _compare(recipe: Recipe, directory: RunDirectory, launcher: Launcher, scratch: Path, say: Say) -> None:
+    """Write `comparison.json` where it is not of what is there now. If that fails, or is stopped, a line says so.
+
+    Nothing else depends on it, so the run has come to its good end all the same.
+    """
+    log, killed_before = scratch / "compare.log", oom_kills()
+    try:
+        wanted = comparison.due(directory.path, recipe)
+        if wanted is None:
+            return
+        settings, policies = wanted
+        say(f"compare {settings['n']} prompts through {', '.join(policies[:-1])} and {policies[-1]}")
+        code = launcher.run(_job(recipe, "compare", settings=settings), scratch / "compare.json", log)
+        result = read_json(scratch / RESULT) or {}
+        if code == STOPPED or launcher.stopping:
+            raise KeyboardInterrupt
+        if code != 0:
+            raise _failure("making it", code, result, log, killed_before, recipe, None, keep_log=False)
+        comparison.write(directory.path, result["comparison"])
+        for note in result["comparison"]["notes"]:
+            say(f"compare {note}")
+    except KeyboardInterrupt:
+        say("warning: there is no new comparison: it was stopped; `run` and `compare` make it up")
+    except (RunError, OSError) as error:
+        message = error.message.splitlines()[0] if isinstance(error, RunError) else str(error)
+        say(f"warning: there is no new comparison: {message}")
 
 
 def _failure(

@@ -137,7 +137,9 @@ def smoke(recipe: Recipe, *, tokenizer: str | None = None, keep: Path | None = N
             say(f"note: {note}")
         report = Report([Smoked(name, stage.kind) for name, stage in recipe.stages.items()], notes)
         try:
-            runner.run(cut, ignore_gates=True, say=lambda line: None if _of_the_real_run(line) else say(line))
+            runner.run(
+                cut, ignore_gates=True, compare=False, say=lambda line: None if _of_the_real_run(line) else say(line)
+            )
         except InputError as error:
             raise _in_their_words(error, origins) from None
         except RunError as error:
@@ -253,7 +255,7 @@ def _cut(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Recipe, d
     """
     cut = recipe.model_copy(deep=True)
     notes: list[str] = []
-    cut.output_dir, cut.keep_checkpoints = str(folder / "runs"), False
+    cut.output_dir, cut.keep_checkpoints, cut.report_to = str(folder / "runs"), False, []
     sources = _sources(cut)
     (folder / "data").mkdir()
     rows = {name: first_rows(_raw(source), n) for name, (source, n, _) in sources.items()}

@@ -1,4 +1,4 @@
-"""One job in one process: check a whole recipe, train one stage, or judge one that is done. This is where torch lives.
+"""One job in one process: check a recipe, train a stage, judge one that is done, or compare all. Here torch lives.
 
 The job is a JSON file; the answer is written beside it as `result.json`.
 """
@@ -20,12 +20,13 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_config, without_weights
 from rlhf_pipeline.monitoring.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.recipe import BASE, Recipe, Stage
+from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.directory import RESULT, TRAINED, read_json
 from rlhf_pipeline.run.explain import explain, recognise
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
 from rlhf_pipeline.run.secrets import redact
 from rlhf_pipeline.run.server import die_with
-from rlhf_pipeline.stages import data_report, evaluation
+from rlhf_pipeline.stages import comparison, data_report, evaluation
 from rlhf_pipeline.stages.job import Job
 
 
@@ -43,9 +44,17 @@ def main(job_file: str) -> int:
     try:
         if job["task"] == "check":
             result, code = {"warnings": check(recipe, job["stages"])}, 0
+        elif job["task"] == "compare":
+            settings = job["settings"]
+            asked, spec = comparison.default_prompts(recipe, settings["n"])
+            result, code = {"comparison": comparison.compare(recipe, recipe.run, asked, spec, settings)}, 0
         else:
             stage = Job(recipe, job["stage"], recipe.run)
-            metrics = train(stage) if job["task"] == "train" else evaluation.judge_artifact(stage, stage.published)
+            if job["task"] == "train":
+                with trackers.reporting(recipe.report_to, recipe.name, stage.folder, job["record"]["started_at"]):
+                    metrics = train(stage)
+            else:
+                metrics = evaluation.judge_artifact(stage, stage.published)
             result, code = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}, 0
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED

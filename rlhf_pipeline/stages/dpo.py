@@ -42,6 +42,7 @@ def run(job: Job) -> dict[str, Any]:
     The adapter is loaded under the name `default`, of which TRL makes a frozen copy, `ref`: the reference is what the
     stage starts from, not the bare base.
     """
+    job.progress.tell("loading")
     args, tokenizer, train, held_out = prepare(job)
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
@@ -54,7 +55,7 @@ def run(job: Job) -> dict[str, Any]:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints()],
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
         )
     adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
     trainer.train(resume_from_checkpoint=job.last_checkpoint())

@@ -17,8 +17,8 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.monitoring.metrics import whole_lines
 from rlhf_pipeline.recipe.schema import Evaluate
+from rlhf_pipeline.run.records import whole_lines
 from rlhf_pipeline.stages.job import Job
 
 Judge = Callable[..., Sequence[float]]
@@ -78,23 +78,17 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         `judge_mean`, or nothing where the recipe has no `evaluate`.
 
     Raises:
-        ValueError: the judge returned something other than one number per reply.
+        ValueError: see `ask`.
     """
     prepared = prepare(job)
     if prepared is None:
         return {}
     spec, judge, asked = prepared
     prompts = [prompt for prompt, _ in asked]
-    replies = sample_replies(model, tokenizer, spec, prompts, job.recipe.seed)
-    chats = [isinstance(prompt, list) for prompt in prompts]
-    completions = [
-        [{"role": "assistant", "content": reply}] if chat else reply for chat, reply in zip(chats, replies, strict=True)
-    ]
-    names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion"))
-    others = {name: [row.get(name) for _, row in asked] for name in names}
-    scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
-    if len(scores) != len(prompts):
-        raise ValueError(f"{spec.judge} returned {len(scores)} scores for {len(prompts)} replies")
+    replies = sample_replies(
+        model, tokenizer, spec, prompts, job.recipe.seed, lambda done: job.progress.tell("judging", done, len(prompts))
+    )
+    scores = ask(judge, asked, replies)
     samples = job.folder / "samples.jsonl"
     of_training = [line for line in whole_lines(samples) if "judge" not in json.loads(line)]
     judged = (
@@ -106,10 +100,35 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     return {"judge_mean": sum(scores) / len(scores)}
 
 
+def ask(judge: Judge, asked: Sequence[tuple[Prompt, dict[str, Any]]], replies: Sequence[str]) -> list[float]:
+    """Have replies judged.
+
+    Args:
+        judge: from `load_judge`.
+        asked: prompts, each with its row, whose other columns the judge gets.
+        replies: one to each.
+
+    Raises:
+        ValueError: it returned something other than one number per reply.
+    """
+    prompts = [prompt for prompt, _ in asked]
+    completions = [
+        [{"role": "assistant", "content": reply}] if isinstance(prompt, list) else reply
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion"))
+    others = {name: [row.get(name) for _, row in asked] for name in names}
+    scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
+    if len(scores) != len(prompts):
+        raise ValueError(f"the judge returned {len(scores)} scores for {len(prompts)} replies")
+    return scores
+
+
 def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
     """Judge the policy that a stage left; see `judge_policy`."""
     if job.recipe.evaluate is None:
         return {}
+    job.progress.tell("loading")
     tokenizer = load_tokenizer(job.recipe.model)
     base = load_base(job.recipe.model, tokenizer)
     policy = adapters.with_policy_adapter(base, job.stage.lora, artifact)
@@ -118,9 +137,17 @@ def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def sample_replies(
-    model: Any, tokenizer: PreTrainedTokenizerBase, spec: Evaluate, prompts: Sequence[Prompt], seed: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: Evaluate,
+    prompts: Sequence[Prompt],
+    seed: int,
+    tell: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """One reply per prompt, without special tokens; greedy where the temperature is 0."""
+    """One reply per prompt, without special tokens; greedy where the temperature is 0.
+
+    `tell` is called before each batch with how many replies there are.
+    """
     sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
         max_new_tokens=spec.max_new_tokens, **(sampling if spec.temperature else {"do_sample": False})
@@ -130,6 +157,7 @@ def sample_replies(
     model.eval()
     replies: list[str] = []
     for start in range(0, len(prompts), spec.batch_size):
+        tell(len(replies))
         batch = encode_prompts(tokenizer, spec.data, prompts[start : start + spec.batch_size])
         inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(device)
         output = model.generate(**inputs, generation_config=settings)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from rlhf_pipeline import durable
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import resolve_dtype
 from rlhf_pipeline.monitoring.checkpoints import SECONDS_BETWEEN, Checkpoints
+from rlhf_pipeline.monitoring.progress import ProgressFile
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 from rlhf_pipeline.run.directory import TRAINED
 
@@ -48,6 +50,11 @@ class Job:
         """Where the stage may write until it is done."""
         return self.folder / "work"
 
+    @cached_property
+    def progress(self) -> ProgressFile:
+        """Tells those who watch where the stage is; a callback for its trainer too."""
+        return ProgressFile(self.work)
+
     @property
     def artifact(self) -> Path:
         """Where the stage leaves its adapter for the runner to publish."""
@@ -81,7 +88,9 @@ class Job:
             "bf16": dtype == torch.bfloat16,
             "fp16": dtype == torch.float16,
             "use_cpu": not torch.cuda.is_available(),
-            "report_to": "none",
+            "report_to": self.recipe.report_to or "none",
+            "run_name": f"{self.recipe.name}/{self.name}",
+            "project": self.recipe.name,
             "save_strategy": "no",  # unless the recipe says when, `checkpoints` does
             "save_total_limit": 2,  # the last one, and one before it should that be damaged
             "logging_nan_inf_filter": False,  # a loss that is not finite ends the stage

@@ -14,6 +14,8 @@ from rlhf_pipeline.monitoring.metrics import MetricsLog, final
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer, check_data
 from rlhf_pipeline.stages.evaluation import judge_policy
+from rlhf_pipeline.stages.evaluation import prepare as prepare_judging
+from rlhf_pipeline.stages.gold import GoldAlong
 from rlhf_pipeline.stages.job import Job
 
 
@@ -57,6 +59,7 @@ def run(job: Job) -> dict[str, Any]:
     Raises:
         RuntimeError: training moved a weight that must stay, or left one that must move.
     """
+    job.progress.tell("loading")
     args, tokenizer, datasets = prepare(job)
     set_seed(job.recipe.seed)
     reward_lora = job.recipe.stages[str(job.stage.reward)].lora
@@ -66,9 +69,12 @@ def run(job: Job) -> dict[str, Any]:
         tokenizer,
         shared,
         **datasets,
-        callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints()],
+        callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
         samples_file=job.folder / "samples.jsonl",
     )
+    judging = prepare_judging(job)
+    if judging and judging[0].along:
+        trainer.add_callback(GoldAlong(trainer, *judging))
     before = shared.checksums()
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     check_weights(before, shared.checksums(), trainer.trained_roles)

@@ -1,11 +1,14 @@
 """Reward modelling: TRL's RewardTrainer (Bradley-Terry) on preference pairs, from the SFT adapter."""
 
+import json
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
+from rlhf_pipeline import durable
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
@@ -14,18 +17,20 @@ from rlhf_pipeline.monitoring.metrics import MetricsLog, final
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.resumable import Resumable
 
+PAIRS = 2000  # of the held-out ones, whose scores are written down
+
 
 class ResumableRewardTrainer(Resumable, RewardTrainer):
     """TRL's RewardTrainer, from exact checkpoints."""
 
 
-def prepare(job: Job) -> tuple[RewardConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
-    """See `sft.prepare`."""
+def prepare(job: Job) -> tuple[RewardConfig, PreTrainedTokenizerBase, rows.Prepared]:
+    """Build the trainer's config, the tokenizer, and the pairs to train on and to hold out; see `sft.prepare`."""
     args = job.trainer_config(RewardConfig)
     tokenizer = load_tokenizer(job.recipe.model)
     prepared = rows.whole_preferences(job.stage.data, tokenizer, job.recipe.seed)
     job.require_eval_data(args, prepared.held_out)
-    return args, tokenizer, prepared.train, prepared.held_out
+    return args, tokenizer, prepared
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -33,7 +38,8 @@ def run(job: Job) -> dict[str, Any]:
 
     Goes on from the last checkpoint.
     """
-    args, tokenizer, train, held_out = prepare(job)
+    job.progress.tell("loading")
+    args, tokenizer, pairs = prepare(job)
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer, head="score")
     model = adapters.with_reward_adapter(base, job.stage.lora, job.init)
@@ -43,15 +49,44 @@ def run(job: Job) -> dict[str, Any]:
         trainer = ResumableRewardTrainer(
             model=model,
             args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
+            train_dataset=pairs.train,
+            eval_dataset=pairs.held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints()],
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
         )
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
-    if held_out is not None:
+    if pairs.held_out is not None:
         trainer.evaluate()
+        write_pairs(trainer, pairs, job.folder / "pairs.jsonl")
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     # TRL drops pairs longer than `max_length` without a word.
-    dropped = len(train) - len(trainer.train_dataset)
+    dropped = len(pairs.train) - len(trainer.train_dataset)
     return job.trained(final(trainer.state.log_history) | {"dropped_pairs": dropped})
+
+
+@torch.no_grad()
+def write_pairs(trainer: RewardTrainer, pairs: rows.Prepared, file: Path) -> None:
+    """Write what the model says of held-out pairs, the first 2000: one JSON object a line, in the data's order.
+
+    Each has the scores of both replies, `chosen` and `rejected`, and the tokens of each with its EOS, before any cut,
+    `chosen_length` and `rejected_length`.
+    """
+    held_out, table = pairs.held_out, pairs.held_out_table
+    assert held_out is not None and table is not None
+    count, tokenizer, model = min(len(held_out), PAIRS), trainer.processing_class, trainer.model.eval()
+    scores: dict[str, list[float]] = {}
+    for name in ("chosen", "rejected"):
+        ids = held_out[:count][f"{name}_ids"]
+        by_length = sorted(range(count), key=lambda row: len(ids[row]))
+        scores[name] = [0.0] * count
+        for start in range(0, count, trainer.args.per_device_eval_batch_size):
+            some = by_length[start : start + trainer.args.per_device_eval_batch_size]
+            batch = tokenizer.pad({"input_ids": [ids[row] for row in some]}, return_tensors="pt", padding_side="right")
+            with trainer.accelerator.autocast():
+                logits = model(**batch.to(model.device)).logits[:, 0]
+            for row, score in zip(some, logits.tolist(), strict=True):
+                scores[name][row] = score
+    lengths = {f"{name}_length": rows.column(table, f"{name}_length")[:count].tolist() for name in scores}
+    lines = zip(*(scores | lengths).values(), strict=True)
+    written = (json.dumps(dict(zip(scores | lengths, line, strict=True))) + "\n" for line in lines)
+    durable.write_text(file, "".join(written))

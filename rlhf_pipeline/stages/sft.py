@@ -35,6 +35,7 @@ def prepare(job: Job) -> tuple[SFTConfig, PreTrainedTokenizerBase, Dataset, Data
 
 def run(job: Job) -> dict[str, Any]:
     """Train, evaluate, save the adapter and judge it; returns the final metrics. Goes on from the last checkpoint."""
+    job.progress.tell("loading")
     args, tokenizer, train, held_out = prepare(job)
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
@@ -45,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints()],
+            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
         )
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if held_out is not None:

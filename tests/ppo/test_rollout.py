@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_pipeline.models.roles import SharedBase
-from rlhf_pipeline.ppo.rollout import Episodes, concatenate, sample
+from rlhf_pipeline.ppo.rollout import Episodes, concatenate, diversity, sample
 
 LENGTH = 12
 PAD = 3  # not the token that the checkpoint calls padding, nor EOS
@@ -281,3 +281,27 @@ class TestConcatenate:
     def test_one_part_stays_as_it_is(self):
         """A batch that was sampled at once is not changed."""
         assert listed(concatenate([by_hand()], 9)) == listed(by_hand())
+
+
+def test_diversity_counts_pairs_and_replies_and_no_padding() -> None:
+    """Replies `5 6 5 6`, `5 6` twice, and `9`: pairs 56 65 56, 56, 56, none."""
+    replies = [[5, 6, 5, 6], [5, 6], [5, 6], [9]]
+    ids = torch.tensor([[7, 8, *reply] + [PAD] * (4 - len(reply)) for reply in replies])
+    lengths = torch.tensor([len(reply) for reply in replies])
+    episodes = Episodes(ids, torch.full((4,), 2), lengths, torch.ones(4, dtype=torch.bool), torch.zeros(4, 4))
+    assert diversity(episodes) == (2 / 5, 3 / 4)
+    assert diversity(episodes.select(torch.tensor([3]))) == (0.0, 1.0)
+
+
+def test_greedy_replies_hold_the_likeliest_tokens(shared, draw) -> None:
+    episodes = draw(temperature=0.0, prompts=[[7, 8, 9], [11]])
+    reply = draw(temperature=0.0, prompts=[[7, 8, 9], [11]])
+    assert_close(episodes.ids, reply.ids)
+    for row, prompt in enumerate(([7, 8, 9], [11])):
+        ids = list(prompt)
+        for place in range(LENGTH):
+            logits = shared.policy(input_ids=torch.tensor([ids])).logits[0, -1]
+            ids.append(int(logits.argmax()))
+            noted = episodes.sampled_log_probs[row, place]
+            assert_close(noted, logits.log_softmax(0)[ids[-1]], rtol=1e-4, atol=1e-4)
+        assert episodes.ids[row, : len(ids)].tolist() == ids

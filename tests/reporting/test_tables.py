@@ -2,17 +2,22 @@
 
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
+from rlhf_pipeline import cli
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.reporting import tables
 
 
 def stage(name: str, state: str = "done", **changes: object) -> StagePlan:
     record = {"wall_s": 12.4, "peak_memory_bytes": 10, "artifact": f"{name}/adapter", "log": f"{name}/log.txt"}
+    record = changes.pop("record", record)
     record["metrics"] = changes.pop("metrics", {})
     settings = {"reason": "up to date", "init": "base", "reward": None, "inputs": {"seed": 1}, "fingerprint": "f0"}
     settings |= {"kind": name, "judging": None, "record": record} | changes
@@ -123,3 +128,79 @@ def test_the_json_object_holds_every_stage_and_nothing_internal():
     assert (failed["state"], failed["wall_s"], failed["metrics"], failed["artifact"]) == ("failed", None, {}, None)
     assert failed["log"] == "dpo/log.txt"
     assert not {"inputs", "record", "judging"} & set(done)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (16.3, "16 s"), (59.6, "1 min"), (200, "3 min 20 s"), (4320, "1 h 12 min"), (93600, "1 d 2 h")],
+)
+def test_times_are_said_as_people_do(seconds, said):
+    assert tables.duration(seconds) == said
+
+
+def made(run: Path, name: str, rows: list[dict], **changes: object) -> StagePlan:
+    """A finished stage with what it logged."""
+    (run / name).mkdir(parents=True)
+    (run / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = stage(name, stands=True, **changes)
+    plan.record |= {"wall_s": 4320.0, "peak_memory_bytes": 3 * 2**29}
+    return plan
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> list[StagePlan]:
+    run = tmp_path / "my run"
+    judged = {"step": 0, "gold/judge_mean": 0.5}
+    ppo = [judged, {"step": 1, "objective/scores": 1.0}, {"step": 2, "objective/scores": 3.0}]
+    return [
+        made(run, "sft", [{"loss": 2.5}, {"loss": 0.9}], metrics={"loss": 0.61, "judge_mean": 0.54, "lr": 0.1}),
+        made(run, "reward", [{"accuracy": 0.5}], metrics={"accuracy": 0.5, "eval_accuracy": 0.87}, init="sft"),
+        made(run, "ppo", ppo, metrics={"objective/scores": 3.5, "judge_mean": 0.97}, init="sft", reward="reward"),
+        stage("dpo", "missing", reason="has not run yet", record={}),
+    ]
+
+
+def test_the_end_of_a_run_tells_what_each_stage_changed(plans, tmp_path):
+    """The judge's number of a stage is held against that of the stage it started from."""
+    lines = [line.split() for line in printed(tables.finished, tmp_path / "my run", plans).splitlines()]
+    assert lines[1] == ["sft", "done", "1", "h", "12", "min", "1.5", "GiB", "loss", "2.5", "→", "0.61"]
+    assert lines[2] == ["judge_mean", "0.54"]
+    assert lines[3][:8] == ["reward", "done", "1", "h", "12", "min", "1.5", "GiB"]
+    assert lines[3][8:] == ["accuracy", "0.5"]  # once: nothing has changed
+    assert lines[4] == ["eval_accuracy", "0.87"]
+    assert lines[5][-4:] == ["objective/scores", "1", "→", "3.5"]
+    assert lines[6] == ["judge_mean", "0.54", "→", "0.97"]
+    assert lines[7] == ["dpo", "missing", "has", "not", "run", "yet"]
+
+
+def test_the_end_of_a_run_names_commands_that_make_sense(plans, tmp_path, monkeypatch):
+    """With a path that can be pasted into a shell; the last stage that made a policy is the one to export."""
+
+    def commands(some: list[StagePlan], run: Path = tmp_path / "my run") -> list[str]:
+        text = printed(tables.finished, run, some, width=60)
+        return [re.split(r"\s+#", line)[0].strip() for line in text.splitlines() if "rlhf-pipeline " in line]
+
+    monkeypatch.chdir(tmp_path)
+    assert commands(plans) == [
+        "rlhf-pipeline chat 'my run'",
+        "rlhf-pipeline compare 'my run'",
+        "rlhf-pipeline report 'my run' --open",
+        "rlhf-pipeline export 'my run' ppo 'my run-ppo'",
+    ]
+    assert commands([plans[1]]) == ["rlhf-pipeline report 'my run' --open"]
+    assert commands([plans[3]]) == []
+    elsewhere = Path("/r")
+    assert commands(plans, elsewhere)[0] == "rlhf-pipeline chat /r"  # shorter than the way there from here
+
+
+def test_the_end_of_a_run_shows_gates_that_were_ignored_and_reasons(plans, tmp_path):
+    plans[1].record["gates_ignored"] = {"eval_accuracy": ">= 0.9"}
+    plans[1].reason = "gates ignored: eval_accuracy is [0.87]"
+    assert plans[1].reason in printed(tables.finished, tmp_path / "my run", plans)
+
+
+def test_the_commands_that_are_named_exist(plans, tmp_path):
+    text = printed(tables.finished, tmp_path / "my run", plans)
+    group = typer.main.get_command(cli.app)
+    for name, arguments in re.findall(r"rlhf-pipeline (\w+) (.*?)\s+#", text):
+        group.commands[name].make_context(name, shlex.split(arguments))

@@ -31,10 +31,10 @@ lora: {r: 4, target_modules: all-linear}
 evaluate: {data: tiny:heldout, judge: "my_judge:judge", n: 4, max_new_tokens: 4}
 stages:
   sft:
-    data: tiny:demonstrations
+    data: demonstrations.jsonl
     trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
   dpo:
-    data: tiny:preferences
+    data: preferences.jsonl
     trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
 """
 
@@ -47,6 +47,7 @@ def warm(warm_server: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(folder: Path, judge: str) -> Recipe:
     """A recipe of two short stages, judged by a module of the user's beside it."""
+    short_run.write_data(folder)
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "my_judge.py").write_text("import os, signal\n\n\n" + textwrap.dedent(judge))
     return recipes.load(str(folder / "recipe.yaml"))
@@ -90,6 +91,7 @@ def test_a_failing_stage_is_named_and_leaves_the_others_usable(tmp_path: Path) -
     plans = runner.run(recipe, say=said.append)
     assert [plan.state for plan in plans] == ["done", "done"]
     assert not any(line.startswith("sft") for line in said)
+    assert said[-1] == "compare no judge: `my_judge:judge` failed on these prompts: ValueError: no opinion"
 
 
 @pytest.mark.usefixtures("warm")
@@ -198,11 +200,11 @@ lora: {r: 4, target_modules: all-linear}
 stages:
   reward:
     init: base
-    data: tiny:preferences
+    data: preferences.jsonl
     trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
   ppo:
     init: base
-    data: tiny:prompts
+    data: prompts.jsonl
     trainer: {max_steps: 6, per_device_train_batch_size: 8, gradient_accumulation_steps: 2, response_length: 12,
               learning_rate: 1e-3, save_steps: 1, num_sample_generations: 6, gradient_checkpointing: false}
 """
@@ -211,7 +213,7 @@ stages:
 def start(folder: Path) -> subprocess.Popen[str]:
     """The real command in a folder, what it says about its progress to be read from its standard error."""
     return subprocess.Popen(
-        [sys.executable, "-m", "rlhf_pipeline", "run", "recipe.yaml"],
+        [sys.executable, "-c", short_run.WITHOUT_REPORT, "run", "recipe.yaml"],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -244,6 +246,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which PPO's worker was killed from outside as soon as its first checkpoint was there."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "recipe.yaml").write_text(LONGER)
+    short_run.write_data(folder)
     command = start(folder)
     work, deadline = folder / "runs" / "longer" / "ppo" / "work", time.monotonic() + 240
     while not (work / "checkpoint-1").is_dir():

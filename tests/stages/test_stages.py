@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl.experimental.utils import get_reward
 
@@ -16,6 +17,7 @@ from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline import stages
 from rlhf_pipeline.data import prepare
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -124,6 +126,55 @@ def test_ppo_reads_the_scores_that_the_reward_model_was_evaluated_with(prepared:
     assert metrics["eval_margin"] == pytest.approx(sum(means) / len(means), abs=1e-4)
     shares = [sum(margin > 0 for margin in batch) / len(batch) for batch in batches]
     assert metrics["eval_accuracy"] == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+
+
+def test_what_the_reward_model_says_of_held_out_pairs_is_written_down(prepared: tuple[Path, dict]) -> None:
+    folder, metrics = prepared
+    recipe = recipes.load(str(folder / "recipe.yaml"))
+    held_out = prepare.preferences(
+        recipe.stages["reward"].data, load_tokenizer(recipe.model.path), recipe.seed
+    ).held_out
+    assert held_out is not None
+    lines = (recipe.run / "reward" / "pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    for name in ("chosen", "rejected"):
+        assert [pair[f"{name}_length"] for pair in pairs] == [len(ids) for ids in held_out[f"{name}_ids"]]
+    margins = [pair["chosen"] - pair["rejected"] for pair in pairs]
+    means = [sum(margins[i : i + 4]) / len(margins[i : i + 4]) for i in range(0, len(margins), 4)]
+    assert metrics["eval_margin"] == pytest.approx(sum(means) / len(means), abs=1e-4)
+
+
+def test_the_judge_looks_on_without_a_trace_in_training(folder: Path, tmp_path: Path) -> None:
+    """It is asked before the first of four updates, after the second and after the last; once, it never answers."""
+    judge = """
+asked = 0
+
+def judge(prompts, completions, **_):
+    global asked
+    asked += 1
+    if 5 < asked < 9:
+        raise OSError("no line to the judge")
+    return [asked] * len(prompts)
+"""
+    evaluate = ["evaluate.data=prompts.jsonl", "evaluate.judge=counting:judge", "evaluate.n=4"]
+    runs = []
+    for name, overrides in (("not", ["along=0"]), ("asked", ["along=2"]), ("failing", ["along=2"])):
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        (copy / "counting.py").write_text(judge)
+        more = [*evaluate, *(f"evaluate.{one}" for one in overrides), "evaluate.max_new_tokens=6"]
+        job, metrics = train(copy, "ppo", *more, "ppo.trainer.logging_steps=1")
+        assert not [key for key in metrics if key.startswith("gold/")]
+        runs.append((load_file(job.folder / "adapter" / adapters.WEIGHTS), logged(job)))
+    (quiet, rows), (watched, more_rows), (failing, fewer_rows) = runs
+    for others in (watched, failing):
+        assert all(torch.equal(quiet[name], others[name]) for name in quiet)
+    gold = [row for row in more_rows if "gold/kl" in row]
+    assert [row["step"] for row in gold] == [0, 2, 4]
+    assert gold[0]["gold/kl"] == pytest.approx(0, abs=1e-5) and abs(gold[-1]["gold/kl"]) > 1e-4
+    assert gold[-1]["gold/score_mean"] != gold[0]["gold/score_mean"]
+    assert len({row["gold/judge_mean"] for row in gold}) == 3
+    for some in ([row for row in more_rows if "gold/kl" not in row], fewer_rows):
+        assert [row["objective/kl"] for row in some] == [row["objective/kl"] for row in rows]
 
 
 @pytest.mark.parametrize("init", ["sft", "base"])

@@ -1,0 +1,431 @@
+"""The pages under docs/ and the README: what they say to type works, and what they name is there.
+
+The commands of docs/ci.md are tried in test_docs_ci.py, the blocks of docs/data.md in reporting/test_data.py.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import trl
+import typer
+import yaml
+from trl.experimental import ppo as trl_ppo
+
+from rlhf_pipeline import cli, recipe
+from rlhf_pipeline.recipe import TINY, gates, library_keys
+from rlhf_pipeline.recipe.yaml import parse_document
+from rlhf_pipeline.run import runner
+from rlhf_pipeline.run.launch import Launcher
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+GROUP = typer.main.get_command(cli.app)
+TUTORIAL = "docs/tutorial.md"
+# Of these, outside the tutorial, options, overrides and recipes are checked: they train, read or draw much, or want a
+# model from the hub.
+NOT_RUN = {"run", "smoke", "validate", "data", "shrink", "plan", "report"}
+KINDS = ("sft", "reward", "ppo", "dpo")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(name), re.MULTILINE | re.DOTALL)
+
+
+# Commands
+
+
+class Step(NamedTuple):
+    """A command as it is typed, over several lines where a quote or a here-document is."""
+
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        """What a shell makes of it: its words without comment and redirection."""
+        words = shlex.split(self.text, comments=True)
+        return words[: next((i for i, word in enumerate(words) if word.startswith(">")), len(words))]
+
+
+def steps(block: str) -> list[Step]:
+    """The commands of a block."""
+    found: list[str] = []
+    ends: str | None = None
+    for line in block.splitlines():
+        if found and (ends is not None or _is_open(found[-1])):
+            found[-1] += "\n" + line
+            ends = None if line == ends else ends
+        elif line.strip() and not line.lstrip().startswith("#"):
+            found.append(line)
+            here = re.search(r"<<'(\w+)'", line)
+            ends = here[1] if here else None
+    return [Step(text) for text in found]
+
+
+def _is_open(text: str) -> bool:
+    """Whether a quote is not closed yet."""
+    if "<<" in text:
+        return False
+    try:
+        shlex.split(text, comments=True)
+    except ValueError:
+        return True
+    return False
+
+
+def all_commands() -> list[tuple[str, Step]]:
+    """Every command of ours outside the tutorial, with its page."""
+    return [
+        (name, step)
+        for name in NAMES
+        if name != TUTORIAL
+        for block in blocks(name, "sh")
+        for step in steps(block)
+        if step.words[:1] == ["rlhf-pipeline"]
+    ]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def typed(server: Launcher, folder: Path, words: list[str]) -> Said:
+    """A command of ours in this process, with workers that are forked from a server which has imported already."""
+    out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words)
+        patch.setattr(sys, "stdin", io.StringIO("Q: What color is a lemon?\\nA:\n"))  # for `chat`
+        patch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(server))
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+    return Said(code or 0, out.getvalue(), err.getvalue())
+
+
+def understood(words: list[str], extra: list[str] | None = None) -> None:
+    """See that a command's options exist, and that its recipe loads with its overrides and has the stages named."""
+    name, *arguments = [*words[1:], *(extra or [])]
+    with GROUP.commands[name].make_context(name, arguments) as context:
+        given = context.params
+    if "recipe" in given and name != "cp":
+        words = given.get("overrides") or given.get("stage_and_overrides") or []
+        loaded = recipe.load(given["recipe"], [word for word in words if "=" in word])
+        named = [word for word in words if "=" not in word]
+        named += [given[key] for key in ("until", "only") if given.get(key)]
+        assert set(named) <= set(loaded.stages)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_run: Path) -> Path:
+    """A folder with what the commands name: finished runs, files of rows, and copies of shipped recipes."""
+    for name in ("tiny", "hacked"):
+        shutil.copytree(tiny_run, tmp_path / "runs" / name)
+    pairs = (TINY / "data" / "preferences.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
+    (tmp_path / "preferences.jsonl").write_text("".join(pairs), encoding="utf-8")
+    replies = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in map(json.loads, pairs))
+    (tmp_path / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replies))
+    pq.write_table(pa.Table.from_pylist([json.loads(pair) for pair in pairs]), tmp_path / "pairs-1.parquet")
+    (tmp_path / "qa.csv").write_text("question,answer\nWhat color is a lemon?, It is yellow.\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "step"), all_commands(), ids=lambda one: one if isinstance(one, str) else one.text)
+def test_a_command_does_what_it_says(page, step, folder, warm_server, monkeypatch):
+    command, own = step.words[1], f"{step.words[2]}" if len(step.words) > 2 else ""
+    shipped = recipe.shipped().get(own.removesuffix(".yaml"))
+    if own.endswith(".yaml") and shipped:  # the page has made it with `cp` before
+        shutil.copy(shipped, folder / own)
+    if command in NOT_RUN:
+        monkeypatch.chdir(folder)
+        understood(step.words)
+        return
+    done = typed(warm_server, folder, step.words)
+    assert done.code == 0, done.err
+    assert "error" not in done.err
+    made = [word for option, word in zip(step.words, step.words[1:], strict=False) if option in ("-o", "--out")]
+    assert done.out.strip() or made
+    assert all((folder / name).stat().st_size for name in made)
+
+
+def test_a_command_that_is_wrong_would_be_found(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for line in ("rlhf-pipeline run tiny --unti sft", "rlhf-pipeline data tiny sfx", "rlhf-pipeline plan tiny ppo.x=1"):
+        with pytest.raises(Exception, match=r"unti|sfx|ppo\.x"):
+            understood(Step(line).words)
+
+
+# The tutorial, from top to bottom
+
+# What a reader types and this cannot: it installs, or sets up the reader's own shell.
+IN_THE_SHELL = ("make demo", ". .venv/bin/activate", "export OMP_NUM_THREADS=1")
+# So that it takes seconds.
+SHORTER = [
+    "evaluate.n=4",
+    "evaluate.along=1",
+    "sft.trainer.num_train_epochs=2",
+    "reward.trainer.num_train_epochs=1",
+    "reward.gates={}",
+    "ppo.trainer.total_episodes=12",
+    "ppo.trainer.response_length=8",
+    "dpo.trainer.num_train_epochs=1",
+]
+
+
+class File(NamedTuple):
+    """A file that the page shows, its name in the first line."""
+
+    name: str
+    text: str
+
+
+def tutorial() -> Iterator[Step | File]:
+    """Its commands, and the files that it shows, in order."""
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text_of(TUTORIAL), re.MULTILINE | re.DOTALL):
+        if language == "sh":
+            yield from steps(block)
+        else:
+            assert language == "yaml"
+            yield File(block.split()[1], block)
+
+
+def test_the_tutorial_from_top_to_bottom(tmp_path, tiny_run, warm_server):
+    shutil.copytree(tiny_run, tmp_path / "runs" / "tiny")  # what `make demo` leaves, of fewer steps
+    here, ran = tmp_path, []
+    said: dict[str, Said] = {}
+    for step in tutorial():
+        if isinstance(step, File):
+            (here / step.name).write_text(step.text, encoding="utf-8")
+            continue
+        words = step.words
+        if step.text.startswith(IN_THE_SHELL):
+            print(f"not run: {step.text}")
+        elif words[0] == "cd":
+            here = here / words[1]
+        elif words[0] != "rlhf-pipeline":
+            subprocess.run(["bash", "-e", "-c", step.text], cwd=here, check=True, timeout=60)
+        elif words[1] == "smoke":  # imports torch anew; run/test_smoke.py has it
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(here)
+                understood(words)
+            print(f"checked, not run: {step.text}")
+        else:
+            takes_overrides = any(argument.name in ("overrides", "stage_and_overrides")
+                                  for argument in GROUP.commands[words[1]].params)  # fmt: skip
+            # What the reader's own settings say counts: it comes last.
+            shorter = SHORTER if takes_overrides and words[2] == "brisk.yaml" else []
+            done = typed(warm_server, here, [*words[:3], *shorter, *words[3:]])
+            assert done.code == 0, f"{step.text}\n{done.err}"
+            said[step.text] = done
+            ran.append(words[1])
+    assert set(ran) >= {
+        "report", "compare", "chat", "ls", "cp", "plan", "data", "validate", "run", "prune", "score", "export"
+    }  # fmt: skip
+    run = tmp_path / "brisk" / "runs" / "brisk"
+    assert [stage["state"] for stage in states(run)] == ["done"] * 4
+    assert (run / "report.html").stat().st_size > 1000
+    assert (tmp_path / "brisk" / "brisk-dpo" / "config.json").is_file()
+    assert "shorter in 100%" in said[next(text for text in said if text.startswith("rlhf-pipeline data"))].out
+    changed = said["rlhf-pipeline plan brisk.yaml ppo.trainer.learning_rate=2e-3"].out
+    assert "0.001 → 0.002" in " ".join(changed.split())
+    assert re.findall(r" (yes|no) ", changed) == ["no", "no", "yes", "no"]
+
+
+def states(run: Path) -> list[dict[str, Any]]:
+    return [json.loads((run / kind / "stage.json").read_text()) for kind in KINDS]
+
+
+# Recipes that are shown
+
+ROWS = {"sft": "demonstrations", "reward": "preferences", "ppo": "prompts", "dpo": "preferences"}
+# docs/ci.md shows a workflow, docs/data.md values of one key, docs/tutorial.md a file that is run.
+ELSEWHERE = {"docs/ci.md", "docs/data.md", TUTORIAL}
+SHOWN = [(name, i, block) for name in NAMES if name not in ELSEWHERE for i, block in enumerate(blocks(name, "yaml"))]
+
+
+def runnable(content: dict[str, Any]) -> dict[str, Any]:
+    """A part of a recipe made whole, over the tiny model and its data."""
+    if "stages" not in content:
+        of_stages = content.keys() <= set(KINDS)
+        content = {"stages": content} if of_stages else {**content, "stages": {"sft": {}}}
+    content["model"] = {"path": "tiny", "quantization": content.get("model", {}).get("quantization", "none")}
+    stages = content["stages"]
+    for name, stage in stages.items():
+        if stage is None:
+            continue
+        kind = stage.setdefault("kind", name)
+        data = stage.get("data", {"eval_fraction": 0.1} if "gates" in stage and kind != "ppo" else {})
+        data = {"path": data} if isinstance(data, str) else data
+        data.pop("columns", None)
+        stage["data"] = data | {"path": f"tiny:{ROWS[kind]}"}
+        if "ptx_data" in stage:
+            stage["ptx_data"] = "tiny:demonstrations"
+    if "ppo" in stages and stages["ppo"] and "reward" not in stages and "extends" not in content:
+        reward = {"kind": "reward", "init": "base", "data": "tiny:preferences"}
+        content["stages"] = {"reward": reward} | stages
+    named = {stage.get("init") for stage in stages.values() if stage}
+    if "sft" in named and "sft" not in stages and "extends" not in content:
+        content["stages"] = {"sft": {"kind": "sft", "data": "tiny:demonstrations"}} | content["stages"]
+    return content
+
+
+@pytest.mark.parametrize(("name", "i", "block"), SHOWN, ids=[f"{name}-{i}" for name, i, _ in SHOWN])
+def test_a_recipe_that_is_shown_loads(name, i, block, tmp_path):
+    content = parse_document(block, name)[0]
+    if "extends" in content:  # of another on the same page
+        below = next(one for page, _, one in SHOWN if page == name and "name: support-bot" in one)
+        (tmp_path / content["extends"]).write_text(json.dumps(runnable(parse_document(below, name)[0])))
+    (tmp_path / "shown.yaml").write_text(json.dumps(runnable(content)))
+    recipe.load(str(tmp_path / "shown.yaml"))
+
+
+# Links
+
+
+def anchors(name: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    without_blocks = re.sub(r"^```.*?^```", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", without_blocks, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_every_link_within_the_repository_leads_somewhere(name):
+    without_blocks = re.sub(r"^```.*?^```", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), f"{name}: {link}"
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), f"{name}: {link}"
+
+
+def test_the_index_has_every_page():
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", text_of("docs/README.md")))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+# Names of metrics and keys
+
+# What the short run lacks, since it has no such setting: what decides whether a gate may name it knows it.
+CONDITIONAL = {
+    "loss/ptx": "no `ptx_data`",
+    "eval_loss": "`sft` holds nothing out",
+    "kl_budget/best_step": "no `kl_budget`",
+}
+BOOKKEEPING = re.compile(r"(step|time|epoch|total_flos|(eval|train)_(runtime|\w+_per_second)|train_\w+)$")
+
+
+@pytest.fixture(scope="module")
+def logged(tiny_run: Path) -> dict[str, set[str]]:
+    """The metrics of a real run, those along the way and the final ones, by kind of stage."""
+    found = {}
+    for kind in KINDS:
+        rows = [json.loads(line) for line in (tiny_run / kind / "metrics.jsonl").open(encoding="utf-8")]
+        final = json.loads((tiny_run / kind / "stage.json").read_text(encoding="utf-8"))["metrics"]
+        found[kind] = set(final).union(*rows)
+    return found
+
+
+def in_backticks(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def tables(name: str) -> list[list[list[str]]]:
+    """The tables of a page, each as its rows, the head first, each a list of cells."""
+    found = re.findall(r"(?:^\|.*\n)+", text_of(name), re.MULTILINE)
+    cells = [[[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()] for table in found]
+    return [[table[0], *table[2:]] for table in cells]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stages_page_names_its_metrics_and_no_others(kind, logged):
+    """Each number that a real run logs stands on the page, and what its tables of numbers name is one of them."""
+    rows = [row for table in tables(f"docs/{kind}.md") if table[0][0] == "name" for row in table[1:]]
+    named = {name for row in rows for name in in_backticks(row[0])}
+    assert len(named) > 8
+    patterns = {name.removesuffix("…") for name in named if name.endswith("…")}
+    names = {name for name in named if not name.endswith("…") and not name.startswith("_")}
+    real = logged[kind] | set(CONDITIONAL) | {"lr_value"}
+    assert names - real == set()
+    told = {name for name in logged[kind] if any(name.startswith(pattern) for pattern in patterns)}
+    suffixes = tuple(name for name in named if name.startswith("_"))
+    undocumented = {name for name in logged[kind] - names - told if not BOOKKEEPING.match(name)}
+    # Held-out numbers of the same name, and pairs written as `…_mean`, `_max`.
+    undocumented -= {f"eval_{name}" for name in names} | {
+        name for name in undocumented if name.endswith(suffixes or "?")
+    }
+    assert undocumented == set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_looks_like_a_metric_is_one(name, logged):
+    families = "objective|policy|value|val|loss|rewards?|logps|logits|rollout|optimise|reply|gold|kl_budget"
+    for text in in_backticks(text_of(name)):
+        if re.fullmatch(rf"(eval_)?({families})/[a-z_0-9]+", text):
+            assert text in set().union(*logged.values()) | set(CONDITIONAL), f"{name}: {text}"
+
+
+def test_metrics_under_conditions_are_ones():
+    known = gates.OF_KL_BUDGET | {f"eval_{name}" for name in gates.OF_STEPS} | {"loss/ptx"}
+    assert set(CONDITIONAL) <= known
+
+
+CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "ppo": trl_ppo.PPOConfig, "dpo": trl.DPOConfig}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_on_a_stages_page_can_be_set_and_have_the_defaults_that_it_says(kind):
+    defaults = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in dataclasses.fields(CONFIGS[kind])
+    }
+    (table,) = (one for one in tables(f"docs/{kind}.md") if one[0][:2] == ["key", "TRL's default"])
+    compared = 0
+    for row in table[1:]:
+        keys = in_backticks(row[0])
+        for key in keys:
+            config, _, name = key.rpartition(".")
+            if key not in ("eval_fraction", "data") and ":" not in key:
+                assert name in library_keys.settable(config or kind), key
+        ours = [key for key in keys if key in defaults]
+        values = [value.strip("` ") for value in re.split(r", | \u00d7 ", row[1])]
+        if ours and row[1]:
+            for key, value in zip(ours, values, strict=False):
+                expected = getattr(defaults[key], "value", defaults[key])
+                said = None if value == "none" else yaml.safe_load(value)
+                said = float(said) if isinstance(expected, float) else said
+                assert said == expected, f"{key}: {value}, not {expected}"
+                compared += 1
+    assert compared >= 4
