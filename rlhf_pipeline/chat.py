@@ -11,9 +11,10 @@ from transformers import GenerationConfig
 from rlhf_pipeline.data.prepare import encode_prompts
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.staged import StagedBase, artifacts
-from rlhf_pipeline.models.streaming import printable, show, stream
+from rlhf_pipeline.models.streaming import stream
 from rlhf_pipeline.models.tokenizer import has_default_template
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe
+from rlhf_pipeline.reporting.text import printable, show
 from rlhf_pipeline.run.finished import POLICIES, choose, done, model_of
 from rlhf_pipeline.stages.scoring import context_of, first_prompt, score_tokens
 

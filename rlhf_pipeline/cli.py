@@ -462,7 +462,6 @@ def data(
 
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.reporting import data as reports
-    from rlhf_pipeline.run.launch import ENVIRONMENT
 
     given = stage_and_overrides or []
     chosen = [one for one in given if "=" not in one]
@@ -470,10 +469,7 @@ def data(
     for name in chosen:
         if name not in loaded.stages:
             raise InputError(f"there is no stage `{name}`", hint=f"the stages are {', '.join(loaded.stages)}")
-    quiet = {} if sys.stderr.isatty() else {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error"} | quiet)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+    with _quiet_libraries():
         from rlhf_pipeline.stages import data_report
 
         report, errors = data_report.of_recipe(loaded, chosen or list(loaded.stages))
@@ -550,11 +546,8 @@ def shrink(
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.recipe.schema import Model
-    from rlhf_pipeline.run.launch import ENVIRONMENT
 
-    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+    with _quiet_libraries():
         from rlhf_pipeline.models import shrink as shrinking
 
         path = str(recipes.TINY / "checkpoint") if model == "tiny" else model
@@ -590,11 +583,8 @@ def export(
     """
     from rlhf_pipeline import export as exports
     from rlhf_pipeline import recipe as recipes
-    from rlhf_pipeline.run.launch import ENVIRONMENT
 
-    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+    with _quiet_libraries():
         exports.export(
             recipes.run_directory(run), stage, out, merge=merge, push_to=push_to_hub, public=public, say=_say
         )
@@ -640,54 +630,23 @@ def compare(
     """
     from rich.console import Console
 
+    from rlhf_pipeline import compare as comparing
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.reporting import comparison as reports
-    from rlhf_pipeline.run import comparison
-    from rlhf_pipeline.run.explain import recognise
 
-    directory = recipes.run_directory(run)
-    loaded = recipes.of_run(directory)
-    made_of = comparison.weights(directory, loaded)
-    policies = comparison.choose(directory, loaded, list(made_of), stages)
-    usual = comparison.default_settings(loaded)
-    asked_for = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    settings = usual | {name: value for name, value in asked_for.items() if value is not None}
-    found = None
-    if prompts and not prompts.exists():
-        raise InputError("there is no such file", place=f"--prompts {prompts}")
-    if prompts or prompt:
-        where = ([str(prompts.absolute())] if prompts else []) + (["the command line"] if prompt else [])
-        settings |= {"prompts": " and ".join(where), "digest": None}
-    else:
-        found = comparison.saved(directory, made_of, settings)
-    if found is None:
-        _say(f"sampling from {', '.join(policies)}")
-        try:
-            with _quiet_libraries():
-                from rlhf_pipeline.stages import comparison as comparing
-
-                if prompts or prompt:
-                    asked, data = comparing.given_prompts(loaded, prompts, prompt or [], settings["n"])
-                    settings["n"] = len(asked)
-                else:
-                    asked, data = comparing.default_prompts(loaded, settings["n"])
-                found = comparing.compare(loaded, directory, asked, data, settings, policies)
-        except KeyboardInterrupt:
-            _say("interrupted")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            known = None if isinstance(error, InputError) else recognise(error, loaded, None, directory)
-            if known is None:
-                raise
-            raise RunError(known[0], hint=known[1]) from None
-        if settings == usual and stages is None:
-            with contextlib.suppress(OSError):  # a run may be kept where nothing can be written
-                comparison.write(directory, found)
-    found = comparison.only(found, policies)
+    changes = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    directory, texts = recipes.run_directory(run), prompt or []
+    try:
+        found = comparing.compare(
+            directory, file=prompts, texts=texts, stages=stages, changes=changes, quiet=_quiet_libraries, say=_say
+        )
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        reports.show(found, None if prompt else reports.SHOWN, Console())
+        reports.show(found, None if texts else reports.SHOWN, Console())
     for note in found["notes"]:
         _say(f"note: {note}")
 
@@ -782,12 +741,15 @@ def score(
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Have the libraries that are imported inside the block keep their chatter to themselves."""
+    """Have the libraries that are imported inside the block keep their chatter to themselves.
+
+    Bars, of downloads and of weights that are read, are for people to look at.
+    """
     from rlhf_pipeline.run.launch import ENVIRONMENT
 
-    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error"})
     if not sys.stderr.isatty():
-        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ.update({"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own use of each other
         yield

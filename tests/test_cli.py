@@ -1,9 +1,11 @@
 """The door: quick, readable without colour, data on standard output and everything else on standard error."""
 
+import contextlib
 import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import urllib.parse
@@ -12,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline import __version__, recipe
+from rlhf_pipeline import __version__, cli, recipe
+from rlhf_pipeline.errors import InputError, Interrupted, RunError
+from rlhf_pipeline.run import runner
 
 RECIPE = """\
 # A small one.
@@ -205,3 +209,51 @@ def test_a_command_that_does_not_exist_is_refused(folder):
     done = run(folder, "trian", "r.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert "trian" in done.stderr
+
+
+# The report that ends a run
+
+
+@pytest.mark.parametrize(
+    "end", [None, RunError("a stage failed"), Interrupted("stopped"), InputError("nothing was trained")]
+)
+def test_a_run_leaves_a_report_however_it_ends(tiny_run, tmp_path, monkeypatch, capsys, end) -> None:
+    """Unless it never began."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "runs" / "tiny"))
+    (run / "report.html").unlink()
+
+    def over(*_: object, **__: object) -> list:
+        if end is not None:
+            raise end
+        return []
+
+    monkeypatch.setattr(runner, "run", over)
+    monkeypatch.setattr(sys, "argv", ["rlhf-pipeline", "run", "tiny", f"output_dir={tmp_path / 'runs'}"])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    if isinstance(end, InputError):
+        assert not (run / "report.html").exists()
+    else:
+        assert "Policies compared" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_report_is_written_again_where_something_is_newer_and_only_there(tiny_run, tmp_path, capsys) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    report = run / "report.html"
+    report.write_text("as it was")
+    cli._report(run)
+    assert report.read_text() == "as it was"
+    for newer in ("comparison.json", "sft/stage.json", "ppo/metrics.jsonl"):
+        report.write_text("as it was")
+        later = report.stat().st_mtime + 1
+        os.utime(run / newer, (later, later))
+        cli._report(run)
+        assert "as it was" not in report.read_text()[:20], newer
+        os.utime(run / newer, (0, 0))
+    report.unlink()
+    report.mkdir()
+    (report / "in the way").touch()
+    cli._report(run)  # what cannot be written is a warning
+    assert "warning: there is no new report" in capsys.readouterr().err
+    cli._report(tmp_path / "never began")
+    assert not (tmp_path / "never began").exists()

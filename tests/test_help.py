@@ -167,7 +167,8 @@ def test_an_example_that_is_not_understood_would_be_found(prepared, tmp_path, mo
 WRONG = {
     "run": ("gone.yaml",), "plan": ("gone.yaml",), "status": ("gone.yaml",), "validate": ("gone.yaml",),
     "show": ("gone.yaml",), "data": ("gone.yaml",), "smoke": ("gone.yaml",), "cp": ("gone",), "diff": ("a", "b"),
-    "prune": ("gone",), "compare": ("gone",), "report": ("gone",), "shrink": ("./gone", "out"), "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),
+    "prune": ("gone",), "compare": ("gone",), "report": ("gone",), "shrink": ("./gone", "out"),
+    "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),
     "schema": ("too", "many"), "chat": ("gone",), "score": ("gone", "rows.jsonl"), "watch": ("gone",),
 }  # fmt: skip
 RIGHT = {

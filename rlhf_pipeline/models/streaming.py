@@ -1,9 +1,7 @@
 """One reply, shown while it is sampled, that Ctrl-C ends early."""
 
 import contextlib
-import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,19 +10,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from rlhf_pipeline.models.roles import PolicyView
-
-# Control characters but line breaks and tabs, and what turns the direction of writing.
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Text that cannot steer a terminal."""
-    return STEERING.sub("\ufffd", text)
-
-
-def show(text: str) -> None:
-    """Print part of a reply on standard output: as it is, unless that is a terminal."""
-    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def stream(

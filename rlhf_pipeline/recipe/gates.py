@@ -36,9 +36,10 @@ OF_MEMORY = {
 OF_PPO = {
     "objective/kl", "objective/kl_coef", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward",
     "objective/scores", "reward/score_mean", "reward/score_std", "reply/length", "reply/ended",
-    "reply/distinct_2", "reply/unique", "loss/value_avg", "val/clipfrac_avg", "val/num_eos_tokens", "value/explained_variance", "value/grad_norm",
-    "rollout/log_prob_gap_mean", "rollout/log_prob_gap_max", "rollout/seconds", "rollout/sampling_seconds",
-    "optimise/seconds", "eps", "skipped_steps", "lr", "lr_value", "episode",
+    "reply/distinct_2", "reply/unique", "loss/value_avg", "val/clipfrac_avg", "val/num_eos_tokens",
+    "value/explained_variance", "value/grad_norm", "rollout/log_prob_gap_mean", "rollout/log_prob_gap_max",
+    "rollout/seconds", "rollout/sampling_seconds", "optimise/seconds", "eps", "skipped_steps", "lr", "lr_value",
+    "episode",
 }  # fmt: skip
 OF_PPO_POLICY = {
     "loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "policy/entropy_avg", "policy/grad_norm",

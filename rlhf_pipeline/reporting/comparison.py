@@ -7,6 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pipeline.reporting.text import one_line
+
 SHOWN = 3  # prompts with their replies, where nobody asked for certain ones
 LONGEST = 400  # characters of a prompt or a reply; of a longer prompt the end is shown, of a longer reply the beginning
 FORMATS = {"reward": ".2f", "judge": ".3f", "kl": ".2f", "tokens": ".1f", "ended": ".0%"}
@@ -20,7 +22,7 @@ def show(comparison: dict[str, Any], most: int | None, console: Console) -> None
     how = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
     console.print(
         Text(
-            f"{len(rows)} prompt{'s' * (len(rows) != 1)} of {plain(settings['prompts'])}; {how}, "
+            f"{len(rows)} prompt{'s' * (len(rows) != 1)} of {one_line(settings['prompts'])}; {how}, "
             f"at most {settings['max_new_tokens']} tokens, seed {settings['seed']}"
         )
     )
@@ -33,7 +35,7 @@ def show(comparison: dict[str, Any], most: int | None, console: Console) -> None
         console.print()
         _show_replies(row, comparison["policies"], console)
     if most is not None and len(rows) > most:
-        console.print(Text(f"\n{len(rows) - most} more prompts: `--json` prints all", style="dim"))
+        console.print(Text(f"\nand {len(rows) - most} more: `--json` prints all", style="dim"))
 
 
 def _show_means(comparison: dict[str, Any], console: Console) -> None:
@@ -42,7 +44,7 @@ def _show_means(comparison: dict[str, Any], console: Console) -> None:
         "ended": "share of replies that end by themselves",
     }
     if comparison["judge"] is not None:
-        said = {"judge": plain(comparison["judge"]), **said}
+        said = {"judge": one_line(comparison["judge"]), **said}
     if comparison["reward"] is not None:
         said = {"reward": f"of stage {comparison['reward']}", **said}
     measures = [name for name in ("reward", "judge", "kl", "tokens", "ended") if name in said or name == "tokens"]
@@ -93,14 +95,9 @@ def _as_text(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else "  ".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def plain(text: str) -> str:
-    """Text on one line, without characters that would steer the terminal."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
-
-
 def trimmed(text: str, from_end: bool = False) -> str:
-    """A text's beginning, or its end, as `plain` makes it."""
-    text = plain(text)
+    """A text's beginning, or its end, on one line."""
+    text = one_line(text)
     if len(text) <= LONGEST:
         return text or "(empty)"
     return "… " + text[-LONGEST:] if from_end else text[:LONGEST] + " …"

@@ -4,7 +4,6 @@ import contextlib
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 from rlhf_pipeline.recipe import Recipe
-from rlhf_pipeline.reporting.tables import STYLES, duration
+from rlhf_pipeline.reporting.tables import STYLES
+from rlhf_pipeline.reporting.text import duration, one_line, printable
 from rlhf_pipeline.reporting.watching import NUMBERS, RunView, StageView, is_number
 from rlhf_pipeline.run.directory import RunDirectory
 from rlhf_pipeline.run.secrets import redact
@@ -212,7 +212,7 @@ class _Log:
             lines, self.rest = [*lines, self.rest], ""
         for line in lines:
             if line.strip():
-                self.say(clean(redact(line)))
+                self.say(printable(redact(line)))
 
     def _file(self, stage: StageView) -> Path:
         return self.view.directory.stage(stage.name) / "log.txt"
@@ -292,7 +292,7 @@ class Display:
         if state in ("done", "stale"):
             about = "   ".join(f"{name} {_short(value)}" for name, value in stage.final.items())
         elif state == "failed":
-            about = clean(str(stage.record.get("error") or ""))
+            about = one_line(str(stage.record.get("error") or ""))
         line.append(signs.fit(about, width - line.cell_len), style="dim")
         return line
 
@@ -422,7 +422,7 @@ def _words_of(text: Any) -> str:
     if isinstance(text, list):
         turns = [turn for turn in text if isinstance(turn, dict)]
         text = " / ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)[-LONGEST_TEXT:]
-    return clean(" ".join(str(text)[:LONGEST_TEXT].split()))
+    return one_line(str(text)[:LONGEST_TEXT])
 
 
 def _wrapped(text: str, width: int, signs: _Signs) -> list[str]:
@@ -452,10 +452,3 @@ def _around(lines: list[Text], place: int, height: int, signs: _Signs) -> list[T
 
 def _short(value: float) -> str:
     return f"{value:.3g}"
-
-
-def clean(text: str) -> str:
-    """`text` without characters that steer a terminal or turn the direction of writing."""
-    return "".join(
-        one if one in "\u200d\u200c" or not unicodedata.category(one).startswith("C") else " " for one in text
-    )

@@ -1,10 +1,7 @@
 """Stages as a table on the terminal, and as one JSON object."""
 
-import contextlib
-import itertools
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pipeline.plan import StagePlan
-from rlhf_pipeline.run.records import parse
+from rlhf_pipeline.reporting.text import duration, ends, memory
+from rlhf_pipeline.run import records
 
 # The numbers that matter for each kind, in order; those a stage does not have are left out.
 KEY_METRICS = {
@@ -30,20 +28,9 @@ CHANGES = {
     "ppo": ["objective/scores", "objective/kl", "reply/length", "judge_mean"],
     "dpo": ["loss", "rewards/margins", "eval_rewards/accuracies", "judge_mean"],
 }
-FIRST_ROWS = 1000  # in which the first value of a metric is looked for
 STYLES = {
     "done": "green", "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
 }  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: the two largest units that matter."""
-    whole = round(seconds)
-    for size, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {name}" + (f" {rest} {smaller_name}" if rest else "")
-    return f"{whole} s"
 
 
 def as_json(run: Path, plans: list[StagePlan]) -> dict[str, Any]:
@@ -73,7 +60,7 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("stage", "state", "time", "memory"):
         table.add_column(column, no_wrap=True)
-    table.add_column("numbers, from the first to the last", overflow="fold")
+    table.add_column("numbers, before → after", overflow="fold")
     judged: dict[str, float] = {}  # what each stage came to by the judge
     for plan in plans:
         record = plan.record if plan.stands else {}
@@ -89,7 +76,7 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
             plan.name,
             f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]",
             "" if wall_s is None else duration(wall_s),
-            "" if not peak else f"{peak / 2**30:.1f} GiB",
+            "" if not peak else memory(peak),
             about,
         )
     console.print(table)
@@ -99,30 +86,27 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
 
 
 def _changes(plan: StagePlan, run: Path, metrics: dict[str, Any], judged: float | None) -> list[str]:
-    """The numbers that tell what a stage did: as first logged, or as the judge found its start, and at the end."""
-    first = _first_logged(run / plan.name / "metrics.jsonl", CHANGES[plan.kind])
-    if judged is not None:
-        first["judge_mean"] = judged
+    """The numbers that tell what a stage did.
+
+    Of what it logged along the way the means at both ends; of what the judge found, its start's and its own; of the
+    rest, the final number alone.
+    """
+    logged: dict[str, list[float]] = {name: [] for name in CHANGES[plan.kind]}
+    for row in records.rows(run / plan.name / "metrics.jsonl"):
+        for name, values in logged.items():
+            if isinstance(row.get(name), (int, float)):
+                values.append(row[name])
     said = []
-    for name in CHANGES[plan.kind]:
-        after = metrics.get(name)
+    for name, values in logged.items():
+        before, after = None, metrics.get(name)
+        if name == "judge_mean":
+            before = judged
+        elif len(values) > 1:
+            before, last = ends(values)
+            after = after if "kl_budget/best_step" in metrics else last  # what was put back is not what came last
         if isinstance(after, (int, float)):
-            before = first.get(name)
-            from_ = f"{before:.3g} → " if before is not None and (before != after or name == "judge_mean") else ""
-            said.append(f"{name} {from_}{after:.3g}")
+            said.append(f"{name} " + ("" if before is None else f"{before:.3g} → ") + f"{after:.3g}")
     return said
-
-
-def _first_logged(file: Path, names: Sequence[str]) -> dict[str, float]:
-    """The first logged value of each metric that is logged early on."""
-    found: dict[str, float] = {}
-    with contextlib.suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
-        for line in itertools.islice(lines, FIRST_ROWS):
-            row = parse(line) or {}
-            found |= {
-                name: row[name] for name in names if name not in found and isinstance(row.get(name), (int, float))
-            }
-    return found
 
 
 def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:

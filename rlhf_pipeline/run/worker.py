@@ -175,7 +175,10 @@ def _written_at(recipe: Recipe, name: str) -> str:
 
 def device_name() -> str:
     """What trained: the GPU, or how many threads of the CPU, on which the rounding of sums depends."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' * (threads != 1)}"
 
 
 def peak_memory() -> int:

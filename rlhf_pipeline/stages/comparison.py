@@ -20,6 +20,7 @@ from rlhf_pipeline.ppo.forward import reply_log_probs, reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes, sample
 from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.run import comparison, finished
+from rlhf_pipeline.run.secrets import redact
 from rlhf_pipeline.stages.data_report import READERS
 from rlhf_pipeline.stages.evaluation import ask, load_judge
 
@@ -225,7 +226,7 @@ def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]
     except InputError as error:
         return None, [f"no judge: {error.message}"]
     except Exception as error:  # a user's function may fail in any way, and may need columns that these prompts lack
-        return None, [f"no judge: `{name}` failed on these prompts: {type(error).__name__}: {error}"]
+        return None, [redact(f"no judge: `{name}` failed on these prompts: {type(error).__name__}: {error}")]
     for policy, judged in found.items():
         for reply, score in zip(replies[policy], judged, strict=True):
             reply["judge"] = _finite(score)

@@ -63,7 +63,7 @@ def test_only_so_many_prompts_are_shown_and_it_is_said_how_many_there_are():
     row = comparison()["rows"][0]
     rows = [row | {"prompt": f"Question {i}"} for i in range(5)]
     text = printed(comparison(rows=rows), 2)
-    assert "Question 1" in text and "Question 2" not in text and "3 more prompts" in text
+    assert "Question 1" in text and "Question 2" not in text and "and 3 more" in text
     assert "Question 4" in printed(comparison(rows=rows))
 
 

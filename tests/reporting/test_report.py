@@ -321,8 +321,8 @@ def test_what_rings(run, stage, record, rows, said):
 
 
 def test_hacking_needs_score_up_and_gold_down(run):
-    """A judge who falls along with the score is no hacking; nor is a score that rises with the judge."""
-    for judge, score, rings in ((0.5, 0.5, False), (0.95, 9.0, False), (0.5, 9.0, True)):
+    """A judge who falls along with the score is no hacking, nor a score that rises with the judge, nor noise."""
+    for judge, score, rings in ((0.5, 0.5, False), (0.95, 9.0, False), (0.89, 9.0, False), (0.5, 9.0, True)):
         with (run / "ppo" / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 99, "gold/judge_mean": judge, "gold/score_mean": score}) + "\n")
         assert ("Reward hacking" in alarms_of(run)) == rings
@@ -345,6 +345,7 @@ def test_a_run_made_elsewhere_and_killed(small, tmp_path):
     page = page_of(small, to=tmp_path / "report.html")
     assert "broken off" in page.text and "missing" in page.text and "0 of 4 stages done" in page.text
     assert "from what the judge saw" in page.text
+    assert "cannot be read" not in page.text  # a line that is half written is no fault
 
 
 def test_a_run_at_work_says_where_it_is(small, tmp_path):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rlhf_pipeline import cli
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.reporting import tables
+from rlhf_pipeline.reporting.text import duration
 
 
 def stage(name: str, state: str = "done", **changes: object) -> StagePlan:
@@ -135,7 +136,7 @@ def test_the_json_object_holds_every_stage_and_nothing_internal():
     [(0.4, "0 s"), (16.3, "16 s"), (59.6, "1 min"), (200, "3 min 20 s"), (4320, "1 h 12 min"), (93600, "1 d 2 h")],
 )
 def test_times_are_said_as_people_do(seconds, said):
-    assert tables.duration(seconds) == said
+    assert duration(seconds) == said
 
 
 def made(run: Path, name: str, rows: list[dict], **changes: object) -> StagePlan:
@@ -151,7 +152,7 @@ def made(run: Path, name: str, rows: list[dict], **changes: object) -> StagePlan
 def plans(tmp_path: Path) -> list[StagePlan]:
     run = tmp_path / "my run"
     judged = {"step": 0, "gold/judge_mean": 0.5}
-    ppo = [judged, {"step": 1, "objective/scores": 1.0}, {"step": 2, "objective/scores": 3.0}]
+    ppo = [judged, *({"step": i, "objective/scores": 1.0 + i % 2 + i // 20} for i in range(40))]
     return [
         made(run, "sft", [{"loss": 2.5}, {"loss": 0.9}], metrics={"loss": 0.61, "judge_mean": 0.54, "lr": 0.1}),
         made(run, "reward", [{"accuracy": 0.5}], metrics={"accuracy": 0.5, "eval_accuracy": 0.87}, init="sft"),
@@ -161,16 +162,21 @@ def plans(tmp_path: Path) -> list[StagePlan]:
 
 
 def test_the_end_of_a_run_tells_what_each_stage_changed(plans, tmp_path):
-    """The judge's number of a stage is held against that of the stage it started from."""
+    """Of what was logged, the means over a twentieth at both ends; of the judge, what it said of the start and now."""
     lines = [line.split() for line in printed(tables.finished, tmp_path / "my run", plans).splitlines()]
-    assert lines[1] == ["sft", "done", "1", "h", "12", "min", "1.5", "GiB", "loss", "2.5", "→", "0.61"]
+    assert lines[1] == ["sft", "done", "1", "h", "12", "min", "1.5", "GiB", "loss", "2.5", "→", "0.9"]
     assert lines[2] == ["judge_mean", "0.54"]
     assert lines[3][:8] == ["reward", "done", "1", "h", "12", "min", "1.5", "GiB"]
     assert lines[3][8:] == ["accuracy", "0.5"]  # once: nothing has changed
     assert lines[4] == ["eval_accuracy", "0.87"]
-    assert lines[5][-4:] == ["objective/scores", "1", "→", "3.5"]
+    assert lines[5][-4:] == ["objective/scores", "1.5", "→", "2.5"]
     assert lines[6] == ["judge_mean", "0.54", "→", "0.97"]
     assert lines[7] == ["dpo", "missing", "has", "not", "run", "yet"]
+
+
+def test_what_a_kl_budget_put_back_counts_and_not_what_came_last(plans, tmp_path):
+    plans[2].record["metrics"]["kl_budget/best_step"] = 3
+    assert "objective/scores 1.5 → 3.5" in printed(tables.finished, tmp_path / "my run", plans)
 
 
 def test_the_end_of_a_run_names_commands_that_make_sense(plans, tmp_path, monkeypatch):

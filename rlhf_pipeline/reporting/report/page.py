@@ -16,8 +16,9 @@ from rlhf_pipeline import __version__, durable
 from rlhf_pipeline.reporting import diff
 from rlhf_pipeline.reporting.report import charts, checks, figures, gather
 from rlhf_pipeline.reporting.report.figures import Picture
-from rlhf_pipeline.reporting.report.gather import EMPTY, Run, Series, Stage, mapping, number
+from rlhf_pipeline.reporting.report.gather import EMPTY, Run, Stage, mapping, number
 from rlhf_pipeline.reporting.report.text import clean, cut, duration, memory, short
+from rlhf_pipeline.reporting.text import ends
 
 FILE = "report.html"  # in the run directory
 MOST_PROMPTS = 50  # samples side by side
@@ -137,7 +138,9 @@ def _summary(run: Run, stage: Stage) -> dict[str, Any]:
     for metric, words, begins in KEY_NUMBERS.get(stage.kind, ()):
         series = stage.series.get(metric, EMPTY)
         if begins and len(series):
-            numbers.append((words, short(_ends(series)[0]), short(_ends(series)[1])))
+            first, last = ends(series.values.tolist())
+            put_back = stage.final("kl_budget/best_step") is not None  # what came last was undone
+            numbers.append((words, short(first), short((put_back and stage.final(metric)) or last)))
         elif not begins and (value := stage.final(metric)) is not None:
             numbers.append((words, None, short(value)))
     judge = stage.final("judge_mean")
@@ -165,12 +168,6 @@ def _summary(run: Run, stage: Stage) -> dict[str, Any]:
 def _passed(gate: Any) -> str:
     passed = mapping(gate).get("passed")
     return "passed" if passed is True else "closed" if passed is False else "unknown"
-
-
-def _ends(series: Series) -> tuple[float, float]:
-    """Where a series began and where it ended: means over a twentieth of it, for single batches are noise."""
-    few = max(1, len(series) // 20)
-    return float(series.values[:few].mean()), float(series.values[-few:].mean())
 
 
 def _judge_before(run: Run, stage: Stage) -> float | None:

@@ -6,16 +6,18 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rlhf_pipeline.reporting import text
+
 # Controls but for line and tab, halves of surrogates, and the letter that stands before ids in pictures.
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ue000]")
 LONGEST = 4000  # characters of a prompt or reply; more would be no sample but a book
 
 
-def clean(text: str) -> str:
+def clean(words: str) -> str:
     """A text in which nothing steers: control characters are shown as symbols, what no file can hold as a box."""
-    if isinstance(text, Markup):
-        return text
-    return STEERS.sub(lambda found: _shown(found[0]), text)
+    if isinstance(words, Markup):
+        return words
+    return STEERS.sub(lambda found: _shown(found[0]), words)
 
 
 def short(value: Any) -> str:
@@ -35,26 +37,18 @@ def short(value: Any) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    """Seconds as people say them; nothing of what is not known."""
+    return "" if seconds is None else text.duration(seconds)
 
 
 def memory(size: float | None) -> str:
-    """Bytes in the unit that fits."""
-    if size is None:
-        return ""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    """Bytes in the unit that fits; nothing of what is not known."""
+    return "" if size is None else text.memory(size)
 
 
-def cut(text: str) -> tuple[str, int]:
+def cut(words: str) -> tuple[str, int]:
     """The beginning of a text, and how many characters are not shown."""
-    return text[:LONGEST], max(0, len(text) - LONGEST)
+    return words[:LONGEST], max(0, len(words) - LONGEST)
 
 
 def _shown(letter: str) -> str:
