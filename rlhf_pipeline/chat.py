@@ -86,7 +86,9 @@ class Chat:
         if len(turns) <= len(self.turns):
             self.say(f"(the model takes {self.context} tokens: the oldest turns are left out from here on)")
         room = self.context - len(ids)
-        if room < 1 or not ids:
+        if not ids:
+            raise InputError("the prompt is empty")
+        if room < 1:
             raise InputError(f"the prompt has {len(ids)} tokens, and the model takes {self.context} with the reply")
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
         settings = GenerationConfig(max_new_tokens=min(self.max_new_tokens, room), do_sample=bool(sampling), **sampling)

@@ -748,7 +748,7 @@ def _quiet_libraries() -> Iterator[None]:
     from rlhf_pipeline.run.launch import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error"})
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         os.environ.update({"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own use of each other

@@ -236,6 +236,11 @@ def test_a_conversation_longer_than_the_context_loses_its_oldest_turns(as_chat, 
     assert talk.turns == kept
 
 
+def test_an_empty_prompt_is_said_to_be_one(conversation):
+    with pytest.raises(chats.InputError, match="the prompt is empty"):
+        conversation().ask("")
+
+
 def test_plain_text_has_no_memory_and_no_system_turn(conversation, run, chat):
     talk = conversation()
     talk.ask(PROMPT)

@@ -454,7 +454,7 @@ def test_a_stage_records_the_data_that_it_read(folder: Path, command: Command, p
 
 def real_command(folder: Path, environment: dict[str, str], *before: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which a shell may have prepared."""
-    words = [*before, sys.executable, "-m", "rlhf_pipeline", "run", "recipe.yaml", "--until", "sft"]
+    words = [*before, sys.executable, "-c", short_run.WITHOUT_REPORT, "run", "recipe.yaml", "--until", "sft"]
     return subprocess.run(words, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 

@@ -1,5 +1,7 @@
 """docs/json.md holds what `--json` prints: every key that is printed stands there, and every one there is printed."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import short_run
 import typer
 
 from rlhf_pipeline import cli
@@ -26,9 +29,9 @@ RECIPE = """\
 name: {name}
 model: {{path: tiny, quantization: none, dtype: float32}}
 stages:
-  sft: {{data: tiny:demonstrations, gates: {{train_loss: "<= 9"}}, trainer: {{learning_rate: {rate}}}}}
-  reward: {{data: {{path: tiny:preferences, eval_fraction: 0.2}}}}
-  ppo: {{data: tiny:prompts, ptx_data: pairs.jsonl, trainer: {{ptx_coef: 0.1}}}}
+  sft: {{data: demonstrations.jsonl, gates: {{train_loss: "<= 9"}}, trainer: {{learning_rate: {rate}}}}}
+  reward: {{data: {{path: preferences.jsonl, eval_fraction: 0.2}}}}
+  ppo: {{data: prompts.jsonl, ptx_data: pairs.jsonl, trainer: {{ptx_coef: 0.1}}}}
 """
 RECORD = {
     "name": "sft", "kind": "sft", "state": "done", "init": "base", "reward": None, "fingerprint": "0" * 32,
@@ -106,6 +109,7 @@ def compare(command: str, outputs: list[dict[str, Any]]) -> None:
 def folder(tmp_path_factory) -> Path:
     """Two runs that differ in everything, with something moved aside."""
     folder = tmp_path_factory.mktemp("runs")
+    short_run.write_data(folder)
     (folder / "pairs.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Which is {i}?", "completion": f"It is {i}."}) + "\n" for i in range(20))
     )
@@ -146,6 +150,23 @@ def output(folder: Path, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def output_here(folder: Path, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
+    """The same in this process, of a command that imports for seconds."""
+    said, environment, code = io.StringIO(), dict(os.environ), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["rlhf-pipeline", *arguments, "--json"])
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+    assert code == exit_code
+    return json.loads(said.getvalue())
+
+
 def test_every_command_with_json_is_documented_and_no_other():
     text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
     headings = {name for line in re.findall(r"^## (.*)", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", line)}
@@ -183,7 +204,7 @@ def test_data(folder):
     labelled = [{"prompt": f"Q {i}:", "completion": " c", "label": i % 3 == 0} for i in range(9)]
     (folder / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (folder / "some.jsonl").write_text((folder / "pairs.jsonl").read_text() + '{"prompt": "a"}\n')
-    compare("data", [output(folder, "data", "bad.yaml", exit_code=2)])
+    compare("data", [output_here(folder, "data", "bad.yaml", exit_code=2)])
 
 
 def test_smoke():
@@ -198,7 +219,7 @@ def test_compare(tiny_run, tmp_path):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     written = json.loads((run / "comparison.json").read_text())
     (run / "comparison.json").write_text(json.dumps(written | {"notes": ["no judge: it is gone"]}))
-    some = output(run, "compare", str(run), "--stages", "sft,ppo")
+    some = output_here(run, "compare", str(run), "--stages", "sft,ppo")
     compare("compare", [output(run, "compare", str(tiny_run)), some])
     assert some["policies"] == ["sft", "ppo"]
 

@@ -269,6 +269,7 @@ WRONG: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     "no model": ([], lose_model, "model.path: /nowhere/model: this is neither a model folder"),
     "no columns": (["--columns", "prompt"], lambda _: None, "--columns: `prompt` names no columns"),
     "the file itself": (["-o", "rows.jsonl"], lambda _: None, "this is the file that is read"),
+    "a folder": (["-o", "."], lambda _: None, "--out .: this is a folder"),
     "no folder": (["-o", "no/scores.jsonl"], lambda _: None, "there is no folder no"),
 }
 

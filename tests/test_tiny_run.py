@@ -1,4 +1,4 @@
-"""The whole tiny recipe through the real command: all four stages, what they learn, and what a second run does."""
+"""The tiny recipe: all four stages, what they learn, and what a second run does."""
 
 import hashlib
 import json
@@ -16,6 +16,16 @@ from safetensors.torch import load_file
 
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.run.launch import Launcher
+
+# Fewer rows and steps than the recipe's own, and still enough to learn from.
+LEARNING = (
+    "evaluate.along=0",
+    "reward.data.limit=2000",
+    "ppo.trainer.total_episodes=640",
+    "ppo.trainer.num_sample_generations=5",
+    "dpo.data.limit=2000",
+    "dpo.trainer.max_steps=48",
+)
 
 
 def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -48,30 +58,43 @@ def base_digest() -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """`run tiny` in an empty folder; the folder, and what the command printed."""
+def finished(tmp_path_factory: pytest.TempPathFactory, warm_server: Launcher) -> tuple[Path, str]:
+    """`run tiny` in an empty folder; the folder, and what the command said."""
     folder = tmp_path_factory.mktemp("tiny")
     before = base_digest()
-    done = command("run", "tiny", cwd=folder)
+    said = run_warm(warm_server, folder, *LEARNING)
     assert base_digest() == before
-    return folder, done.stdout
+    return folder, said
+
+
+@pytest.fixture
+def copied(tiny_run: Path, tmp_path: Path) -> Path:
+    """A folder with a copy of the short run, and its data."""
+    shutil.copytree(tiny_run.parent, tmp_path / "runs")
+    short_run.write_data(tmp_path)
+    return tmp_path
 
 
 def test_ends_with_a_table_of_all_stages(finished: tuple[Path, str]) -> None:
     lines = finished[1].splitlines()
-    assert [line.split()[0] for line in lines if " done " in line] == ["sft", "reward", "ppo", "dpo"]
+    assert [line.split()[0] for line in lines if " done " in line and " done in " not in line] == [
+        "sft",
+        "reward",
+        "ppo",
+        "dpo",
+    ]
     assert "judge_mean" in finished[1] and "eval_accuracy" in finished[1]
 
 
 def test_learning_shows_in_gold_and_held_out_numbers(finished: tuple[Path, str]) -> None:
-    stages = stages_of(finished[0], "tiny")
+    stages = stages_of(finished[0], "tiny", *LEARNING)
     assert list(stages) == ["sft", "reward", "ppo", "dpo"]
     assert all(stage["state"] == "done" and stage["wall_s"] > 0 for stage in stages.values())
     gold = {name: stages[name]["metrics"]["judge_mean"] for name in ("sft", "ppo", "dpo")}
     assert 0.3 <= gold["sft"] <= 0.65
-    assert gold["ppo"] >= gold["sft"] + 0.25
-    assert gold["dpo"] >= gold["sft"] + 0.25
-    assert 0.85 <= stages["reward"]["metrics"]["eval_accuracy"] < 1.0
+    assert gold["ppo"] >= gold["sft"] + 0.2
+    assert gold["dpo"] >= gold["sft"] + 0.2
+    assert 0.8 <= stages["reward"]["metrics"]["eval_accuracy"] < 1.0
 
 
 def test_policy_and_reference_are_equal_at_the_first_step(finished: tuple[Path, str]) -> None:
@@ -103,56 +126,54 @@ def test_the_run_directory_holds_what_it_promises(finished: tuple[Path, str]) ->
     judged = [sample["judge"] for sample in samples if "judge" in sample]
     assert sum(judged) / len(judged) == record["metrics"]["judge_mean"]
     along_the_way = samples[: -len(judged)]
-    assert [sample["step"] for sample in along_the_way] == [step for step in range(1, 21, 2) for _ in range(4)]
+    assert [sample["step"] for sample in along_the_way] == [step for step in range(1, 11, 2) for _ in range(4)]
     assert all(sample["completion"] and "score" in sample for sample in along_the_way)
-    assert [row["step"] for row in logged(run, "ppo")] == list(range(1, 21))
+    assert [row["step"] for row in logged(run, "ppo")] == list(range(1, 11))
     assert not (run / "ppo" / "work").exists() and (run / "ppo" / "log.txt").stat().st_size > 0
     again = command("plan", str(run / "recipe.yaml"), "--json", cwd=finished[0])
     assert {stage["state"] for stage in json.loads(again.stdout)["stages"]} == {"done"}
 
 
-def test_a_second_run_does_nothing_at_once(finished: tuple[Path, str]) -> None:
-    before = (finished[0] / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns
+def test_a_second_run_does_nothing_at_once(copied: Path) -> None:
+    before = (copied / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns
     probe = (
-        "import sys; from rlhf_pipeline import cli; sys.argv = ['rlhf-pipeline', 'run', 'tiny']\n"
+        "import sys; from rlhf_pipeline import cli\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
     )
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", probe], cwd=finished[0], capture_output=True, text=True)
+    arguments = ["run", "tiny", *short_run.OVERRIDES]
+    done = subprocess.run([sys.executable, "-c", probe, *arguments], cwd=copied, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - started < 5
     assert done.stdout.count(" done ") == 4
-    assert (finished[0] / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns == before
+    assert (copied / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns == before
 
 
-def test_a_changed_setting_runs_its_stage_and_no_other(
-    finished: tuple[Path, str], tmp_path: Path, warm_server: Launcher
-) -> None:
-    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-    said, _, table = run_warm(warm_server, tmp_path, "ppo.trainer.total_episodes=64").rpartition("ppo     done in")
-    assert "ppo     starts over: trainer.total_episodes 1280 → 64; the former results are now in ppo." in said
+def test_a_changed_setting_runs_its_stage_and_no_other(copied: Path, warm_server: Launcher) -> None:
+    changed = (*short_run.OVERRIDES, "ppo.trainer.total_episodes=8")
+    said, _, table = run_warm(warm_server, copied, *changed).rpartition("ppo     done in")
+    assert "ppo     starts over: trainer.total_episodes 28 → 8; the former results are now in ppo." in said
     assert "sft " not in said and "dpo " not in said and table
-    (aside,) = (tmp_path / "runs" / "tiny").glob("ppo.*")
+    (aside,) = (copied / "runs" / "tiny").glob("ppo.*")
     assert (aside / "adapter" / "adapter_model.safetensors").is_file()
-    assert stages_of(tmp_path, "tiny", "ppo.trainer.total_episodes=64")["ppo"]["metrics"]["episode"] == 64
+    assert stages_of(copied, "tiny", *changed)["ppo"]["metrics"]["episode"] == 8
 
 
 def test_a_changed_evaluation_judges_again_and_trains_nothing(
-    finished: tuple[Path, str], tmp_path: Path, warm_server: Launcher
+    tiny_run: Path, copied: Path, warm_server: Launcher
 ) -> None:
-    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-    said = run_warm(warm_server, tmp_path, "evaluate.n=8", "--only", "sft")
+    said = run_warm(warm_server, copied, *short_run.OVERRIDES, "evaluate.n=4", "--only", "sft")
     assert "training, from" not in said and "sft     judged again" in said
-    samples = (tmp_path / "runs" / "tiny" / "sft" / "samples.jsonl").read_text().splitlines()
-    assert len(samples) == 8
+    samples = (copied / "runs" / "tiny" / "sft" / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 4
     # The reloaded adapter is the one that was trained: the same seed gives the same first replies.
-    former = (finished[0] / "runs" / "tiny" / "sft" / "samples.jsonl").read_text().splitlines()[:8]
+    former = (tiny_run / "sft" / "samples.jsonl").read_text().splitlines()[:4]
     assert [json.loads(line)["prompt"] for line in samples] == [json.loads(line)["prompt"] for line in former]
 
 
-QUANTIZED = (*short_run.OVERRIDES, "model.quantization=nf4")
+QUANTIZED = (*short_run.OVERRIDES, "evaluate.along=0", "model.quantization=nf4")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +181,11 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run on a 4-bit base."""
     folder = tmp_path_factory.mktemp("quantized")
     short_run.write_data(folder)
-    command("run", "tiny", *QUANTIZED, cwd=folder)
+    done = subprocess.run(
+        [sys.executable, "-c", short_run.WITHOUT_REPORT, "run", "tiny", *QUANTIZED],
+        cwd=folder, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -59,7 +59,7 @@ def following(
     shown: _Log | _Screen | _Plain
     if verbose:
         shown = _Log(view, say)
-    elif sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
+    elif sys.stderr and sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
         shown = _Screen(view, console, say)
     else:
         shown = _Plain(view, say)
@@ -279,7 +279,8 @@ class Display:
     def _stage(self, stage: StageView, width: int, signs: "_Signs") -> Text:
         state = self.view.state(stage)
         current = stage is self.view.at_work
-        wall_s = stage.elapsed if current else stage.record.get("wall_s")
+        # A stage that broke off left the time of when it began.
+        wall_s = stage.elapsed if current else None if state == "broke off" else stage.record.get("wall_s")
         style = "cyan" if current else STYLES.get(state, "red" if state in ("broke off", "stopped") else "dim")
         line = Text(" ")
         names = max(len(one.name) for one in self.view.stages)

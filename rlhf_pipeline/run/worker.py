@@ -3,6 +3,7 @@
 The job is a JSON file; the answer is written beside it as `result.json`.
 """
 
+import contextlib
 import functools
 import json
 import resource
@@ -185,6 +186,10 @@ def peak_memory() -> int:
     """The most memory this process held, in bytes: the GPU's where there is one, else its resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, StopIteration):
+        # On Linux; there, `ru_maxrss` begins with what the process held that started this one.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

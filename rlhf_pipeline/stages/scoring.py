@@ -126,6 +126,8 @@ def source(file: str, columns: str | None, out: Path | None) -> Source:
     files = local_files(found)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent}", place="--out")
+    if out is not None and out.is_dir():
+        raise InputError("this is a folder", place=f"--out {out}", hint="name a file")
     if out is not None and out.absolute() in [one.absolute() for one in files]:
         raise InputError("this is the file that is read", place=f"--out {out}", hint="name another one")
     return found

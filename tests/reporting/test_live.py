@@ -165,6 +165,10 @@ def test_states_are_honest(run):
     dead = seen(run, going_on=False)
     assert dead.at_work is None
     assert [dead.state(stage) for stage in dead.stages] == ["done", "done", "broke off", "waiting"]
+    record = json.loads((run / "ppo" / "stage.json").read_text()) | {"wall_s": 0.0}  # of when it began
+    (run / "ppo" / "stage.json").write_text(json.dumps(record))
+    (broken_off,) = (line for line in frame(seen(run, going_on=False)) if "broke off" in line)
+    assert broken_off.split() == ["✗", "ppo", "broke", "off"]
     for name in ("sft", "dpo"):
         (run / name).mkdir(exist_ok=True)
         weights = {"artifact_files": {"adapter_model.safetensors": [1, f"{name} of now"]}}

@@ -310,6 +310,7 @@ def test_nothing_rings_in_a_sound_run(run):
         ("sft", {}, [{"loss": None}] * 3, "bad sft Not a finite number, up to 3 times: loss"),
         ("reward", {"metrics": {"eval_accuracy": 0.51}}, [], "bad reward Accuracy is 0.51"),
         ("reward", {}, [], "look reward Goes by length"),
+        ("dpo", {}, [{"rewards/accuracies": 0.5}] * 5, "look dpo Accuracy is 0.5"),
     ],
 )  # fmt: skip
 def test_what_rings(run, stage, record, rows, said):
@@ -329,6 +330,20 @@ def test_hacking_needs_score_up_and_gold_down(run):
         report_run.write_lines(run / "ppo" / "metrics.jsonl", report_run.metrics("ppo", 60))
 
 
+def test_the_first_accuracy_of_dpo_does_not_ring(run):
+    """It is 0 before anything has moved, and counts for much in a short run."""
+    rows = [{"step": i, "rewards/accuracies": float(i > 1)} for i in (1, 2)]
+    report_run.write_lines(run / "dpo" / "metrics.jsonl", rows)
+    assert alarms_of(run).count("dpo Accuracy") == 0
+
+
+def test_a_comparison_of_other_weights_is_said(run):
+    for weights, rings in (("sha-of-ppo", False), ("sha-of-another", True)):
+        comparison = report_run.comparison(1) | {"made_of": {"sft": "sha-of-sft", "ppo": weights}}
+        (run / "comparison.json").write_text(json.dumps(comparison))
+        assert ("look the run comparison.json is of other weights of ppo than" in alarms_of(run)) == rings
+
+
 # Runs that are not whole
 
 
@@ -339,13 +354,14 @@ def test_a_run_that_has_only_just_begun(tmp_path):
 
 
 def test_a_run_made_elsewhere_and_killed(small, tmp_path):
-    report_run.change(small, "ppo", state="running", finished_at=None, wall_s=None, metrics=None)
+    report_run.change(small, "ppo", state="running", finished_at=None, wall_s=0.0, metrics=None)
     with (small / "ppo" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "objective/kl": 12')
     page = page_of(small, to=tmp_path / "report.html")
     assert "broken off" in page.text and "missing" in page.text and "0 of 4 stages done" in page.text
     assert "from what the judge saw" in page.text
     assert "cannot be read" not in page.text  # a line that is half written is no fault
+    assert "0 s" not in page.text  # how long it took, nobody knows
 
 
 def test_a_run_at_work_says_where_it_is(small, tmp_path):
@@ -460,6 +476,32 @@ def test_several_runs_are_overlaid(made_up, tmp_path):
 
 
 # The command
+
+
+def test_labels_of_points_close_together_are_apart():
+    """Also of points in the same place, at the edges, and of as many as four runs have."""
+    points = np.array([[60, 60], [60, 60], [61, 60], [330, 60], [330, 60], [330, 210], [200, 120], [202, 121]] * 2)
+    labels = [f"run {i}: ppo" for i in range(len(points))]
+    corners = charts._apart(labels, points)
+    boxes = [(x, y, x + 7 * len(label), y + 12) for label, (x, y) in zip(labels, corners, strict=True)]
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+    assert all(left > 46 and right < charts.WIDTH for left, _, right, _ in boxes)
+
+
+def test_scores_of_different_reward_models_are_not_to_be_compared(made_up, tmp_path):
+    other = shutil.copytree(made_up, tmp_path / "other")
+    said = "compare scores only within a run"
+    assert said not in page_of(made_up, other, to=tmp_path / "same.html").text
+    report_run.change(other, "reward", artifact_files={"adapter_model.safetensors": [10, "another"]})
+    assert page_of(made_up, other, to=tmp_path / "two.html").text.count(said) == 2
+
+
+def test_a_reply_without_visible_text_is_said_to_be_one(small, tmp_path):
+    comparison = report_run.comparison(1)
+    comparison["rows"][0]["replies"]["ppo"]["text"] = " \n"
+    (small / "comparison.json").write_text(json.dumps(comparison))
+    assert page_of(small, to=tmp_path / "report.html").text.count("no visible text") == 1
 
 
 def test_the_command(small, tmp_path, monkeypatch, capsys):

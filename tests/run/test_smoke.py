@@ -134,7 +134,7 @@ class TestFourStages:
             steps = [json.loads(line) for line in (run / stage / "metrics.jsonl").open()]
             assert {row["step"] for row in steps} == {1, 2}
             record = json.loads((run / stage / "stage.json").read_text())
-            assert record["machine"]["device"].endswith("CPU threads")
+            assert record["machine"]["device"].endswith(("CPU thread", "CPU threads"))
             evaluated = {"sft": "eval_loss", "reward": "eval_accuracy", "ppo": "eval_objective/kl"}.get(stage)
             assert evaluated is None or evaluated in record["metrics"]
             assert stage == "reward" or record["metrics"]["judge_mean"] >= 0

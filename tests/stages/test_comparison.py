@@ -136,13 +136,16 @@ def test_greedy_replies_are_those_of_models_loaded_one_by_one(
     ("module", "note"),
     [
         ("no_such_module", "no judge: `no_such_module` cannot be imported"),
-        ("failing_judge", "no judge: `failing_judge:judge` failed on these prompts: KeyError: 'answer'"),
+        ("failing_judge", "no judge: `failing_judge:judge` failed on these prompts: ValueError: no opinion for ***"),
     ],
 )
 def test_without_the_judge_all_else_is_there_and_a_note_says_why(
     tiny_run: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, note: str
 ) -> None:
-    (tmp_path / "failing_judge.py").write_text("def judge(prompts, completions, **columns): raise KeyError('answer')\n")
+    (tmp_path / "failing_judge.py").write_text(
+        "import os\ndef judge(*_, **__): raise ValueError('no opinion for ' + os.environ['THEIR_TOKEN'])\n"
+    )
+    monkeypatch.setenv("THEIR_TOKEN", "planted-and-secret")
     monkeypatch.syspath_prepend(tmp_path)
     recipe.evaluate.judge = f"{module}:judge"
     asked, spec = comparing.default_prompts(recipe, 2)

@@ -127,14 +127,48 @@ def frontier(title: str, lines: Sequence[tuple[str, Numbers, Numbers, Numbers, i
 def scatter(title: str, points: Sequence[tuple[str, float, float, int]], x_label: str) -> Markup:
     """Labelled points, each with its colour."""
     figure, (axes,) = _figure(225)
-    for label, x, y, color in points:
+    for _, x, y, color in points:
         axes.plot([x], [y], MARKERS[color % len(MARKERS)], color=_s(color), markersize=7, clip_on=False)
-        axes.annotate(
-            _clipped(label, 14), (x, y), textcoords="offset points", xytext=(7, 5), fontsize=11, color=INK
-        )  # fmt: skip
     axes.margins(x=0.28, y=0.2)
+    axes.autoscale_view()  # from here on it is known where a point lies
+    labels = [_clipped(label, 14) for label, *_ in points]
+    places = axes.transData.transform([(x, y) for _, x, y, _ in points])
+    for label, (_, x, y, _), corner in zip(labels, points, _apart(labels, places), strict=True):
+        near = corner - axes.transData.transform((x, y))
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=tuple(near), fontsize=11, color=INK)
     axes.set_xlabel(x_label, fontsize=10, color=MUTED, labelpad=2)
     return _svg(figure, title, ". ".join(f"{label}: {short(x)}, {short(y)}" for label, x, y, _ in points))
+
+
+def _apart(labels: Sequence[str], points: Numbers) -> list[Numbers]:
+    """Where the lower left corners of labels lie, in pixels, so that none covers another if there is room.
+
+    Args:
+        labels: one for each point, of which each sign is taken to be 7 pixels wide.
+        points: where they are, in pixels; `[n, 2]`.
+    """
+    taken: list[tuple[float, float, float, float]] = []  # left, bottom, right, top
+    corners = []
+    for label, (x, y) in zip(labels, points, strict=True):
+        wide = 7.0 * len(label)
+        choices = [
+            (left, y + up, left + wide, y + up + 12.0)
+            for up in (5.0, -13.0, 18.0, -26.0, 31.0, 44.0, 57.0, 70.0)
+            for left in (x + 7, x - 7 - wide)
+            if left > 46 and left + wide < WIDTH and y + up > 30  # elsewhere are the numbers of the axes
+        ]
+
+        def covered(box: tuple[float, float, float, float]) -> float:
+            return sum(
+                max(min(box[2], other[2]) - max(box[0], other[0]), 0.0)
+                * max(min(box[3], other[3]) - max(box[1], other[1]), 0.0)
+                for other in taken
+            )
+
+        box = min(choices, key=covered, default=(x + 7, y + 5, x + 7 + wide, y + 17))
+        taken.append(box)
+        corners.append(np.array(box[:2]))
+    return corners
 
 
 def distributions(title: str, groups: Sequence[tuple[str, Numbers, int]], x_label: str) -> Markup:

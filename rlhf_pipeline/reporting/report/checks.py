@@ -143,7 +143,9 @@ def _hacking(stage: Stage) -> Iterator[Alarm]:
 
 def _of_dpo(stage: Stage) -> Iterator[Alarm]:
     held_out = stage.final("eval_rewards/accuracies")
-    accuracy = held_out if held_out is not None else _now(stage, "rewards/accuracies")
+    # At the first step nothing has moved, and the accuracy is 0 whatever the data are.
+    latest = stage.series.get("rewards/accuracies", EMPTY).values[1:][-LATEST:]
+    accuracy = held_out if held_out is not None else float(latest.mean()) if len(latest) else None
     if accuracy is not None and stage.state == "done" and accuracy < GUESSING:
         yield Alarm("look", stage.name, f"Accuracy is {short(accuracy)}: the policy hardly tells the replies apart.")
 

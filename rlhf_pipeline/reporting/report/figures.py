@@ -328,8 +328,14 @@ def _rewards(runs: Sequence[Run]) -> list[Picture]:
     caption = (
         "The reward model's scores of all replies to the same prompts. Training should move the whole hill to the "
         "right; one sharp peak where there was a hill is a policy that found one trick."
-    )
+    ) + _of_their_own(runs)
     return [Picture("Rewards before and after", caption, svg)]
+
+
+def _of_their_own(runs: Sequence[Run]) -> str:
+    """A warning where scores of several reward models are in one picture: they have no common unit."""
+    models = {stage.weights for run in runs for stage in run.of_kind("reward")} - {None}
+    return " The runs have different reward models: compare scores only within a run." if len(models) > 1 else ""
 
 
 def _win_rates(runs: Sequence[Run]) -> list[Picture]:
@@ -376,7 +382,7 @@ def _proxy_and_gold(runs: Sequence[Run]) -> list[Picture]:
     caption = (
         "Each policy's mean by the gold judge (upwards) over its mean by the reward model (to the right). A policy "
         "further right but lower has learned what the reward model likes, not what is good."
-    )
+    ) + _of_their_own(runs)
     return [Picture("Gold over proxy", caption, svg)]
 
 
@@ -387,7 +393,7 @@ def of_lineage(run: Run) -> Markup | None:
     names = {stage.name for stage in run.stages}
     nodes, edges = [("base", "pretrained", "done")], []
     for stage in run.stages:
-        took = duration(number(stage.record.get("wall_s")))
+        took = duration(stage.wall_s)
         word = stage.kind if stage.kind != stage.name else took if stage.state == "done" else stage.state
         nodes.append((stage.name, word or "unknown kind", stage.state))
         planned = run.recipe.get("stages", {})

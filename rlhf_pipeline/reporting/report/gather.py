@@ -94,6 +94,11 @@ class Stage:
         return float(series.values[0]) if len(series) else None
 
     @property
+    def wall_s(self) -> float | None:
+        """Seconds that it took; None while it goes on and where it broke off: its record is of when it began."""
+        return None if self.state in ("running", "broken off") else number(self.record.get("wall_s"))
+
+    @property
     def weights(self) -> str | None:
         """The SHA-256 of the weights it published."""
         entry = self.mapping("artifact_files").get(WEIGHTS)
@@ -163,6 +168,13 @@ def read_run(folder: Path) -> Run:
         comparison = read_json(folder / "comparison.json") or {}
         if not comparison:
             notes.append("comparison.json cannot be read, so policies are not compared.")
+        made_of, there = mapping(comparison.get("made_of")), {stage.name: stage.weights for stage in stages}
+        other = [name for name, weights in made_of.items() if there.get(name) != weights]
+        if other:
+            notes.append(
+                f"comparison.json is of other weights of {', '.join(other)} than are there now; "
+                "`rlhf-pipeline compare` makes it again."
+            )
     states = [stage.state for stage in stages]
     state = "unfinished"
     if at_work:

@@ -103,7 +103,7 @@ def _finalize(value: Any) -> Any:
 
 
 def _header(run: Run) -> dict[str, Any]:
-    walls = [wall for stage in run.stages if (wall := number(stage.record.get("wall_s"))) is not None]
+    walls = [stage.wall_s for stage in run.stages if stage.wall_s is not None]
     peaks = [peak for stage in run.stages if (peak := number(stage.record.get("peak_memory_bytes"))) is not None]
     starts = sorted(str(stage.record["started_at"]) for stage in run.stages if stage.record.get("started_at"))
     ends = sorted(str(stage.record["finished_at"]) for stage in run.stages if stage.record.get("finished_at"))
@@ -158,7 +158,7 @@ def _summary(run: Run, stage: Stage) -> dict[str, Any]:
         "kind": stage.kind,
         "state": stage.state,
         "progress": _progress(stage) if stage.state == "running" else "",
-        "wall": duration(number(stage.record.get("wall_s"))),
+        "wall": duration(stage.wall_s),
         "memory": memory(number(stage.record.get("peak_memory_bytes"))),
         "numbers": numbers,
         "gates": gates,
