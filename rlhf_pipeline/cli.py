@@ -353,6 +353,8 @@ def report(
     folders = [recipes.run_directory(run) for run in runs]
     default = (folders[0] if len(folders) == 1 else Path.cwd()) / reports.FILE
     file = out / reports.FILE if out and out.is_dir() else out or default
+    if not file.parent.is_dir():
+        raise InputError(f"there is no folder {file.parent}", place=f"--out {out}")
     reports.write(folders, file)
     typer.echo(str(file))
     if open_ and not webbrowser.open(file.absolute().as_uri()):

@@ -119,10 +119,10 @@ def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
     if policies:
         commands += [(f"chat {path}", "talk to the model"), (f"compare {path}", "its stages side by side")]
     if done:
-        commands.append((f"report {path} --open", "curves, samples, what was made of what"))
+        commands.append((f"report {path} --open", "curves and samples"))
     if policies:
         out = shlex.quote(f"{run.name}-{policies[-1]}")
-        commands.append((f"export {path} {policies[-1]} {out}", "a model folder for other tools"))
+        commands.append((f"export {path} {policies[-1]} {out}", "for other tools"))
     widest = max((len(command) for command, _ in commands), default=0)
     return [(f"rlhf-pipeline {command:<{widest}}", does) for command, does in commands]
 

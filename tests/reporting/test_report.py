@@ -17,6 +17,7 @@ import pytest
 import report_run
 
 from rlhf_pipeline import cli
+from rlhf_pipeline.recipe.yaml import dump, parse_document
 from rlhf_pipeline.reporting import report
 from rlhf_pipeline.reporting.report import charts, checks, gather, measures, text
 from rlhf_pipeline.reporting.report.gather import Series
@@ -307,7 +308,7 @@ def test_nothing_rings_in_a_sound_run(run):
         ("ppo", {}, [{"reply/unique": 0.1}] * 5, "bad ppo Diversity collapsed: distinct replies fell from 95% to 10%"),
         ("ppo", {}, [{"policy/clipfrac_avg": 0.6}] * 5, "look ppo 60% of the policy's updates are clipped"),
         ("ppo", {}, [{"gold/judge_mean": 0.3, "gold/score_mean": 9.0}], "bad ppo Reward hacking: since step 60"),
-        ("sft", {}, [{"loss": None}] * 3, "bad sft Not a finite number, up to 3 times: loss"),
+        ("sft", {}, [{"loss": None}] * 3, "bad sft Not a finite number, 3 times at most: loss"),
         ("reward", {"metrics": {"eval_accuracy": 0.51}}, [], "bad reward Accuracy is 0.51"),
         ("reward", {}, [], "look reward Goes by length"),
         ("dpo", {}, [{"rewards/accuracies": 0.5}] * 5, "look dpo Accuracy is 0.5"),
@@ -328,6 +329,22 @@ def test_hacking_needs_score_up_and_gold_down(run):
             file.write(json.dumps({"step": 99, "gold/judge_mean": judge, "gold/score_mean": score}) + "\n")
         assert ("Reward hacking" in alarms_of(run)) == rings
         report_run.write_lines(run / "ppo" / "metrics.jsonl", report_run.metrics("ppo", 60))
+
+
+@pytest.mark.parametrize(("replies", "rings"), [(13, False), (400, True)])
+def test_hacking_is_more_than_a_few_replies(run, replies, rings):
+    """A fall of 0.08 is one reply of thirteen."""
+    recipe = run / "recipe.yaml"
+    asked = {"data": {"path": "x.jsonl"}, "judge": "a:b", "n": replies}
+    recipe.write_text(dump(parse_document(recipe.read_text(), "")[0] | {"evaluate": asked}))
+    steps = ((0, 0.58, 1.0), (30, 0.6, 2.0), (60, 0.52, 3.0))
+    (run / "ppo" / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "gold/judge_mean": judge, "gold/score_mean": score}) + "\n"
+            for step, judge, score in steps
+        )
+    )
+    assert ("Reward hacking" in alarms_of(run)) == rings
 
 
 def test_the_first_accuracy_of_dpo_does_not_ring(run):
@@ -523,7 +540,7 @@ def test_the_command(small, tmp_path, monkeypatch, capsys):
     for file in (run / "report.html", tmp_path / "report.html", tmp_path / "mine.html"):
         assert file.read_text().startswith("<!DOCTYPE html>")
     code, out, err = say(str(run), "-o", "gone/mine.html")
-    assert (code, out) == (1, "") and err.startswith("error: ")
+    assert (code, out, err) == (2, "", "error: --out gone/mine.html: there is no folder gone\n")
     assert say(str(tmp_path / "no-run"))[:2] == (2, "")
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)))

@@ -1,12 +1,13 @@
 """Alarms: what in a run's numbers should make a person look twice. No torch."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from rlhf_pipeline.reporting.report import measures
-from rlhf_pipeline.reporting.report.gather import EMPTY, Numbers, Run, Series, Stage, mapping
+from rlhf_pipeline.reporting.report.gather import EMPTY, Numbers, Run, Series, Stage, mapping, number
 from rlhf_pipeline.reporting.report.text import short
 
 # Thresholds. None is a law; each is where experience, or arithmetic, says that a look is worth the time.
@@ -16,7 +17,7 @@ GUESSING = 0.55  # accuracy of a reward model: a coin has 0.5, and annotators ag
 OVERCONFIDENT = 0.1  # predicted less actual share of right pairs: beyond what 200 pairs would show by chance
 CLIPPED = 0.3  # share of clipped policy updates: usual is below 0.2
 BY_LENGTH = 0.25  # accuracy where the chosen reply is longer, less where it is shorter
-GOLD_FELL = 0.02  # of the judge's own range over training; less is noise
+GOLD_FELL = 0.02  # of the judge's own range over training; less is no matter
 LATEST = 5  # values at the end of a series whose mean is meant by "now"
 
 
@@ -39,10 +40,13 @@ def alarms(run: Run) -> list[Alarm]:
             names = ", ".join(sorted(stage.not_finite)[:5]) + ("…" if len(stage.not_finite) > 5 else "")
             times = max(stage.not_finite.values())
             level = "bad" if any("loss" in name for name in stage.not_finite) else "look"
-            found.append(Alarm(level, stage.name, f"Not a finite number, up to {times:,} times: {names}."))
-        check = {"reward": _of_reward, "ppo": _of_ppo, "dpo": _of_dpo}.get(stage.kind)
-        if check:
-            found += check(stage)
+            found.append(
+                Alarm(level, stage.name, f"Not a finite number, {times:,} time{'s' * (times != 1)} at most: {names}.")
+            )
+        if stage.kind == "ppo":
+            found += [*_of_ppo(stage), *_hacking(stage, number(mapping(run.recipe.get("evaluate")).get("n")))]
+        elif stage.kind in ("reward", "dpo"):
+            found += _of_reward(stage) if stage.kind == "reward" else _of_dpo(stage)
     versions = {tuple(sorted((k, str(v)) for k, v in stage.mapping("versions").items())) for stage in run.stages}
     if len(versions - {()}) > 1:
         found.append(Alarm("look", "the run", "Stages were made with different versions of the libraries."))
@@ -121,15 +125,17 @@ def _of_ppo(stage: Stage) -> Iterator[Alarm]:
     clipped = _now(stage, "policy/clipfrac_avg")
     if clipped is not None and clipped > CLIPPED:
         yield Alarm("look", stage.name, f"{clipped:.0%} of the policy's updates are clipped: lower the learning rate.")
-    yield from _hacking(stage)
 
 
-def _hacking(stage: Stage) -> Iterator[Alarm]:
+def _hacking(stage: Stage, replies: float | None) -> Iterator[Alarm]:
+    """The judge's mean, over so many replies, fell while the score rose."""
     score, judge = stage.series.get("gold/score_mean", EMPTY), stage.series.get("gold/judge_mean", EMPTY)
     if len(score) < 2 or len(judge) < 2:
         return
     best = int(judge.values.argmax())
-    room = GOLD_FELL * max(1.0, float(np.ptp(judge.values)))
+    # One standard error of a mean of as many noughts and ones: a single reply must not ring.
+    noise = 0.5 / math.sqrt(replies) if replies else 0.0
+    room = max(GOLD_FELL, noise) * max(1.0, float(np.ptp(judge.values)))
     fell = judge.values[best] - judge.values[-1] > room
     at_best = score.values[score.steps <= judge.steps[best]]
     if fell and len(at_best) and score.values[-1] > at_best[-1]:

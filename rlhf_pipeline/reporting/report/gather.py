@@ -298,7 +298,7 @@ def _rows(file: Path, notes: list[str], last: int | None = None) -> Iterator[dic
         else:
             yield row
     if broken:
-        notes.append(f"{file.name} has {broken:,} lines that cannot be read; they are left out.")
+        notes.append(f"{file.name} has {broken:,} line{'s' * (broken != 1)} that cannot be read, and left out.")
 
 
 def _take_columns(stage: Stage, rows: list[dict[str, Any]]) -> None:

@@ -171,11 +171,9 @@ def _passed(gate: Any) -> str:
 
 
 def _judge_before(run: Run, stage: Stage) -> float | None:
-    """The judge's mean of what the stage started from."""
+    """The judge's mean of the stage that this one started from; the base is not judged on as many prompts."""
     parent = run.stage(str(stage.record.get("init")))
-    if parent is not None:
-        return parent.final("judge_mean")
-    return number(mapping(mapping(run.comparison.get("means")).get("base")).get("judge"))
+    return parent.final("judge_mean") if parent else None
 
 
 def _origin(run: Run) -> dict[str, Any]:

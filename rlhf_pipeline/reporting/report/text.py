@@ -8,8 +8,9 @@ from markupsafe import Markup
 
 from rlhf_pipeline.reporting import text
 
-# Controls but for line and tab, halves of surrogates, and the letter that stands before ids in pictures.
-STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ue000]")
+# Controls but for line and tab, what turns the direction of writing by force, halves of surrogates, and the letter that
+# stands before ids in pictures.
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ue000]")
 LONGEST = 4000  # characters of a prompt or reply; more would be no sample but a book
 
 
