@@ -74,8 +74,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 # The files that take longest, the longest first.
 SLOW = (
     "test_tiny_run", "test_faults", "test_stop", "test_runner", "test_kill", "test_smoke", "test_docs", "test_resume",
-    "test_safe_to_open", "test_report", "test_docs_ci", "test_closed_form", "test_shrink", "test_export", "test_live",
-    "test_comparison", "test_chat", "test_trackers", "test_packaging",
+    "test_safe_to_open", "test_report_page", "test_docs_ci", "test_closed_form", "test_shrink", "test_export",
+    "test_live", "test_comparison", "test_chat", "test_trackers", "test_packaging",
 )  # fmt: skip
 
 

@@ -106,7 +106,8 @@ def test_all_stages_end_a_reply_with_the_same_token(folders, jobs, tmp_path, whi
     made = jobs(folders[which], rows)
     ready = prepared(made)
     tokenizer = ready["sft"][1]
-    sft, reward, dpo = (ready[name][2][0] for name in ("sft", "reward", "dpo"))
+    sft, dpo = (ready[name][2][0] for name in ("sft", "dpo"))
+    reward = ready["reward"][2].train[0]
     args, _, of_ppo = ready["ppo"]
 
     # PPO as its trainer is set up: with this token a sampled reply ends, and is scored there.
