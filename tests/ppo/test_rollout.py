@@ -284,11 +284,11 @@ class TestConcatenate:
 
 
 def test_diversity_counts_pairs_and_replies_and_no_padding() -> None:
-    """Replies `5 6 5 6`, `5 6` twice, and `9`: pairs 56 65 56, 56, 56, none."""
-    replies = [[5, 6, 5, 6], [5, 6], [5, 6], [9]]
-    ids = torch.tensor([[7, 8, *reply] + [PAD] * (4 - len(reply)) for reply in replies])
-    lengths = torch.tensor([len(reply) for reply in replies])
-    episodes = Episodes(ids, torch.full((4,), 2), lengths, torch.ones(4, dtype=torch.bool), torch.zeros(4, 4))
+    """Replies `5 6 5 6`, `5 6` twice, once at the end of its row, and `9`: pairs 56 65 56, 56, 56, none."""
+    rows = [([7, 8], [5, 6, 5, 6]), ([7, 8], [5, 6]), ([7, 8, 9, 9], [5, 6]), ([7, 8], [9])]
+    ids = torch.tensor([[*prompt, *reply] + [PAD] * (6 - len(prompt) - len(reply)) for prompt, reply in rows])
+    prompt_lengths, lengths = (torch.tensor([len(row[i]) for row in rows]) for i in (0, 1))
+    episodes = Episodes(ids, prompt_lengths, lengths, torch.ones(4, dtype=torch.bool), torch.zeros(4, 4))
     assert diversity(episodes) == (2 / 5, 3 / 4)
     assert diversity(episodes.select(torch.tensor([3]))) == (0.0, 1.0)
 
