@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from rlhf_pipeline import chat as chats
 from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.models import streaming
 from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.models.streaming import stream
 from rlhf_pipeline.models.tokenizer import DEFAULT_TEMPLATE
@@ -149,13 +150,14 @@ def test_settings_are_those_of_evaluate_and_the_last_policy_answers(run, chat, g
 
 def test_switching_stages_changes_the_model_and_loads_nothing(conversation, capfd, tiny_run):
     """Each stage's logits are those of its adapter loaded apart, on the one base."""
-    talk = conversation("sft")
+    talk = conversation("sft", temperature=1.5)
     base = talk.base.causal_lm
     weights = {name: parameter.data_ptr() for name, parameter in base.named_parameters()}
     ids = torch.tensor([talk.tokenizer(PROMPT)["input_ids"]])
-    seen = {}
+    seen, replies = {}, set()
     for stage in (*STAGES, "base", "sft"):
         talk.command("/stage", stage)
+        torch.manual_seed(3)
         talk.ask(PROMPT)
         with talk.base.acting_as(talk.stage):
             logits = base(input_ids=ids).logits
@@ -164,6 +166,14 @@ def test_switching_stages_changes_the_model_and_loads_nothing(conversation, capf
             model = PeftModel.from_pretrained(model, str(tiny_run / stage / "adapter"))
         torch.testing.assert_close(logits, model.eval()(input_ids=ids).logits, rtol=0, atol=1e-4)
         seen[stage] = logits
+        prompt, reply = talk.last
+        torch.manual_seed(3)
+        rows = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=24, do_sample=True, temperature=1.5, top_k=0, top_p=1.0
+        )
+        assert reply == rows[0, len(prompt) :].tolist()
+        replies.add(tuple(reply))
+    assert len(replies) > 1
     assert talk.base.causal_lm is base
     assert {name: parameter.data_ptr() for name, parameter in base.named_parameters()} == weights
     for stage in ("ppo", "dpo", "base"):
@@ -387,3 +397,15 @@ def test_a_run_that_broke_off_answers_with_what_is_done(run, chat, greedy):
     code, reply, said = chat(run, "--temperature", "0", "--max-new-tokens", "24", typed=f"{LINE}\n/reward\n")
     assert (code, reply) == (0, greedy["sft"] + "\n")
     assert said.splitlines()[-1] == "no reward stage of this run is done"
+
+
+def test_half_of_a_character_waits_for_the_other(tokenizer):
+    shown: list[str] = []
+    ids = tokenizer("gut \N{OWL}\N{LATIN SMALL LETTER U WITH DIAERESIS}!", add_special_tokens=False)["input_ids"]
+    assert any(tokenizer.decode(ids[:i]).endswith("\ufffd") for i in range(len(ids)))
+    reply = streaming._Reply(tokenizer, shown.append)
+    reply.put(torch.tensor([[1, 2]]))  # the prompt
+    for one in ids:
+        reply.put(torch.tensor([one]))
+    reply.end()
+    assert "".join(shown) == tokenizer.decode(ids) and "\ufffd" not in "".join(shown)
