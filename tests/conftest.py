@@ -29,6 +29,7 @@ from transformers import (
 import rlhf_pipeline.models.tiny
 from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.roles import SharedBase
+from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Model
 from rlhf_pipeline.run.launch import Launcher
@@ -137,6 +138,21 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, warm_server: Launcher) ->
             code, said = short_run.run_warm(warm_server, folder, "tiny", *short_run.OVERRIDES, report=True)
             assert code == 0, said
     return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def load_staged() -> Callable[[Model, dict[str, Path]], StagedBase]:
+    """A `StagedBase` that is loaded once for each model, template and names of adapters."""
+    bases: dict[tuple, StagedBase] = {}
+
+    def load(spec: Model, artifacts: dict[str, Path]) -> StagedBase:
+        template = Path(spec.chat_template).read_text() if spec.chat_template else None
+        key = spec.path, template, tuple(artifacts)
+        if key not in bases:
+            bases[key] = StagedBase(spec, artifacts)
+        return bases[key]
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,8 @@ from rlhf_pipeline import chat as chats
 from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.models import streaming
-from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.models.streaming import stream
 from rlhf_pipeline.models.tokenizer import DEFAULT_TEMPLATE
-from rlhf_pipeline.recipe.schema import Model
 
 PROMPT = "Q: How does a frog sound?\nA:"
 LINE = PROMPT.replace("\n", "\\n")
@@ -47,22 +45,9 @@ def run(tiny_run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def load_once(monkeypatch, bases) -> None:
+def load_once(monkeypatch, load_staged) -> None:
     """Have the tests of this file share one base with its adapters, which are the same in every copy of the run."""
-
-    def load(spec: Model, artifacts: dict[str, Path]) -> StagedBase:
-        template = Path(spec.chat_template).read_text() if spec.chat_template else None
-        key = spec.path, template, tuple(artifacts)
-        if key not in bases:
-            bases[key] = StagedBase(spec, artifacts)
-        return bases[key]
-
-    monkeypatch.setattr(chats, "StagedBase", load)
-
-
-@pytest.fixture(scope="module")
-def bases() -> dict[tuple, StagedBase]:
-    return {}
+    monkeypatch.setattr(chats, "StagedBase", load_staged)
 
 
 @pytest.fixture

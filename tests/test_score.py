@@ -19,8 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data import prepare
-from rlhf_pipeline.models.staged import StagedBase
-from rlhf_pipeline.recipe.schema import Data, Model
+from rlhf_pipeline.recipe.schema import Data
 from rlhf_pipeline.stages import scoring
 
 PROMPT, GOOD, BAD = "Q: How does a frog sound?\nA:", " It is croak. Thank you for asking!", " Ugh. No idea."
@@ -34,22 +33,9 @@ def run(tiny_run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def load_once(monkeypatch, bases) -> None:
+def load_once(monkeypatch, load_staged) -> None:
     """Have the tests of this file share one base with its adapters, which are the same in every copy of the run."""
-
-    def load(spec: Model, artifacts: dict[str, Path]) -> StagedBase:
-        template = Path(spec.chat_template).read_text() if spec.chat_template else None
-        key = spec.path, template, tuple(artifacts)
-        if key not in bases:
-            bases[key] = StagedBase(spec, artifacts)
-        return bases[key]
-
-    monkeypatch.setattr(scoring, "StagedBase", load)
-
-
-@pytest.fixture(scope="module")
-def bases() -> dict[tuple, StagedBase]:
-    return {}
+    monkeypatch.setattr(scoring, "StagedBase", load_staged)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.plan import weights
 from rlhf_pipeline.recipe import TINY, Recipe
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
@@ -13,7 +14,6 @@ from rlhf_pipeline.run.directory import RunDirectory
 from rlhf_pipeline.run.records import rows
 from rlhf_pipeline.run.secrets import redact
 
-WEIGHTS = "adapter_model.safetensors"
 WORDS = {
     "sft": "supervised fine-tuning",
     "reward": "reward modelling",
@@ -267,7 +267,7 @@ def _lineage_table(records: dict[str, dict[str, Any]], base: _Base) -> str:
     identity = next(iter(records.values()))["inputs"]["model"]
     table = [["base", "", "", identity, ""]]
     for name, record in records.items():
-        sha256 = (record.get("artifact_files", {}).get(WEIGHTS) or [None, ""])[1]
+        sha256 = weights(record) or ""
         origin = record.get("init") or BASE
         origin += f", scored by {record['reward']}" if record.get("reward") else ""
         table.append([name, record["kind"], origin, record.get("fingerprint", ""), sha256])
