@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline import durable
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.data.shapes import Wanted, recognise
-from rlhf_pipeline.digests import Digests, pin, short_hash
 from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.fingerprint import Digests, pin, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe, gates
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.schema import Source
-from rlhf_pipeline.run.directory import WEIGHTS, Progress, RunDirectory
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
 
 # What each kind of stage reads.
 NEEDS: dict[str, Wanted] = {

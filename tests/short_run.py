@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_pipeline import cli
+from rlhf_pipeline.comparison import wanted
 from rlhf_pipeline.recipe import TINY
-from rlhf_pipeline.run import comparison, runner
+from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher
 
 STAGES = ("sft", "reward", "ppo", "dpo")
@@ -76,8 +77,8 @@ def run_warm(server: Launcher, folder: Path, *arguments: str, report: bool = Fal
         patch.setattr(sys, "argv", ["rlhf-pipeline", "run", *arguments])
         patch.setattr(runner, "Launcher", lambda log: contextlib.nullcontext(server))
         if not report:
-            patch.setattr(cli, "_report", lambda run: None)
-            patch.setattr(comparison, "due", lambda run, recipe: None)
+            patch.setattr(cli.runs, "_report", lambda run: None)
+            patch.setattr(wanted, "due", lambda run, recipe: None)
         try:
             cli.main()
             code: Any = 0
@@ -87,7 +88,7 @@ def run_warm(server: Launcher, folder: Path, *arguments: str, report: bool = Fal
 
 
 # The command without its report, which takes seconds whenever a run stops.
-WITHOUT_REPORT = "from rlhf_pipeline import cli; cli._report = lambda run: None; cli.main()"
+WITHOUT_REPORT = "from rlhf_pipeline import cli; cli.runs._report = lambda run: None; cli.main()"
 
 
 class Command:

@@ -241,19 +241,19 @@ def test_a_report_is_written_again_where_something_is_newer_and_only_there(tiny_
     run = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
     report = run / "report.html"
     report.write_text("as it was")
-    cli._report(run)
+    cli.runs._report(run)
     assert report.read_text() == "as it was"
     for newer in ("comparison.json", "sft/stage.json", "ppo/metrics.jsonl"):
         report.write_text("as it was")
         later = report.stat().st_mtime + 1
         os.utime(run / newer, (later, later))
-        cli._report(run)
+        cli.runs._report(run)
         assert "as it was" not in report.read_text()[:20], newer
         os.utime(run / newer, (0, 0))
     report.unlink()
     report.mkdir()
     (report / "in the way").touch()
-    cli._report(run)  # what cannot be written is a warning
+    cli.runs._report(run)  # what cannot be written is a warning
     assert "warning: there is no new report" in capsys.readouterr().err
-    cli._report(tmp_path / "never began")
+    cli.runs._report(tmp_path / "never began")
     assert not (tmp_path / "never began").exists()

@@ -17,8 +17,9 @@ import pytest
 import short_run
 from safetensors.torch import load_file
 
-from rlhf_pipeline import durable, plan, recipe
+from rlhf_pipeline import plan, recipe
 from rlhf_pipeline.run.launch import Launcher
+from rlhf_pipeline.rundir import durable
 
 RECIPE = """
 name: short

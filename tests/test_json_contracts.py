@@ -16,7 +16,7 @@ import short_run
 import typer
 
 from rlhf_pipeline import cli
-from rlhf_pipeline.run.smoke import Report, Smoked
+from rlhf_pipeline.smoke.run import Report, Smoked
 
 COMMANDS = typer.main.get_command(cli.app).commands
 WITH_JSON = sorted(name for name, command in COMMANDS.items() if any("--json" in one.opts for one in command.params))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline import durable, plan, recipe
+from rlhf_pipeline import plan, recipe
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.run.directory import WEIGHTS, Progress, RunDirectory
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
 
 RECIPE = """\
 name: t

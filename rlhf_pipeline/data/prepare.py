@@ -30,8 +30,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
 from rlhf_pipeline.data.peek import SAMPLE, column_names, first_rows, renamed
 from rlhf_pipeline.data.shapes import Prompt, Record, RowError, Shape, Wanted, recognise
-from rlhf_pipeline.digests import Digests
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.models.tokenizer import TemplateError, render
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import Data, Source

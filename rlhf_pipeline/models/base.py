@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf_pipeline.digests import HUB_TIMEOUT_S
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.fingerprint import HUB_TIMEOUT_S
 from rlhf_pipeline.recipe import PICKLE_SUFFIXES
 from rlhf_pipeline.recipe.schema import Model
 

@@ -21,10 +21,9 @@ from transformers.trainer_utils import TrainOutput
 from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
-from rlhf_pipeline import durable
+from rlhf_pipeline.callbacks.metrics import keep_until
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
-from rlhf_pipeline.monitoring.metrics import keep_until
 from rlhf_pipeline.ppo.advantages import (
     estimate_advantages,
     explained_variance,
@@ -37,6 +36,7 @@ from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.control import KLControl, ScoreStatistics
 from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_scores, reply_values
 from rlhf_pipeline.ppo.rollout import Episodes, diversity, sample
+from rlhf_pipeline.rundir import durable
 
 SAMPLES = 4  # episodes that are written down at a time
 

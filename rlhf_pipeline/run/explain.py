@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from rlhf_pipeline.recipe.schema import Recipe
-from rlhf_pipeline.run.directory import TRAINED
+from rlhf_pipeline.rundir.layout import TRAINED
 
 SAFE = "stages that are done stay usable; the same command goes on from here"
 TRAINING_IS_KEPT = "the training is kept; the same command goes on with judging it"

@@ -5,6 +5,7 @@ still has a process of its own: its GPU memory is really gone afterwards, and it
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -13,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import durable
 from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.run.explain import SAFE
+from rlhf_pipeline.rundir import durable
 
 # What our own processes must see: no telemetry, no chatter, no threads that a fork would lose.
 ENVIRONMENT = {
@@ -148,3 +149,11 @@ class Launcher:
         self._worker = worker
         if self.stopping:
             self.stop()
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends. Linux only, as is the server."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before that took effect

@@ -16,15 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_pipeline import durable, plan
+from rlhf_pipeline import plan
+from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, gates, to_yaml
-from rlhf_pipeline.run import comparison, trackers
-from rlhf_pipeline.run.directory import RESULT, TRAINED, Progress, RunDirectory, read_json
+from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
-from rlhf_pipeline.run.secrets import redact, scrub
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import RESULT, TRAINED, Progress, RunDirectory, read_json
+from rlhf_pipeline.rundir.secrets import redact, scrub
 
 Say = Callable[[str], None]
 

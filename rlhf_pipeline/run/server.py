@@ -4,7 +4,6 @@ One JSON object a line: `{"job": FILE, "log": FILE}` in; `{"worker": PID}` and, 
 Where a fork would not be safe, `{"unsafe": REASON}` comes back instead, and the asker spawns.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -14,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import TextIO
 
-from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
 
 SPOILED = 113  # the exit code of a fork in which CUDA cannot be used; no worker uses it
 
@@ -51,7 +50,7 @@ def serve(runner: int) -> None:
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # until a worker listens, its request waits
 
-    from rlhf_pipeline.monitoring.checkpoints import Stopped
+    from rlhf_pipeline.callbacks.checkpoints import Stopped
     from rlhf_pipeline.run import worker  # seconds of imports, which every fork then has
 
     me = os.getpid()
@@ -85,17 +84,9 @@ def _answer(answers: TextIO, answer: Mapping[str, str | int]) -> None:
     answers.flush()
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends. Linux only, as is the server."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)  # it ended before that took effect
-
-
 def _become_worker(log: str, server: int) -> None:
     """In the child: die with the server, listen to requests to stop, and write to the log alone."""
-    from rlhf_pipeline.monitoring.checkpoints import REQUEST
+    from rlhf_pipeline.callbacks.checkpoints import REQUEST
 
     die_with(server)
     REQUEST.listen(STOP_SIGNAL)

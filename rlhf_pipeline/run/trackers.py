@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf_pipeline.digests import short_hash
 from rlhf_pipeline.errors import InputError, InputErrors
-from rlhf_pipeline.run.directory import TRAINED
+from rlhf_pipeline.fingerprint import short_hash
+from rlhf_pipeline.rundir.layout import TRAINED
 
 # What Transformers needs for each: one of these.
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}

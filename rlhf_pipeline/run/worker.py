@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline import durable, stages
+from rlhf_pipeline import stages
+from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
+from rlhf_pipeline.comparison import measure
 from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_config, without_weights
-from rlhf_pipeline.monitoring.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.recipe import BASE, Recipe, Stage
 from rlhf_pipeline.run import trackers
-from rlhf_pipeline.run.directory import RESULT, TRAINED, read_json
 from rlhf_pipeline.run.explain import explain, recognise
-from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
-from rlhf_pipeline.run.secrets import redact
-from rlhf_pipeline.run.server import die_with
-from rlhf_pipeline.stages import comparison, data_report, evaluation
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import RESULT, TRAINED, read_json
+from rlhf_pipeline.rundir.secrets import redact
+from rlhf_pipeline.stages import check as data_report
+from rlhf_pipeline.stages import judge
 from rlhf_pipeline.stages.job import Job
 
 
@@ -47,15 +49,15 @@ def main(job_file: str) -> int:
             result, code = {"warnings": check(recipe, job["stages"])}, 0
         elif job["task"] == "compare":
             settings = job["settings"]
-            asked, spec = comparison.default_prompts(recipe, settings["n"])
-            result, code = {"comparison": comparison.compare(recipe, recipe.run, asked, spec, settings)}, 0
+            asked, spec = measure.default_prompts(recipe, settings["n"])
+            result, code = {"comparison": measure.compare(recipe, recipe.run, asked, spec, settings)}, 0
         else:
             stage = Job(recipe, job["stage"], recipe.run)
             if job["task"] == "train":
                 with trackers.reporting(recipe.report_to, recipe.name, stage.folder, job["record"]["started_at"]):
                     metrics = train(stage)
             else:
-                metrics = evaluation.judge_artifact(stage, stage.published)
+                metrics = judge.judge_artifact(stage, stage.published)
             result, code = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}, 0
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED
@@ -84,7 +86,7 @@ def train(job: Job) -> dict[str, Any]:
     """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics."""
     trained = read_json(job.work / TRAINED)
     if trained is not None:
-        return trained["metrics"] | (evaluation.judge_artifact(job, job.artifact) if job.stage.kind != "reward" else {})
+        return trained["metrics"] | (judge.judge_artifact(job, job.artifact) if job.stage.kind != "reward" else {})
     return stages.BY_KIND[job.stage.kind].run(job)
 
 
@@ -114,7 +116,7 @@ def check(recipe: Recipe, names: list[str]) -> list[str]:
         attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
     policies = [job for job in jobs if job.stage.kind != "reward"]
     if policies:
-        attempt(lambda: evaluation.prepare(policies[0]))
+        attempt(lambda: judge.prepare(policies[0]))
     report, wrong = data_report.of_recipe(recipe, names)
     problems += wrong
     if problems:

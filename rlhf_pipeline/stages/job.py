@@ -10,13 +10,13 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from rlhf_pipeline import durable
+from rlhf_pipeline.callbacks.checkpoints import SECONDS_BETWEEN, Checkpoints
+from rlhf_pipeline.callbacks.progress import ProgressFile
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import resolve_dtype
-from rlhf_pipeline.monitoring.checkpoints import SECONDS_BETWEEN, Checkpoints
-from rlhf_pipeline.monitoring.progress import ProgressFile
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
-from rlhf_pipeline.run.directory import TRAINED
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import TRAINED
 
 Config = TypeVar("Config", bound=TrainingArguments)
 

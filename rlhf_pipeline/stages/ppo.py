@@ -5,18 +5,18 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.monitoring.metrics import MetricsLog, final
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer, check_data
-from rlhf_pipeline.stages.evaluation import judge_policy
-from rlhf_pipeline.stages.evaluation import prepare as prepare_judging
-from rlhf_pipeline.stages.gold import GoldAlong
 from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.judge import judge_policy
+from rlhf_pipeline.stages.judge import prepare as prepare_judging
+from rlhf_pipeline.stages.judge_along import GoldAlong
 
 
 def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, dict[str, Dataset | None]]:

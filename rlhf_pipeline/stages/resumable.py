@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline import durable
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
+from rlhf_pipeline.rundir import durable
 
 MEMORY = "memory.json"
 EPOCH_START = "epoch_start.pt"

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from rlhf_pipeline import durable
+from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.monitoring.metrics import MetricsLog, final
+from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.resumable import Resumable
 

@@ -13,10 +13,10 @@ from rlhf_pipeline.data import prepare, report
 from rlhf_pipeline.data.report import Trainer
 from rlhf_pipeline.models.tokenizer import DEFAULT_TEMPLATE, load_tokenizer
 from rlhf_pipeline.recipe.schema import Data, Source
-from rlhf_pipeline.stages import data_report
+from rlhf_pipeline.stages import check
 from rlhf_pipeline.stages.dpo import EncodedDPOTrainer
 
-READERS = data_report.READERS
+READERS = check.READERS
 EOS = 1  # of the shipped tokenizer
 
 

@@ -18,10 +18,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from rlhf_pipeline.callbacks.metrics import MetricsLog
 from rlhf_pipeline.models import base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.monitoring.metrics import MetricsLog
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Model

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline import durable, stages
 from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline import stages
+from rlhf_pipeline.callbacks.checkpoints import Checkpoints
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
-from rlhf_pipeline.monitoring.checkpoints import Checkpoints
 from rlhf_pipeline.recipe import TINY
-from rlhf_pipeline.run.directory import WEIGHTS
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import WEIGHTS
 from rlhf_pipeline.stages.job import Job
 
 # Two passes of two steps over six rows: a pass ends amid a gradient accumulation, a step is logged long after its

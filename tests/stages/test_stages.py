@@ -22,8 +22,8 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import TINY
-from rlhf_pipeline.stages.evaluation import judge_policy
 from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.ppo import check_weights
 
 RECIPE = """

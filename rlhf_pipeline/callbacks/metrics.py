@@ -1,0 +1,73 @@
+"""Numbers written down as training logs them."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.jsonl import whole_lines
+
+
+class MetricsLog(TrainerCallback):
+    """Append each logged step to `metrics.jsonl`: TRL's own metric names, plus `step` and `time` (Unix seconds).
+
+    Args:
+        file: the file to append to; every line is written at once and whole.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a broken-off run wrote after the checkpoint that this one goes on from."""
+        _rewrite(self.file, whole_lines(self.file)[: len(state.log_history)])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line."""
+        row = {"step": state.global_step, "time": round(time.time(), 3), **numbers(logs or {})}
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Drop the rows of a `.jsonl` file whose `step` is later, and a last line that was not written whole."""
+    _rewrite(file, [line for line in whole_lines(file) if json.loads(line).get("step", 0) <= step])
+
+
+def _rewrite(file: Path, lines: list[str]) -> None:
+    """Replace a file's lines in one step; a file that is not there is not made."""
+    if file.is_file():
+        durable.write_text(file, "".join(lines))
+
+
+def numbers(logs: dict[str, Any]) -> dict[str, float | int | None]:
+    """The numeric entries; what is not finite becomes null, since JSON has no NaN."""
+    plain = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+    return {name: value if math.isfinite(value) else None for name, value in plain.items()}
+
+
+def final(history: list[dict[str, Any]]) -> dict[str, float | int | None]:
+    """The last logged value of every metric, evaluation included.
+
+    Without the trainer's own bookkeeping, and without what was measured on the way, `gold/…`.
+    """
+    bookkeeping = {"step", "epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    latest: dict[str, Any] = {}
+    for entry in history:
+        latest |= {name: value for name, value in entry.items() if name not in bookkeeping}
+    return {
+        name: value
+        for name, value in numbers(latest).items()
+        if not name.endswith(("_runtime", "_per_second")) and not name.startswith("gold/")
+    }

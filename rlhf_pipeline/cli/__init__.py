@@ -1,0 +1,37 @@
+"""The door: commands that parse, call and print. Data goes to standard output, everything else to standard error."""
+
+import sys
+
+from rlhf_pipeline.cli import runs, recipes, results  # isort: skip  their commands stand in this order in the help
+from rlhf_pipeline.cli.shared import app, say
+from rlhf_pipeline.errors import InputError, Interrupted, RunError
+
+__all__ = ["app", "main", "recipes", "results", "runs"]
+
+
+def _complain(message: str, hint: str | None) -> None:
+    say(f"error: {message}")
+    if hint:
+        say(f"hint: {hint}")
+
+
+def main() -> None:
+    """The `rlhf-pipeline` command."""
+    try:
+        app()
+    except InputError as error:
+        for problem in error.all:
+            _complain(str(problem), problem.hint)
+        sys.exit(2)
+    except RunError as error:
+        _complain(error.message, error.hint)
+        sys.exit(1)
+    except OSError as error:  # of a file that the command itself writes, or of standard output
+        if error.errno is None:
+            raise
+        _complain(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}", None)
+        sys.exit(1)
+    except Interrupted as stop:
+        say(stop.message)
+        say("the same command goes on from here")
+        sys.exit(130)

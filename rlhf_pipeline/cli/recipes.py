@@ -1,0 +1,277 @@
+"""Commands on recipes, before anything is trained: plan, validate, show, data, schema, ls, cp, shrink, env."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_pipeline import __version__
+from rlhf_pipeline.cli.shared import (
+    AsJson,
+    IgnoreGates,
+    Overrides,
+    RecipeArgument,
+    TrustVersions,
+    app,
+    examples,
+    quiet_libraries,
+    say,
+)
+from rlhf_pipeline.errors import InputError, InputErrors
+
+SCHEMA_HINT = "# yaml-language-server: $schema="  # where editors look for a recipe's JSON Schema
+
+
+@app.command(
+    epilog=examples(
+        ("plan my-recipe.yaml", "what `run` would do, stage by stage, and why"),
+        ("plan tiny ppo.trainer.kl_coef=0.1", "what a changed setting would make necessary"),
+        ("plan my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
+    trust_versions: TrustVersions = False,
+    ignore_gates: IgnoreGates = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which stages would run, and why; takes what `run` takes."""
+    from rich.console import Console
+
+    from rlhf_pipeline import plan as plans
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.terminal import tables
+
+    loaded = recipes.load(recipe, overrides or [])
+    shapes = plans.shapes(loaded)
+    stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates)
+    chosen = [
+        stage
+        for stage in plans.select(stages, until, only, force or [])
+        if not stage.stands or stage.state == "done"  # else its gate is closed, which ends the run
+    ]
+    if as_json:
+        object_ = tables.as_json(loaded.run, stages) | {"trust_remote_code": loaded.model.trust_remote_code}
+        for stage in object_["stages"]:
+            stage["will_run"] = stage["name"] in {plan.name for plan in chosen}
+            stage["data"] = shapes[stage["name"]]
+        typer.echo(json.dumps(object_, indent=2))
+    else:
+        remote_code = loaded.model.path if loaded.model.trust_remote_code else None
+        tables.intentions(stages, chosen, shapes, remote_code, Console())
+
+
+@app.command(
+    epilog=examples(
+        ("validate my-recipe.yaml", "everything that can be known without training"),
+        ("validate my-recipe.yaml model.path=tiny", "the same with a model that is at hand"),
+    )
+)
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe, its settings and all its data, without training."""
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.run import runner
+
+    loaded = recipes.load(recipe, overrides or [])
+    runner.check(loaded, say)
+    typer.echo(f"{recipe}: {len(loaded.stages)} stages, nothing wrong")
+
+
+@app.command(
+    epilog=examples(
+        ("show my-recipe.yaml", "every setting that counts, and where each was written"),
+        ("show tiny sft.trainer.learning_rate=1e-3", "with a setting of the command line"),
+        ("show tiny --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the resolved recipe, and where each value was written.
+
+    It is YAML that loads to the same recipe. The origin of a value, in the comment beside it, is a line of a file, an
+    override, a default, a variable of the environment, or another stage.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.recipe import show as shows
+    from rlhf_pipeline.rundir.secrets import redact
+
+    loaded, origins = recipes.load_with_origins(recipe, overrides or [])
+    if as_json:
+        typer.echo(redact(json.dumps(shows.as_json(loaded, origins), indent=2, ensure_ascii=False)))
+    else:
+        typer.echo(redact(shows.as_yaml(loaded, origins)), nl=False)
+
+
+@app.command(
+    epilog=examples(
+        ("data my-recipe.yaml", "rows, lengths, what is cut, and an example, for every stage"),
+        ("data my-recipe.yaml reward", "for one stage, or some"),
+        ("data tiny ppo ppo.data.max_prompt_length=8", "with another setting"),
+        ("data my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def data(
+    recipe: RecipeArgument,
+    stage_and_overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="STAGE|KEY=VALUE", help="Stages to show, by default all, and settings to override."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the trainers will see of the data.
+
+    And what is wrong with it: what would spoil training is an error, lesser things are warnings.
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.terminal import data as reports
+
+    given = stage_and_overrides or []
+    chosen = [one for one in given if "=" not in one]
+    loaded = recipes.load(recipe, [one for one in given if "=" in one])
+    for name in chosen:
+        if name not in loaded.stages:
+            raise InputError(f"there is no stage `{name}`", hint=f"the stages are {', '.join(loaded.stages)}")
+    with quiet_libraries():
+        from rlhf_pipeline.stages import check
+
+        report, errors = check.of_recipe(loaded, chosen or list(loaded.stages))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        reports.show(report, Console())
+    for warning in report["warnings"]:
+        say(f"warning: {warning}")
+    if errors:
+        raise InputErrors(errors)
+
+
+@app.command(
+    epilog=examples(
+        ("schema > recipe.schema.json", "a file to point an editor to"),
+        ("cp tiny", "a recipe that points to the installed schema already"),
+    )
+)
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors.
+
+    Shipped recipes and their copies name it in their first line; put such a line into recipes of your own.
+    """
+    from rlhf_pipeline.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema.recipe_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command(
+    "ls",
+    epilog=examples(
+        ("ls", "their names, each with what it does"),
+        ("cp full-pipeline my-recipe.yaml", "and then take one as your own"),
+    ),
+)
+def list_recipes() -> None:
+    """List the shipped recipes."""
+    from rlhf_pipeline import recipe as recipes
+
+    for name, path in recipes.shipped().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        first = next(line for line in lines if not line.startswith(SCHEMA_HINT))
+        typer.echo(f"{name:<20} {first.lstrip('# ')}")
+
+
+@app.command(
+    "cp",
+    epilog=examples(
+        ("cp full-pipeline my-recipe.yaml", "a copy under a name of your own"),
+        ("cp tiny", "a copy here, as tiny.yaml"),
+    ),
+)
+def copy_recipe(
+    recipe: Annotated[str, typer.Argument(help="The name of a shipped recipe.", show_default=False)],
+    to: Annotated[Path | None, typer.Argument(help="Where to; by default NAME.yaml here.", show_default=False)] = None,
+) -> None:
+    """Copy a shipped recipe, to edit it.
+
+    Editors that read YAML schemas (VS Code with the YAML extension, Neovim, …) complete and check the copy.
+    """
+    from rlhf_pipeline import recipe as recipes
+
+    if recipe not in recipes.shipped():
+        raise InputError(f"there is no shipped recipe `{recipe}`", hint=f"there are {', '.join(recipes.shipped())}")
+    target = to or Path(f"{recipe}.yaml")
+    if target.is_dir():
+        target = target / f"{recipe}.yaml"
+    if target.exists():
+        raise InputError(f"{target} exists already", hint="name another file")
+    if not target.parent.is_dir():
+        raise InputError(f"there is no folder {target.parent}")
+    shipped = recipes.shipped()[recipe]
+    schema = shipped.resolve().with_name("recipe.schema.json")
+    text = shipped.read_text(encoding="utf-8").replace(SCHEMA_HINT + schema.name, SCHEMA_HINT + schema.as_uri(), 1)
+    target.write_text(text, encoding="utf-8")
+    typer.echo(str(target))
+
+
+@app.command(
+    epilog=examples(
+        ("shrink Qwen/Qwen3-4B-Base tiny-qwen3", "a tiny random Qwen3 with its own tokenizer"),
+        ("shrink ./my-model tiny-model --tokenizer ./my-tokenizer", "of a model folder, with another tokenizer"),
+    )
+)
+def shrink(
+    model: Annotated[
+        str, typer.Argument(help="A hub id, a folder, or `tiny`; its weights are not read.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.", show_default=False)],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or hub id with the tokenizer to use.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a tiny random checkpoint, for tests.
+
+    It has the model's architecture and tokenizer, and weights that mean nothing.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.recipe.schema import Model
+
+    with quiet_libraries():
+        from rlhf_pipeline.smoke import shrink as shrinking
+
+        path = str(recipes.TINY / "checkpoint") if model == "tiny" else model
+        for note in shrinking.shrink(Model(path=path), out, tokenizer):
+            say(f"note: {note}")
+    typer.echo(str(out))
+
+
+@app.command(
+    epilog=examples(
+        ("env", "one line each for versions, processors and GPU"),
+        ("env > env.txt", "in a file, to attach"),
+    )
+)
+def env() -> None:
+    """Print versions and hardware, to paste into a bug report."""
+    from rlhf_pipeline import plan as plans
+
+    lines = {"rlhf-pipeline": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    lines |= {name: version for name, version in plans.versions().items() if name != "rlhf-pipeline"}
+    lines |= {"cpus": str(os.cpu_count()), "gpu": _gpu()}
+    for name, value in lines.items():
+        typer.echo(f"- {name}: {value}")
+
+
+def _gpu() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "none found"
+    return "; ".join(answer.stdout.strip().splitlines())

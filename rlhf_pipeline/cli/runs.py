@@ -1,0 +1,223 @@
+"""Commands that make runs and look after them: run, watch, status, prune, smoke."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_pipeline.cli.shared import (
+    AsJson,
+    IgnoreGates,
+    Overrides,
+    RecipeArgument,
+    RunArgument,
+    TrustVersions,
+    Verbose,
+    app,
+    examples,
+    say,
+)
+from rlhf_pipeline.errors import Interrupted, RunError
+
+
+@app.command(
+    epilog=examples(
+        ("run tiny", "all four stages on the tiny model that ships with it: a minute or two"),
+        ("run my-recipe.yaml", "your own recipe; the same again goes on where it broke off"),
+        ("run my-recipe.yaml ppo.trainer.kl_coef=0.1 name=milder", "other settings, in a run of their own"),
+        ("run my-recipe.yaml --until reward", "the stages up to the reward model, and no further"),
+    )
+)
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
+    trust_versions: TrustVersions = False,
+    ignore_gates: IgnoreGates = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the stages of a recipe that are not done yet.
+
+    Each goes on from where it broke off. Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same
+    command goes on from there. A second one stops at once.
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.run import runner
+    from rlhf_pipeline.terminal import live, tables
+
+    loaded = recipes.load(recipe, overrides or [])
+    try:
+        with live.following(loaded.run, say, recipe=loaded, verbose=verbose) as above:
+            plans = runner.run(
+                loaded,
+                until=until,
+                only=only,
+                force=force,
+                trust_versions=trust_versions,
+                ignore_gates=ignore_gates,
+                say=above,
+            )
+    except KeyboardInterrupt:  # typer has an answer of its own to it
+        raise Interrupted("interrupted") from None
+    except (RunError, Interrupted):
+        _report(loaded.run)
+        raise
+    _report(loaded.run)
+    tables.finished(loaded.run, plans, Console())
+
+
+@app.command(
+    epilog=examples(
+        ("watch my-recipe.yaml", "how far a run is that goes on elsewhere; Ctrl-C leaves it alone"),
+        ("watch runs/my-recipe -v", "what its stage writes to the log"),
+    )
+)
+def watch(run: RunArgument, verbose: Verbose = False) -> None:
+    """Watch a run that goes on elsewhere.
+
+    In another terminal, or on another machine that shares the disk. Ends with the run, and shows where it stands then.
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.terminal import live
+
+    live.watch(recipes.run_directory(run), say, Console(), verbose=verbose)
+
+
+@app.command(
+    epilog=examples(
+        ("status my-recipe.yaml", "state, time and final numbers of every stage"),
+        ("status my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+        ("status my-recipe.yaml -q && echo done", "only whether every stage is done"),
+    )
+)
+def status(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    trust_versions: TrustVersions = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing; exit with 0 if every stage is done, else 1.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what each stage made: state, time and final numbers."""
+    from rich.console import Console
+
+    from rlhf_pipeline import plan as plans
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.terminal import tables
+
+    loaded = recipes.load(recipe, overrides or [])
+    stages = plans.make(loaded, trust_versions=trust_versions)
+    if quiet:
+        raise typer.Exit(0 if all(stage.state == "done" and not stage.to_judge for stage in stages) else 1)
+    if as_json:
+        typer.echo(json.dumps(tables.as_json(loaded.run, stages), indent=2))
+    else:
+        tables.results(loaded.run, stages, Console())
+
+
+@app.command(
+    epilog=examples(
+        ("prune my-recipe.yaml", "list them, and ask whether to remove them"),
+        ("prune runs/my-recipe --yes", "remove them without asking"),
+        ("prune runs/my-recipe --json", "list them for scripts; never asks; see docs/json.md"),
+    )
+)
+def prune(
+    run: RunArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them without asking.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what later runs moved aside, and remove it if you say so."""
+    from rich.console import Console
+
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.rundir import asides as pruning
+    from rlhf_pipeline.terminal import asides as shown
+    from rlhf_pipeline.terminal import tables
+
+    directory = recipes.run_directory(run)
+    asides = pruning.find(directory)
+    names = [aside["name"] for aside in asides]
+    if as_json:  # never asks
+        if yes:
+            pruning.remove(directory, names)
+        total = sum(aside["bytes"] for aside in asides)
+        typer.echo(json.dumps({"run": str(directory), "folders": asides, "bytes": total, "removed": yes}, indent=2))
+        return
+    if not asides:
+        typer.echo(f"{directory}: nothing was moved aside")
+        return
+    shown.show(asides, tables.KEY_METRICS, Console())
+    if not yes and not sys.stdin.isatty():
+        say(f"to remove them: rlhf-pipeline prune {shlex.quote(run)} --yes")
+    elif yes or typer.confirm("Remove them for good?", err=True):
+        pruning.remove(directory, names)
+        say("removed")
+
+
+@app.command(
+    epilog=examples(
+        ("smoke my-recipe.yaml", "every stage for two steps, without a GPU and in about a minute"),
+        ("smoke my-recipe.yaml --tokenizer my-tokenizer", "with a tokenizer at hand, where there is no network"),
+        ("smoke my-recipe.yaml --keep smoke", "leave all that it made in a folder, to look at"),
+        ("smoke my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+    )
+)
+def smoke(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or hub id with the tokenizer to use.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Work in this new folder, and leave it.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that a recipe works, without a GPU.
+
+    The same stages, settings and templates run for two steps each on the first rows of the same data, with a tiny
+    random checkpoint of the model's own architecture and tokenizer. Nothing is left behind.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.smoke import run as smokes
+
+    loaded = recipes.load(recipe, overrides or [])
+    try:
+        report = smokes.smoke(loaded, tokenizer=tokenizer, keep=keep, say=say)
+    except (KeyboardInterrupt, Interrupted):  # there is nothing to go on from
+        say("interrupted")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps({"recipe": recipe, **report.as_json()}, indent=2, ensure_ascii=False))
+    else:
+        for stage in report.stages:
+            typer.echo(str(stage))
+    if report.failure:
+        raise RunError(report.failure, hint=report.hint)
+
+
+def _report(run: Path) -> None:
+    """Write a run's report where something is newer than it. It shows what happened, and never changes what did."""
+    file = run / "report.html"
+    newest = max((one.stat().st_mtime for one in (*run.glob("*.json"), *run.glob("*/*.json*"))), default=0.0)
+    if not newest or (file.is_file() and file.stat().st_mtime >= newest):
+        return
+    try:
+        from rlhf_pipeline import report as reports
+
+        reports.write([run], file)
+    except KeyboardInterrupt:
+        say("warning: there is no new report: it was interrupted")
+    except Exception as error:  # a full disk, or a fault of ours
+        say(f"warning: there is no new report: {type(error).__name__}: {error}")

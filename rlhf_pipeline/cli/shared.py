@@ -1,0 +1,81 @@
+"""What all commands share: the app, the arguments that several take, and where lines go. No torch."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from rlhf_pipeline import __version__
+
+
+def examples(*examples: tuple[str, str]) -> str:
+    """The end of a command's help: what to type, each with a word on what it does."""
+    lines = [line for arguments, does in examples for line in (f"  # {does}", f"  rlhf-pipeline {arguments}")]
+    return "\n".join(["\b", "Examples:", *lines])  # \b: lines stay as they are
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: it answers at once
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model from one YAML recipe: SFT, reward model, PPO and DPO on one GPU.",
+    epilog=examples(
+        ("run tiny", "see it work, on the tiny model that ships with it"),
+        ("cp full-pipeline my-recipe.yaml", "begin a recipe of your own, every key explained"),
+        ("plan my-recipe.yaml", "see what it would do"),
+        ("smoke my-recipe.yaml", "see it work, without a GPU"),
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe's path, or the name of a shipped one.", show_default=False)
+]
+RunArgument = Annotated[
+    str, typer.Argument(help="A run directory, or the recipe it was made with.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to override, as ppo.trainer.kl_coef=0.1.")
+]
+TrustVersions = Annotated[
+    bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")
+]
+IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Go on past gates that are closed.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Stream the log of the stage at work.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Take the options that stand before a command."""
+    if version:
+        typer.echo(f"rlhf-pipeline {__version__}")
+        raise typer.Exit
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Have the libraries that are imported inside the block keep their chatter to themselves.
+
+    Bars, of downloads and of weights that are read, are for people to look at.
+    """
+    from rlhf_pipeline.run.launch import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error"})
+    if not (sys.stderr and sys.stderr.isatty()):
+        os.environ.update({"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries', of their own use of each other
+        yield
+
+
+def say(line: str) -> None:
+    """Print a line on standard error."""
+    with contextlib.suppress(OSError):  # a terminal that was closed must not end a run
+        typer.echo(line, err=True)

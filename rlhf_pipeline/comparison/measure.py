@@ -1,0 +1,283 @@
+"""A run's policies side by side: the same prompts through base and every policy stage, on one loaded base."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_pipeline.comparison import wanted
+from rlhf_pipeline.data.prepare import column, encode_prompts, first_prompts
+from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models.roles import PolicyView, ScoreView
+from rlhf_pipeline.models.staged import StagedBase, artifacts
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.ppo.forward import reply_log_probs, reply_scores
+from rlhf_pipeline.ppo.rollout import Episodes, sample
+from rlhf_pipeline.recipe import Data, Recipe
+from rlhf_pipeline.rundir import finished
+from rlhf_pipeline.rundir.secrets import redact
+from rlhf_pipeline.stages.check import READERS
+from rlhf_pipeline.stages.judge import ask, load_judge
+
+Asked = list[tuple[Prompt, dict[str, Any]]]
+MEASURES = ("reward", "judge", "kl", "tokens", "ended")
+BATCH_SIZE = 16  # replies at once, where no `evaluate` says how many
+RESAMPLES = 10_000  # of the bootstrap
+
+
+def default_prompts(recipe: Recipe, n: int) -> tuple[Asked, Data]:
+    """The prompts that a recipe is compared on, each with its row, and the data that they are of.
+
+    They are the first ones of `evaluate`. Of a stage's data they are distinct, and the held-out ones come first.
+
+    Raises:
+        InputError: the data cannot be read.
+    """
+    name, spec = wanted.default_data(recipe)
+    if recipe.evaluate:
+        return first_prompts(spec, n), spec
+    kind = recipe.stages[name.removesuffix(".data")].kind
+    prepared = READERS[kind](spec, load_tokenizer(recipe.model), recipe.seed)
+    found: Asked = []
+    if prepared.held_out_table is not None:
+        apart = spec.model_copy(update={"mix": [], **(spec.eval_data.model_dump() if spec.eval_data else {})})
+        keys = set(column(prepared.held_out_table, "prompt_key").tolist())
+        found = first_prompts(apart if spec.eval_data else spec, n, keys)
+    if len(found) < n:
+        found += first_prompts(spec, n - len(found), set(column(prepared.table, "prompt_key").tolist()))
+    return found, spec
+
+
+def given_prompts(recipe: Recipe, file: Path | None, texts: Sequence[str], n: int) -> tuple[Asked, Data]:
+    """Prompts of a file, in any shape that recipes read, and texts, which are read as the recipe's own prompts are.
+
+    Where those are conversations, a text is a user's turn, which goes through the chat template; else it is text as
+    the model reads it.
+
+    Args:
+        recipe: the run's.
+        file: a file or folder with prompts, of which the first `n` are used.
+        texts: prompts, all of which are used.
+        n: the most prompts of the file.
+
+    Raises:
+        InputError: the file cannot be read, or has no prompts.
+    """
+    _, like = wanted.default_data(recipe)
+    asked: Asked = []
+    spec = Data(path="-", chat=like.chat, max_prompt_length=like.max_prompt_length)
+    if file is not None:
+        spec.path = str(file.absolute())
+        asked += first_prompts(spec, n)
+    if texts:
+        try:
+            turns = isinstance(first_prompts(like, 1)[0][0], list)
+        except InputError:  # the run may have been made elsewhere
+            turns = bool(like.chat)
+        asked += [([{"role": "user", "content": text}] if turns else text, {}) for text in texts]
+    return asked, spec
+
+
+@torch.no_grad()
+def compare(
+    recipe: Recipe,
+    run: Path,
+    asked: Asked,
+    spec: Data,
+    settings: dict[str, Any],
+    only: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Send prompts through base and every policy stage of a run, and measure what comes back.
+
+    Every policy samples with the same random numbers, so that policies differ by their weights alone. Of each reply:
+
+    * `kl`: the sum over its tokens of log p(policy) - log p(reference), in nats, both at the temperature that it was
+      sampled with (at 1 where that is 0, greedy). Over replies, its mean estimates the KL divergence of the two
+      without bias; that of a single reply may be negative. It is PPO's `objective/kl` with `kl_estimator: k1`, and
+      the `gold/kl` of `evaluate.along`.
+    * `reward`: the reward model's score, raw: without PPO's penalties and normalisation.
+    * `judge`: what `evaluate.judge` says.
+    * `tokens`: how many it has, with its EOS, and whether it `ended` in one.
+
+    Args:
+        recipe: the run's.
+        run: the run directory.
+        asked: prompts, each with its row, whose other columns the judge gets.
+        spec: their data: `max_prompt_length` counts.
+        settings: what `comparison.json` calls so; `temperature`, `max_new_tokens` and `seed` count here.
+        only: policies to send them through, by default all.
+
+    Returns:
+        What `comparison.json` holds; see docs/json.md.
+
+    Raises:
+        InputError: the model cannot be loaded, or the chat template refuses a prompt.
+    """
+    made_of = wanted.weights(run, recipe)
+    policies, reference, reward = wanted.cast(recipe, list(made_of))
+    policies = [name for name in policies if only is None or name in only]
+    needed = [name for name in (*policies, reference, reward) if name]
+    spec_of_model = finished.model_of(run, recipe, next(iter(made_of)))  # its template, which may be gone by now
+    model = StagedBase(spec_of_model, artifacts(run, list(dict.fromkeys(needed))))
+    ids = encode_prompts(model.tokenizer, spec, [prompt for prompt, _ in asked])
+    at_once = recipe.evaluate.batch_size if recipe.evaluate else BATCH_SIZE
+    reference_view, scorer = model.policy(reference), model.reward(reward) if reward else None
+    replies: dict[str, list[dict[str, Any]]] = {}
+    scores: list[dict[tuple[int, ...], float | None]] = [{} for _ in ids]  # of each prompt's replies, by their tokens
+    for name in policies:
+        view = reference_view if name == reference else model.policy(name)
+        episodes = _sampled(view, ids, model.tokenizer, settings, at_once)
+        kl, rewards = _measured(episodes, view, reference_view, scorer, settings["temperature"] or 1.0, at_once)
+        replies[name] = []
+        for row, tokens in enumerate(_tokens(episodes)):
+            # Of the same reply the same score: in a batch of another shape it would be rounded otherwise, and no tie.
+            score = scores[row].setdefault(tuple(tokens), _finite(rewards[row]) if scorer else None)
+            replies[name].append(
+                {
+                    "text": model.tokenizer.decode(tokens, skip_special_tokens=True),
+                    "tokens": len(tokens),
+                    "ended": bool(episodes.ended[row]),
+                    "kl": _finite(kl[row]),
+                    "reward": score,
+                    "judge": None,
+                }
+            )
+    judge, notes = _judged(recipe, asked, replies)
+    return {
+        "run": str(run.absolute()),
+        "made_of": made_of,
+        "settings": settings,
+        "policies": policies,
+        "reference": reference,
+        "reward": reward,
+        "judge": judge,
+        "notes": notes,
+        "rows": [
+            {"prompt": prompt, "replies": {name: replies[name][row] for name in policies}}
+            for row, (prompt, _) in enumerate(asked)
+        ],
+        "means": {
+            name: {measure: _mean([reply[measure] for reply in replies[name]]) for measure in MEASURES}
+            for name in policies
+        },
+        "win_rates": _win_rates(policies, replies),
+    }
+
+
+def _sampled(
+    view: PolicyView, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], at_once: int
+) -> Episodes:
+    torch.manual_seed(settings["seed"])
+    return sample(
+        view,
+        ids,
+        response_length=settings["max_new_tokens"],
+        temperature=settings["temperature"],
+        stop_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        at_once=at_once,
+    )
+
+
+def _measured(
+    episodes: Episodes,
+    policy: PolicyView,
+    reference: PolicyView,
+    scorer: ScoreView | None,
+    temperature: float,
+    at_once: int,
+) -> tuple[list[float], list[float]]:
+    """KL in nats and score of each reply; without a reward model all scores are 0."""
+    kl = torch.zeros(len(episodes), device=episodes.ids.device)
+    scores = torch.zeros_like(kl)
+    for rows in episodes.by_length().split(at_once):
+        some = episodes.select(rows)
+        if policy is not reference:
+            ours, theirs = (reply_log_probs(view, some, temperature)[0] for view in (policy, reference))
+            kl[rows] = (ours - theirs).sum(1)
+        if scorer:
+            scores[rows] = reply_scores(scorer, some).float()
+    return kl.tolist(), scores.tolist()
+
+
+def _tokens(episodes: Episodes) -> list[list[int]]:
+    """The token ids of each reply."""
+    lengths = episodes.reply_lengths.tolist()
+    return [row[:length] for row, length in zip(episodes.replies.tolist(), lengths, strict=True)]
+
+
+def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]]]) -> tuple[str | None, list[str]]:
+    """Have all replies judged and write it into them.
+
+    Returns:
+        The judge's name, None where there is none to be had; and what to say of that.
+    """
+    if recipe.evaluate is None:
+        return None, []
+    name = recipe.evaluate.judge
+    try:
+        judge = load_judge(name, [Path(recipe.folder), Path.cwd()])
+        found = {policy: ask(judge, asked, [reply["text"] for reply in replies[policy]]) for policy in replies}
+    except InputError as error:
+        return None, [f"no judge: {error.message}"]
+    except Exception as error:  # a user's function may fail in any way, and may need columns that these prompts lack
+        return None, [redact(f"no judge: `{name}` failed on these prompts: {type(error).__name__}: {error}")]
+    for policy, judged in found.items():
+        for reply, score in zip(replies[policy], judged, strict=True):
+            reply["judge"] = _finite(score)
+    return name, []
+
+
+def _win_rates(policies: list[str], replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each later policy against each earlier one, by each measure that there is."""
+    found = []
+    for earlier, later in sorted(itertools.combinations(policies, 2), key=lambda pair: policies.index(pair[1])):
+        for by in ("reward", "judge"):
+            rate = win_rate([reply[by] for reply in replies[later]], [reply[by] for reply in replies[earlier]])
+            if rate:
+                found.append({"a": later, "b": earlier, "by": by, **rate})
+    return found
+
+
+def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict[str, float] | None:
+    """How often one policy's reply is better than another's to the same prompt, a tie counting half.
+
+    The interval holds 95 % of what comes out when prompts are drawn anew, with replacement, from those there are
+    (the percentile bootstrap): the prompts are what was drawn from a wider world, each with its two replies. Drawing
+    them is drawing how many of them are won, tied and lost.
+
+    Args:
+        ours: a score for each prompt; higher is better.
+        theirs: the other policy's, of the same prompts.
+
+    Returns:
+        `win_rate`, `low` and `high`, and the share of `ties`; None where no prompt has both scores.
+    """
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return None
+    outcomes = np.array([sum(a > b for a, b in pairs), sum(a == b for a, b in pairs), sum(a < b for a, b in pairs)])
+    worth = np.array([1.0, 0.5, 0.0]) / len(pairs)
+    drawn = np.random.default_rng(0).multinomial(len(pairs), outcomes / len(pairs), RESAMPLES) @ worth
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {
+        "win_rate": float(outcomes @ worth),
+        "low": float(low),
+        "high": float(high),
+        "ties": float(outcomes[1] / len(pairs)),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN

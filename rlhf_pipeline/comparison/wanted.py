@@ -1,0 +1,185 @@
+"""The comparison of a run's policies: what it is made of, and whether the one that was written holds. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_pipeline import plan
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.fingerprint import Digests, short_hash
+from rlhf_pipeline.recipe import BASE, Data, Recipe
+from rlhf_pipeline.recipe.data_files import is_local, matching
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory, read_json
+
+FILE = "comparison.json"  # in the run directory; docs/json.md says what it holds
+MOST_PROMPTS = 64  # of a comparison that nobody asked anything special of
+
+
+class Cast(NamedTuple):
+    """Who plays what in a comparison.
+
+    Attributes:
+        policies: `base` and every policy stage that is there, in the recipe's order.
+        reference: the policy from which KL is taken.
+        reward: the reward stage that scores replies; None where there is none.
+    """
+
+    policies: list[str]
+    reference: str
+    reward: str | None
+
+
+def weights(run: Path, recipe: Recipe) -> dict[str, str]:
+    """The SHA-256 of the weights of every stage whose adapter is there, in the recipe's order.
+
+    Without those that were built on weights that are there no more: they wait for a `run` to make them anew.
+    """
+    directory = RunDirectory(run)
+    found: dict[str, str] = {}
+    for name in recipe.stages:
+        record = directory.record(name) or {}
+        digest = plan.weights(record)
+        if record.get("artifact") and digest and (directory.stage(name) / "adapter" / WEIGHTS).is_file():
+            built_on = record.get("built_on") or {}
+            if all(found.get(parent) == then for parent, then in built_on.items()):
+                found[name] = digest
+    return found
+
+
+def cast(recipe: Recipe, made: list[str]) -> Cast:
+    """Who plays what, of the stages that are there.
+
+    KL is taken from where PPO takes it, which is the `init` of the first PPO stage; without one, of the first DPO
+    stage. The reward is the one that PPO learns from, else the last one.
+    """
+    ppo, dpo = ([stage for stage in recipe.stages.values() if stage.kind == kind] for kind in ("ppo", "dpo"))
+    init = next((stage.init for stage in (*ppo, *dpo)), None)
+    rewards = [name for name in made if recipe.stages[name].kind == "reward"]
+    of_ppo = [stage.reward for stage in ppo if stage.reward in rewards]
+    return Cast(
+        [BASE, *(name for name in made if name not in rewards)],
+        init if init in made else BASE,
+        next(iter(of_ppo), rewards[-1] if rewards else None),
+    )
+
+
+def default_settings(recipe: Recipe) -> dict[str, Any]:
+    """What is asked and how, where nothing else is wanted: as `evaluate` does, else as PPO does.
+
+    Returns:
+        The `settings` of `comparison.json`. Their `digest` is of the data and the judge; None where those cannot be
+        read.
+    """
+    evaluate = recipe.evaluate
+    ppo = next((stage.trainer for stage in recipe.stages.values() if stage.kind == "ppo"), None)
+    if evaluate:
+        n, temperature, longest = min(evaluate.n, MOST_PROMPTS), evaluate.temperature, evaluate.max_new_tokens
+    elif ppo is not None:  # the defaults are TRL's
+        n, temperature, longest = MOST_PROMPTS, ppo.get("temperature", 0.7), ppo.get("response_length", 53)
+    else:
+        n, temperature, longest = MOST_PROMPTS, 0.7, 128
+    name, data = default_data(recipe)
+    return {
+        "prompts": name,
+        "n": n,
+        "temperature": float(temperature),
+        "max_new_tokens": longest,
+        "seed": recipe.seed,
+        "digest": _digest(recipe, data),
+    }
+
+
+def _digest(recipe: Recipe, data: Data) -> str | None:
+    """A hash of prompts and judge; None where one of them is not there, as where a run was made elsewhere."""
+    if any(is_local(source.path) and not matching(source.path) for source in data.sources):
+        return None
+    digests = Digests()
+    try:
+        content: dict[str, Any] = plan.data_inputs("data", data, digests)
+    except InputError:
+        return None
+    if recipe.evaluate:
+        judge = recipe.evaluate.judge
+        content |= {"judge": judge, "judge_source": digests.of_judge(judge, recipe.folder)}
+        if content["judge_source"] is None:
+            return None
+    return short_hash(json.dumps(content, sort_keys=True).encode())
+
+
+def default_data(recipe: Recipe) -> tuple[str, Data]:
+    """Where prompts come from by default, under the key that the recipe has for it.
+
+    From `evaluate`, else from the first PPO stage, else the first of DPO, else of SFT, else of any.
+    """
+    if recipe.evaluate:
+        return "evaluate.data", recipe.evaluate.data
+    order = {kind: i for i, kind in enumerate(("ppo", "dpo", "sft", "reward"))}
+    name = min(recipe.stages, key=lambda name: order[recipe.stages[name].kind])
+    return f"{name}.data", recipe.stages[name].data
+
+
+def saved(run: Path, made_of: dict[str, str], settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The comparison that was written, where it is of these weights and settings.
+
+    A digest of None is that of data that cannot be read: what was made of them holds.
+    """
+    found = read_json(run / FILE)
+    if found is None or not isinstance(found.get("settings"), dict):
+        return None
+    unknown = {"digest": None} if settings["digest"] is None else {}
+    current = found.get("made_of") == made_of and found["settings"] | unknown == settings
+    return found | {"run": str(run.absolute())} if current else None
+
+
+def due(run: Path, recipe: Recipe) -> tuple[dict[str, Any], list[str]] | None:
+    """Settings and policies of the comparison that a run directory lacks; None where it lacks none."""
+    made_of, settings = weights(run, recipe), default_settings(recipe)
+    policies = cast(recipe, list(made_of)).policies
+    return None if policies == [BASE] or saved(run, made_of, settings) else (settings, policies)
+
+
+def write(run: Path, comparison: dict[str, Any]) -> None:
+    """Replace a run's `comparison.json` in one step."""
+    durable.write_text(run / FILE, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
+
+
+def choose(run: Path, recipe: Recipe, made: list[str], wanted: str | None) -> list[str]:
+    """The policies that are meant, in the recipe's order.
+
+    Args:
+        run: the run directory.
+        recipe: its recipe.
+        made: the stages that are there.
+        wanted: names with commas between them; None for all.
+
+    Raises:
+        InputError: a name is none of them, or no policy stage is done.
+    """
+    policies = cast(recipe, made).policies
+    if policies == [BASE]:
+        raise InputError(
+            "no policy stage of this run is done",
+            place=str(run),
+            hint="`rlhf-pipeline status` says how far it has come",
+        )
+    names = policies if wanted is None else [name.strip() for name in wanted.split(",")]
+    for name in names:
+        if name not in policies:
+            raise InputError(
+                f"there is no `{name}` to compare", place="--stages", hint=f"there are {', '.join(policies)}"
+            )
+    return [name for name in policies if name in names]
+
+
+def only(comparison: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """A comparison without the policies that are not named."""
+    return comparison | {
+        "policies": [name for name in comparison["policies"] if name in names],
+        "rows": [
+            row | {"replies": {name: reply for name, reply in row["replies"].items() if name in names}}
+            for row in comparison["rows"]
+        ],
+        "means": {name: means for name, means in comparison["means"].items() if name in names},
+        "win_rates": [rate for rate in comparison["win_rates"] if rate["a"] in names and rate["b"] in names],
+    }

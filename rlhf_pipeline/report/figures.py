@@ -1,0 +1,406 @@
+"""Which pictures a report has, and what to see in each. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from markupsafe import Markup
+
+from rlhf_pipeline.report import charts, measures
+from rlhf_pipeline.report.charts import Line, Panel
+from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Stage, number, policies, reply_numbers
+from rlhf_pipeline.report.text import duration, short
+
+LN_2 = float(np.log(2))
+POLICY_COLORS = {"base": 5, "sft": 0, "ppo": 1, "dpo": 2}
+
+
+@dataclass
+class Picture:
+    """A figure of the page: legend entries are label, colour, dash, and whether it is one point and no line."""
+
+    title: str
+    caption: str
+    svg: Markup
+    legend: list[tuple[str, int, int, bool]] = field(default_factory=list)
+    scale: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metrics that are drawn together.
+
+    Attributes:
+        title: of the picture.
+        metrics: name and label of each; those that a stage does not have are left out.
+        caption: what to see.
+        levels: horizontal lines, each with a word.
+        floor: what lies lower is drawn there.
+    """
+
+    title: str
+    metrics: tuple[tuple[str, str], ...]
+    caption: str
+    levels: tuple[tuple[float, str], ...] = ()
+    floor: float | None = None
+
+
+CURVES = {
+    "sft": (
+        Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
+              "Should fall and level off. Held-out loss that rises again means too many epochs."),
+        Curve("Token accuracy", (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held out")),
+              "The share of tokens that the model would have put there itself. Should rise."),
+    ),
+    "reward": (
+        Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
+              "Begins near ln 2 = 0.693, where the model cannot tell the replies apart, and should fall.",
+              ((LN_2, "ln 2: a guess"),)),
+        Curve("Accuracy", (("accuracy", "training"), ("eval_accuracy", "held out")),
+              "How often the chosen reply has the higher score. Near 1 in training, lower held out: learned by heart.",
+              ((0.5, "a guess"),)),
+        Curve("Margin", (("margin", "training"), ("eval_margin", "held out")),
+              "How far the chosen reply's score is ahead. Growing without end, it is overconfident.", ((0.0, ""),)),
+        Curve("Scores", (("max_reward", "highest"), ("mean_reward", "mean"), ("min_reward", "lowest")),
+              "The scores of all replies. A mean that drifts far from 0 is harmless, but PPO's numbers shift with it."),
+    ),
+    "ppo": (
+        Curve("Score", (("objective/scores", "training"), ("eval_objective/scores", "held out")),
+              "The reward model's score of the replies. Should rise, and then level off."),
+        Curve("KL from the reference", (("objective/kl", "training"), ("eval_objective/kl", "held out")),
+              "How far the policy has gone, in nats a reply. Begins at 0; rising without end, it games the reward."),
+        Curve("Reply length", (("reply/length", "training"), ("eval_reply/length", "held out")),
+              "In tokens. A steady drift to the limit, or to nothing, is a reward for length and not for sense."),
+        Curve("Replies that end", (("reply/ended", "training"), ("eval_reply/ended", "held out")),
+              "The share that stop by themselves. Low: replies are cut, and scored without their end.",
+              ((1.0, ""),)),
+        Curve("Diversity", (("reply/distinct_2", "distinct bigrams"), ("reply/unique", "distinct replies")),
+              "Shares within a batch of replies. A fall towards 0 is collapse: the policy says one thing to all."),
+        Curve("Entropy", (("policy/entropy_avg", "of the policy"),),
+              "How undecided the policy is at each token. Falls slowly; near 0 there is nothing left to explore."),
+        Curve("Clipped updates", (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "value")),
+              "The share of tokens whose update was clipped. Much over 0.2 in the policy: lower the learning rate."),
+        Curve("Explained variance", (("value/explained_variance", "of the returns"),),
+              "How well the critic foresees the score: 1 is perfectly, 0 not at all. Should rise. Less is drawn at -1.",
+              ((0.0, ""),), -1.0),
+        Curve("Policy loss", (("loss/policy_avg", "policy"),),
+              "Moves around 0 and says little by itself; leaps say that updates are too large."),
+        Curve("Value loss", (("loss/value_avg", "value"),), "Should fall as the critic learns."),
+    ),
+    "dpo": (
+        Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
+              "The plain loss begins at ln 2 = 0.693, where policy and reference are one; others add to it.",
+              ((LN_2, "ln 2"),)),
+        Curve("Accuracy", (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),
+              "How often the chosen reply has gained more than the rejected one. The first is 0: nothing has moved.",
+              ((0.5, "a guess"),)),
+        Curve("Margin", (("rewards/margins", "training"), ("eval_rewards/margins", "held out")),
+              "By how much, in units of beta times log-probability. Should rise; very large is overfitting.",
+              ((0.0, ""),)),
+        Curve("Rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
+              "Rejected should fall. Where chosen falls far too, good replies become unlikely as well.", ((0.0, ""),)),
+    ),
+}  # fmt: skip
+NOT_CURVES = {
+    "epoch",
+    "train_runtime",
+    "total_flos",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+}
+
+
+def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
+    """The pictures of one stage, of all runs that have it."""
+    chosen = [(i, run, stage) for i, run in enumerate(runs) if (stage := run.stage(name)) is not None]
+    kind = next((stage.kind for _, _, stage in chosen if stage.kind), "")
+    pictures = []
+    for curve in CURVES.get(kind, ()):
+        levels = list(curve.levels)
+        if curve.title.startswith("KL"):
+            levels += budgets([stage for _, _, stage in chosen])
+        lines = _lines(chosen, curve.metrics, len(runs) > 1)
+        if lines:
+            svg = charts.curves(f"{name}: {curve.title}", Panel(lines, levels, floor=curve.floor))
+            legend = [_entry(line) for line in lines] if len(lines) > 1 else []
+            pictures.append(Picture(curve.title, curve.caption, svg, legend))
+    if kind == "ppo":
+        pictures[2:2] = [*_frontier(chosen, name, len(runs) > 1), *_gold(chosen, name, len(runs) > 1)]
+    if kind == "reward":
+        pictures += _pairs(chosen, name, len(runs) > 1)
+    return pictures
+
+
+def others(runs: Sequence[Run], name: str) -> list[tuple[str, Markup, str]]:
+    """Every other metric of a stage: its name, a small line, and its numbers in words."""
+    stages = [(i, stage) for i, run in enumerate(runs) if (stage := run.stage(name)) is not None]
+    drawn = {metric for curves in CURVES.values() for curve in curves for metric, _ in curve.metrics}
+    names = dict.fromkeys(metric for _, stage in stages for metric in stage.series)
+    found = []
+    for metric in names:
+        if metric in drawn | NOT_CURVES or (metric.endswith(("_runtime", "_per_second")) and "/" not in metric):
+            continue
+        lines = [(stage.series[metric], i) for i, stage in stages if metric in stage.series]
+        values = [series.values for series, _ in lines]
+        first, last = (", ".join(short(one[at]) for one in values) for at in (0, -1))
+        low, high = min(one.min() for one in values), max(one.max() for one in values)
+        words = first if len(values[0]) == 1 else f"{first} → {last}; from {short(low)} to {short(high)}"
+        found.append((metric, charts.spark(f"{name}: {metric}", lines), words))
+    return found
+
+
+def of_comparison(runs: Sequence[Run]) -> list[Picture]:
+    """The pictures of the policies side by side."""
+    return [*_rewards(runs), *_win_rates(runs), *_proxy_and_gold(runs)]
+
+
+def budgets(stages: Sequence[Stage]) -> list[tuple[float, str]]:
+    """The KL that stages may not pass, as horizontal lines."""
+    found = dict.fromkeys(stage.setting("trainer.kl_budget") for stage in stages)
+    return [(value, f"budget {short(value)}") for value in found if value is not None]
+
+
+Chosen = Sequence[tuple[int, Run, Stage]]
+
+
+def _lines(chosen: Chosen, metrics: Sequence[tuple[str, str]], several: bool) -> list[Line]:
+    logged = [one for one in metrics if any(len(stage.series.get(one[0], EMPTY)) for _, _, stage in chosen)]
+    lines = []
+    for i, run, stage in chosen:
+        for j, (metric, label) in enumerate(logged):
+            series = stage.series.get(metric, EMPTY)
+            if len(series) and several:  # where two runs are the same, both are seen
+                name = f"{run.label}, {label}" if len(logged) > 1 else run.label
+                lines.append(Line(name, series, i, j, width=max(1.4, 3.4 - i)))
+            elif len(series):
+                lines.append(Line(label, series, j, j))
+    return lines
+
+
+def _entry(line: Line) -> tuple[str, int, int, bool]:
+    return line.label, line.color, line.dash, len(line.series) == 1
+
+
+def _frontier(chosen: Chosen, name: str, several: bool) -> list[Picture]:
+    lines = []
+    for i, run, stage in chosen:
+        kl, score = stage.series.get("objective/kl", EMPTY), stage.series.get("objective/scores", EMPTY)
+        steps, of_kl, of_score = np.intersect1d(kl.steps, score.steps, return_indices=True)
+        if len(steps) > 1:
+            color = i if several else 0
+            lines.append((run.label, steps, kl.values[of_kl], score.values[of_score], color))
+    if not lines:
+        return []
+    budget = next(iter(budgets([stage for _, _, stage in chosen])), (None, ""))[0]
+    svg = charts.frontier(f"{name}: reward over KL", lines, budget)
+    caption = (
+        "Each point is a step: how much score the policy has bought with how much KL. Up and to the left is better; "
+        "a path that goes on to the right without rising is distance for nothing."
+    )
+    steps = lines[0][1]
+    return [
+        Picture(
+            "Reward and KL", caption, svg, [(line[0], line[4], 0, True) for line in lines] if several else [],
+            None if several else (f"step {short(steps[0])}", short(steps[-1])),
+        )
+    ]  # fmt: skip
+
+
+def _gold(chosen: Chosen, name: str, several: bool) -> list[Picture]:
+    score = _lines(chosen, (("gold/score_mean", "reward model"),), several)
+    judge = _lines(chosen, (("gold/judge_mean", "gold judge"),), several)
+    if not score or not judge:
+        return []
+    panels = (Panel(score, title="reward model's score"), Panel(judge, title="gold judge"))
+    svg = charts.curves(f"{name}: proxy reward and gold judge", *panels)
+    caption = (
+        "The same replies to held-out prompts, scored by the reward model (above) and by the judge, who knows better "
+        "(below). Both should rise. Score up while the judge falls is reward hacking: stop where the judge was best."
+    )
+    return [Picture("Proxy and gold", caption, svg, [_entry(line) for line in score] if several else [])]
+
+
+def _pairs(chosen: Chosen, name: str, several: bool) -> list[Picture]:
+    known = [(i if several else 0, run.label, stage.pairs) for i, run, stage in chosen if stage.pairs]
+    if not known:
+        return []
+    legend = [(label, color, 0, True) for color, label, _ in known] if several else []
+    pictures = []
+    groups = [
+        (f"{label}: {side}" if several else side, scores, color if several else which)
+        for color, label, pairs in known
+        for which, (side, scores) in enumerate((("chosen", pairs.chosen), ("rejected", pairs.rejected)))
+    ]
+    pictures.append(
+        Picture(
+            "Scores of held-out pairs",
+            "Chosen replies should lie to the right of rejected ones; the more they overlap, the less the model knows.",
+            charts.distributions(f"{name}: scores of held-out pairs", groups, "score"),
+        )
+    )
+    x = np.linspace(0.5, 1, 20)
+    pictures.append(
+        Picture(
+            "Calibration",
+            "How sure the model is of the reply it prefers, against how often that one was chosen; numbers "
+            "count pairs. On the dashed line it is as sure as it should be, below it overconfident.",
+            charts.shares(
+                f"{name}: calibration",
+                [(label, measures.calibration(pairs), color) for color, label, pairs in known],
+                "predicted", (x, x), None,
+            ),
+            legend,
+        )
+    )  # fmt: skip
+    pictures.append(
+        Picture(
+            "Accuracy by margin",
+            "Pairs in groups by the distance of their two scores. Should rise: where it is sure, it should be right. "
+            "The dashed line is what the margin promises.",
+            charts.shares(
+                f"{name}: accuracy by margin",
+                [
+                    (label, measures.accuracy_by(np.abs(pairs.margins), measures.right(pairs)), color)
+                    for color, label, pairs in known
+                ],
+                "|margin|", _promise(max(float(np.abs(pairs.margins).max()) for _, _, pairs in known)),
+            ),
+            legend,
+        )
+    )  # fmt: skip
+    with_lengths = [one for one in known if len(one[2].chosen_length)]
+    if with_lengths:
+        groups_by_length = [
+            (
+                label,
+                measures.accuracy_by(pairs.chosen_length - pairs.rejected_length, measures.right(pairs)),
+                color,
+            )
+            for color, label, pairs in with_lengths
+        ]
+        said = "; ".join(
+            (f"{label}: " if several else "")
+            + ", ".join(f"{word} {one.share:.0%} of {one.count:,}" for word, one in measures.by_length(pairs).items())
+            for _, label, pairs in with_lengths
+        )
+        pictures.append(
+            Picture(
+                "Accuracy by length",
+                "To the right the chosen reply is the longer one. High there and low on the left: the model goes by "
+                f"length. Right where the chosen reply is {said}.",
+                charts.shares(
+                    f"{name}: accuracy by length", groups_by_length, "tokens by which the chosen reply is longer",
+                    zero=True,
+                ),
+                legend,
+            )
+        )  # fmt: skip
+    return pictures
+
+
+def _promise(largest: float) -> tuple[Numbers, Numbers]:
+    x = np.linspace(0, largest, 40)
+    return x, measures.probability(x)
+
+
+def policy_color(name: str, names: Sequence[str]) -> int:
+    """The colour of a policy: the same one in every report where it has its usual name."""
+    if name in POLICY_COLORS:
+        return POLICY_COLORS[name]
+    rest = [one for one in names if one not in POLICY_COLORS]
+    return 3 + rest.index(name) % 2 if name in rest else 3
+
+
+def _rewards(runs: Sequence[Run]) -> list[Picture]:
+    groups = []
+    for i, run in enumerate(runs):
+        names = policies(run)
+        for policy in names:
+            values = reply_numbers(run, policy, "reward")
+            if len(values):
+                several = len(runs) > 1
+                label = f"{run.label}: {policy}" if several else policy
+                groups.append((label, values, i if several else policy_color(policy, names)))
+    if not groups:
+        return []
+    svg = charts.distributions("Rewards of replies by policy", groups, "reward model's score")
+    caption = (
+        "The reward model's scores of all replies to the same prompts. Training should move the whole hill to the "
+        "right; one sharp peak where there was a hill is a policy that found one trick."
+    ) + _of_their_own(runs)
+    return [Picture("Rewards before and after", caption, svg)]
+
+
+def _of_their_own(runs: Sequence[Run]) -> str:
+    """A warning where scores of several reward models are in one picture: they have no common unit."""
+    models = {stage.weights for run in runs for stage in run.of_kind("reward")} - {None}
+    return " The runs have different reward models: compare scores only within a run." if len(models) > 1 else ""
+
+
+def _win_rates(runs: Sequence[Run]) -> list[Picture]:
+    pictures = []
+    for by in ("judge", "reward"):
+        rows = []
+        for i, run in enumerate(runs):
+            listed = run.comparison.get("win_rates")
+            for one in listed if isinstance(listed, list) else []:
+                if not isinstance(one, dict) or one.get("by") != by:
+                    continue
+                rate, low, high = (number(one.get(key)) for key in ("win_rate", "low", "high"))
+                if rate is not None and low is not None and high is not None:
+                    label = f"{one.get('a')} against {one.get('b')}"
+                    several = len(runs) > 1
+                    color = i if several else policy_color(str(one.get("a")), policies(run))
+                    rows.append((f"{run.label}: {label}" if several else label, rate, low, high, color))
+        if rows:
+            who = "the gold judge" if by == "judge" else "the reward model"
+            caption = f"How often {who} prefers the first one's reply to the same prompt; ties count half. " + (
+                "Intervals (95 %) that touch the middle leave it open."
+                if by == "judge"
+                else "The reward model was PPO's own goal, so it is no judge of PPO."
+            )
+            svg = charts.intervals(f"Win rates by {who}", rows[:24], "share of prompts won")
+            pictures.append(Picture(f"Win rates, by {who}", caption, svg))
+    return pictures
+
+
+def _proxy_and_gold(runs: Sequence[Run]) -> list[Picture]:
+    points = []
+    for i, run in enumerate(runs):
+        names = policies(run)
+        for policy in names:
+            reward, judge = (reply_numbers(run, policy, key) for key in ("reward", "judge"))
+            if len(reward) and len(judge):
+                several = len(runs) > 1
+                label = f"{run.label}: {policy}" if several else policy
+                color = i if several else policy_color(policy, names)
+                points.append((label, float(reward.mean()), float(judge.mean()), color))
+    if len(points) < 2:
+        return []
+    svg = charts.scatter("Gold judge over proxy reward by policy", points, "mean score of the reward model")
+    caption = (
+        "Each policy's mean by the gold judge (upwards) over its mean by the reward model (to the right). A policy "
+        "further right but lower has learned what the reward model likes, not what is good."
+    ) + _of_their_own(runs)
+    return [Picture("Gold over proxy", caption, svg)]
+
+
+def of_lineage(run: Run) -> Markup | None:
+    """What was made from what, as far as the recipe and the records say."""
+    if not run.stages:
+        return None
+    names = {stage.name for stage in run.stages}
+    nodes, edges = [("base", "pretrained", "done")], []
+    for stage in run.stages:
+        took = duration(stage.wall_s)
+        word = stage.kind if stage.kind != stage.name else took if stage.state == "done" else stage.state
+        nodes.append((stage.name, word or "unknown kind", stage.state))
+        planned = run.recipe.get("stages", {})
+        planned = planned.get(stage.name) if isinstance(planned, dict) else None
+        said = stage.record or (planned if isinstance(planned, dict) else {})
+        init, reward = said.get("init"), said.get("reward")
+        edges.append((init if isinstance(init, str) and init in names else "base", stage.name, "weights"))
+        if isinstance(reward, str) and reward in names:
+            edges.append((reward, stage.name, "reward"))
+    return charts.lineage("What was made from what", nodes, edges)

@@ -1,0 +1,346 @@
+"""What a run directory holds, as plain data; what is missing or broken is noted, never raised. No torch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.yaml import parse_document
+from rlhf_pipeline.rundir import jsonl
+from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory, read_json
+
+Numbers = NDArray[np.float64]
+LARGEST = 1e100  # a number beyond is no measurement, and cannot be drawn
+MOST_SAMPLES = 1000  # lines of a samples.jsonl that are read: the last ones, where the judged replies are
+LONGEST_NAME = 80  # characters of a run's name
+KINDS = ("sft", "reward", "ppo", "dpo")
+
+
+@dataclass
+class Series:
+    """A metric over steps: both `[n]`, finite, in the order of the steps."""
+
+    steps: Numbers
+    values: Numbers
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass
+class Pairs:
+    """Held-out pairs of a reward stage, each array `[n]`: scores, and lengths in tokens (empty where not known)."""
+
+    chosen: Numbers
+    rejected: Numbers
+    chosen_length: Numbers
+    rejected_length: Numbers
+
+    @property
+    def margins(self) -> Numbers:
+        """How far the chosen reply is ahead."""
+        return self.chosen - self.rejected
+
+
+@dataclass
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        state: of its record; `running` only while a run goes on; `missing` where it never started.
+        record: its stage.json, or nothing.
+        series: its metrics by name.
+        not_finite: of a metric, how often it was logged as NaN, infinite or null.
+        samples: rows of samples.jsonl.
+        pairs: held-out pairs with their scores.
+        progress: of a stage at work, where it is.
+        notes: what could not be read, one sentence each.
+    """
+
+    name: str
+    kind: str
+    state: str
+    record: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, Series] = field(default_factory=dict)
+    not_finite: dict[str, int] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    pairs: Pairs | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """An object of the record; an empty one where there is none."""
+        return mapping(self.record.get(key))
+
+    def setting(self, key: str) -> float | None:
+        """A number among the settings that counted."""
+        return number(self.mapping("inputs").get(key))
+
+    def final(self, metric: str) -> float | None:
+        """The metric's final value: of the record, or the last one logged."""
+        value = number(self.mapping("metrics").get(metric))
+        if value is None and len(series := self.series.get(metric, EMPTY)):
+            return float(series.values[-1])
+        return value
+
+    def first(self, metric: str) -> float | None:
+        """The value that was logged first."""
+        series = self.series.get(metric, EMPTY)
+        return float(series.values[0]) if len(series) else None
+
+    @property
+    def wall_s(self) -> float | None:
+        """Seconds that it took; None while it goes on and where it broke off: its record is of when it began."""
+        return None if self.state in ("running", "broken off") else number(self.record.get("wall_s"))
+
+    @property
+    def weights(self) -> str | None:
+        """The SHA-256 of the weights it published."""
+        entry = self.mapping("artifact_files").get(WEIGHTS)
+        return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
+
+
+@dataclass
+class Run:
+    """One run directory.
+
+    Attributes:
+        path: where it is.
+        label: its name, made unique among those of a report.
+        state: `running`, `failed`, `done`, or `unfinished`.
+        recipe: the resolved recipe as it is written, or nothing.
+        stages: in the order of the recipe.
+        comparison: the content of comparison.json, or nothing.
+        notes: what could not be read.
+    """
+
+    path: Path
+    label: str
+    state: str
+    recipe: dict[str, Any]
+    stages: list[Stage]
+    comparison: dict[str, Any]
+    notes: list[str]
+
+    def stage(self, name: str) -> Stage | None:
+        """The stage of that name."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def of_kind(self, kind: str) -> list[Stage]:
+        """The stages of a kind."""
+        return [stage for stage in self.stages if stage.kind == kind]
+
+
+EMPTY = Series(np.empty(0), np.empty(0))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read several run directories; those of the same name are numbered."""
+    runs = [read_run(folder) for folder in folders]
+    labels = [run.label for run in runs]
+    for i, run in enumerate(runs):
+        if labels.count(run.label) > 1:
+            run.label = f"{run.label} ({labels[: i + 1].count(run.label)})"
+    return runs
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run directory, whatever state it is in."""
+    notes: list[str] = []
+    recipe = _recipe(folder / "recipe.yaml", notes)
+    planned = mapping(recipe.get("stages"))
+    # A stage that was moved aside has a dot in its name.
+    found = sorted(file.parent.name for file in folder.glob("*/stage.json") if "." not in file.parent.name)
+    directory = RunDirectory(folder)
+    at_work = directory.is_locked()
+    stages = [
+        _stage(directory, name, mapping(planned.get(name)), at_work) for name in dict.fromkeys((*planned, *found))
+    ]
+    if not stages:
+        notes.append("No stage has left anything here.")
+    comparison: dict[str, Any] = {}
+    if (folder / "comparison.json").exists():
+        comparison = read_json(folder / "comparison.json") or {}
+        if not comparison:
+            notes.append("comparison.json cannot be read, so policies are not compared.")
+        made_of, there = mapping(comparison.get("made_of")), {stage.name: stage.weights for stage in stages}
+        other = [name for name, weights in made_of.items() if there.get(name) != weights]
+        if other:
+            notes.append(
+                f"comparison.json is of other weights of {', '.join(other)} than are there now; "
+                "`rlhf-pipeline compare` makes it again."
+            )
+    states = [stage.state for stage in stages]
+    state = "unfinished"
+    if at_work:
+        state = "running"
+    elif "failed" in states:
+        state = "failed"
+    elif states and set(states) == {"done"}:
+        state = "done"
+    name = recipe.get("name") if isinstance(recipe.get("name"), str) else folder.resolve().name
+    return Run(folder, _label(str(name)), state, recipe, stages, comparison, notes)
+
+
+def _label(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> float | None:
+    """The value if it is a number that can be drawn, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if -LARGEST < value < LARGEST else None  # False for NaN
+
+
+def turns(prompt: Any) -> list[tuple[str, str]]:
+    """A prompt as turns, each a role and a text; of plain text the role is empty."""
+    if isinstance(prompt, list) and prompt:
+        return [
+            (str(turn.get("role", "")), content(turn.get("content"))) if isinstance(turn, dict) else ("", str(turn))
+            for turn in prompt
+        ]
+    return [("", content(prompt))]
+
+
+def comparison_rows(run: Run) -> list[dict[str, Any]]:
+    """Prompts with their replies by policy, of comparison.json or, where there is none, what the judge saw.
+
+    Returns:
+        Rows as in comparison.json; `replies` may lack policies and numbers.
+    """
+    rows = run.comparison.get("rows")
+    if isinstance(rows, list):
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("replies"), dict)]
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for stage in run.stages:
+        for sample in stage.samples:
+            if "judge" in sample and "completion" in sample:
+                row = by_prompt.setdefault(repr(sample.get("prompt")), {"prompt": sample.get("prompt"), "replies": {}})
+                row["replies"][stage.name] = {"text": content(sample["completion"]), "judge": sample["judge"]}
+    return list(by_prompt.values())
+
+
+def policies(run: Run) -> list[str]:
+    """The policies that `comparison_rows` has replies of, in their order."""
+    listed = run.comparison.get("policies")
+    named = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    seen = dict.fromkeys(str(name) for row in comparison_rows(run) for name in row["replies"])
+    return [*(name for name in named if name in seen), *(name for name in seen if name not in named)]
+
+
+def reply_numbers(run: Run, policy: str, name: str) -> Numbers:
+    """A number of every reply of a policy: its `reward`, `judge`, `kl` or `tokens`; `[n]`, those that are known."""
+    replies = (mapping(row["replies"].get(policy)) for row in comparison_rows(run))
+    values = (number(reply.get(name)) for reply in replies)
+    return np.array([value for value in values if value is not None])
+
+
+def _recipe(file: Path, notes: list[str]) -> dict[str, Any]:
+    if not file.exists():
+        notes.append("recipe.yaml is missing, so stages that never started are not listed.")
+        return {}
+    try:
+        return mapping(parse_document(file.read_text(encoding="utf-8"), file.name)[0])
+    except (InputError, OSError, ValueError, RecursionError):
+        notes.append("recipe.yaml cannot be read, so stages that never started are not listed.")
+        return {}
+
+
+def _stage(directory: RunDirectory, name: str, planned: dict[str, Any], at_work: bool) -> Stage:
+    folder = directory.stage(name)
+    record = directory.record(name)
+    kind = (record or {}).get("kind") or planned.get("kind") or name
+    stage = Stage(name, kind if kind in KINDS else "", "missing", record or {})
+    if record is not None:
+        stage.state = str(record.get("state") or "unknown")
+        if stage.state == "running" and not at_work:
+            stage.state = "broken off"
+    elif (folder / "stage.json").exists():
+        stage.state = "unknown"
+        stage.notes.append("stage.json cannot be read, so its settings and final numbers are not shown.")
+    rows = list(_rows(folder / "metrics.jsonl", stage.notes))
+    _take_columns(stage, rows)
+    if stage.state not in ("missing", "running") and not rows:
+        stage.notes.append("metrics.jsonl has no rows, so there are no curves.")
+    stage.samples = list(_rows(folder / "samples.jsonl", stage.notes, MOST_SAMPLES))
+    stage.pairs = _pairs(list(_rows(folder / "pairs.jsonl", stage.notes)))
+    if stage.state == "running":
+        stage.progress = read_json(directory.work(name) / "progress.json") or {}
+    return stage
+
+
+def _rows(file: Path, notes: list[str], last: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects in a .jsonl file, whatever bytes it holds."""
+    if not file.exists():
+        return
+    try:
+        lines = file.read_bytes().decode("utf-8", "replace").split("\n")
+    except OSError:
+        notes.append(f"{file.name} cannot be read.")
+        return
+    lines.pop()  # empty, or half a line that is being written
+    broken = 0
+    for line in lines[-last:] if last else lines:
+        row = jsonl.parse(line)
+        if row is None:
+            broken += bool(line.strip())
+        else:
+            yield row
+    if broken:
+        notes.append(f"{file.name} has {broken:,} line{'s' * (broken != 1)} that cannot be read, and left out.")
+
+
+def _take_columns(stage: Stage, rows: list[dict[str, Any]]) -> None:
+    """Turn rows into one series for each metric."""
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    for i, row in enumerate(rows):
+        step = row.get("step")
+        step = step if type(step) is int and 0 <= step < 1e15 else i
+        for name, value in row.items():
+            if (type(value) is float and abs(value) < LARGEST) or (type(value) is int and abs(value) < 1e15):
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = ([], [])
+                column[0].append(step)
+                column[1].append(value)
+            elif value is None or (type(value) is float and not math.isfinite(value)):
+                stage.not_finite[name] = stage.not_finite.get(name, 0) + 1
+    for name, (steps, values) in columns.items():
+        if name not in ("step", "time"):
+            x, y = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+            order = np.argsort(x, kind="stable")
+            stage.series[name] = Series(x[order], y[order])
+
+
+def _pairs(rows: list[dict[str, Any]]) -> Pairs | None:
+    scored = [
+        (chosen, rejected, number(row.get("chosen_length")), number(row.get("rejected_length")))
+        for row in rows
+        if (chosen := number(row.get("chosen"))) is not None and (rejected := number(row.get("rejected"))) is not None
+    ]
+    if not scored:
+        return None
+    wins, losses, *lengths = zip(*scored, strict=True)
+    known = all(value is not None for column in lengths for value in column)
+    long, short = (np.array(column if known else [], dtype=np.float64) for column in lengths)
+    return Pairs(np.array(wins), np.array(losses), long, short)
+
+
+def content(value: Any) -> str:
+    """A text, or what stands for one: turns become their texts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(content(mapping(one).get("content", mapping(one).get("text", ""))) for one in value)
+    return "" if value is None else str(value)

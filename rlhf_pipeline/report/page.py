@@ -1,0 +1,382 @@
+"""The page: what it says, in which order, as one file. No torch."""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from rlhf_pipeline import __version__
+from rlhf_pipeline.report import alarms, charts, figures, gather
+from rlhf_pipeline.report.figures import Picture
+from rlhf_pipeline.report.gather import EMPTY, Run, Stage, mapping, number
+from rlhf_pipeline.report.text import clean, cut, duration, memory, short
+from rlhf_pipeline.rundir import diff, durable
+from rlhf_pipeline.rundir.words import ends
+
+FILE = "report.html"  # in the run directory
+MOST_PROMPTS = 50  # samples side by side
+FIRST_PROMPTS = 12  # of them those that show at once
+MOST_OTHER_CURVES = 120  # small ones, of one stage: a trainer with more logs one for each layer
+KINDS = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO", "": "Unknown kind"}
+# What a stage is judged by at a glance: metric, words, and whether it also begins somewhere.
+KEY_NUMBERS = {
+    "sft": (("loss", "loss", True), ("mean_token_accuracy", "token accuracy", True),
+            ("eval_loss", "held-out loss", False)),
+    "reward": (
+        ("loss", "loss", True), ("accuracy", "accuracy", True), ("eval_accuracy", "held-out accuracy", False),
+        ("eval_margin", "held-out margin", False),
+    ),
+    "ppo": (
+        ("objective/scores", "score", True), ("objective/kl", "KL", True), ("reply/length", "reply length", True),
+        ("reply/ended", "replies that end", True),
+    ),
+    "dpo": (
+        ("loss", "loss", True), ("rewards/accuracies", "accuracy", True), ("rewards/margins", "margin", True),
+        ("eval_rewards/accuracies", "held-out accuracy", False),
+    ),
+}  # fmt: skip
+MEANS = (("reward", "reward"), ("judge", "judge"), ("kl", "KL"), ("tokens", "tokens"), ("ended", "ended"))
+DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
+
+
+def write(runs: Sequence[Path], file: Path) -> None:
+    """Write the report on one run, or on several overlaid; a file that is there is replaced in one step.
+
+    Args:
+        runs: run directories in any state; what they lack the page says.
+        file: where to write it.
+    """
+    html = render(gather.read_runs(runs))
+    durable.write_text(file, html.encode("utf-8", "replace").decode("utf-8"))
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": short, "duration": duration, "memory": memory}
+    environment.globals |= {"swatch": charts.swatch, "step_scale": charts.step_scale}
+    names = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
+    count = iter(range(1_000_000))
+    summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
+    page = {
+        "runs": [_header(run) for run in runs],
+        "several": len(runs) > 1,
+        "summary": summary,
+        "gated": any(row["gates"] for row in summary),
+        "alarms": [(run.label, alarm) for run in runs for alarm in alarms.alarms(run)],
+        "origins": [_origin(run) for run in runs],
+        "differences": _differences(runs),
+        "stages": [_stage(runs, name, count) for name in names],
+        "comparison": [_numbered(picture, count) for picture in figures.of_comparison(runs)],
+        "means": _means(runs),
+        "settings_of_comparison": [
+            (run.label, _settings_of_comparison(run)) for run in runs if run.comparison or gather.comparison_rows(run)
+        ],
+        "samples": _samples(runs),
+        "first_prompts": FIRST_PROMPTS,
+        "made_at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "version": __version__,
+    }
+    return environment.get_template("page.html.jinja").render(page)
+
+
+def _finalize(value: Any) -> Any:
+    """What becomes of every value that the template prints, before it is escaped."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return "" if value is None else value
+    text, left_out = cut(value)
+    return clean(text) + (f"… ({left_out:,} more characters)" if left_out else "")
+
+
+def _header(run: Run) -> dict[str, Any]:
+    walls = [stage.wall_s for stage in run.stages if stage.wall_s is not None]
+    peaks = [peak for stage in run.stages if (peak := number(stage.record.get("peak_memory_bytes"))) is not None]
+    starts = sorted(str(stage.record["started_at"]) for stage in run.stages if stage.record.get("started_at"))
+    ends = sorted(str(stage.record["finished_at"]) for stage in run.stages if stage.record.get("finished_at"))
+    devices = dict.fromkeys(str(device) for stage in run.stages if (device := stage.mapping("machine").get("device")))
+    facts = [
+        ("started", _when(starts[0]) if starts else None),
+        ("finished" if run.state == "done" else "last stage ended", _when(ends[-1]) if ends else None),
+        ("trained for", duration(sum(walls)) if walls else None),
+        ("peak memory", memory(max(peaks)) if peaks else None),
+        ("device", ", ".join(devices) or None),
+    ]
+    done = sum(stage.state == "done" for stage in run.stages)
+    return {
+        "label": run.label,
+        "path": str(run.path.absolute()),
+        "state": run.state,
+        "stages": f"{done} of {len(run.stages)} stages done",
+        "at_work": [f"{stage.name}: {_progress(stage)}" for stage in run.stages if stage.state == "running"],
+        "facts": [(name, value) for name, value in facts if value],
+        "color": 0,
+    }
+
+
+def _progress(stage: Stage) -> str:
+    step, of = (number(stage.progress.get(key)) for key in ("step", "of"))
+    steps = "" if step is None else f", step {short(step)}" + (f" of {short(of)}" if of else "")
+    return f"{stage.progress.get('phase') or 'at work'}{steps}"
+
+
+def _summary(run: Run, stage: Stage) -> dict[str, Any]:
+    numbers: list[tuple[str, str | None, str]] = []
+    for metric, words, begins in KEY_NUMBERS.get(stage.kind, ()):
+        series = stage.series.get(metric, EMPTY)
+        if begins and len(series):
+            first, last = ends(series.values.tolist())
+            put_back = stage.final("kl_budget/best_step") is not None  # what came last was undone
+            numbers.append((words, short(first), short((put_back and stage.final(metric)) or last)))
+        elif not begins and (value := stage.final(metric)) is not None:
+            numbers.append((words, None, short(value)))
+    judge = stage.final("judge_mean")
+    if judge is not None:
+        before = _judge_before(run, stage)
+        numbers.append(("gold judge", None if before is None else short(before), short(judge)))
+    ignored = stage.mapping("gates_ignored")
+    gates = [
+        (metric, str(mapping(gate).get("bound", "")), "ignored" if metric in ignored else _passed(gate))
+        for metric, gate in stage.mapping("gates").items()
+    ]
+    return {
+        "run": run.label,
+        "name": stage.name,
+        "kind": stage.kind,
+        "state": stage.state,
+        "progress": _progress(stage) if stage.state == "running" else "",
+        "wall": duration(stage.wall_s),
+        "memory": memory(number(stage.record.get("peak_memory_bytes"))),
+        "numbers": numbers,
+        "gates": gates,
+    }
+
+
+def _passed(gate: Any) -> str:
+    passed = mapping(gate).get("passed")
+    return "passed" if passed is True else "closed" if passed is False else "unknown"
+
+
+def _judge_before(run: Run, stage: Stage) -> float | None:
+    """The judge's mean of the stage that this one started from; the base is not judged on as many prompts."""
+    parent = run.stage(str(stage.record.get("init")))
+    return parent.final("judge_mean") if parent else None
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    model = mapping(run.recipe.get("model"))
+    facts: list[tuple[str, str]] = []
+    for name, key in (
+        ("model", "path"),
+        ("revision", "revision"),
+        ("quantization", "quantization"),
+        ("dtype", "dtype"),
+    ):
+        if model.get(key) is not None:
+            facts.append((name, str(model[key])))
+    for stage in run.stages:
+        if "model" in stage.mapping("inputs"):
+            facts.append(("model's digest", _digest(str(stage.mapping("inputs")["model"]))[1] or "unknown"))
+            break
+    if "seed" in run.recipe:
+        facts.append(("seed", str(run.recipe["seed"])))
+    records = [stage.record for stage in run.stages if stage.record]
+    for name, read in (("command", _command), ("git", _git), ("machine", _machine)):
+        facts += [(name, value) for value in dict.fromkeys(filter(None, map(read, records)))]
+    for versions in dict.fromkeys(
+        tuple((str(key), str(value)) for key, value in stage.mapping("versions").items()) for stage in run.stages
+    ):
+        if versions:
+            facts.append(("versions", ", ".join(" ".join(one) for one in versions)))
+    return {"label": run.label, "lineage": figures.of_lineage(run), "facts": facts, "data": list(_data(run))}
+
+
+def _command(record: dict[str, Any]) -> str:
+    return str(record.get("command") or "")
+
+
+def _git(record: dict[str, Any]) -> str:
+    git = mapping(record.get("git"))
+    return ", ".join(f"{key} {value}" if not isinstance(value, bool) else f"{key}: {'yes' if value else 'no'}"
+                     for key, value in git.items() if value is not None)  # fmt: skip
+
+
+def _machine(record: dict[str, Any]) -> str:
+    return ", ".join(str(value) for value in mapping(record.get("machine")).values() if value)
+
+
+def _data(run: Run) -> Iterator[tuple[str, str, str, str]]:
+    """Stage, what the data are for, name and digest."""
+    for stage in run.stages:
+        inputs = stage.mapping("inputs")
+        for key, what in (("data", "training"), ("ptx_data", "mixed in"), ("eval_data", "held out")):
+            for name in [name for name in inputs if name == key or re.fullmatch(rf"{key}\.mix\.\d+(\.path)?", name)]:
+                yield (stage.name, what, *_digest(str(inputs[name])))
+        judged = stage.mapping("judging")
+        if "data" in judged:
+            yield (stage.name, f"judged by {judged.get('judge')}", *_digest(str(judged["data"])))
+
+
+def _digest(text: str) -> tuple[str, str]:
+    found = DIGEST.fullmatch(text)
+    return (found[1], found[2]) if found else (text, "")
+
+
+def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, Any]:
+    chosen = [stage for run in runs if (stage := run.stage(name))]
+    others = figures.others(runs, name)
+    kind = next((stage.kind for stage in chosen if stage.kind), "")
+    settings = {}
+    for run in runs:
+        stage = run.stage(name)
+        if stage is not None:
+            settings[run.label] = [
+                (key, _value(value)) for key, value in stage.mapping("inputs").items() if key not in ("kind", "data")
+            ]
+    return {
+        "name": name,
+        "kind": KINDS[kind],
+        "pictures": [_numbered(picture, count) for picture in figures.of_stage(runs, name)],
+        "others": others[:MOST_OTHER_CURVES],
+        "more": max(0, len(others) - MOST_OTHER_CURVES),
+        "settings": {label: rows for label, rows in settings.items() if rows},
+        "missing": all(not stage.series for stage in chosen),
+        "state": chosen[0].state,
+    }
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _numbered(picture: Picture, count: Iterator[int]) -> Picture:
+    picture.svg = charts.numbered(picture.svg, next(count))
+    return picture
+
+
+def _means(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Means by policy: of the comparison, or counted from the replies that there are."""
+    rows = []
+    for run in runs:
+        stored = mapping(run.comparison.get("means"))
+        for policy in gather.policies(run):
+            known = mapping(stored.get(policy))
+            values = []
+            for key, _ in MEANS:
+                value = number(known.get(key))
+                of_replies = gather.reply_numbers(run, policy, key)
+                values.append(float(np.mean(of_replies)) if value is None and len(of_replies) else value)
+            rows.append((run.label, policy, values))
+    used = [i for i in range(len(MEANS)) if any(values[i] is not None for *_, values in rows)]
+    if not used:
+        return None
+    return {
+        "columns": [MEANS[i][1] for i in used],
+        "rows": [
+            (label, policy, ["" if values[i] is None else short(values[i]) for i in used])
+            for label, policy, values in rows
+        ],
+    }
+
+
+def _settings_of_comparison(run: Run) -> str:
+    rows = gather.comparison_rows(run)
+    if not run.comparison:
+        return (
+            f"{len(rows):,} prompts, from what the judge saw of each stage; there is no comparison.json, so no rewards "
+            "and no KL: rlhf-pipeline compare makes it"
+        )
+    settings = mapping(run.comparison.get("settings"))
+    words = {
+        "prompts": "from {}",
+        "max_new_tokens": "up to {} tokens",
+        "temperature": "temperature {}",
+        "seed": "seed {}",
+    }
+    said = [form.format(_value(settings[key])) for key, form in words.items() if settings.get(key) is not None]
+    reference = run.comparison.get("reference")
+    said += [f"KL from {reference}"] if reference else []
+    said += [f"judged by {run.comparison['judge']}"] if run.comparison.get("judge") else []
+    return ", ".join([f"{len(rows):,} prompts", *said])
+
+
+def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Prompts with their replies side by side; of several runs those prompts that all of them answered, if any."""
+    tables = [
+        {json.dumps(row.get("prompt"), sort_keys=True): row for row in gather.comparison_rows(run)} for run in runs
+    ]
+    having = [(run, table) for run, table in zip(runs, tables, strict=True) if table]
+    if not having:
+        return []
+    prompts = [key for key in having[0][1] if all(key in table for _, table in having)] or list(having[0][1])
+    samples = []
+    for key in prompts[:MOST_PROMPTS]:
+        replies = []
+        for run, table in having:
+            for policy in gather.policies(run) if key in table else []:
+                reply = mapping(table[key]["replies"].get(policy))
+                if reply:
+                    text, left_out = cut(gather.content(reply.get("text")))
+                    replies.append(
+                        {
+                            "policy": f"{run.label}: {policy}" if len(runs) > 1 else policy,
+                            "text": text,
+                            "left_out": left_out,
+                            "numbers": list(_reply_numbers(reply)),
+                            "cut": reply.get("ended") is False,
+                        }
+                    )
+        prompt = [(role, *cut(text)) for role, text in gather.turns(having[0][1][key].get("prompt"))]
+        samples.append({"prompt": prompt, "replies": replies})
+    return samples
+
+
+def _reply_numbers(reply: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, words in (("reward", "reward"), ("kl", "KL"), ("judge", "judge"), ("tokens", "tokens")):
+        value = number(reply.get(key))
+        if value is not None:
+            yield words, short(value)
+
+
+def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What differs in settings, data and versions between the first run and each other one."""
+    found = []
+    for other in runs[1:]:
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for stage in diff.compare(runs[0].path, other.path)["stages"]:
+            if stage["only_in"]:
+                rows["only in " + (runs[0].label if stage["only_in"] == "a" else other.label), "", ""] = [stage["name"]]
+            for section in ("settings", "data", "versions"):
+                for key, values in stage[section].items():
+                    a, b = (_short_value(values[side]) if side in values else "not set" for side in "ab")
+                    rows.setdefault((key, a, b), []).append(stage["name"])
+        found.append(
+            {"a": runs[0].label, "b": other.label, "rows": [(*key, ", ".join(on)) for key, on in rows.items()]}
+        )
+    return found
+
+
+def _short_value(value: Any) -> str:
+    text, digest = _digest(_value(value))
+    return f"{text} ({digest[:8]})" if digest else text
+
+
+def _when(text: str) -> str:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return moment.strftime("%Y-%m-%d %H:%M ") + (moment.tzname() or "")

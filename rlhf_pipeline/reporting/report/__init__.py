@@ -1,5 +1,0 @@
-"""`report.html`: one page, by itself, that shows what a run did. No torch."""
-
-from rlhf_pipeline.reporting.report.page import FILE, write
-
-__all__ = ["FILE", "write"]

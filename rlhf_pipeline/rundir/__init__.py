@@ -1,0 +1,1 @@
+"""What a run left on disk, and the truth about it. No torch."""

@@ -1,0 +1,60 @@
+"""What a run has to use: its stages that are done, and the model that they stand on. No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.schema import BASE, Model, Recipe
+from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory
+
+POLICIES = ("sft", "ppo", "dpo")  # the kinds of stages that leave a model which answers
+
+
+def done(run: Path, recipe: Recipe, kinds: Sequence[str]) -> list[str]:
+    """The stages of some kinds that are done and have their adapter, in the recipe's order."""
+    directory = RunDirectory(run)
+    return [
+        name
+        for name, stage in recipe.stages.items()
+        if stage.kind in kinds
+        and (directory.record(name) or {}).get("state") == "done"
+        and (directory.stage(name) / "adapter" / WEIGHTS).is_file()
+    ]
+
+
+def choose(run: Path, recipe: Recipe, kinds: Sequence[str], wanted: str | None) -> str:
+    """The stage that is meant: the one that is wanted, else the last that is done.
+
+    Args:
+        run: the run directory.
+        recipe: its recipe.
+        kinds: what the stage may be. `base` may be wanted too where `sft` is one of them.
+        wanted: a stage's name.
+
+    Raises:
+        InputError: there is none, or it is not done, or is of another kind.
+    """
+    candidates = done(run, recipe, kinds)
+    what = "reward model" if "reward" in kinds else "model that answers"
+    if wanted is None:
+        if candidates:
+            return candidates[-1]
+        hint = "`rlhf-pipeline status` says how far the run has come"
+        if "sft" in kinds:
+            hint += f"; `--stage {BASE}` is the model that it starts from"
+        raise InputError(f"no stage with a {what} is done", place=str(run), hint=hint)
+    if wanted in candidates or (wanted == BASE and "sft" in kinds):
+        return wanted
+    names = [*([BASE] if "sft" in kinds else []), *candidates]
+    hint = f"stages with a {what}: {', '.join(names) or 'none yet'}"
+    if wanted not in recipe.stages:
+        raise InputError(f"there is no stage `{wanted}`", place=str(run), hint=hint)
+    if recipe.stages[wanted].kind not in kinds:
+        raise InputError(f"`{wanted}` is a {recipe.stages[wanted].kind} stage", place=str(run), hint=hint)
+    raise InputError(f"stage `{wanted}` is not done", place=str(run), hint=hint)
+
+
+def model_of(run: Path, recipe: Recipe, stage: str) -> Model:
+    """The recipe's model, with the chat template that a stage was trained with."""
+    template = run / stage / "adapter" / "chat_template.jinja"
+    return recipe.model.model_copy(update={"chat_template": str(template)}) if template.is_file() else recipe.model

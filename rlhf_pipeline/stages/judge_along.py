@@ -1,0 +1,80 @@
+"""What the judge says of the policy while PPO moves it: whether it likes better what the reward model likes better."""
+
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_pipeline.data.prepare import encode_prompts
+from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.recipe.schema import Evaluate
+from rlhf_pipeline.stages.judge import Judge, ask
+
+
+class GoldAlong(TrainerCallback):
+    """Judges the policy before the first update and `evaluate.along` times on its way, the last time at its end.
+
+    Each time it replies to the same prompts with the same random numbers, none of training's. Logged are
+    `gold/judge_mean`, the judge's mean; `gold/score_mean`, the reward model's of the same replies; and `gold/kl`, the
+    mean KL of a whole reply from the reference in nats, both at `evaluate.temperature` (at 1 where that is 0). A judge
+    that fails leaves a gap, and its traceback in the log: training must not end for a picture.
+
+    Args:
+        trainer: whose policy is judged.
+        spec: the recipe's `evaluate`.
+        judge: from `evaluation.load_judge`.
+        asked: prompts, each with its row.
+    """
+
+    def __init__(
+        self, trainer: PPOTrainer, spec: Evaluate, judge: Judge, asked: Sequence[tuple[Prompt, dict[str, Any]]]
+    ) -> None:
+        self.trainer, self.spec, self.judge, self.asked = trainer, spec, judge, asked
+        self.prompts = encode_prompts(trainer.processing_class, spec.data, [prompt for prompt, _ in asked])
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Judge the start, unless training goes on from later."""
+        if state.global_step == 0:
+            self.measure()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Judge where a share of the way is done."""
+        times, step, of = self.spec.along, state.global_step, state.max_steps
+        if step * times // of > (step - 1) * times // of:
+            wanted = control.should_log  # what is logged here takes it back
+            self.measure()
+            control.should_log = wanted
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Sample, score, judge and log."""
+        trainer, spec = self.trainer, self.spec
+        with torch.random.fork_rng():
+            torch.manual_seed(trainer.args.seed)
+            scores, kls, replies = [], [], []
+            for start in range(0, len(self.prompts), spec.batch_size):
+                episodes = trainer.roll_out(
+                    self.prompts[start : start + spec.batch_size], spec.temperature, spec.max_new_tokens
+                )
+                scored = trainer.score(episodes, spec.temperature or 1.0)
+                scores += scored.scores.tolist()
+                kls += scored.kl.sum(1).tolist()
+                replies += trainer.processing_class.batch_decode(
+                    [row[:length] for row, length in zip(episodes.replies, episodes.reply_lengths, strict=True)],
+                    skip_special_tokens=True,
+                )
+        try:
+            judged = ask(self.judge, self.asked, replies)
+        except Exception:  # a user's function may fail in any way
+            traceback.print_exc()
+            return
+        trainer.log(
+            {
+                "gold/judge_mean": sum(judged) / len(judged),
+                "gold/score_mean": sum(scores) / len(scores),
+                "gold/kl": sum(kls) / len(kls),
+            }
+        )

@@ -1,0 +1,48 @@
+"""What runs have moved aside, as a table. No torch."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show(asides: list[dict[str, Any]], metrics: dict[str, list[str]], console: Console) -> None:
+    """Print what `find` listed, and how much it is in all.
+
+    Args:
+        asides: from `find`.
+        metrics: for each kind of stage the metrics that matter, the first of which is shown.
+        console: where to.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("moved aside", "was", "age", "size"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("age", "size") else "left")
+    for aside in asides:
+        was = aside["state"] or "without a record"
+        numbers = aside["metrics"] if isinstance(aside["metrics"], dict) else {}
+        known = [name for name in metrics.get(str(aside["kind"]), []) if isinstance(numbers.get(name), (int, float))]
+        if known:
+            was += f", {known[0]} {numbers[known[0]]:.3g}"
+        age = _age(time.time() - aside["moved_at"])
+        table.add_row(escape(aside["name"]), escape(was), age, size_text(aside["bytes"]))
+    console.print(table)
+    total = size_text(sum(aside["bytes"] for aside in asides))
+    console.print(f"{len(asides)} {'folder' if len(asides) == 1 else 'folders'}, {total}", highlight=False)
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _age(seconds: float) -> str:
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return "just now"

@@ -1,0 +1,107 @@
+"""A run's policies side by side on the terminal, readable without colour and at 80 columns."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_pipeline.rundir.words import one_line
+
+SHOWN = 3  # prompts with their replies, where nobody asked for certain ones
+LONGEST = 400  # characters of a prompt or a reply; of a longer prompt the end is shown, of a longer reply the beginning
+FORMATS = {"reward": ".2f", "judge": ".3f", "kl": ".2f", "tokens": ".1f", "ended": ".0%"}
+NAMES = {"kl": "KL"}  # of measures in what people read
+
+
+def show(comparison: dict[str, Any], most: int | None, console: Console) -> None:
+    """Print a comparison, from `comparison.json`: means, win rates, and the replies to the first `most` prompts."""
+    settings = comparison["settings"]
+    rows = comparison["rows"]
+    how = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
+    console.print(
+        Text(
+            f"{len(rows)} prompt{'s' * (len(rows) != 1)} of {one_line(settings['prompts'])}; {how}, "
+            f"at most {settings['max_new_tokens']} tokens, seed {settings['seed']}"
+        )
+    )
+    console.print()
+    _show_means(comparison, console)
+    if comparison["win_rates"]:
+        console.print()
+        _show_win_rates(comparison["win_rates"], len(rows), console)
+    for row in rows[:most]:
+        console.print()
+        _show_replies(row, comparison["policies"], console)
+    if most is not None and len(rows) > most:
+        console.print(Text(f"\nand {len(rows) - most} more: `--json` prints all", style="dim"))
+
+
+def _show_means(comparison: dict[str, Any], console: Console) -> None:
+    said = {
+        "kl": f"from {comparison['reference']}, in nats a reply",
+        "ended": "share of replies that end by themselves",
+    }
+    if comparison["judge"] is not None:
+        said = {"judge": one_line(comparison["judge"]), **said}
+    if comparison["reward"] is not None:
+        said = {"reward": f"of stage {comparison['reward']}", **said}
+    measures = [name for name in ("reward", "judge", "kl", "tokens", "ended") if name in said or name == "tokens"]
+    table = _table("policy", *(NAMES.get(measure, measure) for measure in measures))
+    for name in comparison["policies"]:
+        means = comparison["means"][name]
+        table.add_row(name, *(_number(means[measure], FORMATS[measure]) for measure in measures))
+    console.print(table)
+    lines = [f"{NAMES.get(measure, measure)}: {words}" for measure, words in said.items()]
+    console.print(Text("means over prompts\n" + "\n".join(lines), style="dim"))
+
+
+def _show_win_rates(win_rates: list[dict[str, Any]], prompts: int, console: Console) -> None:
+    measures = list(dict.fromkeys(rate["by"] for rate in win_rates))
+    table = _table("win rate", *(f"by {measure}" for measure in measures))
+    found = {(rate["a"], rate["b"], rate["by"]): rate for rate in win_rates}
+    for a, b in dict.fromkeys((rate["a"], rate["b"]) for rate in win_rates):
+        rates = (found.get((a, b, measure)) for measure in measures)
+        cells = (
+            "" if rate is None else f"{rate['win_rate']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" for rate in rates
+        )
+        table.add_row(f"{a} beats {b}", *(Text(cell) for cell in cells))
+    console.print(table)
+    over = f"over the {prompts} prompts" if prompts > 1 else "over one prompt, which says nothing"
+    console.print(Text(f"ties count half; in brackets the 95 % bootstrap interval {over}", style="dim"))
+
+
+def _show_replies(row: dict[str, Any], policies: list[str], console: Console) -> None:
+    console.print(Text(trimmed(_as_text(row["prompt"]), from_end=True), style="bold"))
+    for name in policies:
+        reply = row["replies"][name]
+        said = [f"{measure} {reply[measure]:.2f}" for measure in ("reward", "judge") if reply[measure] is not None]
+        said += [f"KL {_number(reply['kl'], '.2f')}", f"{reply['tokens']} tokens" + ("" if reply["ended"] else ", cut")]
+        heading = Text.assemble((name, "cyan"), ("  " + "  ".join(said), "dim"))
+        console.print(Padding(heading, (0, 0, 0, 2), expand=False))
+        console.print(Padding(Text(trimmed(reply["text"])), (0, 0, 0, 4), expand=False))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _as_text(prompt: str | list[dict[str, Any]]) -> str:
+    return prompt if isinstance(prompt, str) else "  ".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def trimmed(text: str, from_end: bool = False) -> str:
+    """A text's beginning, or its end, on one line."""
+    text = one_line(text)
+    if len(text) <= LONGEST:
+        return text or "(empty)"
+    return "… " + text[-LONGEST:] if from_end else text[:LONGEST] + " …"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)

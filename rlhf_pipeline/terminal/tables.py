@@ -1,0 +1,177 @@
+"""Stages as a table on the terminal, and as one JSON object."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.rundir import jsonl
+from rlhf_pipeline.rundir.words import duration, ends, memory
+
+# The numbers that matter for each kind, in order; those a stage does not have are left out.
+KEY_METRICS = {
+    "sft": ["train_loss", "eval_loss", "judge_mean"],
+    "reward": ["eval_accuracy", "eval_margin", "accuracy"],
+    "ppo": ["objective/kl", "objective/scores", "judge_mean"],
+    "dpo": ["eval_rewards/accuracies", "rewards/margins", "judge_mean"],
+}
+# What a stage changed, from its start to its end.
+CHANGES = {
+    "sft": ["loss", "eval_loss", "mean_token_accuracy", "judge_mean"],
+    "reward": ["loss", "accuracy", "eval_accuracy", "eval_margin"],
+    "ppo": ["objective/scores", "objective/kl", "reply/length", "judge_mean"],
+    "dpo": ["loss", "rewards/margins", "eval_rewards/accuracies", "judge_mean"],
+}
+STYLES = {
+    "done": "green", "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
+}  # fmt: skip
+
+
+def as_json(run: Path, plans: list[StagePlan]) -> dict[str, Any]:
+    """The object that `plan --json` and `status --json` print: `{"run": …, "stages": [{…}, …]}`."""
+    return {"run": str(run), "stages": [plan.summary() for plan in plans]}
+
+
+def results(run: Path, plans: list[StagePlan], console: Console) -> None:
+    """Print what each stage made: state, time, numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("stage", "state", "time", "numbers"):
+        table.add_column(column, overflow="fold")
+    for plan in plans:
+        summary = plan.summary()
+        wall_s = summary["wall_s"]
+        numbers = _numbers(plan.kind, summary["metrics"])
+        unremarkable = plan.state == "done" and numbers and not plan.record.get("gates_ignored")
+        about = numbers if unremarkable else escape(plan.reason)
+        time = "" if wall_s is None else duration(wall_s)
+        table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
+    console.print(table)
+    console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
+
+
+def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
+    """Print what each stage of a run made: time, memory, numbers before and after; and what one may do with it next."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("stage", "state", "time", "memory"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("numbers, before → after", overflow="fold")
+    judged: dict[str, float] = {}  # what each stage came to by the judge
+    for plan in plans:
+        record = plan.record if plan.stands else {}
+        metrics = record.get("metrics", {})
+        changes = _changes(plan, run, metrics, judged.get(plan.init)) if metrics else []
+        if isinstance(metrics.get("judge_mean"), (int, float)):
+            judged[plan.name] = metrics["judge_mean"]
+        about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
+        if plan.state == "done" and record.get("gates_ignored"):
+            about = "\n".join([*changes, escape(plan.reason)])
+        wall_s, peak = record.get("wall_s"), record.get("peak_memory_bytes")
+        table.add_row(
+            plan.name,
+            f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]",
+            "" if wall_s is None else duration(wall_s),
+            "" if not peak else memory(peak),
+            about,
+        )
+    console.print(table)
+    console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
+    for command, does in _next(run, plans):
+        console.print(Text.assemble("  ", command, (f"  # {does}", "dim")), soft_wrap=True)
+
+
+def _changes(plan: StagePlan, run: Path, metrics: dict[str, Any], judged: float | None) -> list[str]:
+    """The numbers that tell what a stage did.
+
+    Of what it logged along the way the means at both ends; of what the judge found, its start's and its own; of the
+    rest, the final number alone.
+    """
+    logged: dict[str, list[float]] = {name: [] for name in CHANGES[plan.kind]}
+    for row in jsonl.rows(run / plan.name / "metrics.jsonl"):
+        for name, values in logged.items():
+            if isinstance(row.get(name), (int, float)):
+                values.append(row[name])
+    said = []
+    for name, values in logged.items():
+        before, after = None, metrics.get(name)
+        if name == "judge_mean":
+            before = judged
+        elif len(values) > 1:
+            before, last = ends(values)
+            after = after if "kl_budget/best_step" in metrics else last  # what was put back is not what came last
+        if isinstance(after, (int, float)):
+            said.append(f"{name} " + ("" if before is None else f"{before:.3g} → ") + f"{after:.3g}")
+    return said
+
+
+def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
+    """The commands that make sense for what a run has made, each with what it does."""
+    done = [plan for plan in plans if plan.state == "done"]
+    policies = [plan.name for plan in done if plan.kind != "reward"]
+    short = min(str(run), os.path.relpath(run), key=len)
+    path = shlex.quote(short)
+    commands = []
+    if policies:
+        commands += [(f"chat {path}", "talk to the model"), (f"compare {path}", "its stages side by side")]
+    if done:
+        commands.append((f"report {path} --open", "curves and samples"))
+    if policies:
+        out = shlex.quote(f"{run.name}-{policies[-1]}")
+        commands.append((f"export {path} {policies[-1]} {out}", "for other tools"))
+    widest = max((len(command) for command, _ in commands), default=0)
+    return [(f"rlhf-pipeline {command:<{widest}}", does) for command, does in commands]
+
+
+def intentions(
+    plans: list[StagePlan],
+    chosen: list[StagePlan],
+    shapes: dict[str, list[dict[str, str | None]]],
+    remote_code: str | None,
+    console: Console,
+) -> None:
+    """Print what a run would do and why, and how its data are read.
+
+    Args:
+        plans: every stage.
+        chosen: those that would run.
+        shapes: from `plan.shapes`.
+        remote_code: the model whose own code would be run; None where none would.
+        console: where to.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("stage", "kind", "from", "state", "will run", "why"):
+        table.add_column(column, overflow="fold")
+    names = {plan.name for plan in chosen}
+    for plan in plans:
+        start = plan.init + (f" + {plan.reward}" if plan.reward else "")
+        state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
+        table.add_row(plan.name, plan.kind, start, state, "yes" if plan.name in names else "no", escape(plan.reason))
+    console.print(table)
+    console.print()
+    read = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    read.add_column("stage", no_wrap=True)
+    for column in ("data", "read as"):
+        read.add_column(column, overflow="fold")
+    for plan in plans:
+        for source in shapes[plan.name]:
+            key = "" if source["key"] == "data" else f"{source['key']}: "
+            path = str(source["path"])
+            known = source["shape"] or "what its columns say, once it is downloaded"
+            read.add_row(
+                plan.name, escape(key + (Path(path).name if Path(path).is_absolute() else path)), escape(known)
+            )
+    console.print(read)
+    if remote_code:
+        console.print(
+            f"trust_remote_code: code that comes with {remote_code} will be run", style="bold", soft_wrap=True
+        )
+
+
+def _numbers(kind: str, metrics: dict[str, Any]) -> str:
+    known = [(name, metrics[name]) for name in KEY_METRICS[kind] if isinstance(metrics.get(name), (int, float))]
+    return "  ".join(f"{name} {value:.3g}" for name, value in known[:3])

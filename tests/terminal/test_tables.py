@@ -1,0 +1,212 @@
+"""Stages as tables for people and as JSON for programs."""
+
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from rlhf_pipeline import cli
+from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.rundir.words import duration
+from rlhf_pipeline.terminal import tables
+
+
+def stage(name: str, state: str = "done", **changes: object) -> StagePlan:
+    record = {"wall_s": 12.4, "peak_memory_bytes": 10, "artifact": f"{name}/adapter", "log": f"{name}/log.txt"}
+    record = changes.pop("record", record)
+    record["metrics"] = changes.pop("metrics", {})
+    settings = {"reason": "up to date", "init": "base", "reward": None, "inputs": {"seed": 1}, "fingerprint": "f0"}
+    settings |= {"kind": name, "judging": None, "record": record} | changes
+    return StagePlan(name=name, state=state, **settings)
+
+
+def printed(show, *arguments: object, width: int = 120) -> str:
+    output = io.StringIO()
+    show(*arguments, Console(file=output, width=width))
+    return output.getvalue()
+
+
+def test_results_show_state_time_and_the_numbers_that_matter_for_the_kind():
+    text = printed(
+        tables.results,
+        Path("runs/t"),
+        [
+            stage("sft", metrics={"judge_mean": 0.51234, "train_loss": 1.5, "grad_norm": 9.0}),
+            stage("reward", metrics={"eval_accuracy": 0.75, "eval_margin": None}),
+        ],
+    )
+    lines = text.splitlines()
+    assert lines[0].split() == ["stage", "state", "time", "numbers"]
+    assert lines[1].split() == ["sft", "done", "12", "s", "train_loss", "1.5", "judge_mean", "0.512"]
+    assert lines[2].split() == ["reward", "done", "12", "s", "eval_accuracy", "0.75"]
+    assert lines[3] == "run directory: runs/t"
+
+
+@pytest.mark.parametrize("state", ["stale", "failed", "missing", "blocked", "running", "partial"])
+def test_results_show_the_reason_where_a_stage_is_not_done(state):
+    text = printed(tables.results, Path("r"), [stage("dpo", state, reason="because", metrics={"judge_mean": 0.9})])
+    assert state in text
+    assert "because" in text
+    assert "0.9" not in text
+
+
+NO_DATA: dict[str, list] = {"sft": [], "ppo": [], "dpo": []}
+
+
+def test_intentions_say_what_the_data_are_read_as():
+    says = "prompt/completion: text and the reply"
+    sources = [
+        {"key": "data", "path": "/data/a[1].jsonl", "shape": says},
+        {"key": "data.eval_data", "path": "someone/questions", "shape": None},
+    ]
+    lines = [
+        line.rstrip()
+        for line in printed(tables.intentions, [stage("sft")], [], {"sft": sources}, None, width=160).splitlines()
+    ]
+    assert lines[-2].split(maxsplit=2) == ["sft", "a[1].jsonl", says]
+    assert lines[-1].split(maxsplit=3)[:3] == ["sft", "data.eval_data:", "someone/questions"]
+    assert "once it is downloaded" in lines[-1]
+
+
+def test_intentions_show_what_will_run_from_where_and_why():
+    ppo = stage("ppo", "stale", init="sft", reward="reward", reason="trainer.kl_coef 0.1 → 0.2")
+    lines = printed(tables.intentions, [stage("sft"), ppo], [ppo], NO_DATA, None).splitlines()
+    assert lines[1].split() == ["sft", "sft", "base", "done", "no", "up", "to", "date"]
+    assert lines[2].split()[:7] == ["ppo", "ppo", "sft", "+", "reward", "stale", "yes"]
+    assert lines[2].endswith("trainer.kl_coef 0.1 → 0.2")
+
+
+def test_intentions_name_the_model_whose_own_code_would_run():
+    assert "code that comes with a/model will be run" in printed(
+        tables.intentions, [stage("sft")], [], NO_DATA, "a/model"
+    )
+    assert "will be run" not in printed(tables.intentions, [stage("sft")], [], NO_DATA, None)
+
+
+def test_a_gate_that_was_ignored_is_not_passed_over_in_silence():
+    done = stage("reward", metrics={"eval_accuracy": 0.75}, reason="gates ignored: eval_accuracy is 0.75, not >= 0.9")
+    assert "gates ignored" not in printed(tables.results, Path("r"), [done])
+    done.record["gates_ignored"] = {"eval_accuracy": ">= 0.9"}
+    assert done.reason in printed(tables.results, Path("r"), [done])
+
+
+def test_a_stage_whose_gate_is_closed_keeps_its_numbers_in_json():
+    closed = stage("reward", "failed", metrics={"eval_accuracy": 0.75}, stands=True)
+    assert closed.summary()["metrics"] == {"eval_accuracy": 0.75}
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is():
+    """A reason quotes recipes and errors; its brackets are text, not styling."""
+    reason = "trainer.loss_type [sigmoid] → [ipo]"
+    assert reason in printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [], NO_DATA, None)
+    assert reason in printed(tables.results, Path("r"), [stage("dpo", "stale", reason=reason)])
+
+
+def test_a_narrow_terminal_loses_no_word():
+    reason = "trainer.learning_rate 0.001 → 0.002; trainer.max_steps default → 5"
+    text = printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [], NO_DATA, None, width=60)
+    assert "…" not in text
+    assert "".join(text.split()).find("0.002;") > 0
+
+
+def test_the_json_object_holds_every_stage_and_nothing_internal():
+    shown = tables.as_json(Path("runs/t"), [stage("sft", metrics={"train_loss": 1.5}), stage("dpo", "failed")])
+    assert json.loads(json.dumps(shown)) == shown
+    assert shown["run"] == "runs/t"
+    done, failed = shown["stages"]
+    assert done["name"] == "sft"
+    assert (done["state"], done["wall_s"], done["metrics"], done["artifact"]) == (
+        "done",
+        12.4,
+        {"train_loss": 1.5},
+        "sft/adapter",
+    )
+    assert (failed["state"], failed["wall_s"], failed["metrics"], failed["artifact"]) == ("failed", None, {}, None)
+    assert failed["log"] == "dpo/log.txt"
+    assert not {"inputs", "record", "judging"} & set(done)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (16.3, "16 s"), (59.6, "1 min"), (200, "3 min 20 s"), (4320, "1 h 12 min"), (93600, "1 d 2 h")],
+)
+def test_times_are_said_as_people_do(seconds, said):
+    assert duration(seconds) == said
+
+
+def made(run: Path, name: str, rows: list[dict], **changes: object) -> StagePlan:
+    """A finished stage with what it logged."""
+    (run / name).mkdir(parents=True)
+    (run / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = stage(name, stands=True, **changes)
+    plan.record |= {"wall_s": 4320.0, "peak_memory_bytes": 3 * 2**29}
+    return plan
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> list[StagePlan]:
+    run = tmp_path / "my run"
+    judged = {"step": 0, "gold/judge_mean": 0.5}
+    ppo = [judged, *({"step": i, "objective/scores": 1.0 + i % 2 + i // 20} for i in range(40))]
+    return [
+        made(run, "sft", [{"loss": 2.5}, {"loss": 0.9}], metrics={"loss": 0.61, "judge_mean": 0.54, "lr": 0.1}),
+        made(run, "reward", [{"accuracy": 0.5}], metrics={"accuracy": 0.5, "eval_accuracy": 0.87}, init="sft"),
+        made(run, "ppo", ppo, metrics={"objective/scores": 3.5, "judge_mean": 0.97}, init="sft", reward="reward"),
+        stage("dpo", "missing", reason="has not run yet", record={}),
+    ]
+
+
+def test_the_end_of_a_run_tells_what_each_stage_changed(plans, tmp_path):
+    """Of what was logged, the means over a twentieth at both ends; of the judge, what it said of the start and now."""
+    lines = [line.split() for line in printed(tables.finished, tmp_path / "my run", plans).splitlines()]
+    assert lines[1] == ["sft", "done", "1", "h", "12", "min", "1.5", "GiB", "loss", "2.5", "→", "0.9"]
+    assert lines[2] == ["judge_mean", "0.54"]
+    assert lines[3][:8] == ["reward", "done", "1", "h", "12", "min", "1.5", "GiB"]
+    assert lines[3][8:] == ["accuracy", "0.5"]  # once: nothing has changed
+    assert lines[4] == ["eval_accuracy", "0.87"]
+    assert lines[5][-4:] == ["objective/scores", "1.5", "→", "2.5"]
+    assert lines[6] == ["judge_mean", "0.54", "→", "0.97"]
+    assert lines[7] == ["dpo", "missing", "has", "not", "run", "yet"]
+
+
+def test_what_a_kl_budget_put_back_counts_and_not_what_came_last(plans, tmp_path):
+    plans[2].record["metrics"]["kl_budget/best_step"] = 3
+    assert "objective/scores 1.5 → 3.5" in printed(tables.finished, tmp_path / "my run", plans)
+
+
+def test_the_end_of_a_run_names_commands_that_make_sense(plans, tmp_path, monkeypatch):
+    """With a path that can be pasted into a shell; the last stage that made a policy is the one to export."""
+
+    def commands(some: list[StagePlan], run: Path = tmp_path / "my run") -> list[str]:
+        text = printed(tables.finished, run, some, width=60)
+        return [re.split(r"\s+#", line)[0].strip() for line in text.splitlines() if "rlhf-pipeline " in line]
+
+    monkeypatch.chdir(tmp_path)
+    assert commands(plans) == [
+        "rlhf-pipeline chat 'my run'",
+        "rlhf-pipeline compare 'my run'",
+        "rlhf-pipeline report 'my run' --open",
+        "rlhf-pipeline export 'my run' ppo 'my run-ppo'",
+    ]
+    assert commands([plans[1]]) == ["rlhf-pipeline report 'my run' --open"]
+    assert commands([plans[3]]) == []
+    elsewhere = Path("/r")
+    assert commands(plans, elsewhere)[0] == "rlhf-pipeline chat /r"  # shorter than the way there from here
+
+
+def test_the_end_of_a_run_shows_gates_that_were_ignored_and_reasons(plans, tmp_path):
+    plans[1].record["gates_ignored"] = {"eval_accuracy": ">= 0.9"}
+    plans[1].reason = "gates ignored: eval_accuracy is [0.87]"
+    assert plans[1].reason in printed(tables.finished, tmp_path / "my run", plans)
+
+
+def test_the_commands_that_are_named_exist(plans, tmp_path):
+    text = printed(tables.finished, tmp_path / "my run", plans)
+    group = typer.main.get_command(cli.app)
+    for name, arguments in re.findall(r"rlhf-pipeline (\w+) (.*?)\s+#", text):
+        group.commands[name].make_context(name, shlex.split(arguments))

@@ -1,0 +1,274 @@
+"""`score`: the numbers that the reward model itself gives, for rows of every shape, in their order."""
+
+import csv
+import gzip
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_pipeline import cli
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.data import prepare
+from rlhf_pipeline.recipe.schema import Data
+from rlhf_pipeline.use import score as scoring
+
+PROMPT, GOOD, BAD = "Q: How does a frog sound?\nA:", " It is croak. Thank you for asking!", " Ugh. No idea."
+TURNS = [{"role": "user", "content": "How does a frog sound?"}]
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path) -> Path:
+    """A run of one's own, without its data."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
+def load_once(monkeypatch, load_staged) -> None:
+    """Have the tests of this file share one base with its adapters, which are the same in every copy of the run."""
+    monkeypatch.setattr(scoring, "StagedBase", load_staged)
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch, capfd, load_once) -> Callable[..., tuple[int, list[dict[str, Any]], str]]:
+    """The command itself; returns its exit code, the lines on standard output, and what it said."""
+
+    def command(*arguments: str | Path) -> tuple[int, list[dict[str, Any]], str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["rlhf-pipeline", "score", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capfd.readouterr()
+        return code, [json.loads(line) for line in said.out.splitlines()], said.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def by_transformers(tiny_run) -> Callable[[list[int]], float]:
+    """The reward model as Transformers and PEFT load it: the score of one row of tokens."""
+    base = AutoModelForSequenceClassification.from_pretrained(recipes.TINY / "checkpoint", num_labels=1)
+    model = PeftModel.from_pretrained(base.float(), str(tiny_run / "reward" / "adapter")).eval()
+
+    def of_tokens(ids: list[int]) -> float:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids])).logits.item()
+
+    return of_tokens
+
+
+@pytest.fixture(scope="module")
+def by_text(tiny_run, by_transformers) -> Callable[[str, str], float]:
+    """The same of a text prompt and a reply."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "reward" / "adapter")
+
+    def of_text(prompt: str, reply: str) -> float:
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, reply)]
+        return by_transformers([*ids[0], *ids[1], tokenizer.eos_token_id])
+
+    return of_text
+
+
+def write(file: Path, *rows: dict[str, Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_scores_are_those_of_the_trained_model_on_the_rows_of_training(
+    run, tiny_run, score, tmp_path, by_transformers, tokenizer, monkeypatch
+):
+    """On the very tokens that the reward trainer gets; in order, whatever the batches."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = tiny_run.parent.parent / "preferences.jsonl"
+    code, lines, said = score(run, file, "--batch-size", "7")
+    assert code == 0, said
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["row"], line["prompt"], line["chosen"], line["rejected"]) for line in lines] == [
+        (number, row["prompt"], row["chosen"], row["rejected"]) for number, row in enumerate(rows, 1)
+    ]
+    trained = prepare.whole_preferences(Data(path=str(file), chat=False), tokenizer, seed=0).train
+    expected = [(by_transformers(row["chosen_ids"]), by_transformers(row["rejected_ids"])) for row in trained]
+    found = [(line["chosen_score"], line["rejected_score"]) for line in lines]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-5)
+    assert len({score for pair in found for score in pair}) > len(rows) / 2
+    assert all(line["margin"] == line["chosen_score"] - line["rejected_score"] for line in lines)
+    accuracy = sum(chosen > rejected for chosen, rejected in expected) / len(expected)
+    assert f"{len(rows)} rows" in said and f"accuracy {accuracy:.4g}" in said
+
+
+def test_scores_are_those_that_ppo_wrote(run, score, tmp_path):
+    """Of its samples that ended; they keep their order, and their old scores beside them do not matter."""
+    samples = [json.loads(line) for line in (run / "ppo" / "samples.jsonl").read_text().splitlines()]
+    samples = [row for row in samples if row.get("ended")]
+    assert len(samples) >= 3
+    _, lines, said = score(run, write(tmp_path / "samples.jsonl", *samples))
+    assert [line["completion"] for line in lines] == [row["completion"] for row in samples], said
+    for line, row in zip(lines, samples, strict=True):
+        assert line["score"] == pytest.approx(row["score"], abs=1e-4)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "prompt and completion": {"prompt": PROMPT, "completion": GOOD},
+    "with a label that says nothing here": {"prompt": PROMPT, "completion": GOOD, "label": "biology"},
+    "with a bad label": {"prompt": PROMPT, "response": GOOD, "label": False},
+    "with a score": {"question": PROMPT, "answer": GOOD, "score": None},
+}
+
+
+@pytest.mark.parametrize("row", SHAPES.values(), ids=SHAPES.keys())
+def test_a_reply_in_a_row_is_one_line(row, run, score, tmp_path, by_text):
+    code, lines, said = score(run, write(tmp_path / "rows.jsonl", row))
+    assert code == 0, said
+    (line,) = lines
+    assert line == {"row": 1, "prompt": PROMPT, "completion": GOOD, "score": line["score"]}
+    assert line["score"] == pytest.approx(by_text(PROMPT, GOOD), abs=1e-5)
+
+
+def test_conversations_go_through_the_chat_template(run, score, tmp_path, by_text):
+    written = [{"messages": [*TURNS, {"role": "assistant", "content": GOOD}]}]
+    _, (line,), _ = score(run, write(tmp_path / "rows.jsonl", *written))
+    assert (line["prompt"], line["completion"]) == (TURNS, GOOD)
+    rendered = f"<|user|>{TURNS[0]['content']}<|assistant|>"
+    assert line["score"] == pytest.approx(by_text(rendered, GOOD), abs=1e-5)
+
+
+def test_text_is_a_users_turn_where_it_was_in_training(run, score, tmp_path, by_text):
+    """Here the rows of training say so, which are conversations."""
+    turns = [*TURNS, {"role": "assistant", "content": GOOD}]
+    data = write(tmp_path / "training.jsonl", {"chosen": turns, "rejected": [*TURNS, turns[1] | {"content": BAD}]})
+    loaded = recipes.of_run(run)
+    loaded.stages["reward"].data = Data(path=str(data))
+    (run / "recipe.yaml").write_text(recipes.to_yaml(loaded))
+    _, (line,), _ = score(run, write(tmp_path / "rows.jsonl", {"prompt": TURNS[0]["content"], "completion": GOOD}))
+    assert line["prompt"] == TURNS
+    rendered = f"<|user|>{TURNS[0]['content']}<|assistant|>"
+    assert line["score"] == pytest.approx(by_text(rendered, GOOD), abs=1e-5)
+
+
+def test_a_ranking_is_its_pairs(run, score, tmp_path, by_text):
+    middle = " Not sure."
+    rows = [{"prompt": PROMPT, "replies": [GOOD, middle, BAD]}, {"prompt": PROMPT, "replies": [BAD, GOOD]}]
+    _, lines, said = score(run, write(tmp_path / "rows.jsonl", *rows))
+    pairs = [(GOOD, middle), (GOOD, BAD), (middle, BAD), (BAD, GOOD)]
+    assert [(line["row"], line["chosen"], line["rejected"]) for line in lines] == [
+        (number, *pair) for number, pair in zip((1, 1, 1, 2), pairs, strict=True)
+    ]
+    for line in lines:
+        assert line["chosen_score"] == pytest.approx(by_text(PROMPT, line["chosen"]), abs=1e-5)
+    assert said.splitlines()[-1].startswith("2 rows") and "of 4 pairs" in said
+
+
+def test_every_type_of_file_and_columns_of_other_names(run, score, tmp_path, by_text):
+    rows = [{"q": PROMPT, "a": reply} for reply in (GOOD, BAD, GOOD)]
+    data = tmp_path / "data"
+    data.mkdir()
+    with gzip.open(data / "1.jsonl.gz", "wt") as file:
+        file.write(json.dumps(rows[0]))
+    with (data / "2.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["q", "a"], [PROMPT, BAD]])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[2:]), data / "3.parquet")
+    code, lines, said = score(run, data, "--columns", "prompt=q,completion=a", "-o", "scores.jsonl")
+    assert (code, lines) == (0, []), said
+    written = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in written] == [1, 2, 3]
+    expected = [by_text(PROMPT, row["a"]) for row in rows]
+    assert [line["score"] for line in written] == pytest.approx(expected, abs=1e-5)
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_nothing_is_cut(run, score, tmp_path, by_text):
+    """Not to the lengths of training; what is over the model's context has no score, and is counted."""
+    loaded = recipes.of_run(run)
+    data = loaded.stages["reward"].data
+    data.max_prompt_length, data.max_completion_length = 3, 2
+    (run / "recipe.yaml").write_text(recipes.to_yaml(loaded))
+    rows = [{"prompt": PROMPT, "completion": reply} for reply in (GOOD, " croak" * 3000, BAD)]
+    code, lines, said = score(run, write(tmp_path / "rows.jsonl", *rows))
+    assert code == 0
+    assert lines[0]["score"] == pytest.approx(by_text(PROMPT, GOOD), abs=1e-5)
+    assert lines[1]["score"] is None and lines[1]["completion"] == rows[1]["completion"]
+    assert lines[2]["score"] == pytest.approx(by_text(PROMPT, BAD), abs=1e-5)
+    assert "1 replies have no score" in said and "2048 tokens" in said
+
+
+def test_a_bad_row_is_named_and_leaves_no_file(run, score, tmp_path):
+    bad = [{"prompt": PROMPT, "completion": GOOD}, {"prompt": PROMPT, "completion": None}]
+    write(tmp_path / "bad.jsonl", *bad)
+    code, _, said = score(run, "bad.jsonl", "-o", "scores.jsonl")
+    assert code == 2
+    assert "bad.jsonl: row 2: `completion` is missing" in said
+    assert "--columns" in said
+    (tmp_path / "broken.jsonl").write_text(json.dumps(bad[0]) + "\n{")
+    code, _, said = score(run, "broken.jsonl", "-o", "scores.jsonl")
+    assert code == 2 and "broken.jsonl:2: this line is not JSON" in said
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(run, score, tmp_path):
+    refused = [{"role": "system", "content": "a"}, *TURNS, {"role": "assistant", "content": GOOD}]
+    template = run / "reward" / "adapter" / "chat_template.jinja"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}User:")
+    rows = [{"messages": refused[1:]}, {"messages": refused}]
+    code, _, said = score(run, write(tmp_path / "rows.jsonl", *rows))
+    assert code == 2
+    assert "rows.jsonl: row 2: " in said and "no system" in said
+
+
+def test_rows_are_not_held_in_memory(run, score, tmp_path, monkeypatch):
+    """The first ones are written before the last ones are read."""
+    monkeypatch.setattr(scoring, "BATCHES_AT_ONCE", 1)
+    rows = [{"prompt": PROMPT, "completion": GOOD}] * 400
+    write(tmp_path / "rows.jsonl", *rows)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("{")
+    code, lines, _ = score(run, "rows.jsonl")
+    assert (code, len(lines)) == (2, 400)
+
+
+def forget(run: Path) -> None:
+    (run / "reward" / "adapter" / "adapter_model.safetensors").unlink()
+
+
+def lose_model(run: Path) -> None:
+    loaded = recipes.of_run(run)
+    loaded.model.path = "/nowhere/model"
+    (run / "recipe.yaml").write_text(recipes.to_yaml(loaded))
+
+
+WRONG: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
+    "no such stage": (["--stage", "gone"], lambda _: None, "there is no stage `gone`\nhint: stages with a reward"),
+    "another kind": (["--stage", "ppo"], lambda _: None, "`ppo` is a ppo stage\nhint: stages with a reward model: rew"),
+    "not done": (["--stage", "reward"], forget, "stage `reward` is not done"),
+    "none done": ([], forget, "no stage with a reward model is done"),
+    "no model": ([], lose_model, "model.path: /nowhere/model: this is neither a model folder"),
+    "no columns": (["--columns", "prompt"], lambda _: None, "--columns: `prompt` names no columns"),
+    "the file itself": (["-o", "rows.jsonl"], lambda _: None, "this is the file that is read"),
+    "a folder": (["-o", "."], lambda _: None, "--out .: this is a folder"),
+    "no folder": (["-o", "no/scores.jsonl"], lambda _: None, "there is no folder no"),
+}
+
+
+@pytest.mark.parametrize(("options", "spoil", "expected"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_said_in_one_error(options, spoil, expected, run, score, tmp_path):
+    spoil(run)
+    write(tmp_path / "rows.jsonl", {"prompt": PROMPT, "completion": GOOD})
+    code, lines, said = score(run, "rows.jsonl", *options)
+    assert (code, lines) == (2, [])
+    assert expected in said and said.count("error:") == 1 and "Traceback" not in said
+
+
+def test_rows_without_replies_are_refused(run, score, tmp_path):
+    code, _, said = score(run, write(tmp_path / "rows.jsonl", {"prompt": PROMPT}))
+    assert code == 2 and "the columns (prompt) hold no replies" in said
