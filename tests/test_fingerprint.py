@@ -112,8 +112,8 @@ class TestMemory:
             for j in range(20):
                 (tmp_path / f"{i}-{j}.jsonl").write_text(f"{i} {j}")
         program = (
-            "import sys, time\nfrom rlhf_pipeline import digests\nfrom rlhf_pipeline.recipe.schema import Data\n"
-            "digests.SETTLED_S = -1\nfound = digests.Digests()\n"
+            "import sys, time\nfrom rlhf_pipeline import fingerprint\nfrom rlhf_pipeline.recipe.schema import Data\n"
+            "fingerprint.SETTLED_S = -1\nfound = fingerprint.Digests()\n"
             "for j in range(20): found.of_data(Data(path=f'{sys.argv[1]}-{j}.jsonl'))\n"
         )
         running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / str(i))]) for i in range(8)]

@@ -175,7 +175,7 @@ def test_the_same_run_gives_the_same_page(made_up, written, tmp_path):
 
 def test_no_torch():
     code = (
-        "import sys; from rlhf_pipeline.reporting import report;"
+        "import sys; from rlhf_pipeline import report;"
         "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -25,7 +25,7 @@ HOLD = """
 import errno, fcntl, json, socket, sys
 from pathlib import Path
 from rlhf_pipeline.errors import RunError
-from rlhf_pipeline.run import lock
+from rlhf_pipeline.rundir import lock
 
 settings = json.loads(sys.argv[2])
 if "host" in settings:
