@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.data.shapes import Wanted, recognise
 from rlhf_pipeline.errors import InputError, InputErrors
@@ -17,10 +18,6 @@ from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
 
-# What each kind of stage reads.
-NEEDS: dict[str, Wanted] = {
-    "sft": "demonstrations", "reward": "preferences", "ppo": "prompts", "dpo": "preferences",
-}  # fmt: skip
 State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
 # With another version of these a stage may come out otherwise: any other of TRL, whose minor version is fixed, another
@@ -157,7 +154,7 @@ def judging_inputs(recipe: Recipe, kind: str, digests: Digests) -> dict[str, Any
 
     Apart from the other inputs: when only these change, a stage is judged again, not trained again.
     """
-    if recipe.evaluate is None or kind == "reward":
+    if recipe.evaluate is None or not kinds.get(kind).is_policy:
         return None
     settings = recipe.evaluate.model_dump(exclude={"data", "batch_size", "along"})
     settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
@@ -194,11 +191,14 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
     problems: list[InputError] = []
     for name, stage in recipe.stages.items():
         used: list[tuple[str, Wanted, Data, Source]]
-        used = [("data", NEEDS[stage.kind], stage.data, source) for source in stage.data.sources]
+        used = [("data", stage.facts.reads, stage.data, source) for source in stage.data.sources]
         if stage.data.eval_data:
-            used.append(("data.eval_data", NEEDS[stage.kind], stage.data, stage.data.eval_data))
+            used.append(("data.eval_data", stage.facts.reads, stage.data, stage.data.eval_data))
         if stage.ptx_data:
-            used += [("ptx_data", "demonstrations", stage.ptx_data, source) for source in stage.ptx_data.sources]
+            used += [
+                ("ptx_data", stage.facts.further_data["ptx_data"], stage.ptx_data, source)
+                for source in stage.ptx_data.sources
+            ]
         found[name] = []
         for key, wanted, data, source in used:
             try:

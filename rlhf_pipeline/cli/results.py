@@ -170,7 +170,7 @@ def chat(
 
     directory = recipes.run_directory(run)
     loaded = recipes.of_run(directory)
-    chosen = finished.choose(directory, loaded, finished.POLICIES, stage)
+    chosen = finished.choose(directory, loaded, "policy", stage)
     with quiet_libraries():
         import torch
 
@@ -216,7 +216,7 @@ def score(
 
     directory = recipes.run_directory(run)
     loaded = recipes.of_run(directory)
-    chosen = finished.choose(directory, loaded, ["reward"], stage)
+    chosen = finished.choose(directory, loaded, "reward", stage)
     with quiet_libraries():
         from rlhf_pipeline.use import score
 

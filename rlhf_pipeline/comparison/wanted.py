@@ -53,14 +53,16 @@ def cast(recipe: Recipe, made: list[str]) -> Cast:
     KL is taken from where PPO takes it, which is the `init` of the first PPO stage; without one, of the first DPO
     stage. The reward is the one that PPO learns from, else the last one.
     """
-    ppo, dpo = ([stage for stage in recipe.stages.values() if stage.kind == kind] for kind in ("ppo", "dpo"))
-    init = next((stage.init for stage in (*ppo, *dpo)), None)
-    rewards = [name for name in made if recipe.stages[name].kind == "reward"]
-    of_ppo = [stage.reward for stage in ppo if stage.reward in rewards]
+    kind_of = {name: stage.facts for name, stage in recipe.stages.items()}
+    referred = [name for name in recipe.stages if kind_of[name].keeps_reference]
+    sampling = [name for name in referred if kind_of[name].samples]
+    init = next((recipe.stages[name].init for name in (*sampling, *referred)), None)
+    rewards = [name for name in made if kind_of[name].makes == "reward"]
+    learned_from = [recipe.stages[name].reward for name in sampling if recipe.stages[name].reward in rewards]
     return Cast(
         [BASE, *(name for name in made if name not in rewards)],
         init if init in made else BASE,
-        next(iter(of_ppo), rewards[-1] if rewards else None),
+        next(iter(learned_from), rewards[-1] if rewards else None),
     )
 
 
@@ -72,11 +74,11 @@ def default_settings(recipe: Recipe) -> dict[str, Any]:
         read.
     """
     evaluate = recipe.evaluate
-    ppo = next((stage.trainer for stage in recipe.stages.values() if stage.kind == "ppo"), None)
+    sampling = next((stage.trainer for stage in recipe.stages.values() if stage.facts.samples), None)
     if evaluate:
         n, temperature, longest = min(evaluate.n, MOST_PROMPTS), evaluate.temperature, evaluate.max_new_tokens
-    elif ppo is not None:  # the defaults are TRL's
-        n, temperature, longest = MOST_PROMPTS, ppo.get("temperature", 0.7), ppo.get("response_length", 53)
+    elif sampling is not None:  # the defaults are TRL's
+        n, temperature, longest = MOST_PROMPTS, sampling.get("temperature", 0.7), sampling.get("response_length", 53)
     else:
         n, temperature, longest = MOST_PROMPTS, 0.7, 128
     name, data = default_data(recipe)
@@ -114,8 +116,13 @@ def default_data(recipe: Recipe) -> tuple[str, Data]:
     """
     if recipe.evaluate:
         return "evaluate.data", recipe.evaluate.data
-    order = {kind: i for i, kind in enumerate(("ppo", "dpo", "sft", "reward"))}
-    name = min(recipe.stages, key=lambda name: order[recipe.stages[name].kind])
+    kind_of = {name: stage.facts for name, stage in recipe.stages.items()}
+
+    def order(name: str) -> tuple[bool, bool, bool]:
+        kind = kind_of[name]
+        return not kind.samples, not kind.keeps_reference, not kind.is_policy
+
+    name = min(recipe.stages, key=order)
     return f"{name}.data", recipe.stages[name].data
 
 

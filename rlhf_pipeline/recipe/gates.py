@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 
@@ -19,15 +20,6 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }  # fmt: skip
 CONDITION = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.ASCII)
 
-# What TRL's trainers log as means over batches; in evaluation with `eval_` before it.
-OF_BATCHES = {
-    "sft": {"entropy", "mean_token_accuracy", "num_tokens"},
-    "reward": {"accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens"},
-    "dpo": {
-        "entropy", "mean_token_accuracy", "num_tokens", "logits/chosen", "logits/rejected", "logps/chosen",
-        "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    },
-}  # fmt: skip
 OF_STEPS = {"loss", "grad_norm", "learning_rate"}
 OF_MEMORY = {
     "before_init_mem_*", "init_mem_*_alloc_delta", "init_mem_*_peaked_delta", "train_mem_*_alloc_delta",
@@ -154,17 +146,19 @@ def possible_metrics(recipe: Recipe, name: str) -> set[str]:
 def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
     stage = recipe.stages[name]
     held_out = stage.data.holds_out
-    certain, possible = _of_ppo(stage, held_out) if stage.kind == "ppo" else _of_trl(stage, held_out)
-    return certain | ({"judge_mean"} if recipe.evaluate and stage.kind != "reward" else set()), possible
+    certain, possible = _of_ppo(stage, held_out) if stage.facts.own_loop else _of_trl(stage, held_out)
+    judged = recipe.evaluate and stage.facts.is_policy
+    return certain | ({kinds.JUDGED} if judged else set()), possible
 
 
 def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     """The metrics of TRL's SFT, reward and DPO trainers: those that are certain, and those that are possible."""
+    kind = stage.facts
     given, certain, possible = stage.trainer, {"train_loss"}, set()
-    batches = set(OF_BATCHES[stage.kind])
-    if given.get("use_liger_kernel") and stage.kind != "reward":  # it never has the logits that these come from
+    batches = set(kind.batch_metrics)
+    if given.get("use_liger_kernel") and kind.is_policy:  # it never has the logits that these come from
         batches -= {"entropy", "mean_token_accuracy"}
-        if stage.kind == "sft":  # the kernel may count it
+        if kind.reads == "demonstrations":  # the kernel may count it
             possible |= {"mean_token_accuracy"} | ({"eval_mean_token_accuracy"} if held_out else set())
     logs = _logs_steps(given)
     if logs is not False:
@@ -175,9 +169,9 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     (possible if lost else certain).update(batches)
     if held_out:
         certain |= {"eval_loss"} | {f"eval_{metric}" for metric in batches}
-    if stage.kind != "reward" and given.get("router_aux_loss_coef") != 0:  # mixtures of experts have it
+    if kind.is_policy and given.get("router_aux_loss_coef") != 0:  # mixtures of experts have it
         possible |= {"aux_loss"} | ({"eval_aux_loss"} if held_out else set())
-    if stage.kind != "sft":
+    if kind.reads == "preferences":
         certain.add("dropped_pairs")
     if given.get("include_num_input_tokens_seen", "no") not in ("no", False):
         certain.add("num_input_tokens_seen")
@@ -235,7 +229,7 @@ def _hint(recipe: Recipe, name: str, metric: str) -> str:
     stage = recipe.stages[name]
     here = f"stages.{name}"
     needs: dict[str, str | None] = {}
-    if stage.kind == "ppo":
+    if stage.facts.own_loop:
         needs.update(dict.fromkeys(OF_KL_BUDGET, f"a budget: set `kl_budget` in {here}.trainer"))
         needs["loss/ptx"] = f"demonstrations: set `ptx_data` in {here} and `ptx_coef` in {here}.trainer"
         need = f"held-out prompts: set `eval_fraction` in {here}.data and `eval_steps` in {here}.trainer"
@@ -243,8 +237,8 @@ def _hint(recipe: Recipe, name: str, metric: str) -> str:
     else:
         certain, possible = _of_trl(stage, held_out=True)
         needs.update(dict.fromkeys(certain | possible, f"held-out rows: set `eval_fraction` in {here}.data"))
-    if stage.kind != "reward":
-        needs["judge_mean"] = "a judge: set `evaluate` at the top of the recipe"
+    if stage.facts.is_policy:
+        needs[kinds.JUDGED] = "a judge: set `evaluate` at the top of the recipe"
     needs.update(dict.fromkeys(known_metrics(recipe, name) | possible_metrics(recipe, name)))
     near = difflib.get_close_matches(metric, sorted(needs), n=1)
     if not near:

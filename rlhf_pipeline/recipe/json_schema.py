@@ -8,8 +8,9 @@ here imports torch. The draft is 7, which editors know best. It describes a reci
 import re
 from typing import Any
 
+from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys
-from rlhf_pipeline.recipe.schema import BASE, KINDS, Recipe, Stage
+from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 
 # Text that stands for a number or another value: with a variable in it, or a number with underscores.
 STANDS_FOR_VALUE = r"\$\{|^[-+]?\d[\d.]*_[\d_.eE+-]*$"
@@ -43,7 +44,7 @@ def recipe_schema() -> dict[str, Any]:
                "name of a shipped one. What is said here goes before what it says."}  # fmt: skip
     recipe["properties"] = {"name": recipe["properties"].pop("name"), "extends": extends, **recipe["properties"]}
     recipe["properties"]["stages"] |= {
-        "properties": {kind: {"$ref": f"#/definitions/StageNamed{kind.title()}"} for kind in KINDS},
+        "properties": {kind: {"$ref": f"#/definitions/StageNamed{kind.title()}"} for kind in NAMES},
         "additionalProperties": {"$ref": "#/definitions/Stage"},
         "propertyNames": {"pattern": r"^\w[\w-]*$", "not": {"enum": [*Recipe.model_fields, BASE]}},
     }
@@ -61,7 +62,7 @@ def recipe_schema() -> dict[str, Any]:
                 "evaluate": {"required": ["data", "judge"]},
                 "stages": {
                     "minProperties": 1,
-                    "properties": {kind: {"type": "object", "required": ["data"]} for kind in KINDS},
+                    "properties": {kind: {"type": "object", "required": ["data"]} for kind in NAMES},
                     "additionalProperties": {"type": "object", "required": ["kind", "data"]},
                 },
             },
@@ -77,7 +78,7 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
     properties["lora"] |= {"$ref": "#/definitions/Lora"}
     chosen: dict[str, Any] = {"$ref": "#/definitions/StageOfSomeKind"}  # its kind is said by the recipe it extends
     definitions = {"StageOfSomeKind": {**stage, "properties": dict(properties)}}
-    for kind in reversed(KINDS):
+    for kind in reversed(NAMES):
         title = kind.title()
         own = dict(properties) if kind == "ppo" else properties | PPO_ONLY
         own["kind"] = {"const": kind, "description": Stage.model_fields["kind"].description}

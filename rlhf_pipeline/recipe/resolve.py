@@ -2,10 +2,10 @@
 
 import difflib
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 
-POLICY_KINDS = ("sft", "ppo", "dpo")
 # PEFT's keys that make another function of the same weights, or share or repeat them.
 FUNCTION_KEYS = (
     "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "alora_invocation_tokens",
@@ -24,21 +24,24 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         path = ("stages", name)
         known = {other: spec for other, spec in earlier.items() if not problems.is_broken(("stages", other, "kind"))}
         if stage.init is None:
-            stage.init = next((other for other in reversed(known) if known[other].kind == "sft"), BASE)
+            stage.init = next((other for other in reversed(known) if known[other].facts.begins), BASE)
             derived[*path, "init"] = "the latest sft stage before" if stage.init != BASE else "no sft stage before"
         elif stage.init != BASE:
-            _require(recipe, earlier, name, "init", stage.init, POLICY_KINDS, problems)
+            _require(recipe, earlier, name, "init", stage.init, kinds.makers("policy"), problems)
         if problems.is_broken((*path, "init")):
             stage.init = BASE
             problems.break_((*path, "lora"))
         _resolve_lora(recipe, name, stage, problems)
-        if stage.kind == "ppo":
+        kind = stage.facts
+        roles = [parent.role for parent in kind.parents]
+        if "reward" in roles:
             _resolve_reward(recipe, earlier, known, name, stage, problems)
-            if "stop_token_id" not in stage.trainer and "stop_token" not in stage.trainer:
-                stage.trainer = {"stop_token": "eos", **stage.trainer}
+        if kind.samples and "stop_token_id" not in stage.trainer and "stop_token" not in stage.trainer:
+            stage.trainer = {"stop_token": "eos", **stage.trainer}
+        if "ptx_data" in kind.further_data:
             _require_both_of_ptx(name, stage, problems)
         for key in ("reward", "ptx_data"):
-            if stage.kind != "ppo" and getattr(stage, key) is not None:
+            if key not in (*roles, *kind.further_data) and getattr(stage, key) is not None:
                 problems.add(
                     (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`", "remove it", of_key=True
                 )
@@ -51,9 +54,9 @@ def _resolve_reward(
     """Fill in which reward model a PPO stage uses."""
     path = ("stages", name, "reward")
     if stage.reward is not None:
-        _require(recipe, earlier, name, "reward", stage.reward, ("reward",), problems)
+        _require(recipe, earlier, name, "reward", stage.reward, kinds.makers("reward"), problems)
         return
-    stage.reward = next((other for other in reversed(known) if known[other].kind == "reward"), None)
+    stage.reward = next((other for other in reversed(known) if known[other].facts.makes == "reward"), None)
     problems.origins.derived[path] = "the latest reward stage before"
     if stage.reward is None and len(known) == len(earlier):  # else one of unknown kind may be meant
         problems.add(
@@ -113,33 +116,33 @@ def _require(
     name: str,
     key: str,
     wanted: str,
-    kinds: tuple[str, ...],
+    wanted_kinds: tuple[str, ...],
     problems: Problems,
 ) -> None:
-    """Check that `wanted` is an earlier stage of one of `kinds`."""
+    """Check that `wanted` is an earlier stage of one of some kinds."""
     path = ("stages", name, key)
     if wanted == name:
-        problems.add(path, f"stage `{name}` cannot depend on itself", _earlier(earlier, kinds))
+        problems.add(path, f"stage `{name}` cannot depend on itself", _earlier(earlier, wanted_kinds))
     elif wanted not in recipe.stages:
         near = difflib.get_close_matches(wanted, earlier, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else _earlier(earlier, kinds)
+        hint = f"did you mean `{near[0]}`?" if near else _earlier(earlier, wanted_kinds)
         problems.add(path, f"stage `{name}` needs stage `{wanted}`, which is not in the recipe", hint)
     elif wanted not in earlier:
         problems.add(path, f"stage `{name}` needs stage `{wanted}`, which stands after it", "stages run in order")
-    elif earlier[wanted].kind not in kinds and not problems.is_broken(("stages", wanted, "kind")):
+    elif earlier[wanted].kind not in wanted_kinds and not problems.is_broken(("stages", wanted, "kind")):
         problems.add(
             path,
-            f"`{wanted}` is of kind `{earlier[wanted].kind}`; `{key}` needs {_either(kinds)}",
-            _earlier(earlier, kinds),
+            f"`{wanted}` is of kind `{earlier[wanted].kind}`; `{key}` needs {_either(wanted_kinds)}",
+            _earlier(earlier, wanted_kinds),
         )
 
 
-def _earlier(earlier: dict[str, Stage], kinds: tuple[str, ...]) -> str:
+def _earlier(earlier: dict[str, Stage], names: tuple[str, ...]) -> str:
     """The stages that would do, for a hint."""
-    fitting = [name for name, stage in earlier.items() if stage.kind in kinds]
-    return f"earlier stages: {', '.join(fitting) or f'none of kind {_either(kinds)}'}"
+    fitting = [name for name, stage in earlier.items() if stage.kind in names]
+    return f"earlier stages: {', '.join(fitting) or f'none of kind {_either(names)}'}"
 
 
-def _either(kinds: tuple[str, ...]) -> str:
-    *others, last = kinds
+def _either(names: tuple[str, ...]) -> str:
+    *others, last = names
     return f"{', '.join(others)} or {last}" if others else last

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
-KINDS = ("sft", "reward", "ppo", "dpo")
+from rlhf_pipeline.kinds import NAMES, Kind, get
+
 BASE = "base"  # as a value of `init`: start from the bare base
 
 
@@ -152,7 +153,7 @@ class Evaluate(_Strict):
 class Stage(_Strict):
     """One step of a recipe."""
 
-    kind: Literal["sft", "reward", "ppo", "dpo"]
+    kind: Literal[NAMES]  # type: ignore[valid-type]  # it is a tuple of words
     """What the stage does; by default, what its name says."""
 
     init: str | None = None
@@ -177,6 +178,11 @@ class Stage(_Strict):
     gates: dict[str, str] = {}
     """Conditions on final metrics, as `eval_accuracy: ">= 0.65"`, that must hold before a stage that needs this one may
     start."""
+
+    @property
+    def facts(self) -> Kind:
+        """What a stage of this kind is."""
+        return get(self.kind)
 
 
 def _list_of_trackers(value: Any) -> Any:

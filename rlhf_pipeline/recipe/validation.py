@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys, schema
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import BASE, KINDS, Data, Evaluate, MixedSource, Model, Recipe, Stage
+from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, MixedSource, Model, Recipe, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath, parse_value, shown
 
 # What people write for a key that has another name here, or in TRL and PEFT.
@@ -99,13 +100,13 @@ def _name_kinds(content: dict[str, Any], problems: Problems) -> None:
             problems.add(path, message, f"for example `{name}: {{data: FILE}}`", of_key=stage is None)
         elif "kind" in stage:
             continue
-        elif name in KINDS:
+        elif name in NAMES:
             stage["kind"] = name
             problems.origins.derived[*path, "kind"] = "from the stage's name"
             continue
         else:
-            alike = difflib.get_close_matches(name, KINDS, n=1)
-            add = f"add `kind:` with one of {', '.join(KINDS)}, or name the stage after its kind"
+            alike = difflib.get_close_matches(name, NAMES, n=1)
+            add = f"add `kind:` with one of {', '.join(NAMES)}, or name the stage after its kind"
             hint = f"did you mean `{alike[0]}`? Else {add}" if alike else add
             misspelt = next((key for key in stage if difflib.get_close_matches(str(key), ["kind"])), None)
             if misspelt is None:  # else pydantic names that key
@@ -113,7 +114,7 @@ def _name_kinds(content: dict[str, Any], problems: Problems) -> None:
             stage["kind"] = STAND_INS["kind"]
             _break_what_follows(path, problems)
             continue
-        stages[name] = {"kind": name if name in KINDS else "sft", "data": STAND_INS["data"]}
+        stages[name] = {"kind": name if name in NAMES else "sft", "data": STAND_INS["data"]}
 
 
 def _break_what_follows(path: KeyPath, problems: Problems) -> None:
@@ -249,7 +250,7 @@ def _suggest(key: str, above: KeyPath, content: dict[str, Any]) -> tuple[str, st
         own.append("extends")
     if OTHER_WORDS.get(key) in own:
         return f"did you mean `{OTHER_WORDS[key]}`?", OTHER_WORDS[key]
-    if not above and key in KINDS:
+    if not above and key in NAMES:
         return "stages stand under `stages`", None
     others = _elsewhere(above, content)
     for other in (key, OTHER_WORDS.get(key)):
@@ -277,7 +278,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
     lora = library_keys.settable("lora")
     if above[:1] == ("stages",) and len(above) > 1:
         kind = _at(content, (*above[:2], "kind"))
-        trainer = library_keys.settable(kind) if kind in KINDS else []
+        trainer = library_keys.settable(kind) if kind in NAMES else []
         here = [
             ("under the stage itself", list(Stage.model_fields)),
             ("under the stage's `data`", list(Data.model_fields)),
@@ -286,7 +287,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
         ]
         levels = [*here, *top, *evaluate]
     else:
-        trainers = sorted({key for kind in KINDS for key in library_keys.settable(kind)})
+        trainers = sorted({key for kind in NAMES for key in library_keys.settable(kind)})
         stages = [
             ("under a stage", list(Stage.model_fields)),
             ("under the `data` of a stage", list(Data.model_fields)),
@@ -351,7 +352,7 @@ def _suggest_library_key(key: str, config: str, path: KeyPath, content: dict[str
     for where, keys in _elsewhere(path, content):
         if key in keys:
             return f"it belongs {where}"
-    kinds = [kind for kind in KINDS if config in KINDS and key in library_keys.settable(kind)]
+    kinds = [kind for kind in NAMES if config in NAMES and key in library_keys.settable(kind)]
     if kinds:
         return f"it is a key of {' and '.join(kinds)}, and this stage is of kind `{config}`"
     near = difflib.get_close_matches(key, own, n=1)

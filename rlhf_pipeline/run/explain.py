@@ -115,9 +115,9 @@ def memory_hint(recipe: Recipe, name: str) -> str:
     its judging is to be done.
     """
     stage = recipe.stages[name]
-    trainer, ppo = stage.trainer, stage.kind == "ppo"
+    trainer, kind = stage.trainer, stage.facts
     judging = []
-    if recipe.evaluate is not None and stage.kind != "reward":
+    if recipe.evaluate is not None and kind.is_policy:
         if recipe.evaluate.batch_size > 1:
             judging.append("a lower `evaluate.batch_size` (costs time only)")
         if recipe.evaluate.max_new_tokens > 1:
@@ -127,7 +127,7 @@ def memory_hint(recipe: Recipe, name: str) -> str:
     steps = []
     if not trainer.get("gradient_checkpointing", True):
         steps.append("`gradient_checkpointing: true` (costs time only, and the stage goes on from its checkpoint)")
-    if ppo and trainer.get("local_rollout_forward_batch_size", 64) > 1:
+    if kind.samples and trainer.get("local_rollout_forward_batch_size", 64) > 1:
         steps.append("a lower `local_rollout_forward_batch_size` (costs time only)")
     if trainer.get("per_device_train_batch_size", 8) > 1:
         steps.append(
@@ -141,7 +141,7 @@ def memory_hint(recipe: Recipe, name: str) -> str:
         steps.append("`model.quantization: nf4`")
     if stage.lora.get("r", 8) > 1:
         steps.append("a lower `lora.r`")
-    steps.append("shorter texts by `response_length`" if ppo else "shorter texts by `max_length`")
+    steps.append("shorter texts by `response_length`" if kind.samples else "shorter texts by `max_length`")
     tried = f"try, in this order, {', '.join(steps)}"
     return f"{tried}; what another setting concerns starts over, and the rest stays usable"
 

@@ -86,7 +86,7 @@ def train(job: Job) -> dict[str, Any]:
     """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics."""
     trained = read_json(job.work / TRAINED)
     if trained is not None:
-        return trained["metrics"] | (judge.judge_artifact(job, job.artifact) if job.stage.kind != "reward" else {})
+        return trained["metrics"] | (judge.judge_artifact(job, job.artifact) if job.stage.facts.is_policy else {})
     return stages.BY_KIND[job.stage.kind].run(job)
 
 
@@ -100,7 +100,8 @@ def check(recipe: Recipe, names: list[str]) -> list[str]:
         InputError: for all that is wrong, as far as it can be told while other things are.
     """
     load_config(recipe.model)
-    if any(recipe.stages[name].kind in ("reward", "ppo") for name in names):
+    used = [recipe.stages[name].facts for name in names]
+    if any("reward" in (kind.makes, *(parent.role for parent in kind.parents)) for kind in used):
         load_config(recipe.model, head="score")
     problems: list[InputError] = []
 
@@ -114,7 +115,7 @@ def check(recipe: Recipe, names: list[str]) -> list[str]:
     jobs = [Job(recipe, name, recipe.run) for name in names]
     for job in jobs:
         attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
-    policies = [job for job in jobs if job.stage.kind != "reward"]
+    policies = [job for job in jobs if job.stage.facts.is_policy]
     if policies:
         attempt(lambda: judge.prepare(policies[0]))
     report, wrong = data_report.of_recipe(recipe, names)
@@ -134,7 +135,7 @@ def check_lora(recipe: Recipe, names: list[str]) -> None:
 
     def shapes(name: str) -> dict[str, torch.Size]:
         stage = recipe.stages[name]
-        key = json.dumps([stage.kind == "reward", stage.lora], sort_keys=True)
+        key = json.dumps([stage.facts.makes, stage.lora], sort_keys=True)
         if key not in known:
             try:
                 known[key] = _shapes_without_weights(recipe, stage)
@@ -160,7 +161,7 @@ def check_lora(recipe: Recipe, names: list[str]) -> None:
 def _shapes_without_weights(recipe: Recipe, stage: Stage) -> dict[str, torch.Size]:
     """The shapes of a stage's LoRA weights."""
     with torch.device("meta"):
-        if stage.kind == "reward":
+        if stage.facts.makes == "reward":
             scorer = without_weights(recipe.model, head="score")
             return adapters.adapter_shapes(adapters.with_reward_adapter(scorer, stage.lora, None), "default")
         model = without_weights(recipe.model)

@@ -1,55 +1,53 @@
 """What a run has to use: its stages that are done, and the model that they stand on. No torch."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.kinds import Makes
 from rlhf_pipeline.recipe.schema import BASE, Model, Recipe
 from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory
 
-POLICIES = ("sft", "ppo", "dpo")  # the kinds of stages that leave a model which answers
 
-
-def done(run: Path, recipe: Recipe, kinds: Sequence[str]) -> list[str]:
-    """The stages of some kinds that are done and have their adapter, in the recipe's order."""
+def done(run: Path, recipe: Recipe, makes: Makes) -> list[str]:
+    """The stages that are done, have made a policy or a reward model, and have their adapter; in the recipe's order."""
     directory = RunDirectory(run)
     return [
         name
         for name, stage in recipe.stages.items()
-        if stage.kind in kinds
+        if stage.facts.makes == makes
         and (directory.record(name) or {}).get("state") == "done"
         and (directory.stage(name) / "adapter" / WEIGHTS).is_file()
     ]
 
 
-def choose(run: Path, recipe: Recipe, kinds: Sequence[str], wanted: str | None) -> str:
+def choose(run: Path, recipe: Recipe, makes: Makes, wanted: str | None) -> str:
     """The stage that is meant: the one that is wanted, else the last that is done.
 
     Args:
         run: the run directory.
         recipe: its recipe.
-        kinds: what the stage may be. `base` may be wanted too where `sft` is one of them.
+        makes: what the stage must have made. `base` may be wanted too where that is a policy.
         wanted: a stage's name.
 
     Raises:
         InputError: there is none, or it is not done, or is of another kind.
     """
-    candidates = done(run, recipe, kinds)
-    what = "reward model" if "reward" in kinds else "model that answers"
+    candidates = done(run, recipe, makes)
+    what = "reward model" if makes == "reward" else "model that answers"
     if wanted is None:
         if candidates:
             return candidates[-1]
         hint = "`rlhf-pipeline status` says how far the run has come"
-        if "sft" in kinds:
+        if makes == "policy":
             hint += f"; `--stage {BASE}` is the model that it starts from"
         raise InputError(f"no stage with a {what} is done", place=str(run), hint=hint)
-    if wanted in candidates or (wanted == BASE and "sft" in kinds):
+    if wanted in candidates or (wanted == BASE and makes == "policy"):
         return wanted
-    names = [*([BASE] if "sft" in kinds else []), *candidates]
+    names = [*([BASE] if makes == "policy" else []), *candidates]
     hint = f"stages with a {what}: {', '.join(names) or 'none yet'}"
     if wanted not in recipe.stages:
         raise InputError(f"there is no stage `{wanted}`", place=str(run), hint=hint)
-    if recipe.stages[wanted].kind not in kinds:
+    if recipe.stages[wanted].facts.makes != makes:
         raise InputError(f"`{wanted}` is a {recipe.stages[wanted].kind} stage", place=str(run), hint=hint)
     raise InputError(f"stage `{wanted}` is not done", place=str(run), hint=hint)
 

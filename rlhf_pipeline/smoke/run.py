@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_pipeline import plan
+from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.errors import InputError, InputErrors, RunError
 from rlhf_pipeline.recipe import TINY, Data, Recipe
@@ -37,13 +37,6 @@ BATCH = 2
 REPLY = 16  # tokens that are sampled
 PROMPT_LIMIT, COMPLETION_LIMIT = 128, 64  # tokens that are read: with a large vocabulary they are what takes time
 MAX_LENGTH = 256  # more than both together
-# What a smoke shows of a stage by its kind: a metric of its log, and what to call it.
-SHOWN = {
-    "sft": ("loss", "loss"),
-    "reward": ("loss", "loss"),
-    "dpo": ("loss", "loss"),
-    "ppo": ("objective/scores", "score"),
-}
 # Settings that need a GPU, or a compiler and minutes; each is left out where it is set.
 GPU_ONLY = (
     "use_liger_kernel", "liger_kernel_config", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32",
@@ -168,7 +161,8 @@ def _see(stage: Smoked, directory: RunDirectory, origins: dict[str, str]) -> Non
     if record.get("error"):
         said = record["error"].removeprefix(f"stage `{stage.name}` failed: ")
         stage.error = _replaced(said, origins)
-    key, stage.metric = SHOWN[stage.kind]
+    number = next(number for number in kinds.get(stage.kind).numbers if number.logged)
+    key, stage.metric = number.logged, number.name
     log = directory.stage(stage.name) / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     values = [row[key] for row in map(json.loads, lines) if row.get(key) is not None]
@@ -306,12 +300,12 @@ def _cut(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Recipe, d
 
 def _sources(recipe: Recipe) -> dict[str, tuple[Source, int, str]]:
     """Every source of rows by a name for its file, with how many rows are taken, and the tiny world's like."""
-    like = {"sft": "demonstrations", "reward": "preferences", "dpo": "preferences", "ppo": "prompts"}
     data: list[tuple[str, Data, str]] = []
     for name, stage in recipe.stages.items():
-        data.append((name, stage.data, like[stage.kind]))
+        kind = stage.facts
+        data.append((name, stage.data, kind.reads))
         if stage.ptx_data:
-            data.append((f"{name}-ptx", stage.ptx_data, "demonstrations"))
+            data.append((f"{name}-ptx", stage.ptx_data, kind.further_data["ptx_data"]))
     if recipe.evaluate:
         data.append(("evaluate", recipe.evaluate.data, "heldout"))
     found: dict[str, tuple[Source, int, str]] = {}
@@ -426,11 +420,12 @@ def _cut_settings(recipe: Recipe, notes: list[str]) -> None:
         for key in GPU_ONLY:
             if stage.trainer.pop(key, False):
                 left_out[key] = None
-        if stage.kind == "ppo":
+        kind = stage.facts
+        if kind.own_loop:
             _cut_ppo(stage.trainer)
         else:
             _cut_trainer(stage.trainer, stage.data.holds_out)
-        _cut_data(stage.data, replies=stage.kind != "ppo")
+        _cut_data(stage.data, replies=kind.reads != "prompts")
         if stage.ptx_data:
             _cut_data(stage.ptx_data, replies=True)
     if left_out:

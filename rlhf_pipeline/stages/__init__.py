@@ -3,8 +3,10 @@
 A stage file reads like a short script: load data, load model, build TRL's config and trainer, train, evaluate, save.
 """
 
+import importlib
 from types import ModuleType
 
-from rlhf_pipeline.stages import dpo, ppo, reward, sft
+from rlhf_pipeline.kinds import NAMES
 
-BY_KIND: dict[str, ModuleType] = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}
+# All are imported at once, so that a fork of the warm server has them.
+BY_KIND: dict[str, ModuleType] = {name: importlib.import_module(f"{__name__}.{name}") for name in NAMES}

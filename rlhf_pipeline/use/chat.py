@@ -13,7 +13,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import has_default_template
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe
-from rlhf_pipeline.rundir.finished import POLICIES, choose, done, model_of
+from rlhf_pipeline.rundir.finished import choose, done, model_of
 from rlhf_pipeline.rundir.words import printable, show
 from rlhf_pipeline.use.score import context_of, first_prompt, score_tokens
 from rlhf_pipeline.use.stream import stream
@@ -48,7 +48,7 @@ class Chat:
         usual = (recipe.evaluate.temperature, recipe.evaluate.max_new_tokens) if recipe.evaluate else (0.7, 256)
         self.temperature = usual[0] if temperature is None else temperature
         self.max_new_tokens = max_new_tokens or usual[1]
-        self.policies, self.rewards = done(run, recipe, POLICIES), done(run, recipe, ["reward"])
+        self.policies, self.rewards = done(run, recipe, "policy"), done(run, recipe, "reward")
         trained = stage if stage != BASE else [*self.policies, *recipe.stages][0]
         self.example, is_chat = first_prompt(run, recipe, trained), recipe.stages[trained].data.chat
         self.base = StagedBase(model_of(run, recipe, trained), artifacts(run, [*self.policies, *self.rewards]))
@@ -109,7 +109,7 @@ class Chat:
         """Do what a line that begins with `/` says."""
         if name == "/stage":
             if argument:
-                self.stage = choose(self.run, self.recipe, POLICIES, argument)
+                self.stage = choose(self.run, self.recipe, "policy", argument)
             others = "" if argument else f"; there are {', '.join([BASE, *self.policies])}"
             self.say(f"`{self.stage}` answers{others}")
         elif name == "/reward":

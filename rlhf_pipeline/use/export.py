@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.fingerprint import HUB_TIMEOUT_S, Digests
@@ -113,7 +114,7 @@ def _write(
     from rlhf_pipeline.use import weights
 
     artifact = run / stage / "adapter"
-    head: Any = "score" if record["kind"] == "reward" else "causal"
+    head: Any = "score" if kinds.get(record["kind"]).makes == "reward" else "causal"
     stop = record["inputs"].get("trainer.stop_token_id")
     if not merge:
         weights.write_adapter(recipe.model, artifact, folder, head, stop)

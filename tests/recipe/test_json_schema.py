@@ -12,8 +12,9 @@ from jsonschema import Draft7Validator
 
 from rlhf_pipeline import recipe
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import json_schema, library_keys
-from rlhf_pipeline.recipe.schema import KINDS, Data, Evaluate, Model, Recipe, Stage
+from rlhf_pipeline.recipe.schema import Data, Evaluate, Model, Recipe, Stage
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCHEMA = json_schema.recipe_schema()
@@ -192,7 +193,7 @@ def test_every_key_of_ours_is_there_with_a_description():
     assert all(value.get("description") for value in SCHEMA["properties"].values())
 
 
-@pytest.mark.parametrize("config", [*KINDS, "lora"])
+@pytest.mark.parametrize("config", [*NAMES, "lora"])
 def test_exactly_the_settable_keys_of_the_libraries_are_there_with_descriptions(config):
     definition = SCHEMA["definitions"]["Lora" if config == "lora" else f"{config.title()}Trainer"]
     assert sorted(definition["properties"]) == library_keys.settable(config)

@@ -1,0 +1,295 @@
+"""What a kind of stage is: what it reads, makes and needs, TRL's keys for it, and the numbers that matter. No torch.
+
+One entry here and one file in `stages/` make a kind. No field has a default: a fact that is missing fails at import.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Rows = Literal["demonstrations", "preferences", "prompts"]
+Makes = Literal["policy", "reward"]
+Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts"]
+JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number by which people see how a stage goes and what came of it.
+
+    Attributes:
+        name: what people read.
+        metric: its name among the final metrics of `stage.json`.
+        logged: its name in the rows of `metrics.jsonl`; None where training does not log it.
+        changes: show where it began as well: the mean of the first twentieth of what was logged. The number of the
+            judge began at that of the stage that this one starts from.
+    """
+
+    name: str
+    metric: str
+    logged: str | None
+    changes: bool
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An earlier stage that a stage needs.
+
+    Attributes:
+        role: what its adapter does here, and the key of the recipe that names it.
+        makes: what it must have made.
+        required: whether the stage cannot do without; else the bare base serves.
+    """
+
+    role: str
+    makes: Makes
+    required: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """The class whose fields are the keys of `trainer:`.
+
+    Attributes:
+        package, file, class_name: where its source stands; it is read, not imported.
+        documented: what to look its keys up under.
+        reads: the only keys that have an effect; None where all have that are not refused.
+        refused: keys that a recipe may not set, each with the reason, beyond those that no kind takes.
+    """
+
+    package: str
+    file: str
+    class_name: str
+    documented: str
+    reads: frozenset[str] | None
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of stage.
+
+    Attributes:
+        name: the word in the recipe.
+        title: for headings.
+        method: in the middle of a sentence.
+        reads: what its rows are.
+        encoding: the form in which its trainer gets them: a pair is prompt and replies apart, a whole pair is prompt
+            and reply as one.
+        makes: what its artifact is.
+        artifact: the folder in the stage's own that holds what it made.
+        parents: the earlier stages that it needs, the one whose adapter it starts from first.
+        begins: a later stage starts from the latest such one unless the recipe says otherwise.
+        keeps_reference: it holds on to what it starts from, and is measured against it.
+        samples: it samples replies while it trains.
+        own_loop: the training loop is ours, not TRL's.
+        further_data: keys of the stage with more rows, each with what those are.
+        config: the keys of `trainer:`.
+        batch_metrics: what its trainer logs as means over batches; in evaluation with `eval_` before it.
+        numbers: those that matter, the first one most.
+        example: what the data report says above the first row.
+        color: the number of its colour in the report.
+    """
+
+    name: str
+    title: str
+    method: str
+    reads: Rows
+    encoding: Encoding
+    makes: Makes
+    artifact: str
+    parents: tuple[Parent, ...]
+    begins: bool
+    keeps_reference: bool
+    samples: bool
+    own_loop: bool
+    further_data: Mapping[str, Rows]
+    config: Config
+    batch_metrics: frozenset[str]
+    numbers: tuple[Number, ...]
+    example: str
+    color: int
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether what it makes answers prompts."""
+        return self.makes == "policy"
+
+
+_INIT = Parent("init", makes="policy", required=False)
+_JUDGE = Number("judge", JUDGED, logged=None, changes=True)
+_NAMED = "the pipeline names the adapters"
+_COMPUTED = "it is computed"
+_LOADED = "the pipeline loads one base for all stages; see the recipe's `model`"
+_NOTHING_TO_LOAD = "prompts are encoded before training starts: there is nothing left to load or to spread over workers"
+_BUDGET = "set `kl_budget`, which keeps the best policy within it"
+
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        name="sft",
+        title="Supervised fine-tuning",
+        method="supervised fine-tuning",
+        reads="demonstrations",
+        encoding="demonstrations",
+        makes="policy",
+        artifact="adapter",
+        parents=(_INIT,),
+        begins=True,
+        keeps_reference=False,
+        samples=False,
+        own_loop=False,
+        further_data={},
+        config=Config("trl", "trainer/sft_config.py", "SFTConfig", "trl.SFTConfig", reads=None, refused={}),
+        batch_metrics=frozenset({"entropy", "mean_token_accuracy", "num_tokens"}),
+        numbers=(
+            Number("loss", "loss", logged="loss", changes=True),
+            Number("token accuracy", "mean_token_accuracy", logged="mean_token_accuracy", changes=True),
+            Number("held-out loss", "eval_loss", logged=None, changes=False),
+            _JUDGE,
+        ),
+        example="the first row; every [token] carries loss",
+        color=0,
+    ),
+    Kind(
+        name="reward",
+        title="Reward model",
+        method="reward modelling",
+        reads="preferences",
+        encoding="whole_pairs",
+        makes="reward",
+        artifact="adapter",
+        parents=(_INIT,),
+        begins=False,
+        keeps_reference=False,
+        samples=False,
+        own_loop=False,
+        further_data={},
+        config=Config(
+            "trl", "trainer/reward_config.py", "RewardConfig", "trl.RewardConfig", reads=None,
+            refused={"label_smoothing_factor": "TRL's reward loss does not read it"},
+        ),
+        batch_metrics=frozenset({"accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens"}),
+        numbers=(
+            Number("held-out accuracy", "eval_accuracy", logged=None, changes=False),
+            Number("held-out margin", "eval_margin", logged=None, changes=False),
+            Number("loss", "loss", logged="loss", changes=True),
+            Number("accuracy", "accuracy", logged="accuracy", changes=True),
+            Number("margin", "margin", logged="margin", changes=True),
+        ),
+        example="the first pair; the score is read at the [token]",
+        color=3,
+    ),
+    Kind(
+        name="ppo",
+        title="PPO",
+        method="PPO against a learned reward",
+        reads="prompts",
+        encoding="prompts",
+        makes="policy",
+        artifact="adapter",
+        parents=(_INIT, Parent("reward", makes="reward", required=True)),
+        begins=False,
+        keeps_reference=True,
+        samples=True,
+        own_loop=True,
+        further_data={"ptx_data": "demonstrations"},
+        config=Config(
+            "rlhf_pipeline", "ppo/config.py", "PPOConfig", "PPO's, which docs/ppo.md lists",
+            reads=frozenset({
+                "learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+                "optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
+                "max_skipped_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+                "gradient_checkpointing", "num_mini_batches", "total_episodes", "max_steps", "num_train_epochs",
+                "num_ppo_epochs", "local_rollout_forward_batch_size", "response_length", "stop_token",
+                "stop_token_id", "temperature", "missing_eos_penalty", "missing_eos_score", "normalize_scores",
+                "score_clip", "whiten_rewards", "kl_coef", "kl_estimator", "target_kl", "kl_horizon", "kl_budget",
+                "cliprange", "cliprange_value", "log_ratio_clamp", "vf_coef", "value_warmup_updates", "ptx_coef",
+                "gamma", "lam", "data_seed", "full_determinism", "eval_strategy", "eval_steps", "eval_delay",
+                "eval_on_start", "per_device_eval_batch_size", "logging_strategy", "logging_steps",
+                "logging_first_step", "num_sample_generations", "save_strategy", "save_steps", "save_total_limit",
+            }),
+            refused={
+                "gradient_checkpointing_kwargs":
+                    "the shared base needs its own, so that each layer is recomputed for its own role",
+                "model_adapter_name": _NAMED, "ref_adapter_name": _NAMED, "world_size": _COMPUTED,
+                "num_total_batches": _COMPUTED, "micro_batch_size": _COMPUTED, "local_batch_size": _COMPUTED,
+                "batch_size": _COMPUTED, "local_mini_batch_size": _COMPUTED, "mini_batch_size": _COMPUTED,
+                "sft_model_path": _LOADED, "reward_model_path": _LOADED,
+                "dataset_num_proc": _NOTHING_TO_LOAD, "dataloader_num_workers": _NOTHING_TO_LOAD,
+                "dataloader_pin_memory": _NOTHING_TO_LOAD, "dataloader_prefetch_factor": _NOTHING_TO_LOAD,
+                "dataloader_persistent_workers": _NOTHING_TO_LOAD, "dataloader_drop_last": _NOTHING_TO_LOAD,
+                "load_best_model_at_end": _BUDGET, "metric_for_best_model": _BUDGET, "greater_is_better": _BUDGET,
+                "tf32": "the recipe's `model.dtype` decides the precision of every stage",
+            },
+        ),
+        batch_metrics=frozenset(),
+        numbers=(
+            Number("score", "objective/scores", logged="objective/scores", changes=True),
+            Number("KL", "objective/kl", logged="objective/kl", changes=True),
+            Number("reply length", "reply/length", logged="reply/length", changes=True),
+            Number("replies that end", "reply/ended", logged="reply/ended", changes=True),
+            Number("judge", JUDGED, logged="gold/judge_mean", changes=True),
+        ),
+        example="the first prompt, and where the policy goes on",
+        color=1,
+    ),
+    Kind(
+        name="dpo",
+        title="DPO",
+        method="direct preference optimization",
+        reads="preferences",
+        encoding="pairs",
+        makes="policy",
+        artifact="adapter",
+        parents=(_INIT,),
+        begins=False,
+        keeps_reference=True,
+        samples=False,
+        own_loop=False,
+        further_data={},
+        config=Config(
+            "trl", "trainer/dpo_config.py", "DPOConfig", "trl.DPOConfig", reads=None,
+            refused={
+                "label_smoothing_factor": "DPO's losses do not read it; some read `label_smoothing`",
+                "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
+            },
+        ),
+        batch_metrics=frozenset({
+            "entropy", "mean_token_accuracy", "num_tokens", "logits/chosen", "logits/rejected", "logps/chosen",
+            "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+        }),
+        numbers=(
+            Number("held-out accuracy", "eval_rewards/accuracies", logged=None, changes=False),
+            Number("loss", "loss", logged="loss", changes=True),
+            Number("accuracy", "rewards/accuracies", logged="rewards/accuracies", changes=True),
+            Number("margin", "rewards/margins", logged="rewards/margins", changes=True),
+            _JUDGE,
+        ),
+        example="the first pair; every [token] carries loss",
+        color=2,
+    ),
+)  # fmt: skip
+
+NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+
+
+def get(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    kind = find(name)
+    if kind is None:
+        raise KeyError(name)
+    return kind
+
+
+def find(name: object) -> Kind | None:
+    """The kind of that name; None where there is none, as in a run directory of a later version."""
+    return next((kind for kind in KINDS if kind.name == name), None)
+
+
+def makers(makes: Makes) -> tuple[str, ...]:
+    """The names of the kinds that make that."""
+    return tuple(kind.name for kind in KINDS if kind.makes == makes)
