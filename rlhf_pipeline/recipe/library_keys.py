@@ -316,7 +316,10 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
     if config == "sft":
         if not given.get("packing") and not given.get("eval_packing"):
             useless("without `packing`", "packing_strategy")
-        if given.get("loss_type") != "nll":
+        smoothed = {"nll"}
+        if keys("sft")["loss_type"].default == "nll":  # in newer versions of TRL it names the same loss
+            smoothed.add("chunked_nll")
+        if given.get("loss_type", keys("sft")["loss_type"].default) not in smoothed:
             useless("unless `loss_type` is `nll`", "label_smoothing_factor")
     if config == "dpo":
         losses = given.get("loss_type", ["sigmoid"])

@@ -386,6 +386,14 @@ def test_keys_with_an_effect_are_left_alone(kind, values):
     assert library_keys.idle(kind, values) == {}
 
 
+@pytest.mark.parametrize("given", [{}, {"loss_type": "chunked_nll"}, {"loss_type": "nll"}])
+def test_labels_are_smoothed_where_trl_resolves_the_loss_to_the_one_that_reads_it(given, tmp_path):
+    """In TRL 1.12 the default loss does not read it; later that is `nll`, of which `chunked_nll` is another name."""
+    resolved = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **given).loss_type
+    found = library_keys.idle("sft", {"label_smoothing_factor": 0.1, **given})
+    assert (found == {}) == (resolved == "nll")
+
+
 def test_what_only_evaluation_reads_needs_rows_to_evaluate_on():
     values = {"per_device_eval_batch_size": 2, "eval_accumulation_steps": 2, "eval_on_start": True}
     for kind in OF_TRAINER:
