@@ -2,6 +2,7 @@
 
 What `overhead.py` measures the pipeline against. Numbers come from the recipe, so that both do the same work; nothing
 of `rlhf_pipeline` is imported, only the tiny checkpoint and its data are read. The recipe's `evaluate` is left out.
+Needs TRL 1.12, the last with a PPOTrainer: an environment that `make floor` made.
 """
 
 import argparse

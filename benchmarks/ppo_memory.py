@@ -5,6 +5,8 @@ two apart. Both trainers get the same model, the same four roles on one base, th
 length, each in a process of its own. Growth is the peak during `train()` over what there was right before it: resident
 memory, or on a GPU the allocator's. A tiny update comes first, so that what libraries set up once is not counted.
 
+TRL's side needs TRL 1.12, the last with a PPOTrainer: an environment that `make floor` made.
+
 `--gpu` measures one whole update of ours alone, for a model of the shape of Llama-3.1-8B with random weights in NF4.
 """
 
@@ -34,7 +36,6 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging
-from trl.experimental import ppo as trl_ppo
 
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import device, load_base
@@ -369,6 +370,8 @@ def make_trainer(way: str, shape: Shape, shared: SharedBase, tokenizer: Any, fol
         trainer = MeasuredTrainer(PPOConfig(**settings), tokenizer, shared, dataset)
         trainer.recorder = Recorder()
         return trainer
+    from trl.experimental import ppo as trl_ppo
+
     return trl_ppo.PPOTrainer(
         args=trl_ppo.PPOConfig(**settings),
         processing_class=tokenizer,

@@ -8,6 +8,8 @@ suffer less from what else runs.
 
 Our workers freeze the heap, which spares the garbage collector, and let glibc keep freed memory. So there are two
 processes, the worker's and a plain script's, and both loops run in both. The bound is on wall time, both in a script.
+
+TRL's side needs TRL 1.12, the last with a PPOTrainer: an environment that `make floor` made.
 """
 
 import os
@@ -31,7 +33,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
-from trl.experimental import ppo as trl_ppo
 
 from rlhf_pipeline import recipe
 from rlhf_pipeline.data import prepare
@@ -179,6 +180,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             optimise = trainer.optimise
             trainer.optimise = lambda *arguments: profile.runcall(optimise, *arguments)
     else:
+        from trl.experimental import ppo as trl_ppo
+
         trainer = trl_ppo.PPOTrainer(
             args=job.trainer_config(trl_ppo.PPOConfig, **decided),
             processing_class=tokenizer,

@@ -20,11 +20,8 @@ from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
 
 State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
-# With another version of these a stage may come out otherwise: any other of TRL, whose minor version is fixed, another
-# minor one of the rest.
-_TRAINING_LIBRARIES = {
-    "rlhf-pipeline": 2, "trl": 3, "transformers": 2, "peft": 2, "bitsandbytes": 2, "accelerate": 2, "torch": 2,
-}  # fmt: skip
+# With another minor version of these a stage may come out otherwise; patches mend faults, and change no results.
+_TRAINING_LIBRARIES = ("rlhf-pipeline", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "torch")
 
 
 @dataclass
@@ -301,13 +298,13 @@ def other_versions(record: dict[str, Any], installed: dict[str, str] | None) -> 
         return []
     return [
         f"{name} {then[name]} → {installed[name]}"
-        for name, parts in _TRAINING_LIBRARIES.items()
-        if name in then and _release(then[name], parts) != _release(installed[name], parts)
+        for name in _TRAINING_LIBRARIES
+        if name in then and _minor(then[name]) != _minor(installed[name])
     ]
 
 
-def _release(version: str, parts: int) -> list[str]:
-    return version.partition("+")[0].split(".")[:parts]
+def _minor(version: str) -> list[str]:
+    return version.partition("+")[0].split(".")[:2]
 
 
 def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:

@@ -1,6 +1,7 @@
 """The door: quick, readable without colour, data on standard output and everything else on standard error."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -79,7 +80,7 @@ def test_version_and_env_name_the_version(folder):
     shown = dict(line.removeprefix("- ").split(": ", 1) for line in done.stdout.splitlines())
     assert shown["rlhf-pipeline"] == __version__
     assert shown["python"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
-    assert re.match(r"1\.12\.", shown["trl"])
+    assert shown["trl"] == importlib.metadata.version("trl")
     assert {"torch", "transformers", "peft", "bitsandbytes", "platform", "cpus", "gpu"} <= set(shown)
     assert "not installed" not in done.stdout
 

@@ -23,9 +23,9 @@ import pytest
 import trl
 import typer
 import yaml
-from trl.experimental import ppo as trl_ppo
 
 from rlhf_pipeline import cli, recipe
+from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import TINY, gates, library_keys
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.run import runner
@@ -402,7 +402,7 @@ def test_metrics_under_conditions_are_ones():
     assert set(CONDITIONAL) <= known
 
 
-CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "ppo": trl_ppo.PPOConfig, "dpo": trl.DPOConfig}
+CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "ppo": PPOConfig, "dpo": trl.DPOConfig}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -122,3 +122,15 @@ def test_an_arrow_upwards_is_found(pair: tuple[str, str], upwards: bool) -> None
 
 def test_a_circle_is_found() -> None:
     assert circles([("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")]) == [["a", "b", "c", "a"]]
+
+
+def test_ppo_uses_nothing_of_trl_and_nothing_what_trl_may_drop() -> None:
+    """TRL removed its PPOTrainer, which was one of its experimental parts, in a minor version."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                assert not name.startswith("trl.experimental"), file
+                assert not (name.split(".")[0] == "trl" and file.parent.name == "ppo"), file

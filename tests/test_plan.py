@@ -477,9 +477,10 @@ def installed(monkeypatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("library", "then", "now", "counts"),
     [
-        ("trl", "1.12.0", "1.12.1", True),
-        ("trl", "1.12.1", "1.12.1", False),
-        ("trl", "1.12.1", "1.12.1+local", False),
+        ("trl", "1.12.0", "1.16.0", True),
+        ("trl", "1.16.0", "2.16.0", True),
+        ("trl", "1.16.0", "1.16.1", False),
+        ("trl", "1.16.1", "1.16.1+local", False),
         ("torch", "2.13.0", "2.14.0", True),
         ("torch", "2.13.0+cpu", "2.13.1", False),
         ("torch", "2.13.0+cpu", "2.13.0+cu130", False),
@@ -507,14 +508,14 @@ def test_another_version_of_what_trains_is_a_reason(folder, installed, library, 
 
 
 def test_versions_that_were_said_to_do_as_well_count_in_place_of_those_it_was_made_with(folder, installed):
-    installed(trl="1.12.2")
+    installed(trl="1.16.0")
     finish(folder)
     made_with(folder, "sft", trl="1.12.0")
     assert states(make(folder))["sft"] == "stale"
-    made_with(folder, "sft", key="trusted_versions", trl="1.12.2")
+    made_with(folder, "sft", key="trusted_versions", trl="1.16.2")
     assert states(make(folder)) == ALL_DONE
-    made_with(folder, "sft", key="trusted_versions", trl="1.12.1")
-    assert make(folder)["sft"].reason == "trl 1.12.1 → 1.12.2"
+    made_with(folder, "sft", key="trusted_versions", trl="1.15.1")
+    assert make(folder)["sft"].reason == "trl 1.15.1 → 1.16.0"
 
 
 def test_a_record_without_versions_stands(folder):

@@ -1,1 +1,1 @@
-"""PPO on one shared base: TRL's trainer and config, with a loop of our own that mends what TRL's leaves undone."""
+"""PPO on one shared base: our own trainer, which goes on from where TRL dropped its own."""

@@ -1,40 +1,133 @@
-"""TRL's PPOConfig, and what its PPO lacks. Every addition is off, or changes nothing, by default."""
+"""The settings of PPO: Transformers' TrainingArguments, the keys of TRL's former PPOConfig, and some of our own."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
-from trl.experimental import ppo as trl_ppo
+from transformers import TrainingArguments
 
 
 @dataclass
-class PPOConfig(trl_ppo.PPOConfig):
-    r"""TRL's `PPOConfig` with further keys; see `docs/ppo.md` for all that have an effect.
+class PPOConfig(TrainingArguments):
+    r"""The keys of TRL 1.12's `PPOConfig`, with its names and defaults, and further ones; see `docs/ppo.md`.
+
+    TRL's keys that nothing reads here are kept, so that a recipe that sets one is told why it has no effect.
 
     Parameters:
         logging_steps (`float`): log every so many updates, means over them. 1, not TRL's 10: an update is long.
-        save_total_limit (`int`): keep so many checkpoints. 2: one to go on from, and one should that be damaged.
+        save_total_limit (`int`): keep so many checkpoints. 2: one to resume from, and one should that be damaged.
+        learning_rate (`float`): of the policy, and of the value model unless `value_learning_rate` is set.
+        bf16 (`bool`, *optional*): compute in bfloat16; by default unless `fp16` is set, which PPO refuses.
+        gradient_checkpointing (`bool`): keep few activations, and compute the others again in the backward pass.
+        num_ppo_epochs (`int`): passes over the episodes of an update.
+        num_mini_batches (`int`): optimizer steps in each pass.
+        total_episodes (`int`, *optional*): how many replies are sampled in all; the last update is made in full. By
+            default `max_steps` updates or `num_train_epochs` passes over the prompts.
+        local_rollout_forward_batch_size (`int`): how many replies are sampled, and scored, at a time.
+        num_sample_generations (`int`): how often some replies are written down in the course of training.
+        response_length (`int`): the most tokens of a reply.
+        stop_token (`"eos"`, *optional*): the tokenizer's EOS ends a reply.
+        stop_token_id (`int`, *optional*): the token that ends a reply. With neither, all have `response_length` tokens.
+        temperature (`float`): that replies are sampled at.
+        missing_eos_penalty (`float`, *optional*): is subtracted from the score of a reply that does not end.
         missing_eos_score (`float`, *optional*): the score of a reply that does not end, in place of the reward
             model's; `missing_eos_penalty` subtracts. Replacing is Huang et al. 2024, "The N+ Implementation Details of
             RLHF with PPO" (they use -1).
         normalize_scores (`bool`): subtract the running mean of all scores so far and divide by their running standard
             deviation (Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO").
         score_clip (`float`, *optional*): clip scores to ± this, after normalisation (the same).
-        log_ratio_clamp (`float`, *optional*): clamp log-ratios of new to old probabilities to ± this before they are
-            exponentiated; verl has 20.
+        whiten_rewards (`bool`): divide the rewards of tokens by their standard deviation over the batch.
+        kl_coef (`float`): β, the weight of KL in the reward.
+        kl_estimator (`"k1"` or `"k3"`): KL of a token from its log-ratio r = log π - log π_ref: r itself, or
+            exp(-r) - 1 + r (Schulman 2020, "Approximating KL Divergence").
         target_kl (`float`, *optional*): steer `kl_coef` so that KL stays near this (Ziegler et al. 2019, "Fine-Tuning
             Language Models from Human Preferences", section 2.2).
         kl_horizon (`int`): over how many episodes it is steered.
         kl_budget (`float`, *optional*): stop as soon as a batch's KL is over this, and go back to the policy that had
             the highest score within it.
+        cliprange (`float`): ε of PPO's clipped objective.
+        cliprange_value (`float`): a value that moved further than this since the rollout is clipped in its loss.
+        log_ratio_clamp (`float`, *optional*): clamp log-ratios of new to old probabilities to ± this before they are
+            exponentiated; verl has 20.
+        vf_coef (`float`): weight of the value model's loss.
         value_warmup_updates (`int`): updates at the start that train the value model alone.
         value_learning_rate (`float`, *optional*): the value model's learning rate; by default `learning_rate`.
+        gamma (`float`): discount of later rewards.
+        lam (`float`): λ of generalised advantage estimation (Schulman et al. 2016).
         ptx_coef (`float`): weight of the language-model loss on demonstrations that is added to the policy's (Ouyang
             et al. 2022, "Training language models to follow instructions with human feedback", equation 2).
         max_skipped_steps (`int`): give up after so many optimizer steps in a row that were skipped because a gradient
             was not finite.
+        world_size, num_total_batches, micro_batch_size, local_batch_size, batch_size, local_mini_batch_size,
+            mini_batch_size (`int`, *optional*): `count` works them out.
     """
 
+    # TRL's defaults where Transformers has others, and ours
     logging_steps: float = field(default=1, metadata={"help": "Log every so many updates, means over them."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints."})
+    learning_rate: float = field(
+        default=3e-6, metadata={"help": "The policy's learning rate, and by default the value model's."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; by default unless fp16 is set."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Save memory by computing activations again in the backward pass."}
+    )
+
+    # TRL's keys
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the prompts."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass over a batch."})
+    total_episodes: int | None = field(default=None, metadata={"help": "How many replies are sampled in all."})
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "How many replies are sampled, and scored, at a time."}
+    )
+    num_sample_generations: int = field(
+        default=10, metadata={"help": "How often some replies are written down in the course of training."}
+    )
+    response_length: int = field(default=53, metadata={"help": "The most tokens of a reply."})
+    stop_token: Literal["eos"] | None = field(
+        default=None, metadata={"help": "`eos`: the tokenizer's EOS ends a reply. Excludes stop_token_id."}
+    )
+    stop_token_id: int | None = field(
+        default=None, metadata={"help": "The token that ends a reply. Excludes stop_token."}
+    )
+    temperature: float = field(default=0.7, metadata={"help": "The temperature that replies are sampled at."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a reply that does not end; more than 0."}
+    )
+    sft_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "Path of the policy's start."})
+    world_size: int | None = field(default=None, metadata={"help": "How many processes train."})
+    num_total_batches: int | None = field(default=None, metadata={"help": "How many updates there are."})
+    micro_batch_size: int | None = field(
+        default=None, metadata={"help": "Episodes in one backward pass, of all processes together."}
+    )
+    local_batch_size: int | None = field(default=None, metadata={"help": "Episodes of an update in one process."})
+    batch_size: int | None = field(default=None, metadata={"help": "Episodes of an update."})
+    local_mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Episodes of an optimizer step in one process."}
+    )
+    mini_batch_size: int | None = field(default=None, metadata={"help": "Episodes of an optimizer step."})
+    reward_model_path: str = field(default="EleutherAI/pythia-160m", metadata={"help": "Path of the reward model."})
+    model_adapter_name: str | None = field(default=None, metadata={"help": "The name of the policy's adapter."})
+    ref_adapter_name: str | None = field(default=None, metadata={"help": "The name of the reference's adapter."})
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the episodes of an update."})
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Divide rewards by their standard deviation over the batch."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "The weight of KL in the reward."})
+    kl_estimator: Literal["k1", "k3"] = field(
+        default="k1",
+        metadata={"help": "How a token's KL is estimated: k1 is its log-ratio, k3 varies less and is never negative."},
+    )
+    cliprange: float = field(default=0.2, metadata={"help": "How far a probability ratio counts, from 1."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value model's loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value's move counts, from the rollout's."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    ds3_gather_for_generation: bool = field(
+        default=True, metadata={"help": "With DeepSpeed ZeRO-3, gather the policy's weights to sample."}
+    )
+
+    # Ours
     missing_eos_score: float | None = field(
         default=None, metadata={"help": "Score of a reply that does not end, in place of the reward model's."}
     )
@@ -70,6 +163,8 @@ class PPOConfig(trl_ppo.PPOConfig):
         scheduler = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         if scheduler in ("reduce_lr_on_plateau", "greedy"):  # Transformers would first ask for an `eval_strategy`
             raise ValueError(f"`lr_scheduler_type: {scheduler}` waits for a metric that PPO does not have")
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
         super().__post_init__()
         at_least: dict[str, float] = {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_mini_batches": 1,
@@ -89,6 +184,9 @@ class PPOConfig(trl_ppo.PPOConfig):
         for key in ("gamma", "lam"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"`{key}` must be from 0 to 1, and it is {getattr(self, key)}")
+        for key, choices in {"stop_token": (None, "eos"), "kl_estimator": ("k1", "k3")}.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"`{key}` must be one of {', '.join(map(str, choices))}, not {getattr(self, key)}")
         for one, other in (("missing_eos_score", "missing_eos_penalty"), ("stop_token", "stop_token_id")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"`{one}` and `{other}` exclude each other")
@@ -102,3 +200,22 @@ class PPOConfig(trl_ppo.PPOConfig):
             raise ValueError(f"`whiten_rewards` needs mini-batches of at least 8 episodes, and they have {mini_batch}")
         if self.fp16:
             raise ValueError("PPO does not train in float16, whose gradients overflow: use bfloat16 or float32")
+
+    def count(self, prompts: int, processes: int) -> None:
+        """Work out how many updates there are, and how many episodes each step takes, under TRL's names.
+
+        Args:
+            prompts: how many there are to train on.
+            processes: how many train together; each has `local_batch_size` episodes of an update.
+        """
+        self.world_size = processes
+        self.micro_batch_size = self.per_device_train_batch_size * processes
+        self.local_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        self.local_mini_batch_size = self.local_batch_size // self.num_mini_batches
+        self.batch_size = self.local_batch_size * processes
+        self.mini_batch_size = self.local_mini_batch_size * processes
+        if self.max_steps > 0:
+            self.total_episodes = self.max_steps * self.batch_size
+        elif self.total_episodes is None:
+            self.total_episodes = int(self.num_train_epochs * prompts)
+        self.num_total_batches = math.ceil(self.total_episodes / self.batch_size)

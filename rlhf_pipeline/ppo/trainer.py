@@ -1,87 +1,38 @@
 """PPO on one shared base: roll out, score, shape rewards, estimate advantages, optimise, report."""
 
 import contextlib
-import itertools
-import json
 import math
-import random
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, enable_full_determinism, set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput
-from trl.experimental import ppo as trl_ppo
-from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
 from rlhf_pipeline.callbacks.metrics import keep_until
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
-from rlhf_pipeline.ppo.advantages import (
-    estimate_advantages,
-    explained_variance,
-    kl_per_token,
-    masked_mean,
-    shape_rewards,
-    whiten,
-)
+from rlhf_pipeline.models.roles import TRAINED, SharedBase
+from rlhf_pipeline.ppo import checkpoint, numbers
+from rlhf_pipeline.ppo.advantages import estimate_advantages, kl_per_token, shape_rewards, whiten
+from rlhf_pipeline.ppo.checkpoint import Best, Memory, PPOState
 from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.ppo.control import KLControl, ScoreStatistics
+from rlhf_pipeline.ppo.control import KLControl
 from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_scores, reply_values
-from rlhf_pipeline.ppo.rollout import Episodes, diversity, sample
+from rlhf_pipeline.ppo.losses import policy_loss, value_loss
+from rlhf_pipeline.ppo.numbers import Scored
+from rlhf_pipeline.ppo.prompts import check_data, padded, permutation, shuffled
+from rlhf_pipeline.ppo.rollout import Episodes, sample
 from rlhf_pipeline.rundir import durable
 
-SAMPLES = 4  # episodes that are written down at a time
 
+class PPOTrainer(Trainer):
+    """Transformers' Trainer with PPO's loop in place of its own; `docs/ppo.md` says what differs from TRL's and why.
 
-@dataclass
-class Scored:
-    """Episodes and what the four roles say of them; tensors as in `advantages`.
-
-    Attributes:
-        log_probs, ref_log_probs, values: float32 `[B, T]`.
-        scores: float32 `[B]`, the reward model's.
-        kl: float32 `[B, T]`, from `kl_per_token`.
-    """
-
-    episodes: Episodes
-    log_probs: Tensor
-    ref_log_probs: Tensor
-    values: Tensor
-    scores: Tensor
-    kl: Tensor
-
-    @property
-    def mean_kl(self) -> float:
-        """The mean over episodes of the KL of a whole reply, in nats."""
-        return self.kl.sum(1).mean().item()
-
-
-@dataclass
-class Best:
-    """The policy with the highest score within the KL budget.
-
-    Attributes:
-        step: how many updates it had.
-        score, kl: means over the batch that it was measured on.
-        weights: on the CPU.
-    """
-
-    step: int
-    score: float
-    kl: float
-    weights: dict[str, Tensor]
-
-
-class PPOTrainer(trl_ppo.PPOTrainer):
-    """TRL's PPOTrainer with its training loop replaced; `docs/ppo.md` says what differs and why.
+    Of the Trainer there are the callbacks and their control, the log, the accelerator, the optimizers and schedules.
 
     Args:
         args: the settings.
@@ -98,6 +49,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     """
 
     control: TrainerControl
+    state: PPOState
 
     def __init__(
         self,
@@ -110,26 +62,26 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         samples_file: Path | None = None,
     ) -> None:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_data(args, train_dataset, eval_dataset, ptx_dataset)
-        if args.max_steps > 0:
-            args.total_episodes = args.max_steps * batch
-        # TRL skips the base class's `__init__`, where this happens in every other trainer.
-        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         self.shared = shared
         super().__init__(
+            model=nn.ModuleDict({role: getattr(shared, role) for role in TRAINED}),
             args=args,
             processing_class=processing_class,
-            model=shared.policy,
-            ref_model=shared.reference,
-            reward_model=shared.reward,
-            value_model=shared.value,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
+        args.count(len(train_dataset), self.accelerator.num_processes)
+        torch.manual_seed(args.seed + 100_003 * self.accelerator.process_index)  # each process samples its own replies
+        self.model.config = shared.policy.config  # for trackers; not before, or Trainer would switch its cache off
+        self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         if args.gradient_checkpointing:
             shared.enable_gradient_checkpointing()
-        self.eval_dataset = eval_dataset
+        self.state = PPOState(**vars(self.state))
+        self.memory = Memory(KLControl(args.kl_coef, args.target_kl, args.kl_horizon))
+        self.seed = args.seed if args.data_seed is None else args.data_seed  # of the order of prompts and episodes
         self.ptx_dataset = ptx_dataset
         self.samples_file = samples_file
         self.trained = {
@@ -137,17 +89,13 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             for role in TRAINED
         }
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
+        self.stop_token_id = eos if args.stop_token == "eos" else args.stop_token_id
         self.pad_token_id = pad if pad is not None else eos if eos is not None else 0
-        self.kl_control = KLControl(args.kl_coef, args.target_kl, args.kl_horizon)
-        self.score_statistics = ScoreStatistics()
-        self.skipped_in_row = self.skipped_steps = 0
-        self.best: Best | None = None
-        self.unreported: list[dict[str, float]] = []
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the recipe's `optim`, with the value model's own learning rate where it has one."""
         super().create_optimizer(model)
-        value = {id(parameter) for parameter in self.value_model.parameters()}
+        value = {id(parameter) for parameter in self.shared.value.parameters()}
         groups = []
         for group in self.optimizer.param_groups:
             for of_value, rate in ((False, self.args.learning_rate), (True, self.args.value_learning_rate)):
@@ -195,8 +143,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 self.report(scored, scores, returns, losses, clock)
         if within_budget and self.args.kl_budget is not None:  # nothing has measured the last update yet
             self._within_budget(self.score(self.roll_out(self._prompts(self.state.global_step))))
-        if self.unreported:
-            self._log_means()
+        self._log_means()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, {})
 
@@ -245,12 +192,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """The scores to train on, float32 `[B]`, and the reward of each token, float32 `[B, T]`."""
         args, scores = self.args, scored.scores
         if args.normalize_scores:
-            self.score_statistics.update(scores)
-            scores = self.score_statistics.normalize(scores)
+            self.memory.score_statistics.update(scores)
+            scores = self.memory.score_statistics.normalize(scores)
         if args.score_clip is not None:
             scores = scores.clamp(-args.score_clip, args.score_clip)
         scores = self._penalize_missing_eos(scores, scored.episodes)
-        rewards = shape_rewards(scores, scored.kl, self.kl_control.coefficient, scored.episodes.reply_lengths)
+        rewards = shape_rewards(scores, scored.kl, self.memory.kl_control.coefficient, scored.episodes.reply_lengths)
         if args.whiten_rewards:
             rewards = whiten(rewards, scored.episodes.mask, shift_mean=False)
         return scores, rewards
@@ -270,76 +217,41 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=advantages.device))
         norms: dict[str, list[float]] = defaultdict(list)
         for epoch in range(args.num_ppo_epochs):
-            order = self._permutation(batch, self.state.global_step, 1 + epoch).to(advantages.device)
+            order = permutation(batch, self.seed, self.state.global_step, 1 + epoch).to(advantages.device)
             for number, mini_batch in enumerate(order.split(batch // args.num_mini_batches)):
                 tokens = scored.episodes.reply_lengths[mini_batch].sum()
                 for rows in scored.episodes.by_length(mini_batch).split(args.per_device_train_batch_size):
                     part = scored.episodes.select(rows)
                     columns = slice(part.mask.shape[1])
                     if train_policy:
+                        with self._precision():
+                            new, entropy = reply_log_probs(self.shared.policy, part, args.temperature)
                         old, advantage = scored.log_probs[rows, columns], advantages[rows, columns]
-                        (self._policy_loss(part, old, advantage, sums) / tokens).backward()
+                        (policy_loss(new, old, entropy, advantage, part.mask, args, sums) / tokens).backward()
+                    with self._precision():
+                        values = reply_values(self.shared.value, part)
                     old, target = scored.values[rows, columns], returns[rows, columns]
-                    (args.vf_coef * self._value_loss(part, old, target, sums) / tokens).backward()
+                    (args.vf_coef * value_loss(values, old, target, part.mask, args, sums) / tokens).backward()
                 if train_policy and self.ptx_dataset is not None:
                     self._learn_demonstrations(
                         self.ptx_dataset, len(mini_batch), epoch * args.num_mini_batches + number, sums
                     )
                 for role, norm in self._step().items():
                     norms[role].append(norm)
-        divided_by = {"loss/ptx": sums["ptx_steps"]}
-        means = {name: (value / divided_by.get(name, sums["tokens"])).item() for name, value in sums.items()}
-        means = {name: value for name, value in means.items() if name not in ("tokens", "ptx_steps")}
-        if train_policy:
-            means["val/ratio_var"] -= (means["val/ratio"] - 1) ** 2  # it was taken around 1
-        return means | {f"{role}/grad_norm": sum(of_role) / len(of_role) for role, of_role in norms.items()}
-
-    def _policy_loss(self, part: Episodes, old: Tensor, advantages: Tensor, sums: dict[str, Tensor]) -> Tensor:
-        """PPO's clipped objective, summed over tokens (Schulman et al. 2017, "PPO Algorithms", equation 7)."""
-        args, mask = self.args, part.mask
-        with self._precision():
-            new, entropy = reply_log_probs(self.shared.policy, part, args.temperature)
-        log_ratio = new - old
-        if args.log_ratio_clamp is not None:
-            log_ratio = log_ratio.clamp(-args.log_ratio_clamp, args.log_ratio_clamp)
-        ratio = log_ratio.exp()
-        plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-        loss = (torch.maximum(plain, clipped) * mask).sum()
-        with torch.no_grad():
-            sums["loss/policy_avg"] += loss
-            sums["policy/clipfrac_avg"] += ((clipped > plain) & mask).sum()
-            sums["policy/approxkl_avg"] += 0.5 * (log_ratio**2 * mask).sum()
-            sums["policy/entropy_avg"] += entropy.sum()
-            sums["val/ratio"] += (ratio * mask).sum()
-            sums["val/ratio_var"] += ((ratio - 1) ** 2 * mask).sum()
-        return loss
-
-    def _value_loss(self, part: Episodes, old: Tensor, returns: Tensor, sums: dict[str, Tensor]) -> Tensor:
-        """Half the squared error, the worse of with and without clipping, summed over tokens."""
-        clip, mask = self.args.cliprange_value, part.mask
-        with self._precision():
-            new = reply_values(self.shared.value, part)
-        plain = (new - returns) ** 2
-        clipped = (torch.maximum(torch.minimum(new, old + clip), old - clip) - returns) ** 2
-        loss = 0.5 * (torch.maximum(plain, clipped) * mask).sum()
-        with torch.no_grad():
-            sums["loss/value_avg"] += loss
-            sums["val/clipfrac_avg"] += ((clipped > plain) & mask).sum()
-            sums["tokens"] += mask.sum()
-        return loss
+        return numbers.of_training(sums, norms)
 
     def _learn_demonstrations(self, dataset: Dataset, rows: int, number: int, sums: dict[str, Tensor]) -> None:
         """Add to the policy's gradient that of `ptx_coef` times the mean loss on as many demonstrations as episodes."""
         steps = self.args.num_ppo_epochs * self.args.num_mini_batches
         taken = (self.state.global_step * steps + number) * rows
-        chosen = dataset.select(self._order(len(dataset), taken, rows, "ptx"))
+        chosen = dataset.select(shuffled(len(dataset), taken, rows, self.seed, "ptx"))
         labelled = sum(label != -100 for labels in chosen["labels"] for label in labels[1:])
         device = self.accelerator.device
         for start in range(0, rows, self.args.per_device_train_batch_size):
             part = chosen[start : start + self.args.per_device_train_batch_size]
-            ids = _padded(part["input_ids"], self.pad_token_id).to(device)
+            ids = padded(part["input_ids"], self.pad_token_id).to(device)
             with self._precision():
-                labels = _padded(part["labels"], -100).to(device)
+                labels = padded(part["labels"], -100).to(device)
                 loss = demonstration_loss(self.shared.policy, ids, labels) / labelled
             (self.args.ptx_coef * loss).backward()
             sums["loss/ptx"] += loss.detach()
@@ -362,14 +274,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         }
         if all(math.isfinite(norm) for norm in norms.values()):
             self.optimizer.step()
-            self.skipped_in_row = 0
+            self.memory.skipped_in_row = 0
         else:
-            self.skipped_in_row += 1
-            self.skipped_steps += 1
+            self.memory.skipped_in_row += 1
+            self.memory.skipped_steps += 1
         self.optimizer.zero_grad()
-        if self.skipped_in_row >= self.args.max_skipped_steps:
+        if (skipped := self.memory.skipped_in_row) >= self.args.max_skipped_steps:
             raise RuntimeError(
-                f"{self.skipped_in_row} optimizer steps in a row had gradients that were not finite, the last at "
+                f"{skipped} optimizer steps in a row had gradients that were not finite, the last at "
                 f"update {self.state.global_step + 1}: lower `learning_rate`, set `log_ratio_clamp` or `score_clip`, "
                 "and see whether the reward model's scores are finite"
             )
@@ -387,54 +299,27 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             losses: from `optimise`.
             clock: seconds at the start, after sampling, after scoring, and after optimising.
         """
-        args, episodes, mask = self.args, scored.episodes, scored.episodes.mask
-        sampling, scoring, optimising = (after - before for before, after in itertools.pairwise(clock))
-        gap = (episodes.sampled_log_probs - scored.log_probs).abs() * mask
-        distinct_2, unique = diversity(episodes)
+        args, episodes, ended = self.args, scored.episodes, self._ended(scored.episodes)
+        beta, eos = self.memory.kl_control.coefficient, self.processing_class.eos_token_id
         rates = self.lr_scheduler.get_last_lr()
-        non_score_reward = -self.kl_control.coefficient * scored.mean_kl
-        trained_tokens = args.num_ppo_epochs * int((episodes.prompt_lengths + episodes.reply_lengths).sum())
-        self.unreported.append(
-            {
-                "eps": len(episodes) / (clock[-1] - clock[0]),
-                "objective/kl": scored.mean_kl,
-                "objective/kl_coef": self.kl_control.coefficient,
-                "objective/entropy": (-scored.log_probs * mask).sum(1).mean().item(),
-                "objective/non_score_reward": non_score_reward,
-                "objective/rlhf_reward": non_score_reward + scores.mean().item(),
-                "objective/scores": scores.mean().item(),
-                "reward/score_mean": scored.scores.mean().item(),
-                "reward/score_std": scored.scores.std(correction=0).item(),
-                **losses,
-                "value/explained_variance": explained_variance(scored.values, returns, mask).item(),
-                "reply/length": episodes.reply_lengths.float().mean().item(),
-                "reply/ended": self._ended(episodes).float().mean().item(),
-                "reply/distinct_2": distinct_2,
-                "reply/unique": unique,
-                "val/num_eos_tokens": int(((episodes.replies == self.processing_class.eos_token_id) & mask).sum()),
-                "rollout/log_prob_gap_mean": masked_mean(gap, mask).item(),
-                "rollout/log_prob_gap_max": gap.max().item(),
-                "rollout/seconds": sampling + scoring,
-                "rollout/sampling_seconds": sampling,
-                "rollout/tokens_per_second": int(mask.sum()) / (sampling + scoring),
-                "optimise/seconds": optimising,
-                "optimise/tokens_per_second": trained_tokens / optimising,
-                "skipped_steps": self.skipped_steps,
-                "lr": rates[0],
-                "lr_value": rates[-1],
-                "episode": self.state.episode + len(episodes),
-            }
+        self.memory.unreported.append(
+            numbers.of_rollout(scored, scores, returns, ended, beta, eos)
+            | losses
+            | numbers.of_speed(episodes, clock, args.num_ppo_epochs)
+            | {"skipped_steps": self.memory.skipped_steps, "lr": rates[0], "lr_value": rates[-1]}
+            | {"episode": self.state.episode + len(episodes)}
         )
-        if args.num_sample_generations and self.state.global_step % self.sample_generations_freq == 0:
+        times = args.num_sample_generations
+        if times and self.state.global_step % max(1, args.num_total_batches // times) == 0:
             self._write_samples(scored, "train", self.state.global_step + 1)
-        self.kl_control.update(scored.mean_kl, len(episodes))
-        passes = self.state.episode // self.train_dataset_len
+        self.memory.kl_control.update(scored.mean_kl, len(episodes))
+        passes = self.state.episode // len(self.train_dataset)
         self.state.global_step += 1
         self.state.episode += len(episodes)
-        self.state.epoch = self.state.episode / self.train_dataset_len
+        self.state.epoch = self.state.episode / len(self.train_dataset)
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-        if self.state.episode // self.train_dataset_len > passes:
+        if self.state.episode // len(self.train_dataset) > passes:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
         if self.control.should_log:
             self._log_means()
@@ -445,14 +330,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             self.control = self.callback_handler.on_save(args, self.state, self.control)
 
     def _log_means(self) -> None:
-        """Log the means over the updates since the last time; of what only counts or is set, the latest."""
-        latest = {"objective/kl_coef", "skipped_steps", "lr", "lr_value", "episode"}
-        means = {}
-        for name in dict.fromkeys(name for numbers in self.unreported for name in numbers):
-            values = [numbers[name] for numbers in self.unreported if name in numbers]
-            means[name] = values[-1] if name in latest else sum(values) / len(values)
-        self.unreported = []
-        self.log(means)
+        """Log means over the updates since the last time, if there were any."""
+        updates, self.memory.unreported = self.memory.unreported, []
+        if updates:
+            self.log(numbers.means(updates))
 
     @torch.no_grad()
     def evaluate(
@@ -488,7 +369,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 if start == 0:
                     self._write_samples(scored, metric_key_prefix, self.state.global_step)
         means = {name: total / len(dataset) for name, total in totals.items()}
-        means["objective/rlhf_reward"] = means["objective/scores"] - self.kl_control.coefficient * means["objective/kl"]
+        means["objective/rlhf_reward"] = (
+            means["objective/scores"] - self.memory.kl_control.coefficient * means["objective/kl"]
+        )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -513,54 +396,32 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def _within_budget(self, scored: Scored) -> bool:
         """Remember the best policy within `kl_budget`; False, with that policy put back, once KL is over it."""
-        budget, kl = self.args.kl_budget, scored.mean_kl
+        budget, kl, best = self.args.kl_budget, scored.mean_kl, self.memory.best
         if budget is None:
             return True
         if not kl > budget:
             score = self._penalize_missing_eos(scored.scores, scored.episodes).mean().item()
-            if math.isfinite(kl) and (self.best is None or score > self.best.score):
-                self.best = Best(self.state.global_step, score, kl, self._weights("policy"))
+            if math.isfinite(kl) and (best is None or score > best.score):
+                weights = checkpoint.weights(self.shared, "policy")
+                self.memory.best = Best(self.state.global_step, score, kl, weights)
             return True
-        if self.best is None or self.best.step <= self.args.value_warmup_updates:
+        if best is None or best.step <= self.args.value_warmup_updates:
             raise RuntimeError(
                 f"KL is {kl:.3g}, over the `kl_budget` of {budget}, and no update within it scored better than the "
                 "start: lower `learning_rate`, or raise the budget"
             )
-        self._put_back("policy", self.best.weights)
-        if self.unreported:
-            self._log_means()
+        checkpoint.put_back(self.shared, "policy", best.weights)
+        self._log_means()
         self.log(
             {
-                "objective/kl": self.best.kl,
-                "objective/scores": self.best.score,
-                "kl_budget/best_step": self.best.step,
+                "objective/kl": best.kl,
+                "objective/scores": best.score,
+                "kl_budget/best_step": best.step,
                 "kl_budget/exceeded_at_step": self.state.global_step,
                 "kl_budget/exceeded_with": kl,
             }
         )
         return False
-
-    def _weights(self, role: str) -> dict[str, Tensor]:
-        """A copy of a role's trained weights, on the CPU."""
-        view = getattr(self.shared, role)
-        return {
-            name: parameter.detach().cpu().clone()
-            for name, parameter in view.named_parameters()
-            if parameter.requires_grad
-        }
-
-    def _put_back(self, role: str, weights: dict[str, Tensor]) -> None:
-        """Overwrite a role's trained weights.
-
-        Raises:
-            ValueError: they are not the same weights.
-        """
-        ours = {name: one for name, one in getattr(self.shared, role).named_parameters() if one.requires_grad}
-        if {name: one.shape for name, one in ours.items()} != {name: one.shape for name, one in weights.items()}:
-            raise ValueError(f"these are not the weights of this {role}: names or shapes differ")
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(weights[name])
 
     def _begin(self, resume_from: Path | None) -> None:
         """Set the counters, from a checkpoint where there is one, and evaluate the start if that is wanted."""
@@ -570,7 +431,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if self.samples_file is not None:
             keep_until(self.samples_file, self.state.global_step)
         self.state.max_steps = args.num_total_batches
-        self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        self.state.num_train_epochs = args.total_episodes / len(self.train_dataset)
         self.state.compute_steps(args, self.state.max_steps)
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and resume_from is None:
@@ -583,112 +444,30 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         )
 
     def _write_checkpoint(self, folder: Path) -> None:
-        for role in self.trained:
-            save_file(self._weights(role), folder / f"{role}.safetensors")
+        checkpoint.write(folder, self.shared, self.memory)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
-        if self.best is not None:
-            save_file(self.best.weights, folder / "best.safetensors")
-        memory = {
-            "frozen": self.shared.checksums(*FROZEN),
-            "kl_control": asdict(self.kl_control),
-            "score_statistics": asdict(self.score_statistics),
-            "skipped": [self.skipped_in_row, self.skipped_steps],
-            "best": self.best and {"step": self.best.step, "score": self.best.score, "kl": self.best.kl},
-            "unreported": self.unreported,
-        }
-        (folder / "ppo_state.json").write_text(json.dumps(memory, indent=1))
 
     def _load_checkpoint(self, folder: Path) -> None:
-        memory = json.loads((folder / "ppo_state.json").read_text())
-        for role, checksum in self.shared.checksums(*FROZEN).items():
-            if memory["frozen"][role] != checksum:
-                raise ValueError(f"{folder} cannot be gone on from: its {role} is not the one of this run")
-        for role in self.trained:
-            self._put_back(role, load_file(folder / f"{role}.safetensors"))
+        checkpoint.read(folder, self.shared, self.memory)
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", "cpu", weights_only=True))
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", "cpu", weights_only=True))
-        self.state = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
-        self.kl_control.coefficient = memory["kl_control"]["coefficient"]
-        self.score_statistics = ScoreStatistics(**memory["score_statistics"])
-        self.skipped_in_row, self.skipped_steps = memory["skipped"]
-        self.unreported = memory["unreported"]
-        if memory["best"]:
-            self.best = Best(**memory["best"], weights=load_file(folder / "best.safetensors"))
+        self.state = PPOState.load_from_json(str(folder / "trainer_state.json"))
         self._load_rng_state(str(folder))
 
     def _prompts(self, update: int) -> list[list[int]]:
         """The prompts of an update, counted from 0; they follow from the seed alone, so a resumed run goes on."""
         batch = self.args.batch_size
-        return self.train_dataset[self._order(self.train_dataset_len, update * batch, batch, "prompts")]["input_ids"]
-
-    def _order(self, length: int, start: int, count: int, name: str) -> list[int]:
-        """Entries `start` to `start + count` of an endless row of passes over `length` things, each pass shuffled."""
-        entries: list[int] = []
-        while len(entries) < count:
-            number, offset = divmod(start + len(entries), length)
-            entries += self._permutation(length, name, number)[offset : offset + count - len(entries)].tolist()
-        return entries
-
-    def _permutation(self, length: int, *which: Any) -> Tensor:
-        """A random order of `length` things that depends on the seed and on which it is, and on nothing before it."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        generator = torch.Generator().manual_seed(random.Random(repr((seed, *which))).getrandbits(63))
-        return torch.randperm(length, generator=generator)
+        taken = shuffled(len(self.train_dataset), update * batch, batch, self.seed, "prompts")
+        return self.train_dataset[taken]["input_ids"]
 
     def _precision(self) -> contextlib.AbstractContextManager:
         """The arithmetic of every forward pass alike: with `bf16`, adapters over a bfloat16 base compute in it too."""
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def _write_samples(self, scored: Scored, split: str, step: int) -> None:
-        """Append the first few episodes to the samples file."""
-        if self.samples_file is None:
-            return
-        episodes, ended = scored.episodes, self._ended(scored.episodes)
-        with self.samples_file.open("a", encoding="utf-8") as lines:
-            for row in range(min(SAMPLES, len(episodes))):
-                ids = episodes.ids[row].tolist()
-                start, end = (
-                    int(episodes.prompt_lengths[row]),
-                    int((episodes.prompt_lengths + episodes.reply_lengths)[row]),
-                )
-                written = {
-                    "step": step,
-                    "split": split,
-                    "prompt": self.processing_class.decode(ids[:start], skip_special_tokens=True),
-                    "completion": self.processing_class.decode(ids[start:end], skip_special_tokens=True),
-                    "score": scored.scores[row].item(),
-                    "kl": scored.kl[row].sum().item(),
-                    "ended": bool(ended[row]),
-                }
-                lines.write(json.dumps(written, ensure_ascii=False) + "\n")
-
-
-def check_data(
-    args: PPOConfig, train_dataset: Dataset, eval_dataset: Dataset | None, ptx_dataset: Dataset | None
-) -> None:
-    """See that there is enough of every kind of data that the settings ask for.
-
-    Raises:
-        ValueError: there is not.
-    """
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if len(train_dataset) < batch:
-        raise ValueError(
-            f"{len(train_dataset)} prompts are fewer than one batch of {batch}: lower `per_device_train_batch_size` or "
-            "`gradient_accumulation_steps`, or give more prompts"
-        )
-    if pc.min(pc.list_value_length(train_dataset.data.column("input_ids"))).as_py() == 0:
-        raise ValueError("a prompt is empty: a reply needs at least one token to follow")
-    if args.eval_strategy != "no" and eval_dataset is None:
-        raise ValueError("`eval_strategy` is set, and no prompts are held out to evaluate on")
-    if bool(args.ptx_coef) != (ptx_dataset is not None):
-        raise ValueError("`ptx_coef` and `ptx_data` (demonstrations) go together: one is given without the other")
-
-
-def _padded(rows: list[list[int]], fill: int) -> Tensor:
-    """Rows of token ids, filled up on the right."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+        if self.samples_file is not None:
+            ended = self._ended(scored.episodes)
+            numbers.write_samples(self.samples_file, scored, ended, self.processing_class, split, step)

@@ -156,10 +156,10 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     kind = stage.facts
     given, certain, possible = stage.trainer, {"train_loss"}, set()
     batches = set(kind.batch_metrics)
-    if given.get("use_liger_kernel") and kind.is_policy:  # it never has the logits that these come from
-        batches -= {"entropy", "mean_token_accuracy"}
-        if kind.reads == "demonstrations":  # the kernel may count it
-            possible |= {"mean_token_accuracy"} | ({"eval_mean_token_accuracy"} if held_out else set())
+    if given.get("use_liger_kernel") and kind.is_policy:  # some versions of TRL do not have them then
+        unsure = batches & {"entropy", "mean_token_accuracy"}
+        batches -= unsure
+        possible |= unsure | ({f"eval_{metric}" for metric in unsure} if held_out else set())
     logs = _logs_steps(given)
     if logs is not False:
         (certain if logs else possible).update(OF_STEPS)

@@ -19,11 +19,7 @@ _TRAINING_ARGUMENTS = [("transformers", "training_args.py", "TrainingArguments")
 _CLASSES = {
     "sft": [*_TRAINING_ARGUMENTS, ("trl", "trainer/sft_config.py", "SFTConfig")],
     "reward": [*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")],
-    "ppo": [
-        *_TRAINING_ARGUMENTS,
-        ("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
-        ("rlhf_pipeline", "ppo/config.py", "PPOConfig"),
-    ],
+    "ppo": [_TRAINING_ARGUMENTS[0], ("rlhf_pipeline", "ppo/config.py", "PPOConfig")],
     "dpo": [*_TRAINING_ARGUMENTS, ("trl", "trainer/dpo_config.py", "DPOConfig")],
     "lora": [
         ("peft", "config.py", "PeftConfigMixin"),
@@ -41,7 +37,7 @@ _CHOICES = {
 CONFIG_NAMES = {
     "sft": "trl.SFTConfig",
     "reward": "trl.RewardConfig",
-    "ppo": "trl.experimental.ppo.PPOConfig and, beyond it, docs/ppo.md",
+    "ppo": "docs/ppo.md",
     "dpo": "trl.DPOConfig",
     "lora": "peft.LoraConfig",
 }
@@ -320,7 +316,10 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
     if config == "sft":
         if not given.get("packing") and not given.get("eval_packing"):
             useless("without `packing`", "packing_strategy")
-        if given.get("loss_type") != "nll":
+        smoothed = {"nll"}
+        if keys("sft")["loss_type"].default == "nll":  # in newer versions of TRL it names the same loss
+            smoothed.add("chunked_nll")
+        if given.get("loss_type", keys("sft")["loss_type"].default) not in smoothed:
             useless("unless `loss_type` is `nll`", "label_smoothing_factor")
     if config == "dpo":
         losses = given.get("loss_type", ["sigmoid"])

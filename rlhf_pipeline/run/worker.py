@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from trl.trainer import utils as trl_utils
 
 from rlhf_pipeline import stages
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
@@ -31,6 +33,9 @@ from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.stages import check as data_report
 from rlhf_pipeline.stages import judge
 from rlhf_pipeline.stages.job import Job
+
+# Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
+FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
 
 
 def main(job_file: str) -> int:
@@ -129,16 +134,16 @@ def check_lora(recipe: Recipe, names: list[str]) -> None:
     """See that each stage's `lora` makes an adapter, with room for the one it starts from, on models without weights.
 
     Raises:
-        InputError: PEFT refuses it, it matches no layer, or it is too small.
+        InputError: PEFT refuses it, it matches no layer, it is too small, or TRL would not train all of it.
     """
-    known: dict[str, dict[str, torch.Size]] = {}
+    known: dict[str, tuple[dict[str, torch.Size], bool]] = {}
 
-    def shapes(name: str) -> dict[str, torch.Size]:
+    def made(name: str) -> tuple[dict[str, torch.Size], bool]:
         stage = recipe.stages[name]
         key = json.dumps([stage.facts.makes, stage.lora], sort_keys=True)
         if key not in known:
             try:
-                known[key] = _shapes_without_weights(recipe, stage)
+                known[key] = _made_without_weights(recipe, stage)
             except (TypeError, ValueError) as error:
                 raise InputError(
                     str(error).strip().splitlines()[0],
@@ -148,8 +153,15 @@ def check_lora(recipe: Recipe, names: list[str]) -> None:
         return known[key]
 
     for name in names:
-        ours, init = shapes(name), recipe.stages[name].init
-        problem = adapters.misfit(shapes(init), ours) if init in recipe.stages else None
+        (ours, on_head), init = made(name), recipe.stages[name].init
+        if FUSED_HEAD and on_head and recipe.stages[name].kind != "ppo":
+            raise InputError(
+                f"an adapter on the output embedding cannot be trained in stage `{name}`: TRL computes the loss from "
+                "the embedding's own weights",
+                place=_written_at(recipe, name),
+                hint="`target_modules: all-linear` leaves it out",
+            )
+        problem = adapters.misfit(made(init)[0], ours) if init in recipe.stages else None
         if problem:
             raise InputError(
                 f"the adapter of stage `{name}` cannot begin as that of `{init}`, which it starts from: {problem}",
@@ -158,14 +170,15 @@ def check_lora(recipe: Recipe, names: list[str]) -> None:
             )
 
 
-def _shapes_without_weights(recipe: Recipe, stage: Stage) -> dict[str, torch.Size]:
-    """The shapes of a stage's LoRA weights."""
+def _made_without_weights(recipe: Recipe, stage: Stage) -> tuple[dict[str, torch.Size], bool]:
+    """The shapes of a stage's LoRA weights, and whether there are some on the output embedding."""
     with torch.device("meta"):
         if stage.facts.makes == "reward":
             scorer = without_weights(recipe.model, head="score")
-            return adapters.adapter_shapes(adapters.with_reward_adapter(scorer, stage.lora, None), "default")
-        model = without_weights(recipe.model)
-        return adapters.adapter_shapes(adapters.with_policy_adapter(model, stage.lora, None), "default")
+            return adapters.adapter_shapes(adapters.with_reward_adapter(scorer, stage.lora, None), "default"), False
+        model = adapters.with_policy_adapter(without_weights(recipe.model), stage.lora, None)
+        on_head = isinstance(model.get_output_embeddings(), BaseTunerLayer)
+        return adapters.adapter_shapes(model, "default"), on_head
 
 
 def _written_at(recipe: Recipe, name: str) -> str:

@@ -12,7 +12,8 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.ppo.trainer import PPOTrainer, check_data
+from rlhf_pipeline.ppo.prompts import check_data
+from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.judge import prepare as prepare_judging

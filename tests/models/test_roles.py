@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
-from trl.experimental.ppo.ppo_trainer import PolicyAndValueWrapper
-from trl.experimental.utils import get_reward
 
 from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.roles import SharedBase
+from rlhf_pipeline.ppo.forward import reply_scores
+from rlhf_pipeline.ppo.rollout import Episodes
 
 SHAPES = ["llama", "qwen3", "gpt2"]
 ROLES = ["policy", "reference", "reward", "value"]
@@ -91,17 +91,16 @@ class TestAgainstSeparateModels:
         assert_close(shared.value(**batch), shared.reward(**batch), rtol=0, atol=0)
 
     @torch.no_grad()
-    def test_trl_reads_the_score_that_the_reward_model_gives(self, share, make_artifacts, batch, shape, quantization):
-        """TRL's PPO and the classifier take the score at the same token: the last real one."""
+    def test_ppo_reads_the_score_that_the_reward_model_gives(self, share, make_artifacts, batch, shape, quantization):
+        """PPO and the classifier take the score at the same token: the last real one."""
         artifacts = make_artifacts(shape, quantization)
         shared, plain = share(artifacts), plain_reward(artifacts.spec, artifacts.reward)
-        ids = batch["input_ids"].clone()
-        ids[0, -2:] = 0  # a reply that ended early
-        mask = (ids != 0).long()
-        expected = plain(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1) - mask).logits.squeeze(1)
-        _, scores, last = get_reward(shared.reward, ids, pad_token_id=0, context_length=6)
-        assert last.tolist() == [7, 9, 9]
-        assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+        ids, mask = moved_right(batch)
+        lengths, replies = mask.sum(1), torch.tensor([4, 3, 2])
+        episodes = Episodes(ids, lengths - replies, replies, torch.ones(3, dtype=torch.bool), torch.zeros(3, 4))
+        expected = plain(input_ids=ids, attention_mask=mask).logits.squeeze(1)
+        assert lengths.tolist() == [10, 8, 5]
+        assert_close(reply_scores(shared.reward, episodes), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -250,11 +249,9 @@ class TestSwitching:
 
 
 def joint_gradients(shared, batch, backward_as):
-    """Gradients of a joint loss of policy and value, as TRL computes them, with backward inside another role."""
+    """Gradients of a joint loss of policy and value, with backward inside another role."""
     generator = torch.Generator().manual_seed(1)
-    output, values = PolicyAndValueWrapper(shared.policy, shared.value)(
-        **batch, return_dict=True, output_hidden_states=True
-    )
+    values, output = shared.value(**batch), shared.policy(**batch)
     with torch.no_grad():
         shared.reference(**batch)
         shared.reward(**batch)
@@ -335,9 +332,9 @@ class TestOwnership:
         assert {id(parameter) for parameter in listed} == {id(parameter) for parameter in owned}
         assert all(parameter.requires_grad == (role in ("policy", "value")) for parameter in listed)
 
-    def test_state_of_trl_wrapper_holds_no_base_weights(self, shared):
-        """A checkpoint of what TRL trains is the two adapters and the value head."""
-        wrapper = PolicyAndValueWrapper(shared.policy, shared.value)
+    def test_state_of_policy_and_value_holds_no_base_weights(self, shared):
+        """What PPO trains is the two adapters and the value head."""
+        wrapper = torch.nn.ModuleDict({"policy": shared.policy, "value": shared.value})
         state = wrapper.state_dict()
         trained = [*shared.policy.parameters(), *shared.value.parameters()]
         assert sorted(tensor.data_ptr() for tensor in state.values()) == sorted(p.data_ptr() for p in trained)
@@ -373,13 +370,13 @@ class TestOwnership:
             shared.checksums("critic")
 
     def test_learning_moves_policy_and_value_alone(self, shared, batch):
-        """An optimizer over TRL's wrapper moves the two roles that learn, and leaves what the others say."""
+        """An optimizer over all of their parameters moves the two roles that learn, and leaves what the others say."""
         with torch.no_grad():
             before = shared.reference(**batch).logits, shared.reward(**batch)
         sums = shared.checksums()
-        wrapper = PolicyAndValueWrapper(shared.policy, shared.value)
-        optimizer = torch.optim.SGD([p for p in wrapper.parameters() if p.requires_grad], lr=0.1)
-        output, values = wrapper(**batch)
+        views = torch.nn.ModuleDict({role: getattr(shared, role) for role in ROLES})
+        optimizer = torch.optim.SGD([p for p in views.parameters() if p.requires_grad], lr=0.1)
+        output, values = shared.policy(**batch), shared.value(**batch)
         (output.logits.logsumexp(-1).mean() + values.square().mean()).backward()
         optimizer.step()
         after = shared.checksums()

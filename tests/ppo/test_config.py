@@ -1,16 +1,57 @@
 """Settings and data of PPO that cannot work are refused in words that name the key, before anything is trained."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.ppo.trainer import check_data
+from rlhf_pipeline.ppo.prompts import check_data
 
 
 def config(**settings: Any) -> PPOConfig:
     return PPOConfig(**{"use_cpu": True, "bf16": False, "report_to": "none", **settings})
+
+
+@pytest.mark.floor
+def test_every_key_of_trls_config_is_here_with_its_type_and_default() -> None:
+    """TRL 1.12 is the last with a PPOConfig; two of its defaults are ours, as `docs/ppo.md` says."""
+    reason = "TRL's own PPOConfig, to compare with, is in TRL 1.12 alone"
+    theirs = pytest.importorskip("trl.experimental.ppo", reason=reason).PPOConfig
+    ours = {field.name: field for field in dataclasses.fields(PPOConfig)}
+    differ = {
+        field.name
+        for field in dataclasses.fields(theirs)
+        if (field.type, field.default) != (ours[field.name].type, ours[field.name].default)
+    }
+    assert differ == {"logging_steps", "save_total_limit"}
+
+
+def test_episodes_and_updates_are_counted_under_trls_names() -> None:
+    """100 prompts; 3 passes over them are 300 episodes, 24 an update in one process, and 48 in two."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6, "num_mini_batches": 3}
+    one, two, stepped, counted = (
+        config(**settings, **more) for more in ({}, {}, {"max_steps": 5}, {"total_episodes": 25})
+    )
+    one.count(100, 1)
+    assert (one.total_episodes, one.num_total_batches, one.world_size) == (300, 13, 1)
+    assert (one.batch_size, one.local_batch_size, one.mini_batch_size, one.local_mini_batch_size) == (24, 24, 8, 8)
+    assert one.micro_batch_size == 4
+    two.count(100, 2)
+    assert (two.total_episodes, two.num_total_batches, two.world_size) == (300, 7, 2)
+    assert (two.batch_size, two.local_batch_size, two.mini_batch_size, two.local_mini_batch_size) == (48, 24, 16, 8)
+    assert two.micro_batch_size == 8
+    stepped.count(100, 2)
+    assert (stepped.total_episodes, stepped.num_total_batches) == (240, 5)
+    counted.count(100, 1)
+    assert (counted.total_episodes, counted.num_total_batches) == (25, 2)
+
+
+def test_words_that_are_no_choice_are_refused() -> None:
+    for key, word in (("stop_token", "pad"), ("kl_estimator", "k2")):
+        with pytest.raises(ValueError, match=f"`{key}` must be one of .*, not {word}"):
+            config(**{key: word})
 
 
 # A key, the nearest value that is refused, and one that is not.

@@ -311,7 +311,7 @@ def test_a_checkpoint_of_another_rank_is_refused(
 ) -> None:
     trainer = build(artifacts, tmp_path, **ranks)
     before = weights(trainer)
-    with pytest.raises(ValueError, match=r"cannot be gone on from|are not the weights of this"):
+    with pytest.raises(ValueError, match=r"cannot be resumed from|are not the weights of this"):
         trainer.train(resume_from_checkpoint=str(uninterrupted.folder / "checkpoint-2"))
     assert_same_weights(weights(trainer), before)
 

@@ -204,6 +204,14 @@ def test_a_metric_that_only_the_stage_itself_can_tell_of_is_accepted(load, stage
         load("accuracy", '">= 0.5"', gate, unless)
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_with_liger_kernels_only_the_stage_can_tell_whether_tokens_are_measured(load, stage: str):
+    recipe = load("accuracy", '">= 0.5"', f"{stage}.trainer.use_liger_kernel=true", f"{stage}.data.eval_fraction=0.1")
+    unsure = {"entropy", "mean_token_accuracy", "eval_entropy", "eval_mean_token_accuracy"}
+    assert unsure <= possible_metrics(recipe, stage)
+    assert not unsure & known_metrics(recipe, stage)
+
+
 def test_every_shipped_recipe_may_have_a_gate_on_every_metric_it_is_known_to_have(tmp_path: Path):
     """What `known_metrics` gives is what `load` accepts."""
     shipped = recipes.load("tiny")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from trl.experimental.utils import get_reward
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline import stages
@@ -21,6 +20,8 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.ppo.forward import reply_scores
+from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.judge import judge_policy
@@ -100,7 +101,7 @@ def test_the_first_sft_loss_is_that_of_the_replies_alone(prepared: tuple[Path, d
 
 
 def test_ppo_reads_the_scores_that_the_reward_model_was_evaluated_with(prepared: tuple[Path, dict]) -> None:
-    """TRL's `get_reward` on the shared base, over the pairs the reward stage held out, gives that stage's numbers."""
+    """What PPO reads on the shared base, over the pairs the reward stage held out, gives that stage's numbers."""
     folder, metrics = prepared
     recipe = recipes.load(str(folder / "recipe.yaml"))
     tokenizer = load_tokenizer(recipe.model.path)
@@ -109,11 +110,11 @@ def test_ppo_reads_the_scores_that_the_reward_model_was_evaluated_with(prepared:
     job = Job(recipe, "ppo", recipe.run)
     reward_lora = recipe.stages["reward"].lora
     shared = SharedBase(load_base(recipe.model, tokenizer), job.stage.lora, job.init, job.reward, reward_lora)
-    pad = [tokenizer.pad_token_id]  # one token of padding: TRL finds a reply's end by it
 
     def score(prompt: list[int], reply: list[int]) -> float:
-        ids = torch.tensor([prompt + reply + pad])
-        return get_reward(shared.reward, ids, tokenizer.pad_token_id, len(prompt))[1].item()
+        lengths = torch.tensor([[len(prompt)], [len(reply)]])
+        none = torch.zeros(1, len(reply))
+        return reply_scores(shared.reward, Episodes(torch.tensor([prompt + reply]), *lengths, none > 0, none)).item()
 
     with torch.no_grad():
         margins = [

@@ -1,0 +1,122 @@
+"""What a checkpoint of PPO holds beside the trainer's counters and random states, and how it is taken up again."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerState
+
+from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
+from rlhf_pipeline.ppo.control import KLControl, ScoreStatistics
+
+
+@dataclass
+class PPOState(TrainerState):
+    """The trainer's counters.
+
+    Attributes:
+        episode: how many episodes were trained on.
+    """
+
+    episode: int = 0
+
+
+@dataclass
+class Best:
+    """The policy with the highest score within the KL budget.
+
+    Attributes:
+        step: how many updates it had.
+        score, kl: means over the batch that it was measured on.
+        weights: on the CPU.
+    """
+
+    step: int
+    score: float
+    kl: float
+    weights: dict[str, Tensor]
+
+
+@dataclass
+class Memory:
+    """What goes over from update to update beside weights and optimizer.
+
+    Attributes:
+        kl_control: the KL coefficient.
+        score_statistics: of all scores so far.
+        skipped_in_row, skipped_steps: optimizer steps that were skipped, since the last that was not and in all.
+        best: the best policy so far; only with a KL budget.
+        unreported: the numbers of updates that are not logged yet.
+    """
+
+    kl_control: KLControl
+    score_statistics: ScoreStatistics = field(default_factory=ScoreStatistics)
+    skipped_in_row: int = 0
+    skipped_steps: int = 0
+    best: Best | None = None
+    unreported: list[dict[str, float]] = field(default_factory=list)
+
+
+def write(folder: Path, shared: SharedBase, memory: Memory) -> None:
+    """Write the trained roles' weights and the memory into a checkpoint's folder."""
+    for role in TRAINED:
+        save_file(weights(shared, role), folder / f"{role}.safetensors")
+    best = memory.best
+    if best is not None:
+        save_file(best.weights, folder / "best.safetensors")
+    noted = {
+        "frozen": shared.checksums(*FROZEN),
+        "kl_control": asdict(memory.kl_control),
+        "score_statistics": asdict(memory.score_statistics),
+        "skipped": [memory.skipped_in_row, memory.skipped_steps],
+        "best": best and {"step": best.step, "score": best.score, "kl": best.kl},
+        "unreported": memory.unreported,
+    }
+    (folder / "ppo_state.json").write_text(json.dumps(noted, indent=1))
+
+
+def read(folder: Path, shared: SharedBase, memory: Memory) -> None:
+    """Take up weights and memory from a checkpoint's folder; KL target and horizon stay as the settings have them.
+
+    Raises:
+        ValueError: it is of another reference or reward, or of weights of other shapes.
+    """
+    noted = json.loads((folder / "ppo_state.json").read_text())
+    for role, checksum in shared.checksums(*FROZEN).items():
+        if noted["frozen"][role] != checksum:
+            raise ValueError(f"{folder} cannot be resumed from: its {role} is not the one of this run")
+    for role in TRAINED:
+        put_back(shared, role, load_file(folder / f"{role}.safetensors"))
+    memory.kl_control.coefficient = noted["kl_control"]["coefficient"]
+    memory.score_statistics = ScoreStatistics(**noted["score_statistics"])
+    memory.skipped_in_row, memory.skipped_steps = noted["skipped"]
+    memory.unreported = noted["unreported"]
+    if noted["best"]:
+        memory.best = Best(**noted["best"], weights=load_file(folder / "best.safetensors"))
+
+
+def weights(shared: SharedBase, role: str) -> dict[str, Tensor]:
+    """A copy of a role's trained weights, on the CPU."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in _trained(shared, role).items()}
+
+
+def put_back(shared: SharedBase, role: str, former: dict[str, Tensor]) -> None:
+    """Overwrite a role's trained weights.
+
+    Raises:
+        ValueError: they are not the same weights.
+    """
+    ours = _trained(shared, role)
+    if {name: one.shape for name, one in ours.items()} != {name: one.shape for name, one in former.items()}:
+        raise ValueError(f"these are not the weights of this {role}: names or shapes differ")
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(former[name])
+
+
+def _trained(shared: SharedBase, role: str) -> dict[str, torch.nn.Parameter]:
+    view = getattr(shared, role)
+    return {name: parameter for name, parameter in view.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,142 @@
+"""The numbers of PPO: what an update and an evaluation are logged as, and the replies that are written down."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_pipeline.ppo.advantages import explained_variance, masked_mean
+from rlhf_pipeline.ppo.rollout import Episodes, diversity
+
+SAMPLES = 4  # episodes that are written down at a time
+LATEST = {"objective/kl_coef", "skipped_steps", "lr", "lr_value", "episode"}  # what only counts, or is set
+
+
+@dataclass
+class Scored:
+    """Episodes and what the four roles say of them; tensors as in `advantages`.
+
+    Attributes:
+        log_probs, ref_log_probs, values: float32 `[B, T]`.
+        scores: float32 `[B]`, the reward model's.
+        kl: float32 `[B, T]`, from `kl_per_token`.
+    """
+
+    episodes: Episodes
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    values: Tensor
+    scores: Tensor
+    kl: Tensor
+
+    @property
+    def mean_kl(self) -> float:
+        """The mean over episodes of the KL of a whole reply, in nats."""
+        return self.kl.sum(1).mean().item()
+
+
+def of_rollout(
+    scored: Scored, scores: Tensor, returns: Tensor, ended: Tensor, kl_coef: float, eos_token_id: int | None
+) -> dict[str, float]:
+    """What an update's episodes are logged as.
+
+    Args:
+        scored: the episodes.
+        scores: what they were trained on, float32 `[B]`.
+        returns: the targets of the values, float32 `[B, T]`.
+        ended: bool `[B]`, whose reply has ended.
+        kl_coef: β of this update.
+        eos_token_id: the tokenizer's EOS, if it has one.
+    """
+    episodes, mask = scored.episodes, scored.episodes.mask
+    gap = (episodes.sampled_log_probs - scored.log_probs).abs() * mask
+    distinct_2, unique = diversity(episodes)
+    non_score_reward = -kl_coef * scored.mean_kl
+    return {
+        "objective/kl": scored.mean_kl,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": (-scored.log_probs * mask).sum(1).mean().item(),
+        "objective/non_score_reward": non_score_reward,
+        "objective/rlhf_reward": non_score_reward + scores.mean().item(),
+        "objective/scores": scores.mean().item(),
+        "reward/score_mean": scored.scores.mean().item(),
+        "reward/score_std": scored.scores.std(correction=0).item(),
+        "value/explained_variance": explained_variance(scored.values, returns, mask).item(),
+        "reply/length": episodes.reply_lengths.float().mean().item(),
+        "reply/ended": ended.float().mean().item(),
+        "reply/distinct_2": distinct_2,
+        "reply/unique": unique,
+        "val/num_eos_tokens": int(((episodes.replies == eos_token_id) & mask).sum()),
+        "rollout/log_prob_gap_mean": masked_mean(gap, mask).item(),
+        "rollout/log_prob_gap_max": gap.max().item(),
+    }
+
+
+def of_training(sums: dict[str, Tensor], norms: dict[str, list[float]]) -> dict[str, float]:
+    """What an update's passes over its episodes are logged as.
+
+    Args:
+        sums: sums over the tokens of all passes, by name; `tokens` is how many there were. `loss/ptx` is a sum over
+            `ptx_steps` steps.
+        norms: of each role, the gradient's norm at each optimizer step.
+    """
+    divided_by = {"loss/ptx": sums["ptx_steps"]}
+    means = {name: (value / divided_by.get(name, sums["tokens"])).item() for name, value in sums.items()}
+    means = {name: value for name, value in means.items() if name not in ("tokens", "ptx_steps")}
+    if "val/ratio" in means:
+        means["val/ratio_var"] -= (means["val/ratio"] - 1) ** 2  # it was taken around 1
+    return means | {f"{role}/grad_norm": sum(of_role) / len(of_role) for role, of_role in norms.items()}
+
+
+def of_speed(episodes: Episodes, clock: Sequence[float], epochs: int) -> dict[str, float]:
+    """How long an update took.
+
+    Args:
+        episodes: the update's.
+        clock: seconds at the start, after sampling, after scoring, and after optimising.
+        epochs: passes over the episodes.
+    """
+    sampling, scoring, optimising = (after - before for before, after in itertools.pairwise(clock))
+    trained_tokens = epochs * int((episodes.prompt_lengths + episodes.reply_lengths).sum())
+    return {
+        "eps": len(episodes) / (clock[-1] - clock[0]),
+        "rollout/seconds": sampling + scoring,
+        "rollout/sampling_seconds": sampling,
+        "rollout/tokens_per_second": int(episodes.mask.sum()) / (sampling + scoring),
+        "optimise/seconds": optimising,
+        "optimise/tokens_per_second": trained_tokens / optimising,
+    }
+
+
+def means(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over updates, each over those that have the number; of what only counts or is set, the latest."""
+    found = {}
+    for name in dict.fromkeys(name for numbers in updates for name in numbers):
+        values = [numbers[name] for numbers in updates if name in numbers]
+        found[name] = values[-1] if name in LATEST else sum(values) / len(values)
+    return found
+
+
+def write_samples(
+    file: Path, scored: Scored, ended: Tensor, tokenizer: PreTrainedTokenizerBase, split: str, step: int
+) -> None:
+    """Append the first few episodes to a file, one JSON object a line; `docs/json.md` has its keys."""
+    episodes = scored.episodes
+    with file.open("a", encoding="utf-8") as lines:
+        for row in range(min(SAMPLES, len(episodes))):
+            ids, start = episodes.ids[row].tolist(), int(episodes.prompt_lengths[row])
+            end = start + int(episodes.reply_lengths[row])
+            written = {
+                "step": step,
+                "split": split,
+                "prompt": tokenizer.decode(ids[:start], skip_special_tokens=True),
+                "completion": tokenizer.decode(ids[start:end], skip_special_tokens=True),
+                "score": scored.scores[row].item(),
+                "kl": scored.kl[row].sum().item(),
+                "ended": bool(ended[row]),
+            }
+            lines.write(json.dumps(written, ensure_ascii=False) + "\n")
