@@ -16,10 +16,9 @@ from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 STANDS_FOR_VALUE = r"\$\{|^[-+]?\d[\d.]*_[\d_.eE+-]*$"
 # What is beside the libraries' own defaults, or narrower than their types.
 OWN_DEFAULTS = ("save_strategy", "save_steps", "save_total_limit")
-NARROWER: dict[str, dict[str, Any]] = {"init_lora_weights": {"enum": [True, "gaussian"]}}
+NARROWER = {"init_lora_weights": "Literal[True, 'gaussian']"}
 # What stages of other kinds have in its place, in a resolved recipe at least; editors need not offer it.
 PPO_ONLY = {key: {"type": "null", "doNotSuggest": True} for key in ("reward", "ptx_data")}
-TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "dict": "object", "None": "null"}
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -34,11 +33,8 @@ def recipe_schema() -> dict[str, Any]:
     definitions["Lora"] = _library("lora")
     recipe["properties"]["lora"] |= {"$ref": "#/definitions/Lora"}
     trackers = recipe["properties"]["report_to"]
-    trackers["anyOf"] = [  # `report_to: wandb`
-        {"type": trackers.pop("type"), "items": trackers["items"]},
-        {"enum": [*trackers.pop("items")["enum"], "none"]},
-        {"type": "string", "pattern": r"\$\{"},
-    ]
+    one = trackers.pop("items")
+    trackers["anyOf"] = [{"type": trackers.pop("type"), "items": one}, {"const": "none"}, *one["anyOf"]]
     definitions |= _stages(definitions.pop("Stage"))
     extends = {"type": "string", "minLength": 1, "description": "The recipe that this one builds on: a file, or the "
                "name of a shipped one. What is said here goes before what it says."}  # fmt: skip
@@ -108,28 +104,37 @@ def _object(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
-    """A value's schema in few words; a number may also be a `${VAR}`."""
-    schema = {key: value for key, value in schema.items() if key != "title"}
-    if "description" in schema:
-        schema["description"] = " ".join(schema["description"].split())
-    if schema.get("default", ...) in (None, "", [], {}):
-        del schema["default"]
-    some, *null = schema.get("anyOf", [{}])
-    if null and "type" in some:  # a value or null
-        del schema["anyOf"]
-        schema |= {**some, "type": [some["type"], "null"]}
-    if "enum" in schema:
-        del schema["type"]
-        schema["anyOf"] = [{"enum": schema.pop("enum")}, {"type": "string", "pattern": r"\$\{"}]
-    elif "pattern" in schema:
-        schema["pattern"] += r"|\$\{"
-    elif {"integer", "number", "boolean"} & set(_list(schema.get("type"))):
-        schema |= {"type": [*_list(schema["type"]), "string"], "pattern": STANDS_FOR_VALUE}
-    return schema
+    """A value's schema in fewer words than pydantic's."""
+    about = {key: schema[key] for key in ("description", "default") if schema.get(key) not in (None, "", [], {})}
+    if "description" in about:
+        about["description"] = " ".join(about["description"].split())
+    type_ = {key: value for key, value in schema.items() if key not in ("title", "description", "default")}
+    return about | _merged(type_.get("anyOf", [type_]))
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _merged(types: list[dict[str, Any]]) -> dict[str, Any]:
+    """One schema for a value of any of several types; what is not text may also be written as `${VAR}`."""
+    if {} in types:  # only the library can tell what it takes
+        return {}
+    if any("type" not in one for one in types):  # one of our own mappings
+        return {"anyOf": types} if len(types) > 1 else types[0]
+    choices = [word for one in types for word in one.get("enum", [one["const"]] if "const" in one else [])]
+    others = sorted((one for one in types if not one.keys() & {"enum", "const"}), key=lambda one: str(one["type"]))
+    merged = {key: value for one in others for key, value in one.items()}
+    names = [one["type"] for one in others]
+    for part in ("items", "additionalProperties"):
+        if isinstance(merged.get(part), dict):
+            merged[part] = _tidy(merged[part])
+    if "pattern" in merged:
+        merged["pattern"] += r"|\$\{"
+    elif {"integer", "number", "boolean"} & set(names) and "string" not in names:
+        names.append("string")
+        merged["pattern"] = STANDS_FOR_VALUE
+    if others:
+        merged["type"] = names if len(names) > 1 else names[0]
+    if not choices:
+        return merged
+    return {"anyOf": [{"enum": choices}, {"type": "string", "pattern": r"\$\{"}, *([merged] if merged else [])]}
 
 
 def _library(config: str) -> dict[str, Any]:
@@ -148,33 +153,7 @@ def _library_key(name: str, key: library_keys.Key) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": first_sentences(key.help)} if key.help else {}
     if key.default not in (..., None) and name not in OWN_DEFAULTS:
         schema["default"] = key.default
-    return schema | (NARROWER.get(name) or _type(key.annotation))
-
-
-def _type(annotation: str) -> dict[str, Any]:
-    """The JSON Schema of a library's annotation; empty where only importing would tell."""
-    choices: list[Any] = []
-    types: list[str] = []
-    schema: dict[str, Any] = {}
-    for name in library_keys.alternatives(annotation):
-        if name.startswith("="):
-            choices.append(name[1:])
-        elif name.startswith("list"):
-            types.append("array")
-            items = TYPES.get(name.removeprefix("list").strip("[]"))
-            schema |= {"items": {"type": items}} if items else {}
-        elif name in TYPES:
-            types.append(TYPES[name])
-        else:
-            return {}
-    if {"integer", "number", "boolean"} & set(types) and "string" not in types:
-        types.append("string")
-        schema["pattern"] = STANDS_FOR_VALUE
-    schema |= {"type": types[0] if len(types) == 1 else types} if types else {}
-    if not choices:
-        return schema
-    others = [schema] if types else []
-    return {"anyOf": [{"enum": choices}, {"type": "string", "pattern": r"\$\{"}, *others]}
+    return _tidy(schema | library_keys.adapter(NARROWER.get(name, key.annotation)).json_schema())
 
 
 def first_sentences(text: str, enough: int = 200) -> str:

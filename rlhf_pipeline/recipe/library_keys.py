@@ -5,14 +5,17 @@ why, stands here too: a key that would be ignored is an error, never silence.
 """
 
 import ast
-import difflib
 import functools
 import importlib.util
+import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
-from rlhf_pipeline.recipe.yaml import shown
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 _TRAINING_ARGUMENTS = [("transformers", "training_args.py", "TrainingArguments"),
                        ("trl", "trainer/base_config.py", "_BaseConfig")]  # fmt: skip
@@ -207,7 +210,8 @@ def keys(config: str) -> dict[str, Key]:
                 if isinstance(metadata, ast.Dict):
                     words = [key.value for key in metadata.keys if isinstance(key, ast.Constant)]
                     details |= dict(zip(map(str, words), metadata.values, strict=True))
-                annotation = ast.unparse(item.annotation)
+                # A word of a choice may be given as text, but not any text.
+                annotation = re.sub(rf"({'|'.join(_CHOICES)}) \| str", r"\1", ast.unparse(item.annotation))
                 if choices := _literal(details.get("choices"), []):
                     annotation = f"Literal[{', '.join(map(repr, choices))}]{' | None' * ('None' in annotation)}"
                 text = " ".join(str(_literal(details.get("help"), "")).replace("%%", "%").split())
@@ -381,69 +385,27 @@ def _idle_trainer_keys(given: dict[str, Any], useless: Callable[..., None]) -> N
         useless(f"with `train_sampling_strategy: {order}`", "data_seed")
 
 
-def type_problem(annotation: str, value: Any) -> str | None:
-    """What is wrong with a value's type, given the library's annotation; None where it fits or cannot be told.
-
-    Names that only importing would resolve (`LoftQConfig`) are left for the library itself to judge.
-    """
-    expected = alternatives(annotation)
-    if any(_fits(name, value) for name in expected):
-        return None
-    wanted = [f"`{name[1:]}`" if name.startswith("=") else _plain(name) for name in expected if name != "None"]
-    if None in wanted:
-        return None
-    if len(wanted) > 6:  # schedules, optimizers
-        known = [name.removeprefix("=") for name in expected]
-        near = [name for name in known if name.startswith(str(value))] or difflib.get_close_matches(str(value), known)
-        wanted = ["a name such as " + ", ".join(f"`{name}`" for name in (near or known)[:3])]
-    return f"expected {' or '.join(map(str, wanted))}, got {shown(value)}"
+# What the names in annotations stand for, beside the choices; the library itself judges what is of any other type.
+_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "Literal": Literal,
+          "Optional": typing.Optional, "Union": typing.Union, "typing": typing}  # fmt: skip
 
 
-def _plain(name: str) -> str | None:
-    """A type in plain words; None where only importing would tell what it is."""
-    if name.startswith("list["):
-        inner = name.removeprefix("list[").removesuffix("]")
-        return {"int": "a list of whole numbers", "float": "a list of numbers", "str": "a list of texts"}.get(inner)
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
-            "dict": "a mapping", "None": "null"}.get(name)  # fmt: skip
+def type_errors(annotation: str, value: Any) -> list[ErrorDetails]:
+    """Why a value is not of a library's type, for each type that it might be of; empty where it is."""
+    try:
+        adapter(annotation).validate_python(value)
+    except ValidationError as error:
+        return error.errors(include_url=False)
+    return []
 
 
-def alternatives(annotation: str) -> list[str]:
-    """The plain names a type annotation allows; a literal value is written `=value`."""
-    names = _named(ast.parse(annotation, mode="eval").body)
-    choices = [f"={word}" for name in names for word in words(name)]
-    return choices + [name for name in names if not words(name) and name != "str"] if choices else names
-
-
-def _named(node: ast.expr) -> list[str]:
-    if isinstance(node, ast.BinOp):
-        return _named(node.left) + _named(node.right)
-    if isinstance(node, ast.Constant):
-        return ["None"] if node.value is None else _named(ast.parse(str(node.value), mode="eval").body)
-    if isinstance(node, ast.Subscript):
-        outer, inner = ast.unparse(node.value).removeprefix("typing."), node.slice
-        elements = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-        if outer == "Optional":
-            return ["None", *_named(elements[0])]
-        if outer == "Union":
-            return [name for element in elements for name in _named(element)]
-        if outer == "Literal":
-            return [f"={ast.literal_eval(element)}" for element in elements]
-        return [f"list[{ast.unparse(inner)}]" if outer == "list" else outer]
-    return [ast.unparse(node)]
-
-
-def _fits(name: str, value: Any) -> bool:
-    if name.startswith("="):
-        return str(value) == name[1:]
-    if name == "None":
-        return value is None
-    if name == "float":
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    if name.startswith("list["):
-        inner = name.removeprefix("list[").removesuffix("]")
-        return isinstance(value, list) and (_plain(inner) is None or all(_fits(inner, item) for item in value))
-    kinds: dict[str, type] = {"bool": bool, "str": str, "list": list, "dict": dict}
-    return name in kinds and isinstance(value, kinds[name])
+@functools.cache
+def adapter(annotation: str) -> TypeAdapter[Any]:
+    """Checks values of a library's type, as strictly as our own keys are checked, and describes it as JSON Schema."""
+    names = {
+        name: Literal[words(name)] if name in _CHOICES else _TYPES.get(name, Any)
+        for name in re.findall(r"\w+", annotation)
+    }
+    # Unlike `eval`, this resolves names in quotes as well.
+    holder = SimpleNamespace(__annotations__={"value": annotation})
+    return TypeAdapter(typing.get_type_hints(holder, {}, names)["value"], config=ConfigDict(strict=True))

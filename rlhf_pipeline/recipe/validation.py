@@ -146,17 +146,27 @@ def _note(error: ErrorDetails, content: dict[str, Any], problems: Problems) -> N
 
 def _message(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str:
     """What was expected of a value, and what was given."""
-    if kind in EXPECTED:
-        return f"expected {EXPECTED[kind]}, got {shown(given)}"
-    if kind == "literal_error":
-        return f"expected {context['expected']}, got {shown(given)}"
-    if kind == "string_pattern_mismatch" and path[-1] in PATTERNS:
-        return f"expected {PATTERNS[str(path[-1])][0]}, got {shown(given)}"
-    if kind in BOUNDS:
-        name, words = BOUNDS[kind]
-        return f"expected a number {words} {context[name]:g}, got {shown(given)}"
     if kind in ("string_too_short", "too_short"):
         return f"`{path[-1]}` is empty"
+    return f"expected {_expected(kind, path, given, context)}, got {shown(given)}"
+
+
+def _expected(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str:
+    """What was expected of a value."""
+    if kind in EXPECTED:
+        return EXPECTED[kind]
+    if kind == "literal_error":
+        words = re.findall(r"'([^']*)'", context["expected"])
+        if len(words) <= 6:
+            return str(context["expected"])
+        text = given if isinstance(given, str) else ""
+        near = [word for word in words if word.startswith(text)] or difflib.get_close_matches(text, words) or words
+        return "a name such as " + ", ".join(f"'{word}'" for word in near[:3])
+    if kind == "string_pattern_mismatch" and path[-1] in PATTERNS:
+        return PATTERNS[str(path[-1])][0]
+    if kind in BOUNDS:
+        name, bound = BOUNDS[kind]
+        return f"a number {bound} {context[name]:g}"
     raise AssertionError(f"no words for pydantic's `{kind}`")
 
 
@@ -167,6 +177,8 @@ def _hint(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str 
         return f"did you mean `{near[0]}`?" if near else None
     if kind == "string_pattern_mismatch":
         return PATTERNS[str(path[-1])][1]
+    if kind == "list_type" and isinstance(given, (str, int, float)):
+        return f"write [{shown(given)}]"
     if kind == "string_type" and isinstance(given, (bool, int, float)):
         gate = len(path) == 5 and path[3] == "gates"
         return f"a gate is an operator and a number, as '>= {given}'" if gate else "put it in quotes"
@@ -213,7 +225,7 @@ def _is_needed(path: KeyPath) -> bool:
 
 def _path_of(error: ErrorDetails) -> KeyPath:
     """Where an error is, without the steps that only pydantic knows."""
-    return tuple(part for part in error["loc"] if not str(part).startswith("function-before["))
+    return tuple(part for part in error["loc"] if not str(part).startswith(("function-before[", "list[", "dict[")))
 
 
 def _at(content: Any, path: KeyPath) -> Any:
@@ -327,9 +339,9 @@ def _check_section(
             problems.add(here, f"unknown key `{key}`", _suggest_library_key(key, config, path, content), of_key=True)
         elif reason := library_keys.refusal(config, key):
             problems.add(here, f"`{key}` cannot be set: {reason}", "remove it", of_key=True)
-        elif problem := library_keys.type_problem(known[key], value):
-            hint = _written_otherwise(value, boolean="true or false" in problem)
-            problems.add(here, problem, hint or f"see {owner}")
+        elif errors := library_keys.type_errors(known[key], value):
+            _note_type(errors, value, here, f"see {owner}", problems)
+            problems.break_(here)
         elif config == "lora" and key == "init_lora_weights" and value not in (True, "gaussian"):
             problems.add(
                 here,
@@ -342,6 +354,22 @@ def _check_section(
         return  # a key may look idle for want of one that is misspelt, or has no value
     for key, reason in library_keys.idle(config, written, holds_out).items():
         problems.add((*path, key), f"`{key}` has no effect {reason}", "remove it", of_key=True)
+
+
+def _note_type(errors: list[ErrorDetails], given: Any, path: KeyPath, hint: str, problems: Problems) -> None:
+    """Note why a value is of none of the types that a library takes: each of them has its error."""
+    part = next((error for error in errors if error["input"] is not given), None)
+    if part:  # the value is of the right type, and one that it holds is not
+        errors, given, path = [part], part["input"], (*path, *_path_of(part))
+    expected: dict[str, str | None] = {}
+    for kind, context in ((error["type"], error.get("ctx", {})) for error in errors):
+        # Where something else than text is taken as well, quotes are not what is missing.
+        advice = None if kind == "string_type" and len(errors) > 1 else _hint(kind, path, given, context)
+        expected[_expected(kind, path, given, context)] = advice
+    # `typing` keeps no order: to it, `Union[list, str]` and `Union[str, list]` are the same.
+    types = sorted(expected, reverse=True)
+    advice = next((expected[type_] for type_ in types if expected[type_]), hint)
+    problems.add(path, f"expected {' or '.join(types)}, got {shown(given)}", advice)
 
 
 def _suggest_library_key(key: str, config: str, path: KeyPath, content: dict[str, Any]) -> str:

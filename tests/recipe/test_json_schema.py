@@ -206,6 +206,32 @@ def test_exactly_the_settable_keys_of_the_libraries_are_there_with_descriptions(
             assert Draft7Validator(value).is_valid({name: key["default"]}), name
 
 
+@pytest.mark.parametrize("config", [*NAMES, "lora"])
+def test_the_values_that_editors_take_for_a_librarys_key_are_those_that_loading_takes(config):
+    """All but whole numbers such as 2.0, which JSON Schema does not tell from 2."""
+    definition = SCHEMA["definitions"]["Lora" if config == "lora" else f"{config.title()}Trainer"]
+    values = [True, 0, -3, 0.5, "", "a", "3", "2e-5", None, [], ["a"], [1], [0.5], [True], {}, {"a": True}, {"a": "b"},
+              "no", "steps", "best", "cosine", "sgd", "eos", "k1", "keep_end", "random", "gaussian"]  # fmt: skip
+    for name, schema in definition["properties"].items():
+        editor, annotation = Draft7Validator(schema), library_keys.keys(config)[name].annotation
+        for value in values:
+            assert name == "init_lora_weights" or editor.is_valid(value) != bool(
+                library_keys.type_errors(annotation, value)
+            ), (name, value)
+
+
+def test_variables_may_stand_for_what_is_not_text_within_a_librarys_value_too():
+    """`liger_kernel_config: {rope: ${ROPE}}`, and an item of a list of numbers."""
+    trainer, lora = (SCHEMA["definitions"][name]["properties"] for name in ("DpoTrainer", "Lora"))
+    for schema, good, bad in (
+        (trainer["liger_kernel_config"], {"rope": "${ROPE}"}, {"rope": "yes"}),
+        (trainer["loss_weights"], [1, "${WEIGHT}"], ["heavy"]),
+        (lora["layers_to_transform"], ["${LAYER}", 2], ["last"]),
+    ):
+        assert Draft7Validator(schema).is_valid(good)
+        assert not Draft7Validator(schema).is_valid(bad)
+
+
 def test_descriptions_and_choices_are_the_libraries():
     trainer = SCHEMA["definitions"]["DpoTrainer"]["properties"]
     assert trainer["beta"]["description"].startswith("Parameter controlling the deviation from the reference model.")

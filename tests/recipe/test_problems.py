@@ -214,6 +214,45 @@ def test_a_value_of_the_wrong_kind_says_what_was_expected(problems, old, new, me
     assert [(said, advice) for _, said, advice in found] == [(message, hint)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "setting", "below", "message", "hint"),
+    [
+        ("sft", "max_steps: 2.5", "", "expected a whole number, got 2.5", "see trl.SFTConfig"),
+        ("sft", "packing: 'true'", "", "expected true or false, got 'true'",
+         "remove the quotes: between them it is text"),
+        ("sft", "log_level: 3", "", "expected text, got 3", "put it in quotes"),
+        ("sft", "eval_strategy: step", "", "expected 'no', 'steps' or 'epoch', got 'step'", "did you mean `steps`?"),
+        ("sft", "lr_scheduler_type: cosin", "", "expected a name such as 'cosine', 'cosine_with_restarts', "
+         "'cosine_with_min_lr', got 'cosin'", "did you mean `cosine`?"),
+        ("sft", "lr_scheduler_type: polynmial", "", "expected a name such as 'polynomial', got 'polynmial'",
+         "did you mean `polynomial`?"),
+        ("sft", "optim: 3", "", "expected a name such as 'adamw_torch', 'adamw_torch_fused', 'adamw_torch_xla', got 3",
+         "see trl.SFTConfig"),
+        ("sft", "lr_scheduler_kwargs: 3", "", "expected text or a mapping, got 3", "see trl.SFTConfig"),
+        ("sft", "include_num_input_tokens_seen: {}", "", "expected true or false or text, got a mapping",
+         "see trl.SFTConfig"),
+        ("dpo", "loss_type: ipo", "", "expected a list, got 'ipo'", "write ['ipo']"),
+        ("dpo", "loss_type: [ipo, 3]", ".1", "expected text, got 3", "put it in quotes"),
+        ("dpo", "liger_kernel_config: {rope: 'yes'}", ".rope", "expected true or false, got 'yes'", "write true"),
+        ("lora", "target_modules: [q_proj, [v]]", ".1", "expected text, got a list", "see peft.LoraConfig"),
+        ("lora", "target_modules: 3", "", "expected text or a list, got 3", "write [3]"),
+        ("lora", "init_lora_weights: 'yes'", "", "expected true or false or a name such as 'gaussian', 'eva', 'olora', "
+         "got 'yes'", "write true"),
+        ("lora", "layers_to_transform: [1, '2']", ".1", "expected a whole number, got '2'",
+         "remove the quotes: between them it is text"),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_type_that_a_library_does_not_take_says_which_it_takes(
+    problems, kind, setting, below, message, hint
+):
+    where = "lora" if kind == "lora" else f"stages.{kind}.trainer"
+    stage = f"{kind}: {{data: tiny:preferences, trainer: {{{setting}}}}}"
+    stage = f"sft: {{data: tiny:demonstrations}}\nlora: {{{setting}}}" if kind == "lora" else stage
+    found = problems(f"model: {{path: tiny, quantization: none}}\nstages:\n  {stage}\n")
+    place = f"{where}.{setting.partition(':')[0]}{below}"
+    assert [(at.rpartition(" ")[2], said, advice) for at, said, advice in found] == [(place, message, hint)]
+
+
 def test_numbers_as_people_write_them_are_numbers(tmp_path):
     (tmp_path / "r.yaml").write_text(FULL.replace("{learning_rate: 2e-5}", "{learning_rate: 1e-4, max_steps: 1_000}"))
     trainer = recipe.load(str(tmp_path / "r.yaml")).stages["sft"].trainer
