@@ -97,13 +97,13 @@ def check(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    from rlhf_pipeline.run import worker
+    from rlhf_pipeline.stages import check as checks
 
     def of(*names: str, replace: tuple[str, str] = ("", ""), overrides: tuple[str, ...] = ()) -> InputError:
         write(tmp_path, GOOD.replace(*replace))
         loaded = recipe.load(str(tmp_path / "r.yaml"), overrides)
         with pytest.raises(InputError) as caught:
-            worker.check(loaded, list(names))
+            checks.check(loaded, list(names))
         assert not loaded.run.exists()
         return caught.value
 
@@ -177,13 +177,15 @@ def test_an_adapter_on_the_output_embedding_is_refused_where_trl_would_not_train
 def test_larger_adapters_pass_the_check(tmp_path, monkeypatch):
     """By rank, by modules, with magnitudes; a reward model, which has another head, too."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from rlhf_pipeline.run import worker
+    from rlhf_pipeline.stages import check as checks
 
     write(tmp_path, GOOD)
     larger = ["sft.lora={target_modules: [q_proj], use_dora: true}", "reward.lora={r: 8, target_modules: all-linear}"]
     larger += ["ppo.lora={target_modules: [q_proj, lm_head]}", "dpo.lora.rank_pattern={q_proj: 5}"]
     loaded = recipe.load(str(tmp_path / "r.yaml"), larger)
-    assert worker.check_lora(loaded, list(loaded.stages)) is None
+    from rlhf_pipeline.models.base import load_config
+
+    assert checks.check_lora(loaded, list(loaded.stages), load_config(loaded.model)) is None
 
 
 @pytest.mark.parametrize(
@@ -239,11 +241,11 @@ def test_a_word_that_the_library_does_not_have_is_refused_with_those_it_has(refu
 def test_a_sound_recipe_passes_the_check(tmp_path, monkeypatch):
     """Else every refusal above could be of something else."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from rlhf_pipeline.run import worker
+    from rlhf_pipeline.stages import check as checks
 
     write(tmp_path, GOOD)
     loaded = recipe.load(str(tmp_path / "r.yaml"))
-    warnings = worker.check(loaded, list(loaded.stages))
+    warnings = checks.check(loaded, list(loaded.stages))
     assert not [warning for warning in warnings if "the longer reply" not in warning and "chat template" not in warning]
     assert not loaded.run.exists()
 

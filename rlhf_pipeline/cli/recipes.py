@@ -143,7 +143,7 @@ def data(
     with quiet_libraries():
         from rlhf_pipeline.stages import check
 
-        report, errors = check.of_recipe(loaded, chosen or list(loaded.stages))
+        report, errors = check.data_report(loaded, chosen or list(loaded.stages))
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_pipeline import stages
 from rlhf_pipeline.comparison import wanted
-from rlhf_pipeline.data.prepare import column, encode_prompts, first_prompts
+from rlhf_pipeline.data.encode import encode_prompts
+from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.shapes import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
@@ -22,7 +24,6 @@ from rlhf_pipeline.ppo.rollout import Episodes, sample
 from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
 from rlhf_pipeline.rundir.secrets import redact
-from rlhf_pipeline.stages.check import READERS
 from rlhf_pipeline.stages.judge import ask, load_judge
 
 Asked = list[tuple[Prompt, dict[str, Any]]]
@@ -43,7 +44,7 @@ def default_prompts(recipe: Recipe, n: int) -> tuple[Asked, Data]:
     if recipe.evaluate:
         return first_prompts(spec, n), spec
     kind = recipe.stages[name.removesuffix(".data")].kind
-    prepared = READERS[kind](spec, load_tokenizer(recipe.model), recipe.seed)
+    prepared = stages.BY_KIND[kind].READ(spec, load_tokenizer(recipe.model), recipe.seed)
     found: Asked = []
     if prepared.held_out_table is not None:
         apart = spec.model_copy(update={"mix": [], **(spec.eval_data.model_dump() if spec.eval_data else {})})

@@ -1,5 +1,6 @@
 """The base: loaded frozen, in 4-bit where asked, as a causal LM or under a score head."""
 
+import copy
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,20 +61,39 @@ def load_config(spec: Model, head: Head = "causal") -> PretrainedConfig:
     except (OSError, ValueError) as error:
         refuse_untrusted_code(spec, error)
         raise _unreachable(spec, error) from None
+    require_head(config, spec, head)
+    return config
+
+
+def require_head(config: PretrainedConfig, spec: Model, head: Head) -> None:
+    """See that a model can have a head.
+
+    Raises:
+        InputError: Transformers has no such model class for it, or one that the recipe does not trust.
+    """
     auto = _auto_class(head)
     if type(config) not in auto._model_mapping and not _brings_class(config, auto, spec):
         what = "a causal language model" if head == "causal" else "a sequence classifier, which a reward model is"
         raise InputError(f"Transformers cannot load `{config.model_type}` as {what}", place=f"model.path: {spec.path}")
-    return config
 
 
-def without_weights(spec: Model, head: Head = "causal") -> PreTrainedModel:
+def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig | None = None) -> PreTrainedModel:
     """A model with the shapes of the base and nothing read from its weights; for `with torch.device("meta")`.
+
+    Args:
+        spec: the recipe's `model`.
+        head: see `load_base`.
+        config: from `load_config`, which is called where this is None.
 
     Raises:
         InputError: see `load_config`.
     """
-    config, auto = load_config(spec, head), _auto_class(head)
+    auto = _auto_class(head)
+    if config is None:
+        config = load_config(spec, head)
+    else:
+        require_head(config, spec, head)
+        config = copy.deepcopy(config)  # a model changes its own
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     registered = type(config) in auto._model_mapping and not type(config).__module__.startswith("transformers.")
     if _brings_class(config, auto, spec) and not registered:

@@ -50,10 +50,12 @@ def serve(runner: int) -> None:
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # until a worker listens, its request waits
 
+    gc.disable()  # a collector that walks what is being imported takes a fifth of the time
     from rlhf_pipeline.callbacks.checkpoints import Stopped
     from rlhf_pipeline.run import worker  # seconds of imports, which every fork then has
 
     me = os.getpid()
+    gc.enable()
     gc.freeze()  # a worker's collector need not walk, and so copy, all that was imported; TRL's PPO calls it often
     for line in sys.stdin:
         request = json.loads(line)

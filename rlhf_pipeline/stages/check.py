@@ -1,112 +1,229 @@
-"""What the trainers of a recipe will see of their data, and what is wrong with it, stage by stage."""
+"""The check of a recipe before its first stage trains: what is wrong with settings and data, and what the data are."""
 
+import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, TrainingArguments
-from trl import DPOConfig, RewardConfig, SFTConfig
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PretrainedConfig
+from trl.trainer import utils as trl_utils
 
-from rlhf_pipeline.data import prepare, report
-from rlhf_pipeline.data.prepare import Prepared
-from rlhf_pipeline.data.report import Trainer
+from rlhf_pipeline import stages
+from rlhf_pipeline.data import measure, problems
+from rlhf_pipeline.data.encode import hash_of
+from rlhf_pipeline.data.measure import Trainer
+from rlhf_pipeline.data.prepare import column, first_prompts
+from rlhf_pipeline.data.shapes import Prompt
 from rlhf_pipeline.errors import InputError, InputErrors
-from rlhf_pipeline.models.base import load_config
-from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.recipe.schema import Data, Recipe, Stage
-from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import require_head, without_weights
+from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
+from rlhf_pipeline.stages import judge
+from rlhf_pipeline.stages.job import Job, Read, Reader
 
-CONFIGS: dict[str, type[TrainingArguments]] = {
-    "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "dpo": DPOConfig,
-}  # fmt: skip
-READERS: dict[str, Callable[[Data, PreTrainedTokenizerBase, int], Prepared]] = {
-    "sft": prepare.demonstrations,
-    "reward": prepare.whole_preferences,
-    "ppo": prepare.prompts,
-    "dpo": prepare.preferences,
-}
+# Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
+FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
+Asked = list[tuple[Prompt, dict[str, Any]]]
 
 
-def of_recipe(recipe: Recipe, names: Sequence[str]) -> tuple[dict[str, Any], list[InputError]]:
-    """The report on some of a recipe's stages.
+def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Find what is wrong with the settings and data of every stage that shall run, before the first one trains.
+
+    The tokenizer is loaded once, and each distinct reading of the data done once, however many stages have it.
+
+    Returns:
+        Warnings: what may be as it should, and is worth a look.
+
+    Raises:
+        InputError: for all that is wrong, as far as it can be told while other things are.
+    """
+    reader = Reader(recipe)
+    config = reader.config
+    used = [recipe.stages[name].facts for name in names]
+    if any("reward" in (kind.makes, *(parent.role for parent in kind.parents)) for kind in used):
+        require_head(config, recipe.model, "score")
+    found: list[InputError] = []
+
+    def attempt(task: Callable[[], Any]) -> Any:
+        try:
+            return task()
+        except InputError as error:
+            found.append(error)
+
+    attempt(lambda: check_lora(recipe, names, config))
+    jobs = [Job(recipe, name, recipe.run, reader) for name in names]
+    for job in jobs:
+        attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
+    policies = [job for job in jobs if job.stage.facts.is_policy]
+    judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
+    report, wrong = data_report(recipe, names, reader, judging[2] if judging else [])
+    found += wrong
+    if found:
+        raise InputErrors(found)
+    return report["warnings"]
+
+
+def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> None:
+    """See that each stage's `lora` makes an adapter, with room for the one it starts from, on models without weights.
+
+    Raises:
+        InputError: PEFT refuses it, it matches no layer, it is too small, or TRL would not train all of it.
+    """
+    known: dict[str, tuple[dict[str, torch.Size], bool]] = {}
+
+    def made(name: str) -> tuple[dict[str, torch.Size], bool]:
+        stage = recipe.stages[name]
+        key = json.dumps([stage.facts.makes, stage.lora], sort_keys=True)
+        if key not in known:
+            try:
+                known[key] = _made_without_weights(recipe, stage, config)
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    str(error).strip().splitlines()[0],
+                    place=_written_at(recipe, name),
+                    hint="`target_modules: all-linear` fits every architecture",
+                ) from None
+        return known[key]
+
+    for name in names:
+        (ours, on_head), init = made(name), recipe.stages[name].init
+        if FUSED_HEAD and on_head and recipe.stages[name].kind != "ppo":
+            raise InputError(
+                f"an adapter on the output embedding cannot be trained in stage `{name}`: TRL computes the loss from "
+                "the embedding's own weights",
+                place=_written_at(recipe, name),
+                hint="`target_modules: all-linear` leaves it out",
+            )
+        problem = adapters.misfit(made(init)[0], ours) if init in recipe.stages else None
+        if problem:
+            raise InputError(
+                f"the adapter of stage `{name}` cannot begin as that of `{init}`, which it starts from: {problem}",
+                place=_written_at(recipe, name),
+                hint=f"it needs every module of `{init}` at no smaller rank, or to start from the base: `init: {BASE}`",
+            )
+
+
+def _made_without_weights(
+    recipe: Recipe, stage: Stage, config: PretrainedConfig
+) -> tuple[dict[str, torch.Size], bool]:
+    """The shapes of a stage's LoRA weights, and whether there are some on the output embedding."""
+    with torch.device("meta"):
+        if stage.facts.makes == "reward":
+            scorer = without_weights(recipe.model, "score", config)
+            return adapters.adapter_shapes(adapters.with_reward_adapter(scorer, stage.lora, None), "default"), False
+        model = adapters.with_policy_adapter(without_weights(recipe.model, config=config), stage.lora, None)
+        on_head = isinstance(model.get_output_embeddings(), BaseTunerLayer)
+        return adapters.adapter_shapes(model, "default"), on_head
+
+
+def _written_at(recipe: Recipe, name: str) -> str:
+    """The key under which a stage's `lora` was written: its own, or that of what it took the whole shape over from."""
+    stage = recipe.stages[name]
+    init = stage.init if stage.init in recipe.stages else None
+    if stage.lora != (recipe.stages[init].lora if init else recipe.lora):
+        return f"stages.{name}.lora"
+    return _written_at(recipe, init) if init else "lora"
+
+
+# What the trainers will see of the data
+
+
+def data_report(
+    recipe: Recipe, names: Sequence[str], reader: Reader | None = None, asked: Asked | None = None
+) -> tuple[dict[str, Any], list[InputError]]:
+    """The report on the data of some of a recipe's stages.
+
+    Args:
+        recipe: the recipe.
+        names: the stages.
+        reader: what has read some of the data already.
+        asked: the prompts of `evaluate`, by default read now.
 
     Returns:
         What `data --json` prints, see `docs/json.md`, and all that is wrong.
     """
-    stages: list[dict[str, Any]] = []
+    reader = reader or Reader(recipe)
+    reports: list[dict[str, Any]] = []
     found: list[InputError] = []
     for name in names:
-        stage, wrong = of_stage(Job(recipe, name, recipe.run))
-        stages.append(stage)
+        report, wrong = _stage_report(Job(recipe, name, recipe.run, reader))
+        reports.append(report)
         found += wrong
     errors = InputErrors(found).all if found else []
-    measured = {stage["name"]: stage["data"] for stage in stages if stage["data"]}
-    warnings = [warning for stage in stages for warning in stage["warnings"]]
-    warnings += report.across(measured) + _judged_on_what_is_trained_on(recipe, list(measured))
+    measured = {report["name"]: report["data"] for report in reports if report["data"]}
+    warnings = [warning for report in reports for warning in report["warnings"]]
+    warnings += problems.across(measured)
+    warnings += _judged_on_what_is_trained_on(recipe, list(measured), reader, asked)
     return {
         "recipe": recipe.name,
         "model": recipe.model.path,
-        "stages": stages,
+        "stages": reports,
         "errors": [{"message": error.message, "place": error.place, "hint": error.hint} for error in errors],
         "warnings": list(dict.fromkeys(warnings)),
     }, errors
 
 
-def of_stage(job: Job) -> tuple[dict[str, Any], list[InputError]]:
+def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
     """The report on the rows of one stage, under `data` and `ptx_data`, and all that is wrong with them."""
     stage, errors, warnings = job.stage, [], []
     found: dict[str, Any] = {"name": job.name, "kind": stage.kind, "data": None, "ptx_data": None}
     try:
-        tokenizer = load_tokenizer(job.recipe.model)
-        positions = getattr(load_config(job.recipe.model).get_text_config(), "max_position_embeddings", None)
-        trainer = Trainer.of(job.trainer_config(CONFIGS[stage.kind]), tokenizer, positions)
+        tokenizer = job.reader.tokenizer
+        positions = getattr(job.reader.config.get_text_config(), "max_position_embeddings", None)
+        trainer = Trainer.of(job.trainer_config(stages.BY_KIND[stage.kind].CONFIG), tokenizer, positions)
     except InputError as error:
         return found | {"warnings": []}, error.all
-    for key, kind, spec, seen_by in _tables(stage, trainer):
+    for key, kind, read, spec, seen_by in _tables(stage, trainer):
         try:
-            prepared = READERS[kind](spec, tokenizer, job.recipe.seed)
+            prepared = job.reader.read(read, spec)
         except InputError as error:
             errors += error.all
             continue
-        found[key] = report.measure(kind, prepared, spec, tokenizer, seen_by)
+        found[key] = measure.measure(kind, prepared, spec, tokenizer, seen_by)
         if job.recipe.model.chat_template:
             found[key]["chat_template"] = "recipe"
-        wrong, doubtful = report.problems(found[key], f"stages.{job.name}.{key}")
+        wrong, doubtful = problems.problems(found[key], f"stages.{job.name}.{key}")
         errors += wrong
         warnings += doubtful
     return found | {"warnings": warnings}, errors
 
 
-def _tables(stage: Stage, trainer: Trainer) -> list[tuple[str, report.Kind, Data, Trainer]]:
-    """What a stage reads: the key, the kind of trainer that reads such rows, the data, and what that sees."""
-    tables: list[tuple[str, report.Kind, Data, Trainer]] = [("data", stage.kind, stage.data, trainer)]
+def _tables(stage: Stage, trainer: Trainer) -> list[tuple[str, measure.Kind, Read, Data, Trainer]]:
+    """What a stage reads: the key, the kind of trainer that reads such rows, how, the data, and what that sees."""
+    module = stages.BY_KIND[stage.kind]
+    tables: list[tuple[str, measure.Kind, Read, Data, Trainer]] = [
+        ("data", stage.kind, module.READ, stage.data, trainer)
+    ]
     if stage.ptx_data:
-        tables.append(("ptx_data", "sft", stage.ptx_data, Trainer(max_positions=trainer.max_positions)))
+        tables.append(
+            ("ptx_data", "sft", module.READ_PTX, stage.ptx_data, Trainer(max_positions=trainer.max_positions))
+        )
     return tables
 
 
-def _judged_on_what_is_trained_on(recipe: Recipe, names: Sequence[str]) -> list[str]:
+def _judged_on_what_is_trained_on(
+    recipe: Recipe, names: Sequence[str], reader: Reader, asked: Asked | None
+) -> list[str]:
     """A warning for each stage that trains its policy on prompts on which `evaluate` judges it."""
-    if recipe.evaluate is None:
+    policies = [name for name in names if recipe.stages[name].facts.is_policy]
+    if recipe.evaluate is None or not policies:
         return []
-    tokenizer, warnings = load_tokenizer(recipe.model), []
-    spec, n = recipe.evaluate.data, recipe.evaluate.n
-    if not spec.mix:
-        spec = spec.model_copy(update={"limit": min(n, spec.limit or n)})
-    try:
-        asked = np.unique(prepare.column(prepare.prompts(spec, tokenizer, recipe.seed).table, "prompt_key"))
-    except InputError:  # the check of `evaluate` says it
-        return []
-    for name in names:
+    if asked is None:
+        try:
+            asked = first_prompts(recipe.evaluate.data, recipe.evaluate.n)
+        except InputError:  # the check of `evaluate` says it
+            return []
+    warnings, judged = [], np.unique(np.array([hash_of(prompt) for prompt, _ in asked], np.int64))
+    for name in policies:
         stage = recipe.stages[name]
-        if stage.kind == "reward":
-            continue
-        table = READERS[stage.kind](stage.data, tokenizer, recipe.seed).table
-        seen = int(np.isin(asked, prepare.column(table, "prompt_key")).sum())
+        table = reader.read(stages.BY_KIND[stage.kind].READ, stage.data).table
+        seen = int(np.isin(judged, column(table, "prompt_key")).sum())
         if seen:
             warnings.append(
-                f"evaluate.data: {report.out_of(seen, len(asked))} of its prompts are trained on in `{name}`, so "
+                f"evaluate.data: {problems.out_of(seen, len(judged))} of its prompts are trained on in `{name}`, so "
                 "`judge_mean` flatters"
             )
     return warnings

@@ -3,17 +3,18 @@
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
-from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
+
+CONFIG, READ = DPOConfig, rows.preferences
 
 
 class EncodedDPOTrainer(Resumable, DPOTrainer):
@@ -27,13 +28,12 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         return dataset.filter(lambda ids: [len(one) < limit for one in ids], batched=True, input_columns="prompt_ids")
 
 
-def prepare(job: Job) -> tuple[DPOConfig, PreTrainedTokenizerBase, Dataset, Dataset | None]:
+def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
-    args = job.trainer_config(DPOConfig)
-    tokenizer = load_tokenizer(job.recipe.model)
-    prepared = rows.preferences(job.stage.data, tokenizer, job.recipe.seed)
-    job.require_eval_data(args, prepared.held_out)
-    return args, tokenizer, prepared.train, prepared.held_out
+    args = job.trainer_config(CONFIG)
+    data = job.reader.read(READ, job.stage.data)
+    job.require_eval_data(args, data.held_out)
+    return Inputs(args, job.reader.tokenizer, data)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     stage starts from, not the bare base.
     """
     job.progress.tell("loading")
-    args, tokenizer, train, held_out = prepare(job)
+    args, tokenizer, data, _ = prepare(job)
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     if args.disable_dropout:
@@ -52,16 +52,16 @@ def run(job: Job) -> dict[str, Any]:
         trainer = EncodedDPOTrainer(
             model=model,
             args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
             processing_class=tokenizer,
             callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
         )
     adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
-    if held_out is not None:
+    if data.held_out is not None:
         trainer.evaluate()
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
-    dropped = len(train) - len(trainer.train_dataset)
+    dropped = len(data.train) - len(trainer.train_dataset)
     metrics = job.trained(final(trainer.state.log_history) | {"dropped_pairs": dropped})
     return metrics | judge_policy(job, model, tokenizer)

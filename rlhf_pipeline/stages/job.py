@@ -1,24 +1,70 @@
 """What a stage is told: its settings, and where things are."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from rlhf_pipeline.callbacks.checkpoints import SECONDS_BETWEEN, Checkpoints
 from rlhf_pipeline.callbacks.progress import ProgressFile
+from rlhf_pipeline.data.cache import Known
+from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models.base import resolve_dtype
-from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
+from rlhf_pipeline.models.base import load_config, resolve_dtype
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import TRAINED
 
 Config = TypeVar("Config", bound=TrainingArguments)
+Read = Callable[[Data, PreTrainedTokenizerBase, int, Known | None], Prepared]  # a function of `data.prepare`
+
+
+class Inputs(NamedTuple):
+    """What a stage of any kind trains with.
+
+    Attributes:
+        args: TRL's config.
+        tokenizer: the recipe's.
+        data: the rows of `data`.
+        ptx_data: those of PPO's `ptx_data`; None where there are none.
+    """
+
+    args: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    ptx_data: Prepared | None = None
+
+
+class Reader:
+    """Loads a recipe's configuration and tokenizer once, and reads its rows, each distinct reading once.
+
+    For all stages of a process.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.known = Known()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """From `load_tokenizer`, which see for what it raises."""
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """From `load_config`, which see for what it raises."""
+        return load_config(self.recipe.model)
+
+    def read(self, read: Read, data: Data) -> Prepared:
+        """Rows as a function of `data.prepare` makes them."""
+        return read(data, self.tokenizer, self.recipe.seed, self.known)
 
 
 @dataclass(frozen=True)
@@ -29,16 +75,23 @@ class Job:
         recipe: the resolved recipe.
         name: the stage's name in it.
         run: the run directory.
+        shared: the reader of all stages, where one process has several.
     """
 
     recipe: Recipe
     name: str
     run: Path
+    shared: Reader | None = None
 
     @property
     def stage(self) -> Stage:
         """The stage's own settings."""
         return self.recipe.stages[self.name]
+
+    @cached_property
+    def reader(self) -> Reader:
+        """What loads the tokenizer and reads rows."""
+        return self.shared or Reader(self.recipe)
 
     @property
     def folder(self) -> Path:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_pipeline.data.prepare import encode_prompts, first_prompts
+from rlhf_pipeline.data.encode import encode_prompts
+from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.data.shapes import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline.data.prepare import encode_prompts
+from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.shapes import Prompt
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Evaluate

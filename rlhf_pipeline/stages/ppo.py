@@ -2,56 +2,41 @@
 
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
-from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.prompts import check_data
 from rlhf_pipeline.ppo.trainer import PPOTrainer
-from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.judge import prepare as prepare_judging
 from rlhf_pipeline.stages.judge_along import GoldAlong
 
+CONFIG, READ, READ_PTX = PPOConfig, rows.prompts, rows.demonstrations
 
-def prepare(job: Job) -> tuple[PPOConfig, PreTrainedTokenizerBase, dict[str, Dataset | None]]:
-    """Build the trainer's config, the tokenizer, and the trainer's three datasets by their names.
 
-    Raises:
-        InputError: for settings or data that cannot work.
-    """
-    args = job.trainer_config(PPOConfig)
+def prepare(job: Job) -> Inputs:
+    """See `sft.prepare`."""
+    args = job.trainer_config(CONFIG)
     if job.stage.data.holds_out and args.eval_strategy == "no":
         raise InputError(
             "prompts are held out, and nothing evaluates on them",
             place=f"stages.{job.name}.data.{'eval_data' if job.stage.data.eval_data else 'eval_fraction'}",
             hint="set `eval_steps` in `trainer`, or remove it",
         )
-    tokenizer = load_tokenizer(job.recipe.model)
-    prepared = rows.prompts(job.stage.data, tokenizer, job.recipe.seed)
-    job.require_eval_data(args, prepared.held_out)
-    demonstrations = None
-    if job.stage.ptx_data:
-        demonstrations = rows.demonstrations(job.stage.ptx_data, tokenizer, job.recipe.seed).train
+    data = job.reader.read(READ, job.stage.data)
+    job.require_eval_data(args, data.held_out)
+    ptx_data = job.reader.read(READ_PTX, job.stage.ptx_data) if job.stage.ptx_data else None
     try:
-        check_data(args, prepared.train, prepared.held_out, demonstrations)
+        check_data(args, data.train, data.held_out, ptx_data and ptx_data.train)
     except ValueError as error:
         raise InputError(str(error), place=f"stages.{job.name}") from None
-    return (
-        args,
-        tokenizer,
-        {
-            "train_dataset": prepared.train,
-            "eval_dataset": prepared.held_out,
-            "ptx_dataset": demonstrations,
-        },
-    )
+    return Inputs(args, job.reader.tokenizer, data, ptx_data)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -61,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
         RuntimeError: training moved a weight that must stay, or left one that must move.
     """
     job.progress.tell("loading")
-    args, tokenizer, datasets = prepare(job)
+    args, tokenizer, data, ptx_data = prepare(job)
     set_seed(job.recipe.seed)
     reward_lora = job.recipe.stages[str(job.stage.reward)].lora
     shared = SharedBase(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init, job.reward, reward_lora)
@@ -69,7 +54,9 @@ def run(job: Job) -> dict[str, Any]:
         args,
         tokenizer,
         shared,
-        **datasets,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        ptx_dataset=ptx_data and ptx_data.train,
         callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
         samples_file=job.folder / "samples.jsonl",
     )

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
-from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
 
+CONFIG, READ = RewardConfig, rows.whole_preferences
 PAIRS = 2000  # of the held-out ones, whose scores are written down
 
 
@@ -24,13 +24,12 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
     """TRL's RewardTrainer, from exact checkpoints."""
 
 
-def prepare(job: Job) -> tuple[RewardConfig, PreTrainedTokenizerBase, rows.Prepared]:
-    """Build the trainer's config, the tokenizer, and the pairs to train on and to hold out; see `sft.prepare`."""
-    args = job.trainer_config(RewardConfig)
-    tokenizer = load_tokenizer(job.recipe.model)
-    prepared = rows.whole_preferences(job.stage.data, tokenizer, job.recipe.seed)
-    job.require_eval_data(args, prepared.held_out)
-    return args, tokenizer, prepared
+def prepare(job: Job) -> Inputs:
+    """See `sft.prepare`."""
+    args = job.trainer_config(CONFIG)
+    data = job.reader.read(READ, job.stage.data)
+    job.require_eval_data(args, data.held_out)
+    return Inputs(args, job.reader.tokenizer, data)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def run(job: Job) -> dict[str, Any]:
     Goes on from the last checkpoint.
     """
     job.progress.tell("loading")
-    args, tokenizer, pairs = prepare(job)
+    args, tokenizer, pairs, _ = prepare(job)
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer, head="score")
     model = adapters.with_reward_adapter(base, job.stage.lora, job.init)

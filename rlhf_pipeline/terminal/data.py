@@ -25,7 +25,7 @@ TEMPLATES = {
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print a report, from `stages.data_report.of_recipe`, without its errors and warnings."""
+    """Print a report, from `stages.check.data_report`, without its errors and warnings."""
     for stage in report["stages"]:
         for key in ("data", "ptx_data"):
             if stage[key] is not None:

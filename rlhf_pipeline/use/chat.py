@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from rlhf_pipeline.data.prepare import encode_prompts
+from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import has_default_template

@@ -13,9 +13,10 @@ from typing import Any, TextIO
 
 import torch
 
+from rlhf_pipeline.data.encode import Ids, encode_prompts, encode_replies
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
 from rlhf_pipeline.data.peek import SAMPLE, column_names, renamed
-from rlhf_pipeline.data.prepare import Ids, encode_prompts, encode_replies, first_prompts
+from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.data.shapes import SCORE, THUMB, Prompt, Record, RowError, Shape, recognise
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.roles import ScoreView

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 
-from rlhf_pipeline.data import prepare
+from rlhf_pipeline.data import cache, encode, prepare, sources
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import TINY
@@ -84,7 +84,7 @@ def test_the_same_ranking_is_the_same_pairs_of_tokens_in_every_shape(write, toke
 
 def test_the_rows_of_a_prompt_belong_together_wherever_they_stand(write, tokenizer, monkeypatch):
     """Also across files, and with more rows between them than are held at once."""
-    monkeypatch.setattr(prepare, "BATCH", 3)
+    monkeypatch.setattr(sources, "BATCH", 3)
     rows = [{"prompt": f"p{i % 5}", "completion": f" r{i}", "label": i < 5} for i in range(15)]
     glob = str(Path(write(*rows[:7], name="part{}.jsonl")).parent / "part*.jsonl")
     write(*rows[7:], name="part{}.jsonl")
@@ -157,7 +157,7 @@ class TestMix:
         ]
         prepared = prepare.preferences(Data(mix=mix), tokenizer, seed=0)
         assert sorted(asked(prepared.train, tokenizer)) == ["a 0", "a 1", "b 0"]
-        assert [shape.name for shape in prepared.shapes] == ["prompt/chosen/rejected", "ranking"]
+        assert [shape["name"] for shape in prepared.shapes] == ["prompt/chosen/rejected", "ranking"]
         assert prepared.counts["rows"] == 3
         alike = [list(row.values())[1:] for row in prepared.train]
         assert alike[0] == alike[1] == alike[2]
@@ -182,7 +182,7 @@ def test_eval_data_are_read_whole_and_under_the_same_settings(write, tokenizer):
     )
     prepared = prepare.preferences(data, tokenizer, seed=0)
     assert (len(prepared.train), len(prepared.held_out)) == (4, 1)
-    whole = prepare.encode_prompts(tokenizer, Data(), [[{"role": "user", "content": "a long question"}]])[0]
+    whole = encode.encode_prompts(tokenizer, Data(), [[{"role": "user", "content": "a long question"}]])[0]
     assert prepared.held_out[0]["prompt_ids"] == whole[-3:]
     assert prepared.held_out_table[0]["prompt_length"] == len(whole)
     assert (prepared.counts["rows"], prepared.counts["eval_rows"]) == (4, 1)
@@ -336,7 +336,7 @@ class TestMemory:
     def test_other_code_encodes_anew(self, write, tokenizer, made, monkeypatch):
         path = write(*pairs("a", 3))
         prepare.preferences(Data(path=path), tokenizer, seed=0)
-        monkeypatch.setattr(prepare, "_code_hash", lambda: "another")
+        monkeypatch.setattr(cache, "_code_hash", lambda: "another")
         prepare.preferences(Data(path=path), tokenizer, seed=0)
         assert len(made()) == 2
 
@@ -352,11 +352,11 @@ class TestMemory:
         mine = prepare.preferences(Data(**data), tokenizer, seed=0)
         files = made()
         program = (
-            "import json, sys\nfrom rlhf_pipeline.data import prepare\n"
+            "import json, sys\nfrom rlhf_pipeline.data import cache, prepare\n"
             "from rlhf_pipeline.models.tokenizer import load_tokenizer\nfrom rlhf_pipeline.recipe import TINY\n"
             "from rlhf_pipeline.recipe.schema import Data\n"
             "tokenizer = load_tokenizer(str(TINY / 'checkpoint'))\n"
-            "prepare._encode = None\n"  # it may not be needed
+            "cache.open_source = None\n"  # it may not be needed
             "found = prepare.preferences(Data(**json.loads(sys.argv[1])), tokenizer, seed=0)\n"
             "print(json.dumps([found.train.to_list(), found.counts]))\n"
         )

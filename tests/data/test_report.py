@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from rlhf_pipeline import recipe
-from rlhf_pipeline.data import prepare, report
-from rlhf_pipeline.data.report import Trainer
+from rlhf_pipeline import recipe, stages
+from rlhf_pipeline.data import measure as measures
+from rlhf_pipeline.data import prepare, problems
+from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.models.tokenizer import DEFAULT_TEMPLATE, load_tokenizer
 from rlhf_pipeline.recipe.schema import Data, Source
-from rlhf_pipeline.stages import check
 from rlhf_pipeline.stages.dpo import EncodedDPOTrainer
 
-READERS = check.READERS
 EOS = 1  # of the shipped tokenizer
 
 
@@ -48,7 +47,7 @@ def measure(tokenizer):
     """A function that measures data as a kind of stage reads them."""
 
     def of(kind: str, spec: Data, trainer: Trainer = Trainer(), seed: int = 0, tokenizer=tokenizer) -> dict:  # noqa: B008
-        return report.measure(kind, READERS[kind](spec, tokenizer, seed), spec, tokenizer, trainer)
+        return measures.measure(kind, stages.BY_KIND[kind].READ(spec, tokenizer, seed), spec, tokenizer, trainer)
 
     return of
 
@@ -65,7 +64,7 @@ def pairs(n: int, longer: int = 0) -> list[dict]:
 
 
 def found(numbers: dict) -> tuple[list[str], list[str]]:
-    errors, warnings = report.problems(numbers, "stages.x.data")
+    errors, warnings = problems.problems(numbers, "stages.x.data")
     assert all(error.place == "stages.x.data" for error in errors)
     assert all(warning.startswith("stages.x.data: ") for warning in warnings)
     return [error.message for error in errors], warnings
@@ -187,7 +186,7 @@ class TestNumbers:
     def test_more_rows_than_one_batch_are_counted_alike(self, data, measure, monkeypatch):
         spec = data([*pairs(50), *pairs(4, longer=4)], eval_fraction=0.2)
         whole = {kind: measure(kind, spec) for kind in ("sft", "reward", "dpo", "ppo")}
-        monkeypatch.setattr(report, "AT_ONCE", 7)
+        monkeypatch.setattr(measures, "AT_ONCE", 7)
         assert {kind: measure(kind, spec) for kind in whole} == whole
 
     def test_numbers_are_json(self, data, measure):
@@ -232,7 +231,7 @@ class TestExample:
     def test_pieces_put_together_are_the_text(self, tokenizer, text):
         """Also where one character is several tokens."""
         ids = tokenizer(text)["input_ids"]
-        pieces = report.pieces(tokenizer, ids)
+        pieces = measures.pieces(tokenizer, ids)
         assert len(pieces) == len(ids)
         assert "".join(pieces) == tokenizer.decode(ids)
 
@@ -267,7 +266,7 @@ class TestErrors:
             changed = prepare.Prepared(
                 ready.train, None, ready.table.map(mask, with_indices=True), None, ready.shapes, ready.counts
             )
-            return report.measure("sft", changed, spec, tokenizer, Trainer())
+            return measures.measure("sft", changed, spec, tokenizer, Trainer())
 
         errors, _ = found(masked(range(10)))
         assert errors == ["all labels of all 10 rows are masked: there is nothing to learn"]
@@ -410,10 +409,10 @@ class TestWarnings:
 class TestAcross:
     def test_text_and_conversations(self, data, measure):
         chat, text = measure("sft", data(CHATS)), measure("dpo", data(pairs(5)))
-        assert report.across({"sft": chat}) == []
-        (warning,) = report.across({"sft": chat, "dpo": text})
+        assert problems.across({"sft": chat}) == []
+        (warning,) = problems.across({"sft": chat, "dpo": text})
         assert "the prompts of sft are conversations, and those of dpo plain text" in warning
-        (warning,) = report.across({"a": chat, "b": chat, "c": chat, "d": text})
+        (warning,) = problems.across({"a": chat, "b": chat, "c": chat, "d": text})
         assert "the prompts of a, b and c are conversations, and those of d plain text" in warning
 
     def test_text_and_conversations_in_one_stage(self, data, measure):
@@ -429,19 +428,19 @@ class TestAcross:
 
     @pytest.mark.parametrize(("chat", "warned"), [(None, True), (False, False), (True, False)])
     def test_a_template_that_no_prompt_goes_through(self, data, measure, chat, warned):
-        warnings = report.across({"dpo": measure("dpo", data(pairs(5), chat=chat))})
+        warnings = problems.across({"dpo": measure("dpo", data(pairs(5), chat=chat))})
         assert any("all prompts are plain text" in warning for warning in warnings) == warned
 
     def test_the_default_template_is_said_where_it_is_used(self, data, measure):
         tokenizer = load_tokenizer(str(recipe.TINY / "checkpoint"))
         tokenizer.chat_template = DEFAULT_TEMPLATE
         numbers = measure("sft", data(CHATS), tokenizer=tokenizer)
-        assert ["plain default" in warning for warning in report.across({"sft": numbers})] == [True]
-        assert report.across({"dpo": measure("dpo", data(pairs(5)), tokenizer=tokenizer)}) == []
+        assert ["plain default" in warning for warning in problems.across({"sft": numbers})] == [True]
+        assert problems.across({"dpo": measure("dpo", data(pairs(5)), tokenizer=tokenizer)}) == []
 
     def test_a_template_with_another_end(self, data, measure):
         tokenizer = load_tokenizer(str(recipe.TINY / "checkpoint"))
         tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}<stop>{% endfor %}"
-        (warning,) = report.across({"sft": measure("sft", data(CHATS), tokenizer=tokenizer)})
+        (warning,) = problems.across({"sft": measure("sft", data(CHATS), tokenizer=tokenizer)})
         assert "ends the assistant's turns in '<stop>'" in warning
         assert repr(tokenizer.eos_token) in warning

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline import stages
-from rlhf_pipeline.data import prepare
+from rlhf_pipeline.data import encode, prepare
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
@@ -91,8 +91,8 @@ def test_the_first_sft_loss_is_that_of_the_replies_alone(prepared: tuple[Path, d
     spec = recipe.stages["sft"].data
     for line in Path(spec.path).read_text().splitlines():
         row = json.loads(line)
-        (prompt,) = prepare.encode_prompts(tokenizer, spec, [row["prompt"]])
-        (reply,) = prepare.encode_replies(tokenizer, spec, [row["completion"]])
+        (prompt,) = encode.encode_prompts(tokenizer, spec, [row["prompt"]])
+        (reply,) = encode.encode_replies(tokenizer, spec, [row["completion"]])
         ids = torch.tensor([prompt + reply])
         logits = base(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(reply), reduction="none"))

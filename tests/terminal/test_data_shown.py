@@ -78,7 +78,7 @@ def shown(report: dict, width: int = 120, **options: object) -> str:
 
 def of(path: str, *overrides: str) -> dict:
     loaded = recipe.load(path, overrides)
-    return check.of_recipe(loaded, list(loaded.stages))[0]
+    return check.data_report(loaded, list(loaded.stages))[0]
 
 
 def test_every_token_with_loss_stands_in_brackets(written):

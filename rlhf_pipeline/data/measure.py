@@ -1,4 +1,4 @@
-"""What a trainer will see of a stage's data: numbers, one example, and what is wrong with it.
+"""What a trainer will see of a stage's data: numbers, and one example.
 
 Numbers come from Arrow columns through numpy, a batch at a time, so that millions of rows cost no more memory than one
 integer each.
@@ -13,7 +13,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.prepare import Prepared, column, row_order
-from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template
 from rlhf_pipeline.recipe.schema import Data, Source
 
@@ -21,10 +20,6 @@ Kind = Literal["sft", "reward", "ppo", "dpo"]
 
 AT_ONCE = 10_000  # rows
 FEW = 100  # rows whose text is looked at
-MANY_CUT = 0.1  # shares of rows from which something is worth a warning
-MANY_DUPLICATES = 0.05
-TOO_MANY_DUPLICATES = 0.5
-LENGTH_TELLS = 0.7  # the share of pairs that length alone tells apart
 
 
 class Trainer(NamedTuple):
@@ -84,7 +79,7 @@ def measure(
     return {
         "kind": kind,
         "sources": [
-            _source(source) | {"shape": shape.name, "says": shape.says}
+            _source(source) | {"shape": shape["name"], "says": shape["says"]}
             for source, shape in zip(spec.sources, prepared.shapes, strict=False)
         ],
         "eval_source": _source(spec.eval_data) if spec.eval_data else None,
@@ -412,178 +407,3 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
         found.append(text[len(before) :])
         start, end = end, i
     return found
-
-
-# What is wrong
-
-
-def problems(numbers: dict[str, Any], place: str) -> tuple[list[InputError], list[str]]:
-    """What in a stage's data would spoil its training, and what may.
-
-    Args:
-        numbers: from `measure`.
-        place: the key of the recipe, as `stages.sft.data`.
-
-    Returns:
-        Errors, and warnings as sentences.
-    """
-    return list(_errors(numbers, place)), [f"{place}: {warning}" for warning in _warnings(numbers)]
-
-
-def _errors(numbers: dict[str, Any], place: str) -> Iterator[InputError]:
-    rows, replies = numbers["rows"], numbers["replies"]
-    if not rows:
-        yield InputError("no rows are left to train on", place=place)
-        return
-    if numbers["max_length"]["left_out"] == rows and replies["without_loss"] < rows:
-        yield InputError(
-            f"none of the {rows:,} rows fits in max_length {numbers['limits']['max_length']}",
-            place=place,
-            hint="raise it, or shorten the data with `max_prompt_length` and `max_completion_length`",
-        )
-    elif numbers["held_out_rows"] and numbers["held_out_max_length"]["left_out"] == numbers["held_out_rows"]:
-        yield InputError(
-            f"none of the {numbers['held_out_rows']:,} held-out rows fits in max_length "
-            f"{numbers['limits']['max_length']}",
-            place=place,
-            hint="raise it, or shorten the data with `max_prompt_length` and `max_completion_length`",
-        )
-    elif replies["without_loss"] == rows:
-        yield InputError(f"all labels of all {rows:,} rows are masked: there is nothing to learn", place=place)
-    elif replies["count"] and replies["without_eos"] == replies["count"]:
-        yield InputError(
-            f"none of the {replies['count']:,} replies ends in EOS as the trainer sees them, so the model would never "
-            "learn to end one",
-            place=place,
-            hint=f"raise `{'` or `'.join(_limits_on_replies(numbers))}`",
-        )
-    if replies["empty"]:
-        what = "chosen replies" if numbers["pairs"] else "replies"
-        yield InputError(f"{out_of(replies['empty'], rows)} {what} are empty", place=place, hint="remove these rows")
-    if numbers["equal_pairs"] == rows:
-        yield InputError(f"in all {rows:,} pairs the two replies are the same", place=place)
-    doubles = numbers["duplicates"]["rows"]
-    if doubles > TOO_MANY_DUPLICATES * rows:
-        yield InputError(
-            f"{out_of(doubles, rows)} rows repeat an earlier one",
-            place=place,
-            hint="remove them; or train for more epochs",
-        )
-
-
-def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
-    rows, limits, replies = numbers["rows"], numbers["limits"], numbers["replies"]
-    if not rows:
-        return
-    if rows < numbers["batch"]:
-        yield f"{rows} rows are fewer than one batch of {numbers['batch']}"
-    turns, all_rows = numbers["conversations"], rows + (numbers["held_out_rows"] or 0)
-    if 0 < turns < all_rows:
-        yield (
-            f"the prompts of {out_of(turns, all_rows)} rows are conversations, and the others plain text: the model is "
-            "trained on two formats"
-        )
-    for name, count in numbers["cut"].items():
-        if count > MANY_CUT * rows:
-            key = "max_prompt_length" if name == "prompt" else "max_completion_length"
-            what, then = ("prompts", "lose their beginning") if name == "prompt" else ("replies", "have no EOS")
-            what = what if name in ("prompt", "reply") else f"{name} {what}"
-            yield f"{out_of(count, rows)} {what} are longer than {key} {limits[key]}, and {then}"
-    for what, count in numbers["max_length"].items():
-        if count > MANY_CUT * rows and not (what == "left_out" and count == rows):  # which is an error
-            yield f"{out_of(count, rows)} rows are longer than max_length {limits['max_length']}, and are {said(what)}"
-    if numbers["beyond_model"]:
-        reply = f" with a reply of response_length {limits['response_length']}" if numbers["kind"] == "ppo" else ""
-        yield (
-            f"{out_of(numbers['beyond_model'], rows)} rows{reply} are longer than the {limits['max_positions']:,} "
-            "tokens that the model has positions for"
-        )
-    if replies["without_loss"] and replies["without_loss"] < rows:
-        yield f"all labels are masked in {out_of(replies['without_loss'], rows)} rows"
-    yield from _warnings_of_repetition(numbers)
-    if numbers["pairs"] and rows >= 20:
-        yield from _warnings_of_length(numbers["pairs"])
-    together = numbers["run_together"]
-    if together and together["rows"] > together["of"] / 2:
-        yield (
-            f"prompt and reply run together, as in {together['example']!r}: end prompts with a space or a line break, "
-            "begin replies with a space, or set `chat: true`"
-        )
-    if numbers["bos_doubled"]:
-        yield (
-            f"{out_of(numbers['bos_doubled'], rows)} rows begin with BOS twice: the tokenizer adds one, so the text "
-            "should have none"
-        )
-
-
-def _warnings_of_repetition(numbers: dict[str, Any]) -> Iterator[str]:
-    rows, doubles, both = numbers["rows"], numbers["duplicates"]["rows"], numbers["both_sides"]
-    if MANY_DUPLICATES * rows < doubles <= TOO_MANY_DUPLICATES * rows:
-        yield f"{out_of(doubles, rows)} rows repeat an earlier one"
-    if numbers["equal_pairs"] and numbers["equal_pairs"] < rows:
-        yield f"in {out_of(numbers['equal_pairs'], rows)} pairs the two replies are the same, and teach nothing"
-    if both and both["held_out_rows"]:
-        share = out_of(both["held_out_rows"], numbers["held_out_rows"])
-        yield f"the prompts of {share} held-out rows are trained on too, so evaluation flatters"
-
-
-def _warnings_of_length(pairs: dict[str, Any]) -> Iterator[str]:
-    right = pairs["length_accuracy"]
-    if not 1 - LENGTH_TELLS < right < LENGTH_TELLS:
-        longer = "longer" if right > 0.5 else "shorter"
-        yield (
-            f"the {longer} reply is the chosen one in {max(right, 1 - right):.0%} of the pairs (correlation of length "
-            f"and being chosen {pairs['length_correlation']:+.2f}): a reward model may learn length alone"
-        )
-
-
-def across(stages: dict[str, dict[str, Any]]) -> list[str]:
-    """Warnings about a recipe's chat template, and about stages that do not fit together.
-
-    Args:
-        stages: numbers from `measure` by the stage's name.
-    """
-    if not stages:
-        return []
-    turns = [name for name, numbers in stages.items() if numbers["conversations"]]
-    text = [name for name in stages if name not in turns]
-    one = next(iter(stages.values()))  # all have the same tokenizer
-    end, eos, default = one["end_of_turn"], one["end_of_reply"], one["chat_template"] == "default"
-    warnings = []
-    if turns and text:
-        warnings.append(
-            f"the prompts of {_and(turns)} are conversations, and those of {_and(text)} plain text: the stages train "
-            "the model on two formats"
-        )
-    elif text and not default and not all(stages[name]["chat"] is False for name in text):
-        warnings.append(
-            "the model has a chat template, and all prompts are plain text, which does not go through it: set `chat: "
-            "true` in `data` if they are a user's turns, and `chat: false` if not"
-        )
-    if turns and default:
-        warnings.append("the model has no chat template, so turns are written in a plain default; see docs/data.md")
-    if turns and end and not end.startswith(eos):
-        warnings.append(
-            f"the chat template ends the assistant's turns in {end!r}, and the replies that are trained end in EOS, "
-            f"{eos!r}: stop generation at that, or make the template's end the tokenizer's `eos_token`"
-        )
-    return warnings
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def said(what: str) -> str:
-    """What `max_length` does, in words."""
-    return {"cut": "cut there", "left_out": "left out"}[what]
-
-
-def _limits_on_replies(numbers: dict[str, Any]) -> list[str]:
-    keys = [key for key in ("max_completion_length", "max_length") if numbers["limits"][key] is not None]
-    return keys or ["max_length"]
-
-
-def out_of(count: int, total: int) -> str:
-    """A count in words that also give its share."""
-    return f"{count:,} of {total:,} ({count / total:.0%})"

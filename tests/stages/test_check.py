@@ -1,0 +1,96 @@
+"""The check opens each data file once for each distinct reading, and what it encodes serves the workers that train."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+
+from rlhf_pipeline import plan, stages
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.data import cache
+from rlhf_pipeline.models import tokenizer as tokenizers
+from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.stages import job as jobs
+from rlhf_pipeline.stages.check import check
+from rlhf_pipeline.stages.job import Inputs, Job
+
+FILES = ("demonstrations.jsonl", "preferences.jsonl", "prompts.jsonl", "heldout.jsonl")
+_opened: Counter[str] = Counter()
+_listening = False
+
+
+def _note(event: str, arguments: tuple) -> None:
+    if _listening and event == "open" and isinstance(arguments[0], str | bytes | Path):
+        _opened[Path(str(arguments[0])).name] += 1
+
+
+sys.addaudithook(_note)  # there is no way to take it back
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict[str, int]]]:
+    """A function that says how often each data file was opened since it was last asked."""
+    global _listening
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    _opened.clear()
+    _listening = True
+
+    def since() -> dict[str, int]:
+        found = {name: count for name, count in _opened.items() if name in FILES}
+        _opened.clear()
+        return found
+
+    yield since
+    _listening = False
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Recipe]:
+    """The tiny recipe, planned, as it is when a run begins to check: the digests of its files are known by then."""
+
+    def of(*overrides: str) -> Recipe:
+        recipe = recipes.load("tiny", [f"output_dir={tmp_path / 'runs'}", *overrides])
+        plan.make(recipe)
+        return recipe
+
+    return of
+
+
+def test_each_data_file_is_opened_once_by_the_check_and_not_again_by_the_stages(load, opened):
+    recipe = load()
+    opened()
+    check(recipe, list(recipe.stages))
+    assert opened() == dict.fromkeys(FILES, 1)
+    for name, stage in recipe.stages.items():
+        inputs = stages.BY_KIND[stage.kind].prepare(Job(recipe, name, recipe.run))
+        assert type(inputs) is Inputs and len(inputs.data.train) > 100
+    assert opened() == {}
+
+
+def test_another_limit_is_another_reading_and_another_share_of_held_out_rows_is_not(load, opened):
+    recipe = load("dpo.data.max_prompt_length=8", "ppo.data=tiny:preferences", "sft.data.eval_fraction=0.5")
+    opened()
+    check(recipe, list(recipe.stages))
+    # Pairs that are cut, pairs that are not, and their prompts alone.
+    assert opened() == {"demonstrations.jsonl": 1, "preferences.jsonl": 3, "heldout.jsonl": 1}
+
+
+def test_the_tokenizer_is_loaded_and_hashed_once(load, opened, monkeypatch):
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable) -> Callable:
+        def call(*arguments: object) -> object:
+            calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(jobs, "load_tokenizer", counted("loaded", tokenizers.load_tokenizer))
+    monkeypatch.setattr(cache, "_tokenizer_hash", counted("hashed", cache._tokenizer_hash))
+    recipe = load()
+    check(recipe, list(recipe.stages))
+    assert calls == {"loaded": 1, "hashed": 1}
+    assert _opened["tokenizer.json"] == 3  # by the plan's digest, to be loaded, and in the copy that is hashed
