@@ -1,13 +1,22 @@
 # `make demo` trains all four stages on the tiny checkpoint; `make test` runs the tests. Both set up .venv first.
+# `make floor` tests with the oldest TRL that is supported, in an environment of its own.
 PYTHON ?= python3
 BIN := .venv/bin
+FLOOR := .venv-floor/bin
 
-.PHONY: demo test smoke soak check format clean
+.PHONY: demo test floor smoke soak check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-floor/ready: pyproject.toml constraints.txt constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	grep -vE '^(peft|transformers|trl)==' constraints.txt | cat - constraints-floor.txt > .venv-floor/constraints.txt
+	$(FLOOR)/pip install --quiet --constraint .venv-floor/constraints.txt torch
+	$(FLOOR)/pip install --quiet --constraint .venv-floor/constraints.txt --editable . pytest pytest-xdist
 	touch $@
 
 demo: .venv/ready
@@ -16,6 +25,12 @@ demo: .venv/ready
 # A process per core, each with one thread: threads that wait for each other would take longer.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# What depends on TRL: the stages end to end, first losses, exact resuming, the keys that are settable and refused, and
+# the equality with TRL's own PPO, which is to be had there alone.
+floor: .venv-floor/ready
+	OMP_NUM_THREADS=1 $(FLOOR)/python -m pytest --numprocesses auto \
+		tests/ppo/test_same_as_trl.py tests/ppo/test_keys.py tests/stages tests/recipe/test_library_keys.py
 
 # Every shipped recipe for two steps a stage, on a tiny checkpoint of its model: docs/ci.md says what that shows.
 smoke: .venv/ready
@@ -35,4 +50,4 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor build dist runs .mypy_cache .pytest_cache .ruff_cache

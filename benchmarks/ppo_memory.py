@@ -21,7 +21,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,16 +28,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
+from memory import ENVIRONMENT, LORA, VOCABULARY_SIZE, AllocatedMemory, ResidentMemory, drawn, save_random_base
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.base import device, load_base
+from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
@@ -46,21 +45,9 @@ from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.ppo.trainer import PPOTrainer, Scored
 from rlhf_pipeline.recipe.schema import Model
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "rlhf_pipeline" / "models" / "tiny" / "checkpoint"
-VOCABULARY_SIZE = 128_256
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 AT_MOST = 0.25  # of TRL's growth
 AIM = 16 * 2**30  # for a whole update of the 8 B model
 PHASES = ["sampling", "scoring", "optimisation", "rest"]
-# Freed memory goes back to the system at once, for both alike; else a peak would depend on what was freed before it.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**17),
-    "MALLOC_TRIM_THRESHOLD_": str(2**17),
-}
 
 
 @dataclass
@@ -92,62 +79,6 @@ SMALL = Shape(
      "num_key_value_heads": 2},
     "nf4", "bfloat16", batch=4, prompt_length=16, response_length=16, epochs=4, gradient_checkpointing=True,
 )  # fmt: skip
-
-
-class ResidentMemory:
-    """This process's resident memory. The kernel notes the peak, or where it may not be reset, a thread that looks."""
-
-    reserved = 0
-
-    def __init__(self) -> None:
-        self.process = psutil.Process()
-        self.highest = 0
-        self.noted_by_kernel = self._reset_kernel()
-        if not self.noted_by_kernel:
-            threading.Thread(target=self._watch, daemon=True).start()
-
-    def now(self) -> int:
-        return self.process.memory_info().rss
-
-    def restart(self) -> None:
-        self.highest = self.now()
-        if self.noted_by_kernel:
-            self._reset_kernel()
-
-    def peak(self) -> int:
-        if not self.noted_by_kernel:
-            return max(self.highest, self.now())
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-    def _reset_kernel(self) -> bool:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
-        return True
-
-    def _watch(self) -> None:
-        while True:
-            self.highest = max(self.highest, self.now())
-            time.sleep(0.001)
-
-
-class AllocatedMemory:
-    """What PyTorch has allocated on the GPU, and the most it ever held for that."""
-
-    reserved = 0
-
-    def now(self) -> int:
-        return torch.cuda.memory_allocated()
-
-    def restart(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> int:
-        torch.cuda.synchronize()
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
-        return torch.cuda.max_memory_allocated()
 
 
 class Recorder:
@@ -272,51 +203,19 @@ def in_a_process(way: str, folder: str) -> dict[str, Any]:
 
 
 def make_artifacts(folder: Path, shape: Shape) -> int:
-    """Save a random base, a random reward adapter with its head, and the shape; returns the number of parameters.
-
-    Weights are drawn and written one layer at a time, so that the whole model is never in memory.
-    """
+    """Save a random base, a random reward adapter with its head, and the shape; returns the number of parameters."""
     (folder / "shape.json").write_text(json.dumps(asdict(shape)))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **shape.model,
-        vocab_size=VOCABULARY_SIZE,
-        max_position_embeddings=8192,
-        num_labels=1,
-        eos_token_id=1,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype=shape.dtype,
-    )
+    config = save_random_base(folder / "base", shape.model, shape.dtype)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
         scorer = AutoModelForSequenceClassification.from_config(config)
         reward = adapters.with_reward_adapter(scorer, LORA, None)
-    config.save_pretrained(folder / "base")
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "base")
-    files: dict[str, str] = {}
-    for name in model.state_dict():
-        files[name] = f"{name.split('.')[2] if '.layers.' in name else name}.safetensors"
-    for file in dict.fromkeys(files.values()):
-        tensors = {
-            name: drawn(tensor, shape.dtype) for name, tensor in model.state_dict().items() if files[name] == file
-        }
-        save_file(tensors, folder / "base" / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": files}
-    (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "reward").mkdir()
     state = {name: drawn(tensor, "float32") for name, tensor in get_peft_model_state_dict(reward).items()}
     save_file(state, folder / "reward" / adapters.WEIGHTS, {"format": "pt"})
     reward.peft_config["default"].save_pretrained(str(folder / "reward"))
-    return model.num_parameters()
-
-
-def drawn(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Weights of a tensor's shape: ones for a norm's, else random; drawn on the GPU where there is one."""
-    if tensor.ndim == 1:
-        return torch.ones(tensor.shape, dtype=getattr(torch, dtype))
-    return (torch.randn(tensor.shape, dtype=getattr(torch, dtype), device=device()) * 0.02).cpu()
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).num_parameters()
 
 
 def measure(way: str, folder: Path) -> dict[str, Any]:
@@ -370,7 +269,7 @@ def make_trainer(way: str, shape: Shape, shared: SharedBase, tokenizer: Any, fol
         trainer = MeasuredTrainer(PPOConfig(**settings), tokenizer, shared, dataset)
         trainer.recorder = Recorder()
         return trainer
-    from trl.experimental import ppo as trl_ppo
+    from trl.experimental import ppo as trl_ppo  # up to TRL 1.12
 
     return trl_ppo.PPOTrainer(
         args=trl_ppo.PPOConfig(**settings),
