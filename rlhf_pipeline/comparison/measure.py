@@ -44,7 +44,7 @@ def default_prompts(recipe: Recipe, n: int) -> tuple[Asked, Data]:
     if recipe.evaluate:
         return first_prompts(spec, n), spec
     kind = recipe.stages[name.removesuffix(".data")].kind
-    prepared = stages.BY_KIND[kind].READ(spec, load_tokenizer(recipe.model), recipe.seed)
+    prepared = stages.BY_KIND[kind].read(spec, load_tokenizer(recipe.model), recipe.seed)
     found: Asked = []
     if prepared.held_out_table is not None:
         apart = spec.model_copy(update={"mix": [], **(spec.eval_data.model_dump() if spec.eval_data else {})})
