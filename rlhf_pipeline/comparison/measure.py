@@ -14,7 +14,7 @@ from rlhf_pipeline import stages
 from rlhf_pipeline.comparison import wanted
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import column, first_prompts
-from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts

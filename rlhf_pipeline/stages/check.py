@@ -16,7 +16,7 @@ from rlhf_pipeline.data import measure, problems
 from rlhf_pipeline.data.encode import hash_of
 from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.data.prepare import column, first_prompts
-from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.kinds import KINDS
 from rlhf_pipeline.models import adapters
