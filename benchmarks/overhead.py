@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = ["sft", "reward", "ppo", "dpo"]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
-WITHOUT_A_STAGE = "rest"  # imports, the check of settings and data, the ends of processes
+WITHOUT_A_STAGE = "rest"  # imports, the check of settings and data, the comparison, the report, the ends of processes
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Measurement:
     cpu_s: float
     peak_bytes: int
     stages: dict[str, float]
+    rest: dict[str, float] = field(default_factory=dict)  # of our command, what `rest` is made of
 
 
 def main() -> None:
@@ -44,6 +46,9 @@ def main() -> None:
                 measurement = contestant(options.recipe.resolve(), Path(folder))
             measured[name].append(measurement)
             print(f"{repeat}  {name:<13}{row(measurement)}", flush=True)
+            if measurement.rest:
+                parts = "  ".join(f"{part} {seconds:.2f}" for part, seconds in measurement.rest.items())
+                print(f"   of its rest: {parts}", flush=True)
     result = {
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "ours_over_one_script": compare(measured["ours"], measured["one script"]),
@@ -76,7 +81,35 @@ def run_ours(recipe: Path, folder: Path) -> Measurement:
     for name in STAGES:
         (record,) = folder.glob(f"runs/*/{name}/stage.json")
         measurement.stages[name] = json.loads(record.read_text())["wall_s"]
+    measurement.rest = parts_of_rest(folder, measurement.wall_s)
     return with_rest(measurement)
+
+
+def parts_of_rest(folder: Path, wall_s: float) -> dict[str, float]:
+    """The seconds of our command outside the stages, by what they went to, from the times of its lines and files.
+
+    `imports` is measured apart, in a process that does nothing else; the check waits for as much.
+    """
+    lines = [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+    said = {
+        what: [line["at"] for line in lines if words in line["text"]]
+        for what, words in (("check", "settings and data of"), ("begins", " training, from "), ("ends", " done in "))
+    }
+    (comparison,) = folder.glob("runs/*/comparison.json")
+    started = lines[0]["started"]
+    compared, reported = (file.stat().st_mtime - started for file in (comparison, comparison.with_name("report.html")))
+    imports = run([sys.executable, "-c", "import rlhf_pipeline.run.worker"], folder).wall_s
+    check = said["begins"][0] - said["check"][0]
+    between = sum(begin - end for end, begin in zip(said["ends"], said["begins"][1:], strict=False))
+    return {
+        "start": said["check"][0],
+        "imports": min(imports, check),
+        "check": max(0.0, check - imports),
+        "between stages": between,
+        "comparison": compared - said["ends"][-1],
+        "report": reported - compared,
+        "end": wall_s - reported,
+    }
 
 
 def run_one_script(recipe: Path, folder: Path) -> Measurement:
@@ -110,17 +143,27 @@ def with_rest(measurement: Measurement) -> Measurement:
 
 
 def run(command: list[str], folder: Path) -> Measurement:
-    """Run a command to its end; what it and the processes it waited for used is in its `rusage`."""
+    """Run a command to its end; what it and the processes it waited for used is in its `rusage`.
+
+    What it says is written to `lines.jsonl` in the folder, each line with the seconds since the start.
+    """
     environment = os.environ | ENVIRONMENT | {"HF_DATASETS_CACHE": f"{folder}/cache"}
-    log = folder / "log.txt"
-    with log.open("w") as output:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall_s = time.perf_counter() - started
+    lines: list[dict[str, Any]] = []
+    started, began = time.perf_counter(), time.time()
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    assert process.stdout
+    for line in process.stdout:
+        lines.append({"at": time.perf_counter() - started, "started": began, "text": line})
+    _, status, usage = os.wait4(process.pid, 0)
+    wall_s = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        last = "".join(line["text"] for line in lines)[-3000:]
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
+    if lines:
+        (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     kib = 1 if sys.platform == "darwin" else 1024
     return Measurement(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * kib, {})
 

@@ -166,9 +166,9 @@ def test_what_only_the_model_shows_of_an_adapter_names_the_lora_it_was_written_i
 @pytest.mark.parametrize(("stage", "lora"), [("sft", "stages.sft.lora"), ("dpo", "stages.dpo.lora")])
 def test_an_adapter_on_the_output_embedding_is_refused_where_trl_would_not_train_it(check, monkeypatch, stage, lora):
     """TRL itself says so only when the stage begins, which may be hours later."""
-    from rlhf_pipeline.run import worker
+    from rlhf_pipeline.stages import check as checks
 
-    monkeypatch.setattr(worker, "FUSED_HEAD", True)
+    monkeypatch.setattr(checks, "FUSED_HEAD", True)
     found = check(stage, overrides=(f"{stage}.lora.target_modules=[q_proj, k_proj, v_proj, o_proj, lm_head]",))
     assert found.place == lora
     assert "an adapter on the output embedding cannot be trained in stage" in found.message
@@ -177,14 +177,13 @@ def test_an_adapter_on_the_output_embedding_is_refused_where_trl_would_not_train
 def test_larger_adapters_pass_the_check(tmp_path, monkeypatch):
     """By rank, by modules, with magnitudes; a reward model, which has another head, too."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from rlhf_pipeline.models.base import load_config
     from rlhf_pipeline.stages import check as checks
 
     write(tmp_path, GOOD)
     larger = ["sft.lora={target_modules: [q_proj], use_dora: true}", "reward.lora={r: 8, target_modules: all-linear}"]
     larger += ["ppo.lora={target_modules: [q_proj, lm_head]}", "dpo.lora.rank_pattern={q_proj: 5}"]
     loaded = recipe.load(str(tmp_path / "r.yaml"), larger)
-    from rlhf_pipeline.models.base import load_config
-
     assert checks.check_lora(loaded, list(loaded.stages), load_config(loaded.model)) is None
 
 

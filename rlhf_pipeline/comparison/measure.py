@@ -14,7 +14,7 @@ from rlhf_pipeline import stages
 from rlhf_pipeline.comparison import wanted
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import column, first_prompts
-from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts
@@ -44,7 +44,7 @@ def default_prompts(recipe: Recipe, n: int) -> tuple[Asked, Data]:
     if recipe.evaluate:
         return first_prompts(spec, n), spec
     kind = recipe.stages[name.removesuffix(".data")].kind
-    prepared = stages.BY_KIND[kind].READ(spec, load_tokenizer(recipe.model), recipe.seed)
+    prepared = stages.BY_KIND[kind].read(spec, load_tokenizer(recipe.model), recipe.seed)
     found: Asked = []
     if prepared.held_out_table is not None:
         apart = spec.model_copy(update={"mix": [], **(spec.eval_data.model_dump() if spec.eval_data else {})})

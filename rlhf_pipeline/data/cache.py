@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.encode import Layout, encode, hash_of
 from rlhf_pipeline.data.files import Located, local_files
-from rlhf_pipeline.data.shapes import Record, Shape
+from rlhf_pipeline.data.shapes import Shape
 from rlhf_pipeline.data.sources import BATCH, batched, load_hub, open_source, records
+from rlhf_pipeline.data.turns import Record
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.recipe.schema import Data, Source
@@ -264,8 +265,17 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _code_hash() -> str:
     """A hash of the code that reads and encodes."""
     here = Path(__file__).parent
-    names = ("cache.py", "encode.py", "files.py", "peek.py", "shapes.py", "sources.py", "../models/tokenizer.py")
-    sources = [(here / name).read_bytes() for name in names]
+    names = (
+        "cache.py",
+        "encode.py",
+        "files.py",
+        "peek.py",
+        "shapes.py",
+        "sources.py",
+        "turns.py",
+        "../models/tokenizer.py",
+    )
+    sources = [(here / f"{name}.py").read_bytes() for name in names]
     libraries = [version(name).encode() for name in ("transformers", "tokenizers", "datasets")]
     return hashlib.blake2b(b"\0".join(sources + libraries), digest_size=16).hexdigest()
 

@@ -14,8 +14,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.files import Located
-from rlhf_pipeline.data.shapes import Prompt, Record, Wanted
+from rlhf_pipeline.data.shapes import Wanted
 from rlhf_pipeline.data.sources import bad_row, where
+from rlhf_pipeline.data.turns import Prompt, Record
 from rlhf_pipeline.models.tokenizer import TemplateError, render
 from rlhf_pipeline.recipe.schema import Data
 

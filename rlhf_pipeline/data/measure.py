@@ -5,18 +5,29 @@ integer each.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.data.prepare import Prepared, column, row_order
+from rlhf_pipeline.kinds import Encoding
 from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template
 from rlhf_pipeline.recipe.schema import Data, Source
 
-Kind = Literal["sft", "reward", "ppo", "dpo"]
+# The columns of rows in each encoding, and the replies that they hold.
+COLUMNS: dict[Encoding, list[str]] = {
+    "demonstrations": ["input_ids", "labels"],
+    "whole_pairs": ["chosen_ids", "rejected_ids"],
+    "pairs": ["prompt_ids", "chosen_ids", "rejected_ids"],
+    "prompts": ["input_ids"],
+}
+REPLIES: dict[Encoding, list[str]] = {
+    "demonstrations": ["reply"], "whole_pairs": ["chosen", "rejected"], "pairs": ["chosen", "rejected"], "prompts": [],
+}  # fmt: skip
 
 AT_ONCE = 10_000  # rows
 FEW = 100  # rows whose text is looked at
@@ -58,20 +69,21 @@ class Trainer(NamedTuple):
 
 
 def measure(
-    kind: Kind, prepared: Prepared, spec: Data, tokenizer: PreTrainedTokenizerBase, trainer: Trainer
+    kind: str, prepared: Prepared, spec: Data, tokenizer: PreTrainedTokenizerBase, trainer: Trainer
 ) -> dict[str, Any]:
     """Everything that `data --json` says of one stage's rows; `docs/json.md` lists the keys.
 
     Args:
-        kind: the kind of stage that reads them; `sft` for PPO's `ptx_data`.
-        prepared: from `prepare.demonstrations`, `preferences`, `whole_preferences` or `prompts`, as the kind needs.
+        kind: the kind of stage that reads such rows.
+        prepared: from `read` of its file in `stages/`.
         spec: what the recipe says of them.
         tokenizer: from `load_tokenizer`.
         trainer: from `Trainer.of`.
     """
     table, held_out = prepared.table, prepared.held_out_table
     prompt_keys, row_keys = column(table, "prompt_key"), column(table, "row_key")
-    replies = {"sft": ["reply"], "reward": ["chosen", "rejected"], "dpo": ["chosen", "rejected"], "ppo": []}[kind]
+    encoding = kinds.get(kind).encoding
+    replies = REPLIES[encoding]
     lengths = {name: column(table, f"{name}_length") for name in ["prompt", *replies]}
     limits = {"prompt": spec.max_prompt_length} | dict.fromkeys(replies, spec.max_completion_length)
     distinct = np.unique(prompt_keys)
@@ -91,9 +103,11 @@ def measure(
         "left_out": {
             name: count
             for name, count in prepared.counts.items()
-            if count and (name in LEFT_OUT or (name == "bad_replies" and kind == "sft"))
+            if count and (name in LEFT_OUT or (name == "bad_replies" and encoding == "demonstrations"))
         },
-        "run_together": None if prepared.counts.get("conversations") else _run_together(kind, table, spec, tokenizer),
+        "run_together": (
+            None if prepared.counts.get("conversations") else _run_together(encoding, table, spec, tokenizer)
+        ),
         "labels": {"good": good, "bad": bad} if good or bad else None,
         "batch": trainer.batch,
         "lengths": {name: _percentiles(values) for name, values in lengths.items()},
@@ -114,9 +128,9 @@ def measure(
         "chat_template": "default" if has_default_template(tokenizer) else "own",
         "end_of_turn": end_of_turn(tokenizer),
         "end_of_reply": tokenizer.eos_token,
-        **_count(kind, table, spec, tokenizer, trainer),
+        **_count(encoding, table, spec, tokenizer, trainer),
         "held_out_max_length": (
-            None if held_out is None else _count(kind, held_out, spec, tokenizer, trainer)["max_length"]
+            None if held_out is None else _count(encoding, held_out, spec, tokenizer, trainer)["max_length"]
         ),
     }
 
@@ -129,18 +143,20 @@ def _source(source: Source) -> dict[str, Any]:
     return {"path": keys.pop("path")} | {"weight": None} | keys
 
 
-def _run_together(kind: Kind, table: Dataset, spec: Data, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+def _run_together(
+    encoding: Encoding, table: Dataset, spec: Data, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any] | None:
     """How many of the first rows have a letter right after their prompt; None where there are no replies.
 
     Text is put together as it is, so `What is it?` and `A cow.` become `What is it?A cow.`.
     """
-    if kind == "ppo" or not len(table):
+    if encoding == "prompts" or not len(table):
         return None
     found: dict[str, Any] = {"rows": 0, "of": 0, "example": None}
     for row in table.select(range(min(FEW, len(table)))):
-        if kind == "sft":
+        if encoding == "demonstrations":
             ids, start = row["input_ids"], row["labels"].count(-100)
-        elif kind == "reward":
+        elif encoding == "whole_pairs":
             ids, start = row["chosen_ids"], min(row["prompt_length"], spec.max_prompt_length or row["prompt_length"])
         else:
             ids, start = row["prompt_ids"] + row["chosen_ids"], len(row["prompt_ids"])
@@ -233,7 +249,7 @@ def _lists(column: pa.ChunkedArray) -> _Lists:
 
 
 def _count(
-    kind: Kind, table: Dataset, spec: Data, tokenizer: PreTrainedTokenizerBase, trainer: Trainer
+    encoding: Encoding, table: Dataset, spec: Data, tokenizer: PreTrainedTokenizerBase, trainer: Trainer
 ) -> dict[str, Any]:
     """Rows and tokens as the trainer reads them.
 
@@ -242,8 +258,8 @@ def _count(
         tokens: in all rows that are left, prompts of pairs twice.
         loss_tokens: those that carry loss; None where single tokens do not.
         max_length: rows that it cuts, and rows that it leaves out.
-        replies: how many there are, how many do not end in EOS, how many hold nothing else, and for `sft` how many rows
-            bear no loss at all.
+        replies: how many there are, how many do not end in EOS, how many hold nothing else, and of
+            demonstrations how many rows bear no loss at all.
         equal_pairs: pairs whose two replies are the same.
         bos_doubled: rows that begin with two BOS.
         beyond_model: rows that are longer, for PPO with a reply of `response_length`, than the model has positions.
@@ -251,24 +267,18 @@ def _count(
     counted = ("tokens", "loss", "cut", "dropped", "replies", "without_eos", "empty", "without_loss", "equal", "bos")
     sums = dict.fromkeys((*counted, "beyond"), 0)
     positions = trainer.max_positions or np.inf
-    names = {
-        "sft": ["input_ids", "labels"],
-        "reward": ["chosen_ids", "rejected_ids"],
-        "dpo": ["prompt_ids", "chosen_ids", "rejected_ids"],
-        "ppo": ["input_ids"],
-    }[kind]
-    prompt_lengths = table.data.table["prompt_length"].to_numpy() if kind == "reward" else None
+    prompt_lengths = table.data.table["prompt_length"].to_numpy() if encoding == "whole_pairs" else None
     limit, eos, bos = trainer.max_length, tokenizer.eos_token_id, tokenizer.bos_token_id
     fits = np.zeros(len(table.data), bool)
-    for places, columns in _batches(table, names):
+    for places, columns in _batches(table, COLUMNS[encoding]):
         first = columns[0]
         rows = len(first.lengths)
         left = np.ones(rows, bool)
         sums["bos"] += _doubled(first, bos)
-        if kind == "ppo":
+        if encoding == "prompts":
             sums["tokens"] += int(first.lengths.sum())
             sums["beyond"] += int((first.lengths + (trainer.response_length or 0) > positions).sum())
-        elif kind == "sft":
+        elif encoding == "demonstrations":
             ids, labels = columns
             begin, end = _window(ids.lengths, trainer)
             learned = ids.running(labels.values != -100)
@@ -290,7 +300,7 @@ def _count(
         else:
             chosen, rejected = columns[-2:]
             sums["equal"] += _equal(chosen, rejected)
-            if kind == "reward":
+            if encoding == "whole_pairs":
                 assert prompt_lengths is not None
                 before = prompt_lengths[places]
                 if spec.max_prompt_length is not None:
@@ -302,8 +312,8 @@ def _count(
             sums["dropped"] += int((~left).sum())
             cut, beyond = np.zeros(rows, bool), np.zeros(rows, bool)
             for number, reply in enumerate((chosen, rejected)):
-                whole = reply.lengths if kind == "reward" else before + reply.lengths
-                begin, end = _window(whole, trainer) if kind == "dpo" else (np.zeros(rows, np.int64), whole)
+                whole = reply.lengths if encoding == "whole_pairs" else before + reply.lengths
+                begin, end = _window(whole, trainer) if encoding == "pairs" else (np.zeros(rows, np.int64), whole)
                 cut |= end - begin < whole
                 beyond |= end - begin > positions
                 sums["tokens"] += int((end - begin)[left].sum())
@@ -319,9 +329,9 @@ def _count(
     order = row_order(table)
     first_left = int((fits if order is None else fits[order]).argmax()) if len(table) else 0
     return {
-        "example": _example(kind, table[first_left], tokenizer, trainer) if len(table) else None,
+        "example": _example(encoding, table[first_left], tokenizer, trainer) if len(table) else None,
         "tokens": sums["tokens"],
-        "loss_tokens": sums["loss"] if kind in ("sft", "dpo") else None,
+        "loss_tokens": sums["loss"] if encoding in ("demonstrations", "pairs") else None,
         "max_length": {"cut": sums["cut"], "left_out": sums["dropped"]},
         "replies": {
             "count": sums["replies"],
@@ -329,7 +339,7 @@ def _count(
             "empty": sums["empty"],
             "without_loss": sums["without_loss"],
         },
-        "equal_pairs": sums["equal"] if kind in ("reward", "dpo") else None,
+        "equal_pairs": sums["equal"] if encoding in ("pairs", "whole_pairs") else None,
         "bos_doubled": sums["bos"],
         "beyond_model": sums["beyond"],
     }
@@ -363,13 +373,15 @@ def _equal(one: _Lists, other: _Lists) -> int:
 # One example
 
 
-def _example(kind: Kind, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, trainer: Trainer) -> dict[str, Any]:
+def _example(
+    encoding: Encoding, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, trainer: Trainer
+) -> dict[str, Any]:
     """A row as the trainer sees it: texts, each with its tokens and which of them carry loss."""
-    if kind == "ppo":
+    if encoding == "prompts":
         ids = row["input_ids"]
         stop = None if trainer.stop_token is None else tokenizer.decode([trainer.stop_token])
         return {"prompt": _shown(tokenizer, ids, [False] * len(ids)), "stop_token": stop}
-    if kind == "sft":
+    if encoding == "demonstrations":
         begin, end = (int(edge[0]) for edge in _window(np.array([len(row["input_ids"])]), trainer))
         learned = [label != -100 for label in row["labels"]][begin:end]
         learned[:1] = [False] * len(learned[:1])  # nothing predicts the first token
@@ -377,7 +389,7 @@ def _example(kind: Kind, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     example = {}
     for name in ("chosen", "rejected"):
         ids = row[f"{name}_ids"]
-        if kind == "dpo":
+        if encoding == "pairs":
             before = len(row["prompt_ids"])
             ids = row["prompt_ids"] + ids
             begin, end = (int(edge[0]) for edge in _window(np.array([len(ids)]), trainer))

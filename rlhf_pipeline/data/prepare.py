@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline.data import cache
 from rlhf_pipeline.data.cache import Encoded, Known
 from rlhf_pipeline.data.encode import DEMONSTRATIONS, PREFERENCES, PROMPTS, Layout, hash_of
-from rlhf_pipeline.data.shapes import Prompt
 from rlhf_pipeline.data.sources import load_hub, open_source, records, where
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.schema import Data, Source
 

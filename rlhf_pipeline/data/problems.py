@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 
 MANY_CUT = 0.1  # shares of rows from which something is worth a warning
@@ -87,7 +88,8 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
         if count > MANY_CUT * rows and not (what == "left_out" and count == rows):  # which is an error
             yield f"{out_of(count, rows)} rows are longer than max_length {limits['max_length']}, and are {said(what)}"
     if numbers["beyond_model"]:
-        reply = f" with a reply of response_length {limits['response_length']}" if numbers["kind"] == "ppo" else ""
+        samples = kinds.get(numbers["kind"]).samples
+        reply = f" with a reply of response_length {limits['response_length']}" if samples else ""
         yield (
             f"{out_of(numbers['beyond_model'], rows)} rows{reply} are longer than the {limits['max_positions']:,} "
             "tokens that the model has positions for"

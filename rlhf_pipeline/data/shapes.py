@@ -7,18 +7,33 @@ Every shape becomes the same records: a prompt and a reply (demonstrations), a p
 
 import difflib
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_pipeline.data.turns import (
+    Prompt,
+    Record,
+    Row,
+    RowError,
+    before_reply,
+    conversation,
+    framed,
+    is_blank,
+    is_transcript,
+    reply_of,
+    text_of,
+    to_be_answered,
+    turns_of,
+    turns_of_transcript,
+    what_is_wrong,
+    with_system,
+    without_reply,
+)
 from rlhf_pipeline.errors import InputError
 
-Prompt = str | list[dict[str, str]]  # text as the model reads it, or the turns {role, content} of a conversation
-Row = dict[str, Any]
-Record = tuple[Any, ...]  # (prompt, reply), (prompt, chosen, rejected), or (prompt,)
 Wanted = Literal["demonstrations", "preferences", "prompts"]
 Scored = list[tuple[str, float]]  # replies to one prompt, each with its score
 
@@ -29,7 +44,6 @@ TEXT_OF_REPLY = ("reply", "text", "content", "response", "answer", "completion")
 SCORE = ("score", "rating")
 THUMB = ("label", "thumbs")
 THUMBS = {"true": True, "1": True, "up": True, "false": False, "0": False, "down": False}
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 # What the columns of each kind of rows are at their plainest, and what else people call them.
 PLAINEST: dict[str, tuple[str, ...]] = {
@@ -43,10 +57,6 @@ OTHER_NAMES = {
     "chosen": ("preferred", "better", "winner", "accepted", "positive", "good"),
     "rejected": ("dispreferred", "worse", "loser", "negative", "bad"),
 }
-
-
-class RowError(Exception):
-    """A row lacks something; the message says what, and who reads the rows adds where."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +149,12 @@ def _demonstrations(known: Row, chat: bool | None) -> Shape | None:
         return Shape(
             f"{asked.name}/{reply}",
             f"{asked.name}/{reply}: {asked.says} and the reply",
-            lambda row: [(_to_be_answered(asked.read(row)), _reply(row, reply))],
+            lambda row: [(to_be_answered(asked.read(row)), reply_of(row, reply))],
         )
     column = _whole(known)
     if column and "chosen" not in known:
         says = f"{column}: conversations, whose last turn is the reply"
-        return Shape(column, says, lambda row: [_conversation(row, column)])
+        return Shape(column, says, lambda row: [conversation(row, column)])
     preferences = _preferences(known, chat)
     if preferences is not None:  # rankings and chosen/rejected; labels and scores were looked for above
         if "chosen" in known or "preferred" in known:
@@ -152,7 +162,9 @@ def _demonstrations(known: Row, chat: bool | None) -> Shape | None:
             return Shape(preferences.name, says, lambda row: [record[:2] for record in preferences.read(row)])
         return _ranking(known, chat, best)
     if "text" in known:
-        return Shape("text", "text: all of it is learned, there is no prompt", lambda row: [("", _reply(row, "text"))])
+        return Shape(
+            "text", "text: all of it is learned, there is no prompt", lambda row: [("", reply_of(row, "text"))]
+        )
     return None
 
 
@@ -176,11 +188,11 @@ def _preferences(known: Row, chat: bool | None) -> Shape | None:
 def _prompts(known: Row, chat: bool | None) -> Shape | None:
     asked = _asked(known, chat)
     if asked:
-        return Shape(asked.name, f"{asked.name}: {asked.says}", lambda row: [(_to_be_answered(asked.read(row)),)])
+        return Shape(asked.name, f"{asked.name}: {asked.says}", lambda row: [(to_be_answered(asked.read(row)),)])
     column = _whole(known)
     if column:
         says = f"{column}: conversations, without the reply that may stand last"
-        return Shape(column, says, lambda row: [(_before_reply(row, column),)])
+        return Shape(column, says, lambda row: [(before_reply(row, column),)])
     if "rejected" in known and ("chosen" in known or "preferred" in known):
         pairs = _chosen_and_rejected(known, chat, None)
         return Shape(pairs.name, f"{pairs.says}; only the prompt is taken", lambda row: [pairs.read(row)[0][:1]])
@@ -216,50 +228,16 @@ def _asked(known: Row, chat: bool | None) -> _Asked | None:
     def read(row: Row) -> Prompt:
         value = row.get(column)
         if isinstance(value, list):
-            return _with_system(turns_of(row, column), row)
-        text = _text(row, column)
-        if column == "instruction" and not _is_blank(row.get("input")):
-            text += "\n\n" + _text(row, "input")
-        return _framed(text, row, as_turn)
+            return with_system(turns_of(row, column), row)
+        text = text_of(row, column)
+        if column == "instruction" and not is_blank(row.get("input")):
+            text += "\n\n" + text_of(row, "input")
+        return framed(text, row, as_turn)
 
     name = "instruction/input" if column == "instruction" and "input" in known else column
     if isinstance(known[column], list):
         return _Asked(name, "a conversation", read)
     return _Asked(name, "a user's turn" if as_turn else "text", read)
-
-
-def _framed(text: str, row: Row, as_turn: bool) -> Prompt:
-    """Text as a user's turn after the row's `system`, or as text with that before it."""
-    if as_turn:
-        return _with_system([{"role": "user", "content": text}], row)
-    system = _system(row)
-    return f"{system}\n\n{text}" if system else text
-
-
-def _with_system(turns: list[dict[str, str]], row: Row) -> list[dict[str, str]]:
-    system = _system(row)
-    if not system:
-        return turns
-    first = {"role": "system", "content": system}
-    if turns[0]["role"] == "system":
-        if turns[0] != first:
-            raise RowError("`system` is another one than the system turn of the conversation")
-        return turns
-    return [first, *turns]
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether a column that need not be there holds nothing, as a cell of a table in which there is only a space."""
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _system(row: Row) -> str:
-    value = row.get("system")
-    if value is None or _is_blank(value):
-        return ""
-    if not isinstance(value, str):
-        raise RowError(_what_is_wrong("system", value))
-    return _encodable(value, "system")
 
 
 # Pairs of replies
@@ -273,7 +251,7 @@ def _chosen_and_rejected(known: Row, chat: bool | None, asked: _Asked | None) ->
     if asked is None and before and not whole:
 
         def read_before(row: Row) -> Prompt:
-            return _to_be_answered(_with_system(turns_of(row, before), row))
+            return to_be_answered(with_system(turns_of(row, before), row))
 
         asked = _Asked(before, "a conversation", read_before)
 
@@ -282,20 +260,20 @@ def _chosen_and_rejected(known: Row, chat: bool | None, asked: _Asked | None) ->
         if isinstance(chosen, list) and len(chosen) > 1:
             return [_whole_conversations(row, better)]
         if asked is not None:
-            return [(_to_be_answered(asked.read(row)), _reply(row, better), _reply(row, "rejected"))]
+            return [(to_be_answered(asked.read(row)), reply_of(row, better), reply_of(row, "rejected"))]
         if isinstance(chosen, list):
             raise RowError(f"`{better}` holds a reply alone, and there is no `prompt`")
-        chosen, rejected = _text(row, better), _text(row, "rejected")
-        if chat is not False and _is_transcript(chosen):
+        chosen, rejected = text_of(row, better), text_of(row, "rejected")
+        if chat is not False and is_transcript(chosen):
             return [_whole_transcripts(chosen, rejected, row, better)]
         prompt, *replies = split_texts(chosen, rejected, better)
-        return [(_framed(prompt, row, bool(chat) or "system" in known), *replies)]
+        return [(framed(prompt, row, bool(chat) or "system" in known), *replies)]
 
     if whole or (asked is None and isinstance(known[better], list)):
         name, says = f"{better}/rejected", "conversations that differ in their last turn"
     elif asked is not None:
         name, says = f"{asked.name}/{better}/rejected", f"{asked.says} and two replies"
-    elif chat is not False and _is_transcript(known[better]):
+    elif chat is not False and is_transcript(known[better]):
         name, says = f"{better}/rejected", "texts of Human and Assistant, which become turns"
     else:
         name, says = f"{better}/rejected", "texts, whose common beginning is the prompt"
@@ -306,36 +284,20 @@ def _whole_conversations(row: Row, better: str) -> Record:
     chosen, rejected = turns_of(row, better), turns_of(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise RowError(f"`{better}` and `rejected` differ before their last turn")
-    before = _with_system(_without_reply(chosen, better), row)
-    _without_reply(rejected, "rejected")
+    before = with_system(without_reply(chosen, better), row)
+    without_reply(rejected, "rejected")
     return before, chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _is_transcript(text: Any) -> bool:
-    return isinstance(text, str) and re.match(r"\s*Human:", text) is not None
 
 
 def _whole_transcripts(chosen: str, rejected: str, row: Row, better: str) -> Record:
     before, *replies = (
-        _turns_of_transcript(text, column) for text, column in ((chosen, better), (rejected, "rejected"))
+        turns_of_transcript(text, column) for text, column in ((chosen, better), (rejected, "rejected"))
     )
     if before[:-1] != replies[0][:-1]:
         raise RowError(f"`{better}` and `rejected` differ before their last turn")
-    prompt = _with_system(_without_reply(before, better), row)
-    _without_reply(replies[0], "rejected")
+    prompt = with_system(without_reply(before, better), row)
+    without_reply(replies[0], "rejected")
     return prompt, before[-1]["content"], replies[0][-1]["content"]
-
-
-def _turns_of_transcript(text: str, column: str) -> list[dict[str, str]]:
-    """The turns of a text in which `Human:` and `Assistant:` begin paragraphs."""
-    start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if start.strip():
-        raise RowError(f"`{column}` does not begin with `Human:`")
-    speakers = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": speakers[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return _in_order(turns, column)
 
 
 def split_texts(chosen: str, rejected: str, better: str = "chosen") -> tuple[str, str, str]:
@@ -390,7 +352,7 @@ def _ranking(known: Row, chat: bool | None, choose: Callable[[Scored], list[Reco
     }.get(order, "with their scores")
 
     def read(row: Row) -> list[Record]:
-        prompt = _to_be_answered(asked.read(row))
+        prompt = to_be_answered(asked.read(row))
         return [(prompt, *record) for record in choose(_scored_replies(row, column, order))]
 
     name = "scores per reply" if order in ("scores", *SCORE) else "ranking"
@@ -400,7 +362,7 @@ def _ranking(known: Row, chat: bool | None, choose: Callable[[Scored], list[Reco
 def _scored_replies(row: Row, column: str, order: str | None) -> Scored:
     values = row.get(column)
     if not isinstance(values, list):
-        raise RowError(_what_is_wrong(column, values, "a list of replies"))
+        raise RowError(what_is_wrong(column, values, "a list of replies"))
     if len(values) < 2:
         raise RowError(f"`{column}` should be two replies or more, and has {len(values)}")
     texts: list[str] = []
@@ -412,16 +374,16 @@ def _scored_replies(row: Row, column: str, order: str | None) -> Scored:
                 raise RowError(
                     f"a reply of `{column}` has no text under {', '.join(f'`{one}`' for one in TEXT_OF_REPLY)}"
                 )
-            texts.append(_reply(value, name))
+            texts.append(reply_of(value, name))
             within.append(value.get(order) if order else None)
         else:
-            texts.append(_reply({column: value}, column))
+            texts.append(reply_of({column: value}, column))
     if order is None:
         return [(text, float(-i)) for i, text in enumerate(texts)]
     if order in ("ranks", "scores"):
         within = row.get(order)
         if not isinstance(within, list):
-            raise RowError(_what_is_wrong(order, within, "a list of numbers"))
+            raise RowError(what_is_wrong(order, within, "a list of numbers"))
     if len(within) != len(texts):
         raise RowError(f"`{column}` has {len(texts)} replies, and `{order}` {len(within)} numbers")
     sign = -1.0 if order in ("rank", "ranks") else 1.0
@@ -434,7 +396,7 @@ def _scored(asked: _Asked, reply: str, score: str, choose: Callable[[Scored], li
     return Shape(
         f"{asked.name}/{reply}/{score}",
         f"{asked.name}/{reply}/{score}: {asked.says} and a scored reply in each row; {taken}",
-        lambda row: [(_to_be_answered(asked.read(row)), _reply(row, reply), _number(row.get(score), score))],
+        lambda row: [(to_be_answered(asked.read(row)), reply_of(row, reply), _number(row.get(score), score))],
         choose,
     )
 
@@ -446,13 +408,13 @@ def _labelled(asked: _Asked, reply: str, label: str, pairs: bool) -> Shape:
         return Shape(
             name,
             f"{name}: {asked.says} and a good or bad reply in each row; every good with every bad reply to a prompt",
-            lambda row: [(_to_be_answered(asked.read(row)), _reply(row, reply), float(_thumb(row, label)))],
+            lambda row: [(to_be_answered(asked.read(row)), reply_of(row, reply), float(_thumb(row, label)))],
             pairs_of,
             labelled=True,
         )
 
     def read(row: Row) -> list[Record]:
-        record = _to_be_answered(asked.read(row)), _reply(row, reply)
+        record = to_be_answered(asked.read(row)), reply_of(row, reply)
         return [record] if _thumb(row, label) else []
 
     return Shape(
@@ -463,7 +425,7 @@ def _labelled(asked: _Asked, reply: str, label: str, pairs: bool) -> Shape:
 def _thumb(row: Row, column: str) -> bool:
     value: Any = row.get(column)
     if not _is_thumb(value):
-        raise RowError(_what_is_wrong(column, value, "true or false, 1 or 0, up or down"))
+        raise RowError(what_is_wrong(column, value, "true or false, 1 or 0, up or down"))
     return THUMBS[_as_word(value)]
 
 
@@ -477,7 +439,7 @@ def _as_word(value: str | float) -> str:
 
 def _number(value: Any, column: str) -> float:
     if not _is_number(value):
-        raise RowError(_what_is_wrong(column, value, "a number"))
+        raise RowError(what_is_wrong(column, value, "a number"))
     return float(value)
 
 
@@ -489,131 +451,3 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(float(value))
     except (ValueError, OverflowError):
         return False
-
-
-# Text and turns
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(_what_is_wrong(column, value))
-    return _encodable(value, column)
-
-
-def _encodable(text: str, column: str) -> str:
-    """The text itself. JSON can hold half of a character, where text was cut within an emoji."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start]).strip("'")
-        raise RowError(f"`{column}` has half of a character, {half}, which is no text") from None
-    return text
-
-
-def _reply(row: Row, column: str) -> str:
-    """A reply: text, one turn, or a list of one turn."""
-    value = row.get(column)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return _text(row, column)
-    if len(value) != 1:
-        raise RowError(
-            f"`{column}` should be one turn beside a prompt, and has {len(value)}"
-            if value
-            else _what_is_wrong(column, value)
-        )
-    turn = _turn(value[0], column)
-    if turn["role"] != "assistant":
-        raise RowError(f"the reply in `{column}` is the turn of {turn['role']}, and not of the assistant")
-    if not turn["content"].strip():
-        raise RowError(f"the reply in `{column}` is empty")
-    return turn["content"]
-
-
-def turns_of(row: Row, column: str) -> list[dict[str, str]]:
-    """The turns of a conversation, as {role, content} or as {from, value}.
-
-    Raises:
-        RowError: there are none, or one lacks something or stands where it cannot.
-    """
-    value = row.get(column)
-    if not isinstance(value, list) or not value:
-        raise RowError(_what_is_wrong(column, value, "a list of turns"))
-    return _in_order([_turn(turn, column) for turn in value], column)
-
-
-def _turn(turn: Any, column: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
-    if "from" in turn and turn.get("role") is None:
-        role, content = SPEAKERS.get(str(turn["from"]), turn["from"]), turn.get("value")
-    else:
-        role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
-    if role not in ("system", "user", "assistant", "tool"):
-        raise RowError(f"a turn of `{column}` has the role `{role}`; roles are system, user, assistant and tool")
-    return {"role": role, "content": _encodable(content, column)}
-
-
-# Which roles may follow a role; None is the beginning.
-AFTER: dict[str | None, tuple[str, ...]] = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-
-
-def _in_order(turns: list[dict[str, str]], column: str) -> list[dict[str, str]]:
-    before = None
-    for number, turn in enumerate(turns, 1):
-        role = turn["role"]
-        if role not in AFTER[before]:
-            there = f"after one of {before}" if before else "at the beginning"
-            raise RowError(
-                f"turn {number} of `{column}` is of {role}, and {there} comes one of {' or '.join(AFTER[before])}"
-            )
-        before = role
-        may_be_empty = role == "tool" or (role == "assistant" and number == len(turns))  # the reply is looked at later
-        if not turn["content"].strip() and not may_be_empty:
-            raise RowError(f"turn {number} of `{column}`, of {role}, is empty")
-    return turns
-
-
-def _without_reply(turns: list[dict[str, str]], column: str) -> list[dict[str, str]]:
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise RowError(f"`{column}` does not end with an assistant's reply to a prompt")
-    if not turns[-1]["content"].strip():
-        raise RowError(f"the reply in `{column}` is empty")
-    return turns[:-1]
-
-
-def _conversation(row: Row, column: str) -> Record:
-    turns = turns_of(row, column)
-    return _with_system(_without_reply(turns, column), row), turns[-1]["content"]
-
-
-def _before_reply(row: Row, column: str) -> Prompt:
-    turns = turns_of(row, column)
-    if turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    return _to_be_answered(_with_system(turns, row))
-
-
-def _to_be_answered(prompt: Prompt) -> Prompt:
-    if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError(f"the prompt ends with a turn of {prompt[-1]['role']}, to which there is no reply")
-    return prompt
-
-
-def _what_is_wrong(column: str, value: Any, wanted: str = "text") -> str:
-    if value is None:
-        return f"`{column}` is missing"
-    if value in ([], {}) or (isinstance(value, str) and not value.strip()):
-        return f"`{column}` is empty"
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return f"`{column}` should be {wanted}, and is {shown if len(shown) <= 60 else shown[:57] + '…'}"

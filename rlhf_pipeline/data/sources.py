@@ -13,7 +13,8 @@ from datasets import Dataset
 
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
 from rlhf_pipeline.data.peek import SAMPLE, column_names, renamed
-from rlhf_pipeline.data.shapes import Record, RowError, Shape, Wanted, recognise
+from rlhf_pipeline.data.shapes import Shape, Wanted, recognise
+from rlhf_pipeline.data.turns import Record, RowError
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import Data, Source

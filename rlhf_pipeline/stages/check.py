@@ -16,13 +16,14 @@ from rlhf_pipeline.data import measure, problems
 from rlhf_pipeline.data.encode import hash_of
 from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.data.prepare import column, first_prompts
-from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.kinds import KINDS
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import require_head, without_weights
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.stages import judge
-from rlhf_pipeline.stages.job import Job, Read, Reader
+from rlhf_pipeline.stages.job import Job, Reader
 
 # Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
 FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
@@ -174,9 +175,9 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
         trainer = Trainer.of(job.trainer_config(stages.BY_KIND[stage.kind].CONFIG), tokenizer, positions)
     except InputError as error:
         return found | {"warnings": []}, error.all
-    for key, kind, read, spec, seen_by in _tables(stage, trainer):
+    for key, kind, spec, seen_by in _tables(stage, trainer):
         try:
-            prepared = job.reader.read(read, spec)
+            prepared = job.reader.read(stages.BY_KIND[kind].read, spec)
         except InputError as error:
             errors += error.all
             continue
@@ -189,16 +190,13 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
     return found | {"warnings": warnings}, errors
 
 
-def _tables(stage: Stage, trainer: Trainer) -> list[tuple[str, measure.Kind, Read, Data, Trainer]]:
-    """What a stage reads: the key, the kind of trainer that reads such rows, how, the data, and what that sees."""
-    module = stages.BY_KIND[stage.kind]
-    tables: list[tuple[str, measure.Kind, Read, Data, Trainer]] = [
-        ("data", stage.kind, module.READ, stage.data, trainer)
-    ]
-    if stage.ptx_data:
-        tables.append(
-            ("ptx_data", "sft", module.READ_PTX, stage.ptx_data, Trainer(max_positions=trainer.max_positions))
-        )
+def _tables(stage: Stage, trainer: Trainer) -> list[tuple[str, str, Data, Trainer]]:
+    """What a stage reads: the key, the kind of stage that reads such rows, the data, and what its trainer sees."""
+    tables = [("data", stage.kind, stage.data, trainer)]
+    for key, rows in stage.facts.further_data.items():
+        if data := getattr(stage, key):
+            kind = next(kind.name for kind in KINDS if kind.reads == rows)
+            tables.append((key, kind, data, Trainer(max_positions=trainer.max_positions)))
     return tables
 
 
@@ -217,7 +215,7 @@ def _judged_on_what_is_trained_on(
     warnings, judged = [], np.unique(np.array([hash_of(prompt) for prompt, _ in asked], np.int64))
     for name in policies:
         stage = recipe.stages[name]
-        table = reader.read(stages.BY_KIND[stage.kind].READ, stage.data).table
+        table = reader.read(stages.BY_KIND[stage.kind].read, stage.data).table
         seen = int(np.isin(judged, column(table, "prompt_key")).sum())
         if seen:
             warnings.append(

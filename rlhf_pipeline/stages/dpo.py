@@ -14,7 +14,8 @@ from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
 
-CONFIG, READ = DPOConfig, rows.preferences
+CONFIG = DPOConfig
+read = rows.preferences  # the rows of such a stage
 
 
 class EncodedDPOTrainer(Resumable, DPOTrainer):
@@ -31,7 +32,7 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
-    data = job.reader.read(READ, job.stage.data)
+    data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)
 

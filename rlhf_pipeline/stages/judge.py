@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import first_prompts
-from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline.data.encode import encode_prompts
-from rlhf_pipeline.data.shapes import Prompt
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.stages.judge import Judge, ask

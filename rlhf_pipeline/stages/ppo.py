@@ -17,7 +17,8 @@ from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.judge import prepare as prepare_judging
 from rlhf_pipeline.stages.judge_along import GoldAlong
 
-CONFIG, READ, READ_PTX = PPOConfig, rows.prompts, rows.demonstrations
+CONFIG = PPOConfig
+read = rows.prompts  # the rows of such a stage
 
 
 def prepare(job: Job) -> Inputs:
@@ -29,9 +30,9 @@ def prepare(job: Job) -> Inputs:
             place=f"stages.{job.name}.data.{'eval_data' if job.stage.data.eval_data else 'eval_fraction'}",
             hint="set `eval_steps` in `trainer`, or remove it",
         )
-    data = job.reader.read(READ, job.stage.data)
+    data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
-    ptx_data = job.reader.read(READ_PTX, job.stage.ptx_data) if job.stage.ptx_data else None
+    ptx_data = job.reader.read(rows.demonstrations, job.stage.ptx_data) if job.stage.ptx_data else None
     try:
         check_data(args, data.train, data.held_out, ptx_data and ptx_data.train)
     except ValueError as error:

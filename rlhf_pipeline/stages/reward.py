@@ -16,7 +16,8 @@ from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
 
-CONFIG, READ = RewardConfig, rows.whole_preferences
+CONFIG = RewardConfig
+read = rows.whole_preferences  # the rows of such a stage
 PAIRS = 2000  # of the held-out ones, whose scores are written down
 
 
@@ -27,7 +28,7 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
-    data = job.reader.read(READ, job.stage.data)
+    data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)
 

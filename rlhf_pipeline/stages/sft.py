@@ -13,7 +13,8 @@ from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
 
-CONFIG, READ = SFTConfig, rows.demonstrations
+CONFIG = SFTConfig
+read = rows.demonstrations  # the rows of such a stage
 
 
 class ResumableSFTTrainer(Resumable, SFTTrainer):
@@ -27,7 +28,7 @@ def prepare(job: Job) -> Inputs:
         InputError: for settings or data that cannot work.
     """
     args = job.trainer_config(CONFIG)
-    data = job.reader.read(READ, job.stage.data)
+    data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)
 

@@ -17,7 +17,8 @@ from rlhf_pipeline.data.encode import Ids, encode_prompts, encode_replies
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
 from rlhf_pipeline.data.peek import SAMPLE, column_names, renamed
 from rlhf_pipeline.data.prepare import first_prompts
-from rlhf_pipeline.data.shapes import SCORE, THUMB, Prompt, Record, RowError, Shape, recognise
+from rlhf_pipeline.data.shapes import SCORE, THUMB, Shape, recognise
+from rlhf_pipeline.data.turns import Prompt, Record, RowError
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.roles import ScoreView
 from rlhf_pipeline.models.staged import StagedBase

@@ -47,7 +47,7 @@ def measure(tokenizer):
     """A function that measures data as a kind of stage reads them."""
 
     def of(kind: str, spec: Data, trainer: Trainer = Trainer(), seed: int = 0, tokenizer=tokenizer) -> dict:  # noqa: B008
-        return measures.measure(kind, stages.BY_KIND[kind].READ(spec, tokenizer, seed), spec, tokenizer, trainer)
+        return measures.measure(kind, stages.BY_KIND[kind].read(spec, tokenizer, seed), spec, tokenizer, trainer)
 
     return of
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from rlhf_pipeline.data.shapes import RowError, recognise, split_texts
+from rlhf_pipeline.data.shapes import recognise, split_texts
+from rlhf_pipeline.data.turns import RowError
 from rlhf_pipeline.errors import InputError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
