@@ -106,9 +106,7 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
             )
 
 
-def _made_without_weights(
-    recipe: Recipe, stage: Stage, config: PretrainedConfig
-) -> tuple[dict[str, torch.Size], bool]:
+def _made_without_weights(recipe: Recipe, stage: Stage, config: PretrainedConfig) -> tuple[dict[str, torch.Size], bool]:
     """The shapes of a stage's LoRA weights, and whether there are some on the output embedding."""
     with torch.device("meta"):
         if stage.facts.makes == "reward":
