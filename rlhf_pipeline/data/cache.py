@@ -265,16 +265,7 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _code_hash() -> str:
     """A hash of the code that reads and encodes."""
     here = Path(__file__).parent
-    names = (
-        "cache.py",
-        "encode.py",
-        "files.py",
-        "peek.py",
-        "shapes.py",
-        "sources.py",
-        "turns.py",
-        "../models/tokenizer.py",
-    )
+    names = ("cache", "encode", "files", "peek", "shapes", "sources", "turns", "../models/tokenizer")
     sources = [(here / f"{name}.py").read_bytes() for name in names]
     libraries = [version(name).encode() for name in ("transformers", "tokenizers", "datasets")]
     return hashlib.blake2b(b"\0".join(sources + libraries), digest_size=16).hexdigest()
