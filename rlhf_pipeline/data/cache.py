@@ -32,7 +32,6 @@ from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.recipe.schema import Data, Source
 
 TOKENS, NUMBER, KEY = pa.list_(pa.int32()), pa.int32(), pa.int64()
-PAIRS_AT_ONCE = 100_000
 
 
 class Encoded(NamedTuple):
@@ -183,7 +182,7 @@ def joined(pairs: Encoded) -> Encoded:
             table = pairs.table.data.table
             schema = table.drop_columns("prompt_ids").schema
             with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-                for batch in table.to_batches(PAIRS_AT_ONCE):
+                for batch in table.to_batches():
                     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
                     prompts = columns.pop("prompt_ids")
                     for name in ("chosen_ids", "rejected_ids"):
