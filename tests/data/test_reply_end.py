@@ -15,7 +15,7 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template, load_tokenizer
 from rlhf_pipeline.ppo.trainer import PPOTrainer
-from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.job import Inputs, Job
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 TEXT = "which colour has a lemon ? it is yellow . no idea be brief User Assistant System : <|user|> <|assistant|>"
@@ -95,7 +95,7 @@ def jobs(tmp_path, monkeypatch):
     return make
 
 
-def prepared(jobs: dict[str, Job]) -> dict[str, tuple]:
+def prepared(jobs: dict[str, Job]) -> dict[str, Inputs]:
     """What each stage's `prepare` gives."""
     return {name: stages.BY_KIND[name].prepare(job) for name, job in jobs.items()}
 
@@ -105,10 +105,8 @@ def prepared(jobs: dict[str, Job]) -> dict[str, tuple]:
 def test_all_stages_end_a_reply_with_the_same_token(folders, jobs, tmp_path, which, rows):
     made = jobs(folders[which], rows)
     ready = prepared(made)
-    tokenizer = ready["sft"][1]
-    sft, dpo = (ready[name][2][0] for name in ("sft", "dpo"))
-    reward = ready["reward"][2].train[0]
-    args, _, of_ppo = ready["ppo"]
+    tokenizer = ready["sft"].tokenizer
+    sft, reward, dpo = (ready[name].data.train[0] for name in ("sft", "reward", "dpo"))
 
     # PPO as its trainer is set up: with this token a sampled reply ends, and is scored there.
     spec, folder = made["ppo"].recipe.model, tmp_path / "artifacts"
@@ -117,7 +115,7 @@ def test_all_stages_end_a_reply_with_the_same_token(folders, jobs, tmp_path, whi
     scorer = adapters.with_reward_adapter(load_base(spec, tokenizer, "score"), LORA, None)
     adapters.save_adapter(scorer, "default", folder / "reward", tokenizer)
     shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "init", folder / "reward", LORA)
-    end = PPOTrainer(args, tokenizer, shared, **of_ppo).stop_token_id
+    end = PPOTrainer(ready["ppo"].args, tokenizer, shared, train_dataset=ready["ppo"].data.train).stop_token_id
 
     assert end is not None
     endings = {
@@ -133,15 +131,15 @@ def test_all_stages_end_a_reply_with_the_same_token(folders, jobs, tmp_path, whi
     assert dpo["chosen_ids"].count(end) == dpo["rejected_ids"].count(end) == 1
     assert sft["input_ids"] == reward["chosen_ids"] == dpo["prompt_ids"] + dpo["chosen_ids"]
     assert reward["rejected_ids"] == dpo["prompt_ids"] + dpo["rejected_ids"]
-    assert of_ppo["train_dataset"][0]["input_ids"] == dpo["prompt_ids"]
+    assert ready["ppo"].data.train[0]["input_ids"] == dpo["prompt_ids"]
     assert dpo["prompt_ids"][-1] != end
 
 
 @pytest.mark.parametrize("rows", [[CHATS], [TEXTS]], ids=["chats", "texts"])
 def test_a_bos_stands_once_at_the_beginning(folders, jobs, rows):
     """By the tokenizer's hand before text, and by the template's before turns."""
-    _, tokenizer, train, _ = stages.BY_KIND["sft"].prepare(jobs(folders["BOS and no template"], rows)["sft"])
-    ids = train[0]["input_ids"]
+    _, tokenizer, data, _ = stages.BY_KIND["sft"].prepare(jobs(folders["BOS and no template"], rows)["sft"])
+    ids = data.train[0]["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
 

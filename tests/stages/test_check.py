@@ -71,11 +71,13 @@ def test_each_data_file_is_opened_once_by_the_check_and_not_again_by_the_stages(
 
 
 def test_another_limit_is_another_reading_and_another_share_of_held_out_rows_is_not(load, opened):
-    recipe = load("dpo.data.max_prompt_length=8", "ppo.data=tiny:preferences", "sft.data.eval_fraction=0.5")
+    recipe = load("dpo.data.max_prompt_length=8", "reward.data.eval_fraction=0.5")
     opened()
     check(recipe, list(recipe.stages))
-    # Pairs that are cut, pairs that are not, and their prompts alone.
-    assert opened() == {"demonstrations.jsonl": 1, "preferences.jsonl": 3, "heldout.jsonl": 1}
+    assert opened() == dict.fromkeys(FILES, 1) | {"preferences.jsonl": 2}
+    recipe = load("reward.data.eval_fraction=0.5")
+    check(recipe, list(recipe.stages))
+    assert opened() == {"heldout.jsonl": 1}
 
 
 def test_the_tokenizer_is_loaded_and_hashed_once(load, opened, monkeypatch):
