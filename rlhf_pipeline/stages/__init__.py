@@ -1,5 +1,7 @@
 """One file per kind of stage. Each has `prepare`, which finds what is wrong with settings and data, and `run`.
 
+`CONFIG` is the class of its trainer's settings, `read` the function of `data.prepare` that makes rows for it.
+
 A stage file reads like a short script: load data, load model, build TRL's config and trainer, train, evaluate, save.
 """
 
