@@ -260,16 +260,18 @@ def shrink(
 def env() -> None:
     """Print versions and hardware, to paste into a bug report."""
     from rlhf_pipeline import plan as plans
+    from rlhf_pipeline.run.launch import one_device
 
     lines = {"rlhf-pipeline": __version__, "python": platform.python_version(), "platform": platform.platform()}
     lines |= {name: version for name, version in plans.versions().items() if name != "rlhf-pipeline"}
     lines |= {"cpus": str(os.cpu_count()), "gpu": _gpu()}
+    lines["a run uses"] = ", ".join(f"{name}={device}" for name, device in one_device(os.environ).items())
     for name, value in lines.items():
         typer.echo(f"- {name}: {value}")
 
 
 def _gpu() -> str:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=index,name,uuid,memory.total,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

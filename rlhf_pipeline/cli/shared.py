@@ -63,11 +63,12 @@ def options(
 def quiet_libraries() -> Iterator[None]:
     """Have the libraries that are imported inside the block keep their chatter to themselves.
 
-    Bars, of downloads and of weights that are read, are for people to look at.
+    They see one device, as those of a worker do. Bars, of downloads and of weights that are read, are for people to
+    look at.
     """
-    from rlhf_pipeline.run.launch import ENVIRONMENT
+    from rlhf_pipeline.run.launch import ENVIRONMENT, one_device
 
-    os.environ.update(ENVIRONMENT | {"TRANSFORMERS_VERBOSITY": "error"})
+    os.environ.update(ENVIRONMENT | one_device(os.environ) | {"TRANSFORMERS_VERBOSITY": "error"})
     if not (sys.stderr and sys.stderr.isatty()):
         os.environ.update({"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     with warnings.catch_warnings():

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,36 @@ ENVIRONMENT = {
 # page; keeping it makes training on a CPU a tenth faster. Weights are larger than the second number and go back.
 PREFERENCES = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
+# Each names the devices that the libraries see, separated by commas: of NVIDIA, of AMD, of Intel.
+DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+
 STOP_SIGNAL = signal.SIGUSR1  # asks a worker to stop where it can be gone on from
 STOPPED = 3  # the exit code of a worker that has
+
+
+def one_device(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that leave one accelerator visible: the first one of those that are visible in an environment.
+
+    Of more, Transformers would use all: it multiplies the batch size and wraps the model in DataParallel. Only the
+    environment is read, because a process that has asked CUDA for its devices cannot be forked.
+
+    An index, a UUID or the name of a MIG instance stays as it is written. An empty list or one that begins with -1
+    hides all devices, and still does. Where no list is given, device 0 is the first.
+    """
+    lists = {name: environment.get(name, "0") for name in DEVICE_LISTS}
+    if "HIP_VISIBLE_DEVICES" not in environment:
+        if "ROCR_VISIBLE_DEVICES" in environment:
+            # It is applied before the other two, which then count among its devices, so it can stay. PyTorch alone
+            # would take it for the only list unless HIP's is there, too.
+            lists["HIP_VISIBLE_DEVICES"] = lists["CUDA_VISIBLE_DEVICES"]
+        else:
+            del lists["HIP_VISIBLE_DEVICES"]  # HIP then reads CUDA's
+    return {name: devices.split(",")[0].strip() for name, devices in lists.items()}
+
+
+def environment() -> dict[str, str]:
+    """The whole environment of a process of ours that loads torch: this one's, quietened, with one device."""
+    return PREFERENCES | os.environ | ENVIRONMENT | one_device(os.environ)
 
 
 def _command(module: str, *arguments: str) -> list[str]:
@@ -65,7 +94,7 @@ class Launcher:
         if self._fork:
             self._server = subprocess.Popen(
                 _command("rlhf_pipeline.run.server", str(os.getpid())),
-                env=PREFERENCES | os.environ | ENVIRONMENT,
+                env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log.open("w"),
@@ -116,7 +145,7 @@ class Launcher:
         with log.open("a") as output:
             worker = subprocess.Popen(
                 _command("rlhf_pipeline.run.worker", str(job_file), str(os.getpid())),
-                env=PREFERENCES | os.environ | ENVIRONMENT,
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -27,7 +27,7 @@ from rlhf_pipeline.recipe import TINY, Data, Recipe
 from rlhf_pipeline.recipe.data_files import matching
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.run import runner
-from rlhf_pipeline.run.launch import ENVIRONMENT
+from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir.layout import RESULT, RunDirectory, read_json
 
 ROWS = 64  # of each source
@@ -363,7 +363,7 @@ def _ask_worker(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     with log.open("w") as output:
         command = [sys.executable, "-P", "-m", "rlhf_pipeline.smoke.worker", str(folder / "job.json")]
         code = subprocess.run(
-            command, env=os.environ | ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+            command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         ).returncode
     result: dict[str, Any] = read_json(folder / RESULT) or {}
     if code == 2 and result:
