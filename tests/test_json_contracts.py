@@ -37,7 +37,7 @@ RECORD = {
     "name": "sft", "kind": "sft", "state": "done", "init": "base", "reward": None, "fingerprint": "0" * 32,
     "inputs": {"kind": "sft", "trainer.learning_rate": 1e-3, "data": "rows.jsonl@" + "a" * 32}, "judging": None,
     "metrics": {"train_loss": 1.5, "eval_loss": None}, "wall_s": 12.5, "peak_memory_bytes": 1000, "artifact": "adapter",
-    "log": "/log.txt", "versions": {"trl": "1.12.0"}, "artifact_files": {},
+    "log": "sft/log.txt", "versions": {"trl": "1.12.0"}, "artifact_files": {},
     "gates": {"train_loss": {"bound": "<= 9", "value": 1.5, "passed": True}},
 }  # fmt: skip
 
@@ -55,6 +55,13 @@ def documented(command: str) -> dict[tuple[str, ...], str]:
                 assert path not in found, key
                 found[path] = kind
     return found
+
+
+def promised_absolute(command: str) -> set[tuple[str, ...]]:
+    """The keys whose value is an absolute path, as the page says."""
+    rows = [line for line in (ROOT / "docs" / "json.md").read_text(encoding="utf-8").splitlines() if "absolute" in line]
+    keys = {tuple(row.split("`")[1].replace("[]", ".[]").split(".")) for row in rows}
+    return keys & documented(command).keys()
 
 
 def nodes(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
@@ -89,7 +96,7 @@ def stands_for(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
 
 def compare(command: str, outputs: list[dict[str, Any]]) -> None:
     """Hold outputs of a command against the page, both ways."""
-    known, seen = documented(command), set()
+    known, seen, absolute = documented(command), set(), promised_absolute(command)
     containers = {path[:end] for path in known for end in range(len(path))}
     for path, value in [node for output in outputs for node in nodes(output)]:
         fitting = [pattern for pattern in known if stands_for(pattern, path)]
@@ -97,6 +104,7 @@ def compare(command: str, outputs: list[dict[str, Any]]) -> None:
         best = min(fitting, key=lambda pattern: sum(part.isupper() for part in pattern), default=None)
         if best is not None:
             assert is_of(known[best], value), f"{command}: {path} is {value!r}, and not {known[best]}"
+            assert best not in absolute or value is None or Path(value).is_absolute(), f"{command}: {path} is {value!r}"
             seen.add(best)
             continue
         within_any = any(known[one] == "any" and stands_for(one, path[: len(one)]) for one in known)
@@ -178,6 +186,18 @@ def test_plan_and_status(command, folder):
     compare(command, [output(folder, command, "one.yaml"), output(folder, command, "tiny")])
 
 
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_plan_and_status_of_a_run_name_logs_that_are_there(command, tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    named = ["tiny"] if command == "status" else ["tiny/recipe.yaml", "output_dir=."]
+    shown = output(tmp_path, command, *named)
+    assert shown["run"] == str(run)
+    assert [stage["log"] for stage in shown["stages"]] == [
+        str(run / name / "log.txt") for name in ("sft", "reward", "ppo", "dpo")
+    ]
+    assert all(Path(stage["log"]).is_file() for stage in shown["stages"])
+
+
 def test_diff(folder):
     runs = "runs/one", "runs/two"
     compare("diff", [output(folder, "diff", *runs), output(folder, "diff", runs[0], runs[0])])
@@ -222,6 +242,13 @@ def test_compare(tiny_run, tmp_path):
     some = output_here(run, "compare", str(run), "--stages", "sft,ppo")
     compare("compare", [output(run, "compare", str(tiny_run)), some])
     assert some["policies"] == ["sft", "ppo"]
+
+
+def test_a_relative_path_where_an_absolute_one_is_promised_is_found(folder):
+    shown = output(folder, "status", "one.yaml")
+    shown["stages"][0]["log"] = "sft/log.txt"
+    with pytest.raises(AssertionError, match=r"'log'.* is 'sft/log.txt'"):
+        compare("status", [shown])
 
 
 def test_a_key_that_is_missing_or_new_or_of_another_type_is_found(folder):

@@ -35,7 +35,11 @@ STYLES = {
 
 def as_json(run: Path, plans: list[StagePlan]) -> dict[str, Any]:
     """The object that `plan --json` and `status --json` print: `{"run": …, "stages": [{…}, …]}`."""
-    return {"run": str(run), "stages": [plan.summary() for plan in plans]}
+    run = run.absolute()
+    stages = [plan.summary() for plan in plans]
+    for stage in stages:
+        stage["log"] = stage["log"] and str(run / stage["log"])  # the record has it from the run directory
+    return {"run": str(run), "stages": stages}
 
 
 def results(run: Path, plans: list[StagePlan], console: Console) -> None:
