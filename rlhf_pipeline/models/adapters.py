@@ -76,7 +76,7 @@ def load_weights(model: PeftModel, folder: Path, adapter: str) -> None:
 
     The adapter may be larger. What the artifact does not fill, modules or ranks, stays as it was drawn and changes
     nothing yet: one factor of each product is zero. Where PEFT scales the two differently, the second factor makes up
-    for it. An adapter of the same size gets the artifact's weights bit by bit.
+    for it. An adapter of the same size gets the artifact's weights bit for bit.
 
     Raises:
         ValueError: the adapter has less room than the artifact needs.

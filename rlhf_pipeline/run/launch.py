@@ -36,7 +36,7 @@ PREFERENCES = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": s
 # Each names the devices that the libraries see, separated by commas: of NVIDIA, of AMD, of Intel.
 DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
-STOP_SIGNAL = signal.SIGUSR1  # asks a worker to stop where it can be gone on from
+STOP_SIGNAL = signal.SIGUSR1  # asks a worker to stop where it can be resumed from
 STOPPED = 3  # the exit code of a worker that has
 
 
@@ -114,7 +114,7 @@ class Launcher:
         return self._worker is not None
 
     def stop(self) -> None:
-        """Ask the worker to stop where it can be gone on from, and every later one at once."""
+        """Ask the worker to stop where it can be resumed from, and every later one at once."""
         self.stopping = True
         if self._worker is not None:
             with contextlib.suppress(ProcessLookupError):
