@@ -236,7 +236,8 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
     """
     given = {key: value for key, value in values.items() if value is not None}
     reasons: dict[str, str] = {}
-    kind = kinds.get(config)
+    kind = kinds.find(config)
+    own_loop = kind is not None and kind.own_loop
 
     def useless(reason: str, *keys: str) -> None:
         for key in keys:
@@ -250,13 +251,13 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
         useless("without `save_strategy`", "save_total_limit")
     if given.get("eval_strategy", "steps" if "eval_steps" in given else "no") == "no":
         useless("without `eval_strategy`", "eval_delay")
-        if kind.own_loop:  # the others evaluate at the end as well
+        if own_loop:  # the others evaluate at the end as well
             useless("without `eval_strategy`", "eval_on_start", "per_device_eval_batch_size")
-    if not kind.own_loop and not holds_out:
+    if not own_loop and not holds_out:
         evaluating = ("eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
         useless("without `eval_fraction` or `eval_data` in `data`", *evaluating, "eval_packing")
     _idle_optimizer_keys(given, useless)
-    if kind.own_loop:
+    if own_loop:
         for key in ("total_episodes", "max_steps"):  # elsewhere `max_steps` is there to end the epochs early
             if isinstance(given.get(key), int) and given[key] > 0:
                 useless(f"beside `{key}`", "num_train_epochs")
