@@ -240,8 +240,8 @@ KINDS: tuple[Kind, ...] = (
         numbers=(
             Number("score", "objective/scores", logged="objective/scores", changes=True),
             Number("KL", "objective/kl", logged="objective/kl", changes=True),
-            Number("reply length", "reply/length", logged="reply/length", changes=True),
-            Number("replies that end", "reply/ended", logged="reply/ended", changes=True),
+            Number("length", "reply/length", logged="reply/length", changes=True),
+            Number("ended", "reply/ended", logged="reply/ended", changes=True),
             Number("judge", JUDGED, logged="gold/judge_mean", changes=True),
         ),
         example="the first prompt, and where the policy goes on",
