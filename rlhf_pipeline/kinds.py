@@ -51,15 +51,14 @@ class Config:
     """The class whose fields are the keys of `trainer:`.
 
     Attributes:
-        package, file, class_name: where its source stands; it is read, not imported.
+        sources: where its source stands, and that of the classes before it that it inherits keys from: package, file
+            and class. They are read, not imported.
         documented: what to look its keys up under.
         reads: the only keys that have an effect; None where all have that are not refused.
         refused: keys that a recipe may not set, each with the reason, beyond those that no kind takes.
     """
 
-    package: str
-    file: str
-    class_name: str
+    sources: tuple[tuple[str, str, str], ...]
     documented: str
     reads: frozenset[str] | None
     refused: Mapping[str, str]
@@ -83,7 +82,8 @@ class Kind:
         keeps_reference: it holds on to what it starts from, and is measured against it.
         samples: it samples replies while it trains.
         own_loop: the training loop is ours, not TRL's.
-        further_data: keys of the stage with more rows, each with what those are.
+        further_data: keys of the stage with more rows, each with the kind that reads such rows.
+        unread: keys of `data:` that have no effect, each with the reason.
         config: the keys of `trainer:`.
         batch_metrics: what its trainer logs as means over batches; in evaluation with `eval_` before it.
         numbers: those that matter, the first one most.
@@ -103,7 +103,8 @@ class Kind:
     keeps_reference: bool
     samples: bool
     own_loop: bool
-    further_data: Mapping[str, Rows]
+    further_data: Mapping[str, str]
+    unread: Mapping[str, str]
     config: Config
     batch_metrics: frozenset[str]
     numbers: tuple[Number, ...]
@@ -116,6 +117,9 @@ class Kind:
         return self.makes == "policy"
 
 
+_TRAINING_ARGUMENTS = (
+    ("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"),
+)  # fmt: skip
 _INIT = Parent("init", makes="policy", required=False)
 _JUDGE = Number("judge", JUDGED, logged=None, changes=True)
 _NAMED = "the pipeline names the adapters"
@@ -139,7 +143,11 @@ KINDS: tuple[Kind, ...] = (
         samples=False,
         own_loop=False,
         further_data={},
-        config=Config("trl", "trainer/sft_config.py", "SFTConfig", "trl.SFTConfig", reads=None, refused={}),
+        unread={},
+        config=Config(
+            (*_TRAINING_ARGUMENTS, ("trl", "trainer/sft_config.py", "SFTConfig")), "trl.SFTConfig", reads=None,
+            refused={},
+        ),
         batch_metrics=frozenset({"entropy", "mean_token_accuracy", "num_tokens"}),
         numbers=(
             Number("loss", "loss", logged="loss", changes=True),
@@ -164,8 +172,9 @@ KINDS: tuple[Kind, ...] = (
         samples=False,
         own_loop=False,
         further_data={},
+        unread={},
         config=Config(
-            "trl", "trainer/reward_config.py", "RewardConfig", "trl.RewardConfig", reads=None,
+            (*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")), "trl.RewardConfig", reads=None,
             refused={"label_smoothing_factor": "TRL's reward loss does not read it"},
         ),
         batch_metrics=frozenset({"accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens"}),
@@ -192,9 +201,14 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=True,
-        further_data={"ptx_data": "demonstrations"},
+        further_data={"ptx_data": "sft"},
+        unread={"max_completion_length": "only prompts are read here"},
         config=Config(
-            "rlhf_pipeline", "ppo/config.py", "PPOConfig", "PPO's, which docs/ppo.md lists",
+            (
+                ("transformers", "training_args.py", "TrainingArguments"),
+                ("rlhf_pipeline", "ppo/config.py", "PPOConfig"),
+            ),
+            "docs/ppo.md",
             reads=frozenset({
                 "learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
                 "optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
@@ -226,8 +240,8 @@ KINDS: tuple[Kind, ...] = (
         numbers=(
             Number("score", "objective/scores", logged="objective/scores", changes=True),
             Number("KL", "objective/kl", logged="objective/kl", changes=True),
-            Number("reply length", "reply/length", logged="reply/length", changes=True),
-            Number("replies that end", "reply/ended", logged="reply/ended", changes=True),
+            Number("length", "reply/length", logged="reply/length", changes=True),
+            Number("ended", "reply/ended", logged="reply/ended", changes=True),
             Number("judge", JUDGED, logged="gold/judge_mean", changes=True),
         ),
         example="the first prompt, and where the policy goes on",
@@ -247,8 +261,9 @@ KINDS: tuple[Kind, ...] = (
         samples=False,
         own_loop=False,
         further_data={},
+        unread={},
         config=Config(
-            "trl", "trainer/dpo_config.py", "DPOConfig", "trl.DPOConfig", reads=None,
+            (*_TRAINING_ARGUMENTS, ("trl", "trainer/dpo_config.py", "DPOConfig")), "trl.DPOConfig", reads=None,
             refused={
                 "label_smoothing_factor": "DPO's losses do not read it; some read `label_smoothing`",
                 "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
@@ -271,6 +286,7 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+ROLES: tuple[str, ...] = tuple(dict.fromkeys(parent.role for kind in KINDS for parent in kind.parents))
 
 
 def get(name: str) -> Kind:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 from collections.abc import Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests, pin, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe, gates
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
-from rlhf_pipeline.recipe.schema import Source
+from rlhf_pipeline.recipe.schema import Source, Stage
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
 
@@ -33,6 +33,7 @@ class StagePlan:
             `failed` broke off and starts over, or does not pass its gates; `missing` never ran; `blocked` waits for a
             stage that is partial or failed; `running` is at work now.
         reason: why it is in that state, as old → new values where something changed.
+        parents: the stage, or `base`, that it has in each role, as its kind needs: `init`, `reward`.
         inputs: everything that decides the stage's result.
         fingerprint: their hash.
         judging: what decides how its policy is judged; None where it is not.
@@ -45,8 +46,7 @@ class StagePlan:
     kind: str
     state: State
     reason: str
-    init: str
-    reward: str | None
+    parents: dict[str, str]
     inputs: dict[str, Any]
     fingerprint: str
     judging: dict[str, Any] | None
@@ -62,10 +62,10 @@ class StagePlan:
     def summary(self) -> dict[str, Any]:
         """The stage as `plan --json` and `status --json` show it."""
         record = self.record if self.stands or self.state in ("done", "stale") else {}
-        shown = asdict(self)
-        del shown["record"], shown["inputs"], shown["judging"], shown["stands"], shown["progress"]
         return {
-            **shown,
+            **{key: getattr(self, key) for key in ("name", "kind", "state", "reason")},
+            **{role: self.parents.get(role) for role in kinds.ROLES},
+            "fingerprint": self.fingerprint,
             "step": self.progress.step if self.progress else None,
             "gates": record.get("gates", {}),
             "wall_s": record.get("wall_s"),
@@ -101,10 +101,8 @@ def make(
         fingerprint = short_hash(json.dumps(inputs, sort_keys=True).encode())
         record = directory.record(name) or {}
         judging = judging_inputs(recipe, stage.kind, digests)
-        plan = StagePlan(
-            name, stage.kind, "missing", "", stage.init or BASE, stage.reward, inputs, fingerprint, judging, record
-        )
-        parents = [plans[parent] for parent in (plan.init, plan.reward) if parent in plans]
+        plan = StagePlan(name, stage.kind, "missing", "", parents_of(stage), inputs, fingerprint, judging, record)
+        parents = [plans[parent] for parent in plan.parents.values() if parent in plans]
         if record.get("state") == "running" and busy:
             plan.state, plan.reason = "running", "at work now"
         elif record.get("artifact") or record.get("state") == "done":
@@ -120,6 +118,11 @@ def make(
     return list(plans.values())
 
 
+def parents_of(stage: Stage) -> dict[str, str]:
+    """The stage, or `base`, that a stage of a recipe has in each role that its kind needs."""
+    return {parent.role: getattr(stage, parent.role) or BASE for parent in kinds.get(stage.kind).parents}
+
+
 def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], digests: Digests) -> dict[str, Any]:
     """Everything that decides a stage's result, as flat keys; where and how often things are written is left out."""
     stage = recipe.stages[name]
@@ -129,15 +132,14 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], diges
         "model": digests.of_model(recipe.model),
         "model.quantization": recipe.model.quantization,
         "model.dtype": recipe.model.dtype,
-        "init": earlier[stage.init].fingerprint if stage.init in earlier else BASE,
     }
+    for role, parent in parents_of(stage).items():
+        inputs[role] = earlier[parent].fingerprint if parent in earlier else BASE
     if recipe.model.trust_remote_code:
         inputs["model.trust_remote_code"] = True
     if recipe.model.chat_template:
         template = Path(recipe.model.chat_template)
         inputs["model.chat_template"] = f"{template.name}@{digests.of_file(template)}"
-    if stage.reward:
-        inputs["reward"] = earlier[stage.reward].fingerprint
     inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
     inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
     inputs |= data_inputs("data", stage.data, digests)
@@ -188,12 +190,12 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
     problems: list[InputError] = []
     for name, stage in recipe.stages.items():
         used: list[tuple[str, Wanted, Data, Source]]
-        used = [("data", stage.facts.reads, stage.data, source) for source in stage.data.sources]
+        used = [("data", kinds.get(stage.kind).reads, stage.data, source) for source in stage.data.sources]
         if stage.data.eval_data:
-            used.append(("data.eval_data", stage.facts.reads, stage.data, stage.data.eval_data))
+            used.append(("data.eval_data", kinds.get(stage.kind).reads, stage.data, stage.data.eval_data))
         if stage.ptx_data:
             used += [
-                ("ptx_data", stage.facts.further_data["ptx_data"], stage.ptx_data, source)
+                ("ptx_data", kinds.get(kinds.get(stage.kind).further_data["ptx_data"]).reads, stage.ptx_data, source)
                 for source in stage.ptx_data.sources
             ]
         found[name] = []
@@ -314,8 +316,8 @@ def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
         before, now = old.get(key), plan.inputs.get(key)
         if before == now:
             continue
-        if key in ("init", "reward"):
-            former, parent = plan.record.get(key), plan.init if key == "init" else plan.reward
+        if key in kinds.ROLES:
+            former, parent = plan.record.get(key), plan.parents.get(key)
             changes.append(f"{parent} changed" if former == parent else f"{key} {former} → {parent}")
         elif (isinstance(now, str) and "@" in now) or (isinstance(before, str) and "@" in before):
             changes.append(f"{key} changed: {_named(before)} → {_named(now)}")
@@ -351,7 +353,7 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
             raise InputError(f"there is no stage `{given}`", place=option, hint=f"the stages are {', '.join(names)}")
     chosen: list[StagePlan] = []
     for plan in plans:
-        parent_runs = any(other.name in (plan.init, plan.reward) for other in chosen)
+        parent_runs = any(other.name in plan.parents.values() for other in chosen)
         if plan.state != "done" or plan.name in force or parent_runs:
             chosen.append(plan)
         if plan.name == until or (plan.stands and plan.state == "failed" and plan.name not in force):
@@ -359,7 +361,7 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
     if only is None:
         return chosen
     by_name = {plan.name: plan for plan in plans}
-    for needed in (by_name[only].init, by_name[only].reward):
+    for needed in by_name[only].parents.values():
         if needed in by_name and by_name[needed].state != "done":
             raise InputError(
                 f"stage `{only}` needs `{needed}`, which is {by_name[needed].state}",

@@ -143,7 +143,6 @@ def prune(
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.rundir import asides as pruning
     from rlhf_pipeline.terminal import asides as shown
-    from rlhf_pipeline.terminal import tables
 
     directory = recipes.run_directory(run)
     asides = pruning.find(directory)
@@ -157,7 +156,7 @@ def prune(
     if not asides:
         typer.echo(f"{directory}: nothing was moved aside")
         return
-    shown.show(asides, tables.KEY_METRICS, Console())
+    shown.show(asides, Console())
     if not yes and not sys.stdin.isatty():
         say(f"to remove them: rlhf-pipeline prune {shlex.quote(run)} --yes")
     elif yes or typer.confirm("Remove them for good?", err=True):

@@ -8,6 +8,7 @@ here imports torch. The draft is 7, which editors know best. It describes a reci
 import re
 from typing import Any
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
@@ -17,8 +18,8 @@ STANDS_FOR_VALUE = r"\$\{|^[-+]?\d[\d.]*_[\d_.eE+-]*$"
 # What is beside the libraries' own defaults, or narrower than their types.
 OWN_DEFAULTS = ("save_strategy", "save_steps", "save_total_limit")
 NARROWER = {"init_lora_weights": "Literal[True, 'gaussian']"}
-# What stages of other kinds have in its place, in a resolved recipe at least; editors need not offer it.
-PPO_ONLY = {key: {"type": "null", "doNotSuggest": True} for key in ("reward", "ptx_data")}
+# What a key is that has no effect in a kind of stage, in a resolved recipe at least; editors need not offer it.
+WITHOUT_EFFECT = {"type": "null", "doNotSuggest": True}
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -76,7 +77,9 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
     definitions = {"StageOfSomeKind": {**stage, "properties": dict(properties)}}
     for kind in reversed(NAMES):
         title = kind.title()
-        own = dict(properties) if kind == "ppo" else properties | PPO_ONLY
+        needed = {*(parent.role for parent in kinds.get(kind).parents), *kinds.get(kind).further_data}
+        own = dict(properties)
+        own |= {key: WITHOUT_EFFECT for key in ("reward", "ptx_data") if key not in needed}
         own["kind"] = {"const": kind, "description": Stage.model_fields["kind"].description}
         own["trainer"] = {"$ref": f"#/definitions/{title}Trainer", "description": properties["trainer"]["description"]}
         definitions[f"{title}Stage"] = {**stage, "properties": own}
@@ -142,7 +145,7 @@ def _library(config: str) -> dict[str, Any]:
     settable = set(library_keys.settable(config))
     keys = {name: key for name, key in library_keys.keys(config).items() if name in settable}
     return {
-        "description": f"The keys of {library_keys.CONFIG_NAMES[config]}.",
+        "description": f"The keys of {library_keys.documented(config)}.",
         "type": "object",
         "properties": {name: _library_key(name, key) for name, key in keys.items()},
         "additionalProperties": False,

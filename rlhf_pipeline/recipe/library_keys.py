@@ -17,19 +17,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-_TRAINING_ARGUMENTS = [("transformers", "training_args.py", "TrainingArguments"),
-                       ("trl", "trainer/base_config.py", "_BaseConfig")]  # fmt: skip
-_CLASSES = {
-    "sft": [*_TRAINING_ARGUMENTS, ("trl", "trainer/sft_config.py", "SFTConfig")],
-    "reward": [*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")],
-    "ppo": [_TRAINING_ARGUMENTS[0], ("rlhf_pipeline", "ppo/config.py", "PPOConfig")],
-    "dpo": [*_TRAINING_ARGUMENTS, ("trl", "trainer/dpo_config.py", "DPOConfig")],
-    "lora": [
-        ("peft", "config.py", "PeftConfigMixin"),
-        ("peft", "config.py", "PeftConfig"),
-        ("peft", "tuners/lora/config.py", "LoraConfig"),
-    ],
-}
+from rlhf_pipeline import kinds
+
+_LORA = (
+    ("peft", "config.py", "PeftConfigMixin"),
+    ("peft", "config.py", "PeftConfig"),
+    ("peft", "tuners/lora/config.py", "LoraConfig"),
+)
 # Names that the annotations use for a choice of words, and where Transformers lists them.
 _CHOICES = {
     "IntervalStrategy": "trainer_utils.py",
@@ -37,14 +31,6 @@ _CHOICES = {
     "SchedulerType": "trainer_utils.py",
     "OptimizerNames": "training_args.py",
 }
-CONFIG_NAMES = {
-    "sft": "trl.SFTConfig",
-    "reward": "trl.RewardConfig",
-    "ppo": "docs/ppo.md",
-    "dpo": "trl.DPOConfig",
-    "lora": "peft.LoraConfig",
-}
-
 _RUN_DIRECTORY = "the run directory decides where a stage writes"
 _DTYPE = "the recipe's `model.dtype` decides the precision of every stage"
 _TOKENIZER = "the pipeline prepares one tokenizer for all stages, so that they read the same tokens"
@@ -92,50 +78,6 @@ _DECIDED: dict[str, str] = {
     "sync_ref_model": "the reference is a frozen copy of the adapter that the stage starts from",
     "ref_model_mixup_alpha": "the reference is a frozen copy of the adapter that the stage starts from",
     "ref_model_sync_steps": "the reference is a frozen copy of the adapter that the stage starts from",
-}  # fmt: skip
-
-# What only some of TRL's trainers read.
-_KIND_DECIDED: dict[str, dict[str, str]] = {
-    "sft": {},
-    "reward": {"label_smoothing_factor": "TRL's reward loss does not read it"},
-    "dpo": {
-        "label_smoothing_factor": "DPO's losses do not read it; some read `label_smoothing`",
-        "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
-    },
-}
-
-# What our PPO reads of its config; every other key does nothing there.
-_PPO_READS = {
-    "learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim",
-    "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "max_skipped_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "num_mini_batches",
-    "total_episodes", "max_steps", "num_train_epochs", "num_ppo_epochs", "local_rollout_forward_batch_size",
-    "response_length", "stop_token", "stop_token_id", "temperature", "missing_eos_penalty", "missing_eos_score",
-    "normalize_scores", "score_clip", "whiten_rewards", "kl_coef", "kl_estimator", "target_kl", "kl_horizon",
-    "kl_budget", "cliprange", "cliprange_value", "log_ratio_clamp", "vf_coef", "value_warmup_updates", "ptx_coef",
-    "gamma", "lam", "data_seed", "full_determinism",
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
-    "logging_strategy", "logging_steps", "logging_first_step", "num_sample_generations",
-    "save_strategy", "save_steps", "save_total_limit",
-}  # fmt: skip
-_NAMED = "the pipeline names the adapters"
-_COMPUTED = "it is computed"
-_NOTHING_TO_LOAD = "prompts are encoded before training starts: there is nothing left to load or to spread over workers"
-_PPO_REASONS = {
-    "gradient_checkpointing_kwargs": "the shared base needs its own, so that each layer is recomputed for its own role",
-    "model_adapter_name": _NAMED, "ref_adapter_name": _NAMED,
-    "world_size": _COMPUTED, "num_total_batches": _COMPUTED, "micro_batch_size": _COMPUTED,
-    "local_batch_size": _COMPUTED, "batch_size": _COMPUTED, "local_mini_batch_size": _COMPUTED,
-    "mini_batch_size": _COMPUTED,
-    "sft_model_path": _MODEL, "reward_model_path": _MODEL,
-    "dataset_num_proc": _NOTHING_TO_LOAD, "dataloader_num_workers": _NOTHING_TO_LOAD,
-    "dataloader_pin_memory": _NOTHING_TO_LOAD, "dataloader_prefetch_factor": _NOTHING_TO_LOAD,
-    "dataloader_persistent_workers": _NOTHING_TO_LOAD,
-    "dataloader_drop_last": _NOTHING_TO_LOAD,
-    "load_best_model_at_end": "set `kl_budget`, which keeps the best policy within it",
-    "metric_for_best_model": "set `kl_budget`, which keeps the best policy within it",
-    "greater_is_better": "set `kl_budget`, which keeps the best policy within it",
-    "tf32": _DTYPE,
 }  # fmt: skip
 
 _BASE_STAYS = "the base is never changed: only adapters are trained"
@@ -197,10 +139,10 @@ def keys(config: str) -> dict[str, Key]:
     """Every key that a library's config class takes, in its order.
 
     Args:
-        config: `sft`, `reward`, `ppo`, `dpo` or `lora`.
+        config: the name of a kind, or `lora`.
     """
     found: dict[str, Key] = {}
-    for package, file, class_name in _CLASSES[config]:
+    for package, file, class_name in _LORA if config == "lora" else kinds.get(config).config.sources:
         for item in _class(package, file, class_name).body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 name, details = item.target.id, {"default": item.value}
@@ -269,16 +211,23 @@ def refusal(config: str, key: str) -> str | None:
     """Why a recipe may not set a key that the library takes; None where it may."""
     if config == "lora":
         return _LORA_DECIDED.get(key)
-    if config == "ppo":
-        return None if key in _PPO_READS else (_DECIDED | _PPO_REASONS).get(key, "PPO does not read it")
-    return (_DECIDED | _KIND_DECIDED[config]).get(key)
+    kind = kinds.get(config)
+    if kind.config.reads is not None and key in kind.config.reads:
+        return None
+    otherwise = None if kind.config.reads is None else f"{kind.title} does not read it"
+    return (_DECIDED | dict(kind.config.refused)).get(key, otherwise)
+
+
+def documented(config: str) -> str:
+    """What to look up the keys of a library's config class under."""
+    return "peft.LoraConfig" if config == "lora" else kinds.get(config).config.documented
 
 
 def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[str, str]:
     """Keys that would have no effect beside the others.
 
     Args:
-        config: `sft`, `reward`, `ppo` or `dpo`; of `lora` there are none.
+        config: the name of a kind; of `lora` there are none.
         values: what a recipe sets there. A null counts as not set; values of a wrong type are tolerated.
         holds_out: whether there are rows to evaluate on.
 
@@ -287,6 +236,8 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
     """
     given = {key: value for key, value in values.items() if value is not None}
     reasons: dict[str, str] = {}
+    kind = kinds.find(config)
+    own_loop = kind is not None and kind.own_loop
 
     def useless(reason: str, *keys: str) -> None:
         for key in keys:
@@ -300,13 +251,13 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
         useless("without `save_strategy`", "save_total_limit")
     if given.get("eval_strategy", "steps" if "eval_steps" in given else "no") == "no":
         useless("without `eval_strategy`", "eval_delay")
-        if config == "ppo":  # the others evaluate at the end as well
+        if own_loop:  # the others evaluate at the end as well
             useless("without `eval_strategy`", "eval_on_start", "per_device_eval_batch_size")
-    if config != "ppo" and not holds_out:
+    if not own_loop and not holds_out:
         evaluating = ("eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
         useless("without `eval_fraction` or `eval_data` in `data`", *evaluating, "eval_packing")
     _idle_optimizer_keys(given, useless)
-    if config == "ppo":
+    if own_loop:
         for key in ("total_episodes", "max_steps"):  # elsewhere `max_steps` is there to end the epochs early
             if isinstance(given.get(key), int) and given[key] > 0:
                 useless(f"beside `{key}`", "num_train_epochs")
@@ -317,15 +268,15 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
     _idle_trainer_keys(given, useless)
     if "max_length" in values and values["max_length"] is None:
         useless("without `max_length`", "truncation_mode")
-    if config == "sft":
+    if "packing" in accepted(config):
         if not given.get("packing") and not given.get("eval_packing"):
             useless("without `packing`", "packing_strategy")
-        smoothed = {"nll"}
-        if keys("sft")["loss_type"].default == "nll":  # in newer versions of TRL it names the same loss
+        smoothed, default = {"nll"}, keys(config)["loss_type"].default
+        if default == "nll":  # in newer versions of TRL it names the same loss
             smoothed.add("chunked_nll")
-        if given.get("loss_type", keys("sft")["loss_type"].default) not in smoothed:
+        if given.get("loss_type", default) not in smoothed:
             useless("unless `loss_type` is `nll`", "label_smoothing_factor")
-    if config == "dpo":
+    if "discopop_tau" in accepted(config):
         losses = given.get("loss_type", ["sigmoid"])
         for key, readers in _DPO_LOSS_KEYS.items():
             if isinstance(losses, list) and not any(loss in readers for loss in losses):

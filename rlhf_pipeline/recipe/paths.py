@@ -34,8 +34,7 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         model.chat_template = _template_path(model.chat_template, ("model", "chat_template"), problems)
     for name, stage in recipe.stages.items():
         path = ("stages", name, "data")
-        idle = {"max_completion_length": "only prompts are read here"} if stage.facts.reads == "prompts" else {}
-        _resolve_data(stage.data, path, idle, problems)
+        _resolve_data(stage.data, path, dict(stage.facts.unread), problems)
         if stage.ptx_data:
             unused = "nothing evaluates on these rows"
             _resolve_data(

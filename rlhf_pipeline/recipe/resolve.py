@@ -24,15 +24,16 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         path = ("stages", name)
         known = {other: spec for other, spec in earlier.items() if not problems.is_broken(("stages", other, "kind"))}
         if stage.init is None:
-            stage.init = next((other for other in reversed(known) if known[other].facts.begins), BASE)
-            derived[*path, "init"] = "the latest sft stage before" if stage.init != BASE else "no sft stage before"
+            stage.init = next((other for other in reversed(known) if kinds.get(known[other].kind).begins), BASE)
+            first = _either(tuple(kind.name for kind in kinds.KINDS if kind.begins))
+            derived[*path, "init"] = f"{'the latest' if stage.init != BASE else 'no'} {first} stage before"
         elif stage.init != BASE:
             _require(recipe, earlier, name, "init", stage.init, kinds.makers("policy"), problems)
         if problems.is_broken((*path, "init")):
             stage.init = BASE
             problems.break_((*path, "lora"))
         _resolve_lora(recipe, name, stage, problems)
-        kind = stage.facts
+        kind = kinds.get(stage.kind)
         roles = [parent.role for parent in kind.parents]
         if "reward" in roles:
             _resolve_reward(recipe, earlier, known, name, stage, problems)
@@ -56,7 +57,7 @@ def _resolve_reward(
     if stage.reward is not None:
         _require(recipe, earlier, name, "reward", stage.reward, kinds.makers("reward"), problems)
         return
-    stage.reward = next((other for other in reversed(known) if known[other].facts.makes == "reward"), None)
+    stage.reward = next((other for other in reversed(known) if kinds.get(known[other].kind).makes == "reward"), None)
     problems.origins.derived[path] = "the latest reward stage before"
     if stage.reward is None and len(known) == len(earlier):  # else one of unknown kind may be meant
         problems.add(

@@ -114,7 +114,7 @@ def _name_kinds(content: dict[str, Any], problems: Problems) -> None:
             stage["kind"] = STAND_INS["kind"]
             _break_what_follows(path, problems)
             continue
-        stages[name] = {"kind": name if name in NAMES else "sft", "data": STAND_INS["data"]}
+        stages[name] = {"kind": name if name in NAMES else STAND_INS["kind"], "data": STAND_INS["data"]}
 
 
 def _break_what_follows(path: KeyPath, problems: Problems) -> None:
@@ -331,7 +331,7 @@ def check_library_keys(recipe: Recipe, content: dict[str, Any], problems: Proble
 def _check_section(
     config: str, values: dict[str, Any], path: KeyPath, content: dict[str, Any], problems: Problems, holds_out: bool
 ) -> None:
-    known, owner, written = library_keys.accepted(config), library_keys.CONFIG_NAMES[config], dict(values)
+    known, owner, written = library_keys.accepted(config), library_keys.documented(config), dict(values)
     without_value = problems.within(path)
     for key, value in written.items():
         here = (*path, key)
@@ -384,4 +384,4 @@ def _suggest_library_key(key: str, config: str, path: KeyPath, content: dict[str
     if kinds:
         return f"it is a key of {' and '.join(kinds)}, and this stage is of kind `{config}`"
     near = difflib.get_close_matches(key, own, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"the keys are those of {library_keys.CONFIG_NAMES[config]}"
+    return f"did you mean `{near[0]}`?" if near else f"the keys are those of {library_keys.documented(config)}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.report import measures
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Series, Stage, mapping, number
 from rlhf_pipeline.report.text import short
@@ -43,10 +44,11 @@ def alarms(run: Run) -> list[Alarm]:
             found.append(
                 Alarm(level, stage.name, f"Not a finite number, {times:,} time{'s' * (times != 1)} at most: {names}.")
             )
-        if stage.kind == "ppo":
+        kind = kinds.find(stage.kind)
+        if kind and kind.own_loop:
             found += [*_of_ppo(stage), *_hacking(stage, number(mapping(run.recipe.get("evaluate")).get("n")))]
-        elif stage.kind in ("reward", "dpo"):
-            found += _of_reward(stage) if stage.kind == "reward" else _of_dpo(stage)
+        elif kind and kind.reads == "preferences":
+            found += _of_reward(stage) if kind.makes == "reward" else _of_dpo(stage)
     versions = {tuple(sorted((k, str(v)) for k, v in stage.mapping("versions").items())) for stage in run.stages}
     if len(versions - {()}) > 1:
         found.append(Alarm("look", "the run", "Stages were made with different versions of the libraries."))

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from markupsafe import Markup
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.report import charts, measures
 from rlhf_pipeline.report.charts import Line, Panel
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Stage, number, policies, reply_numbers
 from rlhf_pipeline.report.text import duration, short
 
 LN_2 = float(np.log(2))
-POLICY_COLORS = {"base": 5, "sft": 0, "ppo": 1, "dpo": 2}
+POLICY_COLORS = {"base": 5} | {kind.name: kind.color for kind in kinds.KINDS if kind.is_policy}
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Curve:
     floor: float | None = None
 
 
+DEFAULT_CURVES = (Curve("Loss", (("loss", "training"), ("eval_loss", "held out")), "Should fall and level off."),)
+# Of the kinds of which there is more to see; all others have the default.
 CURVES = {
     "sft": (
         Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
@@ -116,7 +119,7 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
     chosen = [(i, run, stage) for i, run in enumerate(runs) if (stage := run.stage(name)) is not None]
     kind = next((stage.kind for _, _, stage in chosen if stage.kind), "")
     pictures = []
-    for curve in CURVES.get(kind, ()):
+    for curve in CURVES.get(kind, DEFAULT_CURVES):
         levels = list(curve.levels)
         if curve.title.startswith("KL"):
             levels += budgets([stage for _, _, stage in chosen])
@@ -125,9 +128,10 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
             svg = charts.curves(f"{name}: {curve.title}", Panel(lines, levels, floor=curve.floor))
             legend = [_entry(line) for line in lines] if len(lines) > 1 else []
             pictures.append(Picture(curve.title, curve.caption, svg, legend))
-    if kind == "ppo":
+    known = kinds.find(kind)
+    if known and known.own_loop:
         pictures[2:2] = [*_frontier(chosen, name, len(runs) > 1), *_gold(chosen, name, len(runs) > 1)]
-    if kind == "reward":
+    if known and known.makes == "reward":
         pictures += _pairs(chosen, name, len(runs) > 1)
     return pictures
 
@@ -334,7 +338,7 @@ def _rewards(runs: Sequence[Run]) -> list[Picture]:
 
 def _of_their_own(runs: Sequence[Run]) -> str:
     """A warning where scores of several reward models are in one picture: they have no common unit."""
-    models = {stage.weights for run in runs for stage in run.of_kind("reward")} - {None}
+    models = {stage.weights for run in runs for stage in run.reward_models()} - {None}
     return " The runs have different reward models: compare scores only within a run." if len(models) > 1 else ""
 
 

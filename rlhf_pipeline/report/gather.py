@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.rundir import jsonl
@@ -18,7 +19,6 @@ Numbers = NDArray[np.float64]
 LARGEST = 1e100  # a number beyond is no measurement, and cannot be drawn
 MOST_SAMPLES = 1000  # lines of a samples.jsonl that are read: the last ones, where the judged replies are
 LONGEST_NAME = 80  # characters of a run's name
-KINDS = ("sft", "reward", "ppo", "dpo")
 
 
 @dataclass
@@ -131,9 +131,9 @@ class Run:
         """The stage of that name."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
-    def of_kind(self, kind: str) -> list[Stage]:
-        """The stages of a kind."""
-        return [stage for stage in self.stages if stage.kind == kind]
+    def reward_models(self) -> list[Stage]:
+        """The stages that make one."""
+        return [stage for stage in self.stages if (kind := kinds.find(stage.kind)) and kind.makes == "reward"]
 
 
 EMPTY = Series(np.empty(0), np.empty(0))
@@ -261,7 +261,7 @@ def _stage(directory: RunDirectory, name: str, planned: dict[str, Any], at_work:
     folder = directory.stage(name)
     record = directory.record(name)
     kind = (record or {}).get("kind") or planned.get("kind") or name
-    stage = Stage(name, kind if kind in KINDS else "", "missing", record or {})
+    stage = Stage(name, kind if kinds.find(kind) else "", "missing", record or {})
     if record is not None:
         stage.state = str(record.get("state") or "unknown")
         if stage.state == "running" and not at_work:

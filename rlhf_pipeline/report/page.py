@@ -12,36 +12,18 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlhf_pipeline import __version__
+from rlhf_pipeline import __version__, kinds
 from rlhf_pipeline.report import alarms, charts, figures, gather
 from rlhf_pipeline.report.figures import Picture
-from rlhf_pipeline.report.gather import EMPTY, Run, Stage, mapping, number
+from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.report.text import clean, cut, duration, memory, short
 from rlhf_pipeline.rundir import diff, durable
-from rlhf_pipeline.rundir.words import ends
+from rlhf_pipeline.rundir.headline import headline, order
 
 FILE = "report.html"  # in the run directory
 MOST_PROMPTS = 50  # samples side by side
 FIRST_PROMPTS = 12  # of them those that show at once
 MOST_OTHER_CURVES = 120  # small ones, of one stage: a trainer with more logs one for each layer
-KINDS = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO", "": "Unknown kind"}
-# What a stage is judged by at a glance: metric, words, and whether it also begins somewhere.
-KEY_NUMBERS = {
-    "sft": (("loss", "loss", True), ("mean_token_accuracy", "token accuracy", True),
-            ("eval_loss", "held-out loss", False)),
-    "reward": (
-        ("loss", "loss", True), ("accuracy", "accuracy", True), ("eval_accuracy", "held-out accuracy", False),
-        ("eval_margin", "held-out margin", False),
-    ),
-    "ppo": (
-        ("objective/scores", "score", True), ("objective/kl", "KL", True), ("reply/length", "reply length", True),
-        ("reply/ended", "replies that end", True),
-    ),
-    "dpo": (
-        ("loss", "loss", True), ("rewards/accuracies", "accuracy", True), ("rewards/margins", "margin", True),
-        ("eval_rewards/accuracies", "held-out accuracy", False),
-    ),
-}  # fmt: skip
 MEANS = (("reward", "reward"), ("judge", "judge"), ("kl", "KL"), ("tokens", "tokens"), ("ended", "ended"))
 DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
 
@@ -134,19 +116,12 @@ def _progress(stage: Stage) -> str:
 
 
 def _summary(run: Run, stage: Stage) -> dict[str, Any]:
-    numbers: list[tuple[str, str | None, str]] = []
-    for metric, words, begins in KEY_NUMBERS.get(stage.kind, ()):
-        series = stage.series.get(metric, EMPTY)
-        if begins and len(series):
-            first, last = ends(series.values.tolist())
-            put_back = stage.final("kl_budget/best_step") is not None  # what came last was undone
-            numbers.append((words, short(first), short((put_back and stage.final(metric)) or last)))
-        elif not begins and (value := stage.final(metric)) is not None:
-            numbers.append((words, None, short(value)))
-    judge = stage.final("judge_mean")
-    if judge is not None:
-        before = _judge_before(run, stage)
-        numbers.append(("gold judge", None if before is None else short(before), short(judge)))
+    metrics = {metric: stage.final(metric) for metric in order(stage.kind)}
+    logged = {key: values.values.tolist() for key in metrics if (values := stage.series.get(key))}
+    numbers = [
+        (one.name, None if one.before is None else short(one.before), short(one.after))
+        for one in headline(stage.kind, metrics, logged, _judged_before(run, stage))
+    ]
     ignored = stage.mapping("gates_ignored")
     gates = [
         (metric, str(mapping(gate).get("bound", "")), "ignored" if metric in ignored else _passed(gate))
@@ -170,10 +145,10 @@ def _passed(gate: Any) -> str:
     return "passed" if passed is True else "closed" if passed is False else "unknown"
 
 
-def _judge_before(run: Run, stage: Stage) -> float | None:
+def _judged_before(run: Run, stage: Stage) -> float | None:
     """The judge's mean of the stage that this one started from; the base is not judged on as many prompts."""
     parent = run.stage(str(stage.record.get("init")))
-    return parent.final("judge_mean") if parent else None
+    return parent.final(kinds.JUDGED) if parent else None
 
 
 def _origin(run: Run) -> dict[str, Any]:
@@ -248,7 +223,7 @@ def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, An
             ]
     return {
         "name": name,
-        "kind": KINDS[kind],
+        "kind": known.title if (known := kinds.find(kind)) else "Unknown kind",
         "pictures": [_numbered(picture, count) for picture in figures.of_stage(runs, name)],
         "others": others[:MOST_OTHER_CURVES],
         "more": max(0, len(others) - MOST_OTHER_CURVES),

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_pipeline import plan
+from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
@@ -105,7 +105,7 @@ def run(
                 for name in [stage.name for stage in to_do(plans)]:
                     # Its data may have changed since the run began, days ago perhaps.
                     stage = next(stage for stage in make_plan(at_work=False) if stage.name == name)
-                    fresh = stage.name in (force or []) or bool({stage.init, stage.reward} & trained)
+                    fresh = stage.name in (force or []) or bool(trained.intersection(stage.parents.values()))
                     if not stage.stands or fresh:
                         record = _train(recipe, stage, directory, launcher, say, fresh)
                         trained.add(stage.name)
@@ -253,8 +253,8 @@ def _train(
 
     try:
         if progress is None or progress.point == "checkpoint":
-            reward = f", with the reward of {stage.reward}" if stage.reward else ""
-            say(f"{stage.name:<7} training, from {stage.init}{reward}")
+            reward = f", with the reward of {stage.parents['reward']}" if "reward" in stage.parents else ""
+            say(f"{stage.name:<7} training, from {stage.parents['init']}{reward}")
         if progress is None or progress.point != "finished":
             killed_before = oom_kills()
             job = _job(recipe, "train", stage=stage.name, record=record)
@@ -332,7 +332,6 @@ def _opening_record(
     wall_s = begun.get("wall_s", 0.0)
     if progress and begun.get("state") == "running":
         wall_s += _time_to(progress, directory.work(stage.name))
-    parents = [name for name in (stage.init, stage.reward) if name in recipe.stages]
     return {
         "name": stage.name,
         "kind": stage.kind,
@@ -341,9 +340,10 @@ def _opening_record(
         "inputs": stage.inputs,
         # What is only to be published was judged before.
         "judging": begun.get("judging") if progress and progress.point == "finished" else stage.judging,
-        "init": stage.init,
-        "reward": stage.reward,
-        "built_on": {name: plan.weights(directory.record(name) or {}) for name in parents},
+        **{role: stage.parents.get(role) for role in kinds.ROLES},
+        "built_on": {
+            name: plan.weights(directory.record(name) or {}) for name in stage.parents.values() if name in recipe.stages
+        },
         "log": f"{stage.name}/log.txt",
         "started_at": begun.get("started_at") or _now(),
         "resumed_from_step": progress.step if progress else None,

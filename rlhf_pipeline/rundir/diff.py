@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.rundir.layout import RunDirectory
@@ -11,7 +12,6 @@ from rlhf_pipeline.rundir.layout import RunDirectory
 SIDES = ("a", "b")
 SECTIONS = ("settings", "data", "versions", "metrics")
 DATA = ("data", "ptx_data", "evaluate.data")
-PARENTS = ("init", "reward")
 # How fast it went, and in how much memory: never twice the same, and no result.
 OF_THE_MACHINE = re.compile(r"eps|(rollout|optimise)/(\w+_)?seconds|(before_init|init|train)_mem_\w+")
 
@@ -90,7 +90,7 @@ def _compare(
         return stage
     inputs = [_inputs(records[side]) for side in SIDES]
     settings = _pairs(*inputs)
-    for key in PARENTS:
+    for key in kinds.ROLES:
         if key in settings:
             settings[key] = _parents(key, records, settings[key])
     stage["settings"] = {key: values for key, values in settings.items() if key not in DATA}

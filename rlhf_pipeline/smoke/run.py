@@ -28,6 +28,8 @@ from rlhf_pipeline.recipe.data_files import matching
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import environment
+from rlhf_pipeline.rundir import jsonl
+from rlhf_pipeline.rundir.headline import headline, series
 from rlhf_pipeline.rundir.layout import RESULT, RunDirectory, read_json
 
 ROWS = 64  # of each source
@@ -161,13 +163,10 @@ def _see(stage: Smoked, directory: RunDirectory, origins: dict[str, str]) -> Non
     if record.get("error"):
         said = record["error"].removeprefix(f"stage `{stage.name}` failed: ")
         stage.error = _replaced(said, origins)
-    number = next(number for number in kinds.get(stage.kind).numbers if number.logged)
-    key, stage.metric = number.logged, number.name
-    log = directory.stage(stage.name) / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    values = [row[key] for row in map(json.loads, lines) if row.get(key) is not None]
-    if values:
-        stage.first, stage.last = values[0], values[-1]
+    logged = series(stage.kind, jsonl.rows(directory.stage(stage.name) / "metrics.jsonl"))
+    numbers = headline(stage.kind, record.get("metrics") or {}, logged)
+    for number in [number for number in numbers if number.before is not None][:1]:
+        stage.metric, stage.first, stage.last = number.name, number.before, number.after
 
 
 @contextlib.contextmanager
@@ -302,10 +301,10 @@ def _sources(recipe: Recipe) -> dict[str, tuple[Source, int, str]]:
     """Every source of rows by a name for its file, with how many rows are taken, and the tiny world's like."""
     data: list[tuple[str, Data, str]] = []
     for name, stage in recipe.stages.items():
-        kind = stage.facts
+        kind = kinds.get(stage.kind)
         data.append((name, stage.data, kind.reads))
         if stage.ptx_data:
-            data.append((f"{name}-ptx", stage.ptx_data, kind.further_data["ptx_data"]))
+            data.append((f"{name}-ptx", stage.ptx_data, kinds.get(kind.further_data["ptx_data"]).reads))
     if recipe.evaluate:
         data.append(("evaluate", recipe.evaluate.data, "heldout"))
     found: dict[str, tuple[Source, int, str]] = {}
@@ -420,7 +419,7 @@ def _cut_settings(recipe: Recipe, notes: list[str]) -> None:
         for key in GPU_ONLY:
             if stage.trainer.pop(key, False):
                 left_out[key] = None
-        kind = stage.facts
+        kind = kinds.get(stage.kind)
         if kind.own_loop:
             _cut_ppo(stage.trainer)
         else:

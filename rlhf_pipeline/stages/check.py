@@ -18,7 +18,6 @@ from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError, InputErrors
-from rlhf_pipeline.kinds import KINDS
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import require_head, without_weights
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
@@ -91,7 +90,7 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
 
     for name in names:
         (ours, on_head), init = made(name), recipe.stages[name].init
-        if FUSED_HEAD and on_head and recipe.stages[name].kind != "ppo":
+        if FUSED_HEAD and on_head and not recipe.stages[name].facts.own_loop:
             raise InputError(
                 f"an adapter on the output embedding cannot be trained in stage `{name}`: TRL computes the loss from "
                 "the embedding's own weights",
@@ -193,9 +192,8 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
 def _tables(stage: Stage, trainer: Trainer) -> list[tuple[str, str, Data, Trainer]]:
     """What a stage reads: the key, the kind of stage that reads such rows, the data, and what its trainer sees."""
     tables = [("data", stage.kind, stage.data, trainer)]
-    for key, rows in stage.facts.further_data.items():
+    for key, kind in stage.facts.further_data.items():
         if data := getattr(stage, key):
-            kind = next(kind.name for kind in KINDS if kind.reads == rows)
             tables.append((key, kind, data, Trainer(max_positions=trainer.max_positions)))
     return tables
 

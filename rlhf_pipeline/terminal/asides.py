@@ -7,13 +7,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf_pipeline.rundir.headline import headline
 
-def show(asides: list[dict[str, Any]], metrics: dict[str, list[str]], console: Console) -> None:
+
+def show(asides: list[dict[str, Any]], console: Console) -> None:
     """Print what `find` listed, and how much it is in all.
 
     Args:
         asides: from `find`.
-        metrics: for each kind of stage the metrics that matter, the first of which is shown.
         console: where to.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -22,9 +23,8 @@ def show(asides: list[dict[str, Any]], metrics: dict[str, list[str]], console: C
     for aside in asides:
         was = aside["state"] or "without a record"
         numbers = aside["metrics"] if isinstance(aside["metrics"], dict) else {}
-        known = [name for name in metrics.get(str(aside["kind"]), []) if isinstance(numbers.get(name), (int, float))]
-        if known:
-            was += f", {known[0]} {numbers[known[0]]:.3g}"
+        for number in headline(aside["kind"], numbers)[:1]:
+            was += f", {number.name} {number.after:.3g}"
         age = _age(time.time() - aside["moved_at"])
         table.add_row(escape(aside["name"]), escape(was), age, size_text(aside["bytes"]))
     console.print(table)

@@ -8,6 +8,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pipeline import kinds
+
 MOST_TOKENS = 120  # of a stretch of an example: where it is longer, its middle is left out
 NEWLINE = "\n"
 LIMITS = {"prompt": "max_prompt_length"}  # of replies, max_completion_length
@@ -115,7 +117,7 @@ def _lengths(numbers: dict[str, Any]) -> Table:
         key = LIMITS.get(name, "max_completion_length")
         limit, cut = numbers["limits"][key], numbers["cut"][name]
         effect = "" if limit is None else f"{key} {limit:,}: {_share(cut, numbers['rows'])} cut"
-        if name == "prompt" and numbers["kind"] == "ppo":
+        if name == "prompt" and kinds.get(numbers["kind"]).samples:
             effect += f"{'; ' if effect else ''}a reply has up to {numbers['limits']['response_length']:,}"
         table.add_row(name, *(f"{lengths[column]:,}" for column in ("p50", "p90", "p99", "max")), effect)
     if numbers["limits"]["max_length"] is not None:
@@ -131,21 +133,15 @@ def _lengths(numbers: dict[str, Any]) -> Table:
 
 def _example(numbers: dict[str, Any]) -> Text:
     """The first row as its trainer sees it, every token that carries loss in [brackets]."""
-    example, kind = numbers["example"], numbers["kind"]
-    notes = {
-        "sft": "the first row; every [token] carries loss",
-        "dpo": "the first pair; every [token] carries loss",
-        "reward": "the first pair; the score is read at the [token]",
-        "ppo": "the first prompt, and where the policy goes on",
-    }
+    example, kind = numbers["example"], kinds.get(numbers["kind"])
     text = Text()
-    text.append(notes[kind], "dim")
+    text.append(kind.example, "dim")
     for name in [name for name in ("text", "chosen", "rejected", "prompt") if name in example]:
         text.append(f"\n{name}:\n" if name in ("chosen", "rejected") else "\n", "dim")
         shown = example[name]
         marked = [loss or i == shown.get("score_at") for i, loss in enumerate(shown["loss"])]
         text.append_text(_stretches(shown["tokens"], marked))
-    if kind == "ppo":
+    if kind.samples:
         stop = f", until {example['stop_token']}" if example["stop_token"] is not None else ""
         text.append(f"[up to {numbers['limits']['response_length']} tokens{stop}]", "bold green")
     return text

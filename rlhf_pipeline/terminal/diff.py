@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf_pipeline.rundir.diff import SECTIONS, SIDES
-from rlhf_pipeline.terminal.tables import KEY_METRICS
+from rlhf_pipeline.rundir.headline import order, shown_as
 
 DIGEST = re.compile(r"(.+)@([0-9a-f]{32,})")
 
@@ -41,9 +41,9 @@ def show(difference: dict[str, Any], console: Console) -> None:
             for key, values in stage[section].items():
                 if everywhere.get(key) != values:
                     _add(table, name, key, values)
-        first = KEY_METRICS.get(stage["kind"], [])
+        first = order(stage["kind"])
         for key in sorted(stage["metrics"], key=lambda key: (first.index(key) if key in first else len(first), key)):
-            _add(table, name, key, stage["metrics"][key], absent="none")
+            _add(table, name, shown_as(stage["kind"], key), stage["metrics"][key], absent="none")
     console.print(table)
 
 

@@ -14,11 +14,12 @@ from rich.live import Live
 from rich.text import Text
 
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.rundir.headline import is_number
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.rundir.words import duration, one_line, printable
 from rlhf_pipeline.terminal.tables import STYLES
-from rlhf_pipeline.terminal.watching import NUMBERS, RunView, StageView, is_number
+from rlhf_pipeline.terminal.watching import RunView, StageView
 
 REFRESH_S = 0.5  # of the display
 PLAIN_EVERY_S = 30.0  # between plain lines
@@ -375,18 +376,18 @@ def _rounded(seconds: float) -> float:
 
 
 def _numbers(stage: StageView) -> list[str]:
-    return [f"{name} {_value(stage, name)}" for name in NUMBERS.get(stage.kind, {}) if stage.values.get(name)]
+    return [f"{name} {_value(stage, name)}" for name in stage.logged if stage.values.get(name)]
 
 
 def _value(stage: StageView, name: str) -> str:
     """The last value of a number; the KL with what bounds it."""
-    of = f" of {stage.bound_of_kl:g}" if name == "kl" and stage.bound_of_kl else ""
+    of = f" of {stage.bound_of_kl:g}" if stage.logged[name] == "objective/kl" and stage.bound_of_kl else ""
     return _short(stage.values[name][-1]) + of
 
 
 def _trends(stage: StageView, width: int, signs: _Signs) -> list[Text]:
     """A line for each number: its name, its last value, and how it went."""
-    names = [name for name in NUMBERS.get(stage.kind, {}) if stage.values.get(name)]
+    names = [name for name in stage.logged if stage.values.get(name)]
     values = {name: _value(stage, name) for name in names}
     widest = max((len(name) for name in names), default=0)
     widest_value = max(6, *(len(value) for value in values.values())) if values else 0

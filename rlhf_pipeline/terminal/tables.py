@@ -10,24 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.rundir import jsonl
-from rlhf_pipeline.rundir.words import duration, ends, memory
+from rlhf_pipeline.rundir.headline import headline, series
+from rlhf_pipeline.rundir.words import duration, memory
 
-# The numbers that matter for each kind, in order; those a stage does not have are left out.
-KEY_METRICS = {
-    "sft": ["train_loss", "eval_loss", "judge_mean"],
-    "reward": ["eval_accuracy", "eval_margin", "accuracy"],
-    "ppo": ["objective/kl", "objective/scores", "judge_mean"],
-    "dpo": ["eval_rewards/accuracies", "rewards/margins", "judge_mean"],
-}
-# What a stage changed, from its start to its end.
-CHANGES = {
-    "sft": ["loss", "eval_loss", "mean_token_accuracy", "judge_mean"],
-    "reward": ["loss", "accuracy", "eval_accuracy", "eval_margin"],
-    "ppo": ["objective/scores", "objective/kl", "reply/length", "judge_mean"],
-    "dpo": ["loss", "rewards/margins", "eval_rewards/accuracies", "judge_mean"],
-}
 STYLES = {
     "done": "green", "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
 }  # fmt: skip
@@ -50,7 +38,7 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
     for plan in plans:
         summary = plan.summary()
         wall_s = summary["wall_s"]
-        numbers = _numbers(plan.kind, summary["metrics"])
+        numbers = "  ".join(f"{number.name} {number.after:.3g}" for number in headline(plan.kind, summary["metrics"]))
         unremarkable = plan.state == "done" and numbers and not plan.record.get("gates_ignored")
         about = numbers if unremarkable else escape(plan.reason)
         time = "" if wall_s is None else duration(wall_s)
@@ -69,9 +57,9 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
     for plan in plans:
         record = plan.record if plan.stands else {}
         metrics = record.get("metrics", {})
-        changes = _changes(plan, run, metrics, judged.get(plan.init)) if metrics else []
-        if isinstance(metrics.get("judge_mean"), (int, float)):
-            judged[plan.name] = metrics["judge_mean"]
+        changes = _changes(plan, run, metrics, judged.get(plan.parents.get("init", ""))) if metrics else []
+        if isinstance(metrics.get(kinds.JUDGED), (int, float)):
+            judged[plan.name] = metrics[kinds.JUDGED]
         about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
         if plan.state == "done" and record.get("gates_ignored"):
             about = "\n".join([*changes, escape(plan.reason)])
@@ -90,33 +78,18 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
 
 
 def _changes(plan: StagePlan, run: Path, metrics: dict[str, Any], judged: float | None) -> list[str]:
-    """The numbers that tell what a stage did.
-
-    Of what it logged along the way the means at both ends; of what the judge found, its start's and its own; of the
-    rest, the final number alone.
-    """
-    logged: dict[str, list[float]] = {name: [] for name in CHANGES[plan.kind]}
-    for row in jsonl.rows(run / plan.name / "metrics.jsonl"):
-        for name, values in logged.items():
-            if isinstance(row.get(name), (int, float)):
-                values.append(row[name])
-    said = []
-    for name, values in logged.items():
-        before, after = None, metrics.get(name)
-        if name == "judge_mean":
-            before = judged
-        elif len(values) > 1:
-            before, last = ends(values)
-            after = after if "kl_budget/best_step" in metrics else last  # what was put back is not what came last
-        if isinstance(after, (int, float)):
-            said.append(f"{name} " + ("" if before is None else f"{before:.3g} → ") + f"{after:.3g}")
-    return said
+    """The numbers that tell what a stage did, with where they began."""
+    numbers = headline(plan.kind, metrics, series(plan.kind, jsonl.rows(run / plan.name / "metrics.jsonl")), judged)
+    return [
+        f"{number.name} " + ("" if number.before is None else f"{number.before:.3g} → ") + f"{number.after:.3g}"
+        for number in numbers
+    ]
 
 
 def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
     """The commands that make sense for what a run has made, each with what it does."""
     done = [plan for plan in plans if plan.state == "done"]
-    policies = [plan.name for plan in done if plan.kind != "reward"]
+    policies = [plan.name for plan in done if kinds.get(plan.kind).is_policy]
     short = min(str(run), os.path.relpath(run), key=len)
     path = shlex.quote(short)
     commands = []
@@ -152,7 +125,7 @@ def intentions(
         table.add_column(column, overflow="fold")
     names = {plan.name for plan in chosen}
     for plan in plans:
-        start = plan.init + (f" + {plan.reward}" if plan.reward else "")
+        start = " + ".join(plan.parents.values())
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
         table.add_row(plan.name, plan.kind, start, state, "yes" if plan.name in names else "no", escape(plan.reason))
     console.print(table)
@@ -174,8 +147,3 @@ def intentions(
         console.print(
             f"trust_remote_code: code that comes with {remote_code} will be run", style="bold", soft_wrap=True
         )
-
-
-def _numbers(kind: str, metrics: dict[str, Any]) -> str:
-    known = [(name, metrics[name]) for name in KEY_METRICS[kind] if isinstance(metrics.get(name), (int, float))]
-    return "  ".join(f"{name} {value:.3g}" for name, value in known[:3])

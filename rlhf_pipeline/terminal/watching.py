@@ -1,44 +1,24 @@
 """What a run is doing, read again and again from its directory while that grows. No torch."""
 
 import contextlib
-import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import IO, Any
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.plan import weights
 from rlhf_pipeline.recipe import Recipe, of_run
+from rlhf_pipeline.rundir.headline import headline, is_number
 from rlhf_pipeline.rundir.jsonl import parse
 from rlhf_pipeline.rundir.layout import PROGRESS, RunDirectory, read_json
 
 MOST_BYTES = 2**18  # read at once: of a file that is longer, its end
 VALUES = 60  # kept of each number, for its trend
 PACE_S, PACE_STEPS = 60.0, 5  # how far back the pace is measured: the longer of the two
-
-# What is shown of a stage at work: a short name, and TRL's.
-NUMBERS = {
-    "sft": {"loss": "loss", "token accuracy": "mean_token_accuracy"},
-    "reward": {"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
-    "ppo": {
-        "score": "reward/score_mean",
-        "kl": "objective/kl",
-        "length": "reply/length",
-        "ended": "reply/ended",
-        "judge": "gold/judge_mean",
-    },
-    "dpo": {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"},
-}
-# What is shown of one that is done.
-FINAL = {
-    "sft": {"loss": "loss", "judge": "judge_mean"},
-    "reward": {"held-out accuracy": "eval_accuracy", "margin": "eval_margin"},
-    "ppo": {"score": "reward/score_mean", "kl": "objective/kl", "judge": "judge_mean"},
-    "dpo": {"held-out accuracy": "eval_rewards/accuracies", "judge": "judge_mean"},
-}
 
 
 class Growing:
@@ -159,9 +139,13 @@ class StageView:
     @property
     def final(self) -> dict[str, float]:
         """The numbers to show of a stage that is done."""
-        metrics = self.record.get("metrics") or {}
-        found = {name: metrics.get(key) for name, key in FINAL.get(self.kind, {}).items()}
-        return {name: value for name, value in found.items() if is_number(value)}
+        return {number.name: number.after for number in headline(self.kind, self.record.get("metrics") or {})}
+
+    @property
+    def logged(self) -> dict[str, str]:
+        """The numbers to show of a stage at work: their short names, and TRL's."""
+        known = kinds.find(self.kind)
+        return {number.name: number.logged for number in known.numbers if number.logged} if known else {}
 
     def read_record(self) -> None:
         """Read the record, if it was written since."""
@@ -211,7 +195,7 @@ class StageView:
         at, step = row.get("time"), row.get("step")
         if is_number(at) and isinstance(step, int) and self._began is not None and at >= self._began:
             self.pace.note(at, step)
-        for name, key in NUMBERS.get(self.kind, {}).items():
+        for name, key in self.logged.items():
             if is_number(row.get(key)):
                 self.values.setdefault(name, deque(maxlen=VALUES)).append(row[key])
 
@@ -298,18 +282,13 @@ class RunView:
             with contextlib.suppress(InputError):
                 recipe = of_run(self.directory.path)
         if recipe is not None:
-            kinds = {name: str(stage.kind) for name, stage in recipe.stages.items()}
+            kind_of = {name: str(stage.kind) for name, stage in recipe.stages.items()}
         else:
             records = {file.parent.name: read_json(file) or {} for file in self.directory.path.glob("*/stage.json")}
             begun = sorted(records, key=lambda name: str(records[name].get("started_at")))
-            kinds = {name: str(records[name].get("kind")) for name in begun if "." not in name}
-        known = {stage.name: stage for stage in self.stages if kinds.get(stage.name) == stage.kind}
-        self.stages = [known.get(name) or StageView(self.directory, name, kind) for name, kind in kinds.items()]
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a record is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            kind_of = {name: str(records[name].get("kind")) for name in begun if "." not in name}
+        known = {stage.name: stage for stage in self.stages if kind_of.get(stage.name) == stage.kind}
+        self.stages = [known.get(name) or StageView(self.directory, name, kind) for name, kind in kind_of.items()]
 
 
 def _changed(file: Path) -> float | None:

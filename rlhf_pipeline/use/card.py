@@ -5,21 +5,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.plan import weights
 from rlhf_pipeline.recipe import TINY, Recipe
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
 from rlhf_pipeline.recipe.yaml import dump
+from rlhf_pipeline.rundir.headline import order, shown_as
 from rlhf_pipeline.rundir.jsonl import rows
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.secrets import redact
 
-WORDS = {
-    "sft": "supervised fine-tuning",
-    "reward": "reward modelling",
-    "ppo": "PPO against a learned reward",
-    "dpo": "direct preference optimization",
-}
 # Of the machine or of the moment, not of the model.
 BOOKKEEPING = re.compile(r"seconds$|^eps$|^lr|^learning_rate$|^episode$|num_tokens$|^total_flos$")
 QUESTION = "What is the capital of France?"
@@ -103,9 +99,10 @@ def _head(
         head["base_model"] = base.hub_id
         head["base_model_relation"] = "finetune" if dtype else "adapter"
     head["library_name"] = "transformers" if dtype else "peft"
-    head["pipeline_tag"] = "text-classification" if record["kind"] == "reward" else "text-generation"
-    tags = ["rlhf-pipeline", "trl", record["kind"], *([] if dtype else ["lora"])]
-    head["tags"] = ["reward-model" if tag == "reward" else tag for tag in tags]
+    head["pipeline_tag"] = "text-classification" if kinds.get(record["kind"]).makes == "reward" else "text-generation"
+    kind = kinds.get(record["kind"])
+    tag = "reward-model" if kind.makes == "reward" else kind.name
+    head["tags"] = ["rlhf-pipeline", "trl", tag, *([] if dtype else ["lora"])]
     sources = [
         source.path
         for name in records
@@ -121,14 +118,15 @@ def _head(
 
 
 def _summary(recipe: Recipe, record: dict[str, Any], base: _Base, dtype: str | None) -> str:
-    what = "The reward model" if record["kind"] == "reward" else "The policy"
+    what = "The reward model" if kinds.get(record["kind"]).makes == "reward" else "The policy"
     form = (
         f"The adapter is merged into the base's weights, in {dtype}."
         if dtype
         else "These are LoRA weights, which PEFT loads over their base."
     )
     said = [
-        f"{what} that stage `{_code(record['name'])}` ({WORDS[record['kind']]}) of the run `{_code(recipe.name)}`",
+        f"{what} that stage `{_code(record['name'])}` ({kinds.get(record['kind']).method}) of the run "
+        f"`{_code(recipe.name)}`",
         f"left, made by rlhf-pipeline over {base.words}.\n{form}",
     ]
     if dtype and recipe.model.quantization != "none":
@@ -148,7 +146,7 @@ def _how_to_use(
     dtype: str | None,
     name: str,
 ) -> str:
-    chat, reward = _prompts_are_chats(run, recipe, records), record["kind"] == "reward"
+    chat, reward = _prompts_are_chats(run, recipe, records), kinds.get(record["kind"]).makes == "reward"
     style = (
         "In training, prompts went through the chat template, which the tokenizer has."
         if chat
@@ -317,7 +315,9 @@ def _numbers(
             if name != stage and "judge_mean" in one.get("metrics", {})
         }
         parts[0] += "".join(f" For stage `{_code(name)}` it was {_value(mean)}." for name, mean in others.items())
-    parts.append(_table(["metric", "value"], [[name, _value(value)] for name, value in metrics.items()]))
+    first = [metric for metric in order(record["kind"]) if metric in metrics]
+    listed = [[shown_as(record["kind"], name), _value(metrics[name])] for name in dict.fromkeys((*first, *metrics))]
+    parts.append(_table(["metric", "value"], listed))
     gates = [
         [name, metric, outcome.get("bound", ""), _value(outcome.get("value")), "yes" if outcome["passed"] else "no"]
         for name, one in records.items()
@@ -333,12 +333,12 @@ def _limits(record: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
         "It was trained on the data above and on nothing else beyond its base, whose own limits it keeps, and was not "
         "evaluated beyond the numbers above: not for safety, truth, bias, or other languages and tasks."
     ]
-    if record["kind"] == "reward":
+    if kinds.get(record["kind"]).makes == "reward":
         limits.append(
             "A score compares replies to the same prompt; scores of different prompts, and replies unlike those of the "
             "data, mean little."
         )
-    if record["kind"] == "ppo":
+    if any(parent.makes == "reward" for parent in kinds.get(record["kind"]).parents):
         limits.append("It was trained to please a reward model, which is only a stand-in for what is wanted of it.")
     return " ".join(limits)
 

@@ -64,7 +64,7 @@ def snapshot(run: Path) -> dict[str, bytes | None]:
 
 def text(asides: list[dict]) -> str:
     output = io.StringIO()
-    shown.show(asides, {"reward": ["eval_accuracy", "accuracy"]}, Console(file=output, width=80))
+    shown.show(asides, Console(file=output, width=80))
     return output.getvalue()
 
 
@@ -115,7 +115,7 @@ def test_the_table_tells_what_each_was_and_the_total(run: Path):
     ]  # fmt: skip
     lines = text(asides).splitlines()
     assert lines[0].split() == ["moved", "aside", "was", "age", "size"]
-    assert lines[1].split() == ["reward.1", "done,", "eval_accuracy", "0.61", "2", "d", "2.5", "MB"]
+    assert lines[1].split() == ["reward.1", "done,", "held-out", "accuracy", "0.61", "2", "d", "2.5", "MB"]
     assert lines[2].split() == ["sft.2", "without", "a", "record", "2", "h", "40", "B"]
     assert lines[3].split() == ["ppo.3", "failed", "2", "min", "12", "kB"]
     assert lines[4] == "3 folders, 2.5 MB"
@@ -204,7 +204,7 @@ def test_without_a_terminal_the_command_lists_and_says_how_to_remove(run: Path):
     before = snapshot(run)
     done = command(run.parent, "run")
     assert done.returncode == 0
-    assert "eval_accuracy 0.61" in done.stdout
+    assert "held-out accuracy 0.61" in done.stdout
     assert "1 folder, " in done.stdout
     assert done.stderr == "to remove them: rlhf-pipeline prune run --yes\n"
     assert snapshot(run) == before

@@ -130,9 +130,9 @@ def test_settings_data_versions_and_metrics_that_differ_stand_under_their_stage(
         ["sft", "trainer.learning_rate", "0.0001", "0.0002"],
         ["sft", "data", "demos.jsonl", "(11111111)", "demos.jsonl", "(22222222)"],
         ["sft", "trl", "1.12.0", "1.12.1"],
-        ["sft", "train_loss", "1.5", "1.25", "-0.25"],  # the metrics that matter for the kind come first
-        ["sft", "judge_mean", "0.25", "null"],
-        ["sft", "loss", "none", "4"],
+        ["sft", "loss", "none", "4"],  # the metrics that matter for the kind come first
+        ["sft", "judge", "(judge_mean)", "0.25", "null"],
+        ["sft", "train_loss", "1.5", "1.25", "-0.25"],
     ]
 
 
@@ -263,7 +263,7 @@ def test_a_table_of_80_columns_loses_nothing(runs):
     for column, expected in enumerate(
         [
             ["stage", *["ppo"] * 4],
-            ["what", "lora.target_modules", "trainer.local_rollout_forward_batch_size", "data", "objective/kl"],
+            ["what", "lora.target_modules", "trainer.local_rollout_forward_batch_size", "data", "KL(objective/kl)"],
             ["A", "not set", "not set", "prompts.jsonl (11111111)", "3"],
         ]
     ):

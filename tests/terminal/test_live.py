@@ -66,7 +66,7 @@ def run(tmp_path: Path) -> Path:
         {
             "step": step,
             "time": NOW - (120 - step) * UPDATE_S,
-            "reward/score_mean": 1.82 * step / 120,
+            "objective/scores": 1.82 * step / 120,
             "objective/kl": 3.1 * step / 120,
             "reply/length": 63.0,
             "reply/ended": 0.97,
@@ -108,7 +108,7 @@ def test_the_display_shows_every_stage_and_all_that_matters_of_the_one_at_work(r
     assert re.fullmatch(r"  ━+─+  ppo: step 120/312, 38%, 16 min left", lines[5])
     assert 0.34 < lines[5].count("━") / (lines[5].count("━") + lines[5].count("─")) < 0.42
     numbers = [line.split() for line in lines[6:10]]
-    assert [words[0] for words in numbers] == ["score", "kl", "length", "ended"]
+    assert [words[0] for words in numbers] == ["score", "KL", "length", "ended"]
     assert numbers[0][1] == "1.82" and numbers[1][1:4] == ["3.1", "of", "8"]
     trend = numbers[0][-1]
     assert len(trend) == 30 and list(trend) == sorted(trend) and trend[0] == "▁" and trend[-1] == "▇"
@@ -288,7 +288,7 @@ def test_of_a_long_file_only_the_end_is_read(tmp_path):
 
 def test_a_resumed_stage_shows_no_values_of_steps_that_were_cut(run):
     view = seen(run)
-    rows = [{"step": step, "time": NOW, "reward/score_mean": 0.5} for step in range(1, 11)]
+    rows = [{"step": step, "time": NOW, "objective/scores": 0.5} for step in range(1, 11)]
     write_rows(run / "ppo" / "metrics.jsonl", rows)
     view.refresh(NOW)
     assert view.at_work and list(view.at_work.values["score"]) == [0.5] * 10
@@ -301,7 +301,7 @@ def test_the_plain_line(run):
     stage = seen(run).at_work
     assert stage
     assert live.plain_line(stage) == (
-        "ppo     step 120/312, 38%, 16 min left: score 1.82, kl 3.1 of 8, length 63, ended 0.97"
+        "ppo     step 120/312, 38%, 16 min left: score 1.82, KL 3.1 of 8, length 63, ended 0.97"
     )
     tell(run, "ppo", "judging", 40, 160)
     stage.read_work(NOW)

@@ -20,7 +20,9 @@ def stage(name: str, state: str = "done", **changes: object) -> StagePlan:
     record = {"wall_s": 12.4, "peak_memory_bytes": 10, "artifact": f"{name}/adapter", "log": f"{name}/log.txt"}
     record = changes.pop("record", record)
     record["metrics"] = changes.pop("metrics", {})
-    settings = {"reason": "up to date", "init": "base", "reward": None, "inputs": {"seed": 1}, "fingerprint": "f0"}
+    parents = {role: changes.pop(role) for role in ("init", "reward") if role in changes}
+    settings = {"reason": "up to date", "parents": {"init": "base"} | parents}
+    settings |= {"inputs": {"seed": 1}, "fingerprint": "f0"}
     settings |= {"kind": name, "judging": None, "record": record} | changes
     return StagePlan(name=name, state=state, **settings)
 
@@ -36,14 +38,14 @@ def test_results_show_state_time_and_the_numbers_that_matter_for_the_kind():
         tables.results,
         Path("runs/t"),
         [
-            stage("sft", metrics={"judge_mean": 0.51234, "train_loss": 1.5, "grad_norm": 9.0}),
+            stage("sft", metrics={"judge_mean": 0.51234, "loss": 1.5, "grad_norm": 9.0}),
             stage("reward", metrics={"eval_accuracy": 0.75, "eval_margin": None}),
         ],
     )
     lines = text.splitlines()
     assert lines[0].split() == ["stage", "state", "time", "numbers"]
-    assert lines[1].split() == ["sft", "done", "12", "s", "train_loss", "1.5", "judge_mean", "0.512"]
-    assert lines[2].split() == ["reward", "done", "12", "s", "eval_accuracy", "0.75"]
+    assert lines[1].split() == ["sft", "done", "12", "s", "loss", "1.5", "judge", "0.512"]
+    assert lines[2].split() == ["reward", "done", "12", "s", "held-out", "accuracy", "0.75"]
     assert lines[3] == "run directory: runs/t"
 
 
@@ -162,21 +164,16 @@ def plans(tmp_path: Path) -> list[StagePlan]:
 
 
 def test_the_end_of_a_run_tells_what_each_stage_changed(plans, tmp_path):
-    """Of what was logged, the means over a twentieth at both ends; of the judge, what it said of the start and now."""
+    """Of what was logged, the mean over the first twentieth; of the judge, what it said of the start; then the end."""
     lines = [line.split() for line in printed(tables.finished, tmp_path / "my run", plans).splitlines()]
-    assert lines[1] == ["sft", "done", "1", "h", "12", "min", "1.5", "GiB", "loss", "2.5", "→", "0.9"]
-    assert lines[2] == ["judge_mean", "0.54"]
+    assert lines[1] == ["sft", "done", "1", "h", "12", "min", "1.5", "GiB", "loss", "2.5", "→", "0.61"]
+    assert lines[2] == ["judge", "0.54"]
     assert lines[3][:8] == ["reward", "done", "1", "h", "12", "min", "1.5", "GiB"]
-    assert lines[3][8:] == ["accuracy", "0.5"]  # once: nothing has changed
-    assert lines[4] == ["eval_accuracy", "0.87"]
-    assert lines[5][-4:] == ["objective/scores", "1.5", "→", "2.5"]
-    assert lines[6] == ["judge_mean", "0.54", "→", "0.97"]
+    assert lines[3][8:] == ["held-out", "accuracy", "0.87"]
+    assert lines[4] == ["accuracy", "0.5"]  # once: nothing has changed
+    assert lines[5][-4:] == ["score", "1.5", "→", "3.5"]
+    assert lines[6] == ["judge", "0.54", "→", "0.97"]
     assert lines[7] == ["dpo", "missing", "has", "not", "run", "yet"]
-
-
-def test_what_a_kl_budget_put_back_counts_and_not_what_came_last(plans, tmp_path):
-    plans[2].record["metrics"]["kl_budget/best_step"] = 3
-    assert "objective/scores 1.5 → 3.5" in printed(tables.finished, tmp_path / "my run", plans)
 
 
 def test_the_end_of_a_run_names_commands_that_make_sense(plans, tmp_path, monkeypatch):

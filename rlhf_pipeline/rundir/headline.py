@@ -1,0 +1,90 @@
+"""The few numbers that say what came of a stage: the same ones, under the same names, wherever a run is shown."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from rlhf_pipeline import kinds
+from rlhf_pipeline.rundir.words import ends
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of these numbers.
+
+    Attributes:
+        name: what people read.
+        metric: its name among the final metrics.
+        before: where it began; None where it has no beginning, or nobody knows it.
+        after: what it came to.
+    """
+
+    name: str
+    metric: str
+    before: float | None
+    after: float
+
+
+def headline(
+    kind: object,
+    metrics: Mapping[str, Any],
+    logged: Mapping[str, Sequence[float]] | None = None,
+    judged_before: object = None,
+) -> list[Headline]:
+    """The numbers of a finished stage that matter, the first one most; those that it does not have are left out.
+
+    What a number came to always is the final value in `stage.json`: held out where it is measured held out, else what
+    was logged last. Where it began is the mean of the first twentieth of what was logged, for one batch is noise; of
+    the judge, what the stage came to that this one started from.
+
+    Args:
+        kind: the stage's; one that this version does not know has none of these numbers.
+        metrics: `metrics` of its `stage.json`.
+        logged: from `series`; without it nothing is said of where a number began, the judge's apart.
+        judged_before: the final judge's mean of the stage that it started from, if it is a number.
+    """
+    known, found = kinds.find(kind), []
+    for number in known.numbers if known else ():
+        after, before = metrics.get(number.metric), None
+        if number.metric == kinds.JUDGED:
+            before = judged_before if is_number(judged_before) else None
+        elif number.changes and logged and len(values := logged.get(number.logged or "", ())) > 1:
+            before = ends(values)[0]
+        if is_number(after):
+            found.append(Headline(number.name, number.metric, before, after))
+    return found
+
+
+def series(kind: object, rows: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
+    """What was logged of the numbers of a kind.
+
+    Args:
+        kind: the stage's.
+        rows: of its `metrics.jsonl`.
+    """
+    known = kinds.find(kind)
+    found: dict[str, list[float]] = {number.logged: [] for number in known.numbers if number.logged} if known else {}
+    for row in rows if found else ():
+        for key, values in found.items():
+            if is_number(row.get(key)):
+                values.append(row[key])
+    return found
+
+
+def shown_as(kind: object, metric: str) -> str:
+    """A metric's name where all of a stage's are listed: TRL's, after the one that people read where it has one."""
+    known = kinds.find(kind)
+    name = next((number.name for number in known.numbers if number.metric == metric), metric) if known else metric
+    return metric if name == metric else f"{name} ({metric})"
+
+
+def order(kind: object) -> list[str]:
+    """The metrics that matter of a kind, the first one most; none of a kind that this version does not know."""
+    known = kinds.find(kind)
+    return [number.metric for number in known.numbers] if known else []
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a record is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
