@@ -228,8 +228,8 @@ def refused(tmp_path):
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("sft.trainer.optim=nonsense", "`adamw_torch`"),
-        ("sft.trainer.eval_strategy=nonsense", "`epoch`"),
+        ("sft.trainer.optim=nonsense", "'adamw_torch'"),
+        ("sft.trainer.eval_strategy=nonsense", "'epoch'"),
     ],
 )
 def test_a_word_that_the_library_does_not_have_is_refused_with_those_it_has(refused, override, word):

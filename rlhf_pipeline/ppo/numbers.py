@@ -124,7 +124,10 @@ def means(updates: list[dict[str, float]]) -> dict[str, float]:
 def write_samples(
     file: Path, scored: Scored, ended: Tensor, tokenizer: PreTrainedTokenizerBase, split: str, step: int
 ) -> None:
-    """Append the first few episodes to a file, one JSON object a line; `docs/json.md` has its keys."""
+    """Append the first few episodes to a file, one JSON object a line.
+
+    Its keys: `step`, `split`, `prompt` and `completion` as text, `score`, the reply's `kl` in nats, and `ended`.
+    """
     episodes = scored.episodes
     with file.open("a", encoding="utf-8") as lines:
         for row in range(min(SAMPLES, len(episodes))):
