@@ -1,5 +1,6 @@
 """Which pictures a report has, and what to see in each. No torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,7 +44,7 @@ class Curve:
     metrics: tuple[tuple[str, str], ...]
     caption: str
     levels: tuple[tuple[float, str], ...] = ()
-    floor: float | None = None
+    floor: float = -math.inf
 
 
 DEFAULT_CURVES = (Curve("Loss", (("loss", "training"), ("eval_loss", "held out")), "Should fall and level off."),)

@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from rlhf_pipeline import __version__, kinds
 from rlhf_pipeline.report import alarms, charts, figures, gather
-from rlhf_pipeline.report.figures import Picture
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.report.text import clean, cut, duration, memory, short
 from rlhf_pipeline.rundir import diff, durable
@@ -52,7 +51,6 @@ def render(runs: Sequence[Run]) -> str:
     environment.filters |= {"short": short, "duration": duration, "memory": memory}
     environment.globals |= {"swatch": charts.swatch, "step_scale": charts.step_scale}
     names = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
-    count = iter(range(1_000_000))
     summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
     page = {
         "runs": [_header(run) for run in runs],
@@ -62,8 +60,8 @@ def render(runs: Sequence[Run]) -> str:
         "alarms": [(run.label, alarm) for run in runs for alarm in alarms.alarms(run)],
         "origins": [_origin(run) for run in runs],
         "differences": _differences(runs),
-        "stages": [_stage(runs, name, count) for name in names],
-        "comparison": [_numbered(picture, count) for picture in figures.of_comparison(runs)],
+        "stages": [_stage(runs, name) for name in names],
+        "comparison": figures.of_comparison(runs),
         "means": _means(runs),
         "settings_of_comparison": [
             (run.label, _settings_of_comparison(run)) for run in runs if run.comparison or gather.comparison_rows(run)
@@ -210,7 +208,7 @@ def _digest(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (text, "")
 
 
-def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, Any]:
+def _stage(runs: Sequence[Run], name: str) -> dict[str, Any]:
     chosen = [stage for run in runs if (stage := run.stage(name))]
     others = figures.others(runs, name)
     kind = next((stage.kind for stage in chosen if stage.kind), "")
@@ -224,7 +222,7 @@ def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, An
     return {
         "name": name,
         "kind": known.title if (known := kinds.find(kind)) else "Unknown kind",
-        "pictures": [_numbered(picture, count) for picture in figures.of_stage(runs, name)],
+        "pictures": figures.of_stage(runs, name),
         "others": others[:MOST_OTHER_CURVES],
         "more": max(0, len(others) - MOST_OTHER_CURVES),
         "settings": {label: rows for label, rows in settings.items() if rows},
@@ -235,11 +233,6 @@ def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, An
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _numbered(picture: Picture, count: Iterator[int]) -> Picture:
-    picture.svg = charts.numbered(picture.svg, next(count))
-    return picture
 
 
 def _means(runs: Sequence[Run]) -> dict[str, Any] | None:
