@@ -11,7 +11,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.report import charts, measures
 from rlhf_pipeline.report.charts import Line, Panel
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Stage, number, policies, reply_numbers
-from rlhf_pipeline.report.text import duration, short
+from rlhf_pipeline.rundir.words import duration, short
 
 LN_2 = float(np.log(2))
 POLICY_COLORS = {"base": 5} | {kind.name: kind.color for kind in kinds.KINDS if kind.is_policy}

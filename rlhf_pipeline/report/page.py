@@ -15,14 +15,15 @@ from markupsafe import Markup
 from rlhf_pipeline import __version__, kinds
 from rlhf_pipeline.report import alarms, charts, figures, gather
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
-from rlhf_pipeline.report.text import clean, cut, duration, memory, short
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import headline, order
+from rlhf_pipeline.rundir.words import duration, memory, printable, short
 
 FILE = "report.html"  # in the run directory
 MOST_PROMPTS = 50  # samples side by side
 FIRST_PROMPTS = 12  # of them those that show at once
 MOST_OTHER_CURVES = 120  # small ones, of one stage: a trainer with more logs one for each layer
+LONGEST_TEXT = 4000  # characters of a prompt or reply; more would be no sample but a book
 MEANS = (("reward", "reward"), ("judge", "judge"), ("kl", "KL"), ("tokens", "tokens"), ("ended", "ended"))
 DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
 
@@ -48,7 +49,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": short, "duration": duration, "memory": memory}
+    environment.filters["short"] = short
     environment.globals |= {"swatch": charts.swatch, "step_scale": charts.step_scale}
     names = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
     summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
@@ -78,8 +79,13 @@ def _finalize(value: Any) -> Any:
     """What becomes of every value that the template prints, before it is escaped."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return "" if value is None else value
-    text, left_out = cut(value)
-    return clean(text) + (f"… ({left_out:,} more characters)" if left_out else "")
+    text, left_out = _cut(value)
+    return printable(text) + (f"… ({left_out:,} more characters)" if left_out else "")
+
+
+def _cut(text: str) -> tuple[str, int]:
+    """The beginning of a text, and how many characters are not shown."""
+    return text[:LONGEST_TEXT], max(0, len(text) - LONGEST_TEXT)
 
 
 def _header(run: Run) -> dict[str, Any]:
@@ -254,7 +260,7 @@ def _means(runs: Sequence[Run]) -> dict[str, Any] | None:
     return {
         "columns": [MEANS[i][1] for i in used],
         "rows": [
-            (label, policy, ["" if values[i] is None else short(values[i]) for i in used])
+            (label, policy, ["" if (value := values[i]) is None else short(value) for i in used])
             for label, policy, values in rows
         ],
     }
@@ -297,7 +303,7 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for policy in gather.policies(run) if key in table else []:
                 reply = mapping(table[key]["replies"].get(policy))
                 if reply:
-                    text, left_out = cut(gather.content(reply.get("text")))
+                    text, left_out = _cut(gather.content(reply.get("text")))
                     replies.append(
                         {
                             "policy": f"{run.label}: {policy}" if len(runs) > 1 else policy,
@@ -307,7 +313,7 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
                             "cut": reply.get("ended") is False,
                         }
                     )
-        prompt = [(role, *cut(text)) for role, text in gather.turns(having[0][1][key].get("prompt"))]
+        prompt = [(role, *_cut(text)) for role, text in gather.turns(having[0][1][key].get("prompt"))]
         samples.append({"prompt": prompt, "replies": replies})
     return samples
 
