@@ -513,7 +513,7 @@ def test_several_runs_are_overlaid(made_up, tmp_path):
 
 def test_labels_of_points_close_together_are_apart():
     """Also of points in the same place, at the edges, and of as many as four runs have."""
-    points = np.array([[60, 165], [60, 165], [61, 165], [330, 165], [330, 165], [330, 15], [200, 105], [202, 104]] * 2)
+    points = np.array([[60, 185], [60, 185], [61, 185], [330, 165], [330, 165], [330, 15], [200, 105], [202, 104]] * 2)
     labels = [f"run {i}: ppo" for i in range(len(points))]
     corners = charts._apart(labels, points, 195)
     boxes = [(x, y, x + 7 * len(label), y + 12) for label, (x, y) in zip(labels, corners, strict=True)]

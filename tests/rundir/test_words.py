@@ -8,8 +8,8 @@ from rlhf_pipeline.rundir.words import duration, memory, printable, short
 @pytest.mark.parametrize(
     ("number", "shown"),
     [
-        (0, "0"), (1.0, "1"), (0.97115, "0.971"), (-2.5, "-2.5"), (12345, "12,345"), (1_234_567, "1.23M"),
-        (2e-5, "2e-5"), (4.2e20, "4.2e20"), (1e9, "1G"),
+        (0, "0"), (1.0, "1"), (1234.6, "1,235"), (0.97115, "0.971"), (-2.5, "-2.5"), (12345, "12,345"),
+        (1_234_567, "1.23M"), (2e-5, "2e-5"), (4.2e20, "4.2e20"), (1e9, "1G"),
     ],
 )  # fmt: skip
 def test_numbers_are_short(number, shown):
