@@ -60,15 +60,16 @@ def test_the_wheel_holds_every_template(unpacked: Path) -> None:
 
 def test_pins_lie_within_the_declared_ranges_and_serve_everywhere() -> None:
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    lines = re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pins = {canonicalize_name(name): version for name, version in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = (project["dependencies"], *project["optional-dependencies"].values())
     declared = [Requirement(line) for lines in lists for line in lines]
-    assert {need.name.lower() for need in declared} <= {name.lower() for name in pins}
+    assert {canonicalize_name(need.name) for need in declared} <= pins.keys()
     for need in declared:
-        pin = next(version for name, version in pins.items() if name.lower() == need.name.lower())
-        assert need.specifier.contains(pin), need
+        assert need.specifier.contains(pins[canonicalize_name(need.name)]), need
     for file in ("Makefile", "Dockerfile"):
         assert "--constraint constraints.txt" in (ROOT / file).read_text()
 
