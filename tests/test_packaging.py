@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -51,17 +52,24 @@ def test_the_wheel_holds_every_recipe_and_their_schema(unpacked: Path, tmp_path:
     assert hint.endswith(f"$schema={(recipes / 'recipe.schema.json').as_uri()}")
 
 
+def test_the_wheel_holds_every_template(unpacked: Path) -> None:
+    templates = {str(file.relative_to(ROOT)): file.read_bytes() for file in (ROOT / "rlhf_pipeline").rglob("*.jinja")}
+    assert {Path(name).name for name in templates} == {"card.md.jinja", "chat_template.jinja", "page.html.jinja"}
+    assert templates == {name: (unpacked / name).read_bytes() for name in templates}
+
+
 def test_pins_lie_within_the_declared_ranges_and_serve_everywhere() -> None:
-    from importlib.metadata import requires
-
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    declared = [Requirement(line) for line in requires("rlhf-pipeline") or []]
-    assert {need.name.lower() for need in declared} <= {name.lower() for name in pins}
+    lines = re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pins = {canonicalize_name(name): version for name, version in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = (project["dependencies"], *project["optional-dependencies"].values())
+    declared = [Requirement(line) for lines in lists for line in lines]
+    assert {canonicalize_name(need.name) for need in declared} <= pins.keys()
     for need in declared:
-        pin = next(version for name, version in pins.items() if name.lower() == need.name.lower())
-        assert need.specifier.contains(pin), need
+        assert need.specifier.contains(pins[canonicalize_name(need.name)]), need
     for file in ("Makefile", "Dockerfile"):
         assert "--constraint constraints.txt" in (ROOT / file).read_text()
 

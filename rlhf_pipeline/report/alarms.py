@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_pipeline import kinds
 from rlhf_pipeline.report import measures
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Series, Stage, mapping, number
-from rlhf_pipeline.report.text import short
+from rlhf_pipeline.rundir.words import short
 
 # Thresholds. None is a law; each is where experience, or arithmetic, says that a look is worth the time.
 ENDED = 0.5  # share of replies that end: below, most scores are of replies that were cut
@@ -32,7 +32,7 @@ class Alarm:
 
 
 def alarms(run: Run) -> list[Alarm]:
-    """What rings, the bad before the rest."""
+    """The alarms of a run, the bad ones first."""
     found = [Alarm("look", "the run", note) for note in run.notes]
     for stage in run.stages:
         found += _of_record(run, stage)
@@ -96,8 +96,8 @@ def _of_reward(stage: Stage) -> Iterator[Alarm]:
             if enough and longer.share - shorter.share > BY_LENGTH:
                 yield Alarm(
                     "look", stage.name,
-                    f"Goes by length: right in {longer.share:.0%} of pairs whose chosen reply is the longer one, in "
-                    f"{shorter.share:.0%} of those where it is the shorter one.",
+                    f"Prefers longer replies: right in {longer.share:.0%} of pairs whose chosen reply is the longer "
+                    f"one, in {shorter.share:.0%} of those where it is the shorter one.",
                 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _hacking(stage: Stage, replies: float | None) -> Iterator[Alarm]:
     if len(score) < 2 or len(judge) < 2:
         return
     best = int(judge.values.argmax())
-    # One standard error of a mean of as many noughts and ones: a single reply must not ring.
+    # One standard error of a mean of as many noughts and ones: a single reply must not raise an alarm.
     noise = 0.5 / math.sqrt(replies) if replies else 0.0
     room = max(GOLD_FELL, noise) * max(1.0, float(np.ptp(judge.values)))
     fell = judge.values[best] - judge.values[-1] > room

@@ -1,47 +1,34 @@
 """Pictures as SVG elements that stand in the page: its font, its colours, light and dark. No torch.
 
-Matplotlib draws them in colours that nothing else has, which then become the page's CSS variables. No text of a legend
-is drawn: legends are the page's, where they can wrap.
+They are drawn here and not by a plotting library: the page allows no scripts, its colours are CSS variables, and four
+of the ten kinds of pictures are in no library. For the other six Matplotlib, with its import, takes over a second, and
+this file 0.05 s. No text of a legend is drawn: legends are the page's, where they can wrap.
 """
 
-import io
-import logging
-import re
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from rlhf_pipeline.report.gather import Numbers, Series
-from rlhf_pipeline.report.text import clean, short
+from rlhf_pipeline.rundir.words import printable, short
 
 WIDTH = 340  # pixels: three stand side by side on a desk, one on a phone
-SERIES = 6  # colours and dashes there are; later ones begin again
+SERIES = 6  # colours, dashes and marks there are; later ones begin again
 DRAWN = 400  # points of a line; of longer ones the extremes are kept
-DASHES: list[Any] = ["solid", (0, (6, 2)), (0, (1.5, 1.8)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (10, 3))]
-CSS_DASHES = ["", "6 2", "1.5 1.8", "7 2 1.5 2", "3 1.5", "10 3"]
-MARKERS = "os^Dvp"
-MARKER_PATHS = [
-    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-3-3H3V3H-3z", "M0-3.5L3.5 3H-3.5z", "M0-4L4 0L0 4L-4 0z",
-    "M0 3.5L3.5-3H-3.5z", "M0-3.8L3.6-1.2L2.2 3H-2.2L-3.6-1.2z",
+DASHES = ["none", "6 2", "1.5 1.8", "7 2 1.5 2", "3 1.5", "10 3"]
+# Paths around a point, of half the width `r` and the whole width `d`.
+MARKS = [
+    "m-{r} 0a{r} {r} 0 1 0 {d} 0a{r} {r} 0 1 0-{d} 0z", "m-{r}-{r}h{d}v{d}h-{d}z", "m0-{r}l{r} {d}h-{d}z",
+    "m0-{d}l{r} {d}l-{r} {d}l-{r}-{d}z", "m0 {r}l{r}-{d}h-{d}z", "m-{r}-{r}h{d}l-{d} {d}h{d}z",
 ]  # fmt: skip
-VARIABLES = {"ink": "#010203", "muted": "#010204", "grid": "#010205", "alarm": "#010206", "paper": "#010207"} | {
-    f"s{i}": f"#01030{i}" for i in range(SERIES)
-}
-INK, MUTED, GRID, ALARM, PAPER = (VARIABLES[name] for name in ("ink", "muted", "grid", "alarm", "paper"))
+Values = Numbers | Sequence[float]
 FIRST_STEP, LAST_STEP = (0x1F, 0x77, 0xC9), (0xE0, 0x7B, 0x00)  # blue to orange: seen on light and dark, by all eyes
-PREFIX = "\ue000"  # of every id, until a page gives the picture a number
-SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "rlhf-pipeline", "text.parse_math": False, "font.size": 11.0}
 
 
 @dataclass
@@ -62,159 +49,7 @@ class Panel:
     lines: list[Line]
     levels: Sequence[tuple[float, str]] = ()
     title: str = ""
-    floor: float | None = None
-
-
-def curves(title: str, *panels: Panel, x_label: str = "step") -> Markup:
-    """Lines over steps, in one panel or several that share them."""
-    height = 205 if len(panels) == 1 else 115 * len(panels) + 20
-    figure, all_axes = _figure(height, rows=len(panels))
-    told = []
-    for axes, panel in zip(all_axes, panels, strict=True):
-        for line in panel.lines:
-            _draw_line(axes, line, panel.floor)
-            told.append(_told(line))
-        for value, word in panel.levels:
-            axes.axhline(
-                value, color=ALARM if "budget" in word else MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=1
-            )
-            if word:
-                axes.text(
-                    1.0, value, clean(word), transform=axes.get_yaxis_transform(), ha="right", va="bottom",
-                    fontsize=10, color=ALARM if "budget" in word else MUTED,
-                )  # fmt: skip
-        if panel.title:
-            axes.set_title(clean(panel.title), loc="left", fontsize=11, color=INK, pad=5)
-    for axes in all_axes[:-1]:
-        axes.tick_params(labelbottom=False)
-    all_axes[-1].set_xlabel(x_label, fontsize=10, color=MUTED, labelpad=2)
-    return _svg(figure, title, ". ".join(told))
-
-
-def frontier(title: str, lines: Sequence[tuple[str, Numbers, Numbers, Numbers, int]], budget: float | None) -> Markup:
-    """Score over KL, each point a step.
-
-    Args:
-        title: of the picture.
-        lines: label, steps, KL and score (each `[n]`), and colour; one line alone is coloured by its steps instead.
-        budget: a KL that should not be passed.
-    """
-    figure, (axes,) = _figure(225)
-    told = []
-    for label, steps, kl, score, color in lines:
-        keep = _spread(len(steps), 120)
-        steps, kl, score = steps[keep], kl[keep], score[keep]
-        axes.plot(kl, score, color=GRID if len(lines) == 1 else _s(color), linewidth=1, zorder=1, clip_on=False)
-        share = (steps - steps[0]) / max(float(steps[-1] - steps[0]), 1.0)
-        colors: Any = [_between(one) for one in share] if len(lines) == 1 else _s(color)
-        marker = MARKERS[color % len(MARKERS)]
-        axes.scatter(kl, score, c=colors, s=24, zorder=2, linewidths=0, clip_on=False, marker=marker)
-        for at in (0, -1):
-            axes.annotate(
-                short(float(steps[at])), (float(kl[at]), float(score[at])), textcoords="offset points", xytext=(5, 5),
-                fontsize=10, color=INK, zorder=3,
-            )  # fmt: skip
-        told.append(
-            f"{label}: from KL {short(kl[0])} and score {short(score[0])} at step {short(steps[0])} "
-            f"to KL {short(kl[-1])} and score {short(score[-1])} at step {short(steps[-1])}"
-        )
-    if budget is not None:
-        axes.axvline(budget, color=ALARM, linewidth=1, linestyle=(0, (2, 2)))
-    axes.set_xlabel("KL from the reference, nats a reply", fontsize=10, color=MUTED, labelpad=2)
-    return _svg(figure, title, ". ".join(told))
-
-
-def scatter(title: str, points: Sequence[tuple[str, float, float, int]], x_label: str) -> Markup:
-    """Labelled points, each with its colour."""
-    figure, (axes,) = _figure(225)
-    for _, x, y, color in points:
-        axes.plot([x], [y], MARKERS[color % len(MARKERS)], color=_s(color), markersize=7, clip_on=False)
-    axes.margins(x=0.28, y=0.2)
-    axes.autoscale_view()  # from here on it is known where a point lies
-    labels = [_clipped(label, 14) for label, *_ in points]
-    places = axes.transData.transform([(x, y) for _, x, y, _ in points])
-    for label, (_, x, y, _), corner in zip(labels, points, _apart(labels, places), strict=True):
-        near = corner - axes.transData.transform((x, y))
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=tuple(near), fontsize=11, color=INK)
-    axes.set_xlabel(x_label, fontsize=10, color=MUTED, labelpad=2)
-    return _svg(figure, title, ". ".join(f"{label}: {short(x)}, {short(y)}" for label, x, y, _ in points))
-
-
-def _apart(labels: Sequence[str], points: Numbers) -> list[Numbers]:
-    """Where the lower left corners of labels lie, in pixels, so that none covers another if there is room.
-
-    Args:
-        labels: one for each point, of which each sign is taken to be 7 pixels wide.
-        points: where they are, in pixels; `[n, 2]`.
-    """
-    taken: list[tuple[float, float, float, float]] = []  # left, bottom, right, top
-    corners = []
-    for label, (x, y) in zip(labels, points, strict=True):
-        wide = 7.0 * len(label)
-        choices = [
-            (left, y + up, left + wide, y + up + 12.0)
-            for up in (5.0, -13.0, 18.0, -26.0, 31.0, 44.0, 57.0, 70.0)
-            for left in (x + 7, x - 7 - wide)
-            if left > 46 and left + wide < WIDTH and y + up > 30  # elsewhere are the numbers of the axes
-        ]
-
-        def covered(box: tuple[float, float, float, float]) -> float:
-            return sum(
-                max(min(box[2], other[2]) - max(box[0], other[0]), 0.0)
-                * max(min(box[3], other[3]) - max(box[1], other[1]), 0.0)
-                for other in taken
-            )
-
-        box = min(choices, key=covered, default=(x + 7, y + 5, x + 7 + wide, y + 17))
-        taken.append(box)
-        corners.append(np.array(box[:2]))
-    return corners
-
-
-def distributions(title: str, groups: Sequence[tuple[str, Numbers, int]], x_label: str) -> Markup:
-    """How values are spread, one row for each group: a density, the middle half as a bar, the mean as a tick.
-
-    Fewer than eight values, or equal ones, are dots.
-    """
-    figure, (axes,) = _figure(50 * len(groups) + 52, left=8)
-    told = []
-    everything = np.concatenate([values for _, values, _ in groups])
-    low, high = float(everything.min()), float(everything.max())
-    room = (high - low or 1.0) * 0.08
-    grid = np.linspace(low - room, high + room, 90)
-    for i, (label, values, color) in enumerate(groups):
-        base = float(len(groups) - 1 - i)
-        spread = float(values.std())
-        if len(values) >= 8 and spread > 0:
-            width = 0.9 * spread * len(values) ** -0.2
-            sample = np.sort(values)[_spread(len(values), 2000)]
-            density = np.exp(-0.5 * ((grid[:, None] - sample[None, :]) / width) ** 2).sum(1)
-            top = base + 0.5 * density / (density.max() or 1.0)
-            axes.fill_between(grid, base, top, color=_s(color), alpha=0.28, linewidth=0, clip_on=False)
-            axes.plot(grid, top, color=_s(color), linewidth=1.4, clip_on=False)
-            quarter, three_quarters = np.quantile(values, [0.25, 0.75])
-            axes.plot([quarter, three_quarters], [base, base], color=_s(color), linewidth=4, solid_capstyle="butt")
-        else:
-            few = values[_spread(len(values), 60)]
-            axes.plot(few, np.full(len(few), base), "o", color=_s(color), markersize=4, alpha=0.6, clip_on=False)
-        mean = float(values.mean())
-        axes.plot([mean, mean], [base - 0.06, base + 0.3], color=INK, linewidth=1.6)
-        axes.text(
-            0.0, base + 0.86, _clipped(label, 24), transform=axes.get_yaxis_transform(), fontsize=11, color=INK,
-            va="top",
-        )  # fmt: skip
-        axes.text(
-            1.0, base + 0.86, f"mean {short(mean)}", transform=axes.get_yaxis_transform(), fontsize=10, color=MUTED,
-            ha="right", va="top",
-        )  # fmt: skip
-        told.append(
-            f"{label}: {len(values)} values, mean {short(mean)}, from {short(values.min())} to {short(values.max())}"
-        )
-    axes.set_yticks([])
-    axes.set_ylim(-0.12, len(groups) - 0.1)
-    axes.set_xlim(grid[0], grid[-1])
-    axes.set_xlabel(x_label, fontsize=10, color=MUTED, labelpad=2)
-    return _svg(figure, title, ". ".join(told))
+    floor: float = -math.inf
 
 
 @dataclass
@@ -228,6 +63,231 @@ class Share:
     count: int
 
 
+@dataclass
+class Axes:
+    """A rectangle in a picture, in pixels from its upper left corner, and what its sides mean.
+
+    Attributes:
+        top: of the rectangle.
+        bottom: of the rectangle.
+        x: the numbers at its left and right side.
+        y: the numbers at its lower and upper side.
+        left: of the rectangle.
+        right: of the rectangle.
+        parts: what has been drawn so far, as SVG.
+    """
+
+    top: float
+    bottom: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+    left: float = 46.0
+    right: float = WIDTH - 14.0
+    parts: list[str] = field(default_factory=list)
+
+    def across(self, x: Any) -> Any:
+        """Where numbers of the x axis are, in pixels."""
+        return self.left + (np.asarray(x) - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)
+
+    def down(self, y: Any) -> Any:
+        """Where numbers of the y axis are, in pixels."""
+        return self.bottom - (np.asarray(y) - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - self.top)
+
+    def rule(self, look: str, *, x: float | None = None, y: float | None = None) -> None:
+        """A straight line from side to side: upright at `x`, or level at `y`."""
+        level = f"M{self.left:.1f} {self.down(y):.1f}H{self.right:.1f}" if y is not None else ""
+        upright = f"M{self.across(x):.1f} {self.top:.1f}V{self.bottom:.1f}" if x is not None else ""
+        self.parts.append(f'<path class="{look}" d="{level}{upright}"/>')
+
+    def line(self, x: Values, y: Values, style: str) -> None:
+        """A line through points; it has a colour where the style gives one."""
+        self.parts.append(f'<path d="{_path(self.across(x), self.down(y))}" style="{style}"/>')
+
+    def marks(self, x: Values, y: Values, mark: int, width: float, fill: str) -> None:
+        """A mark at each of some points."""
+        shape = _mark(mark, width)
+        places = zip(self.across(x), self.down(y), strict=True)
+        path = "".join(f"M{across:.1f} {down:.1f}{shape}" for across, down in places)
+        self.parts.append(f'<path d="{path}" style="fill:{fill}"/>')
+
+    def text(self, across: float, down: float, words: str, look: str = "") -> None:
+        """Words at a place in pixels."""
+        self.parts.append(_text(across, down, words, look))
+
+    def scale_x(self, label: str, shown: Callable[[float], str] = short, whole: bool = False) -> None:
+        """The line below, its numbers, and what they are."""
+        self.rule("grid", y=self.y[0])
+        for value in ticks(*self.x, 5, whole):
+            self.text(self.across(value), self.bottom + 14, shown(value), "middle")
+        self.text((self.left + self.right) / 2, self.bottom + 27, label, "middle")
+
+    def scale_y(self, shown: Callable[[float], str] = short, most: int = 5) -> None:
+        """Level lines and their numbers."""
+        for value in ticks(*self.y, most):
+            self.rule("grid", y=value)
+            self.text(self.left - 5, self.down(value) + 3.5, shown(value), "end")
+
+
+def curves(title: str, *panels: Panel, x_label: str = "step") -> Markup:
+    """Lines over steps, in one panel or several that share them."""
+    one = len(panels) == 1
+    height, top, apart = 205 if one else 115 * len(panels) + 20, 12 if one else 22, 30
+    high = (height - top - 38 + apart) / len(panels) - apart
+    lines = [line for panel in panels for line in panel.lines]
+    steps = _range([line.series.steps for line in lines])
+    parts: list[str] = []
+    for i, panel in enumerate(panels):
+        values = [np.maximum(line.series.values, panel.floor) for line in panel.lines]
+        heights = _range([*values, np.array([value for value, _ in panel.levels])])
+        axes = Axes(top + i * (high + apart), top + i * (high + apart) + high, steps, heights, parts=parts)
+        axes.scale_y(most=5 if one else 3)
+        for value, word in panel.levels:
+            look = "alarm " if "budget" in word else ""
+            axes.rule(look + "level", y=value)
+            axes.text(axes.right, axes.down(value) - 3, word, look + "end")
+        for line, floored in zip(panel.lines, values, strict=True):
+            _draw_line(axes, line, Series(line.series.steps, floored))
+        axes.text(axes.left, axes.top - 7, panel.title, "ink")
+        if i < len(panels) - 1:
+            axes.rule("grid", y=heights[0])
+        else:
+            axes.scale_x(x_label, whole=True)
+    return _chart(height, title, ". ".join(map(_alt_text, lines)), parts)
+
+
+def _draw_line(axes: Axes, line: Line, series: Series) -> None:
+    color, dash = _color(line.color), DASHES[line.dash % SERIES]
+    mean, raw = smoothed(series), thinned(series)
+    style = f"stroke:{color};stroke-width:{line.width:.3g};stroke-dasharray:{dash}"
+    if mean is None:
+        axes.line(raw.steps, raw.values, style)
+    else:
+        axes.line(raw.steps, raw.values, f"stroke:{color};stroke-width:.8;opacity:.35")
+        axes.line(mean.steps, mean.values, style)
+    if len(raw) <= 25:
+        axes.marks(raw.steps, raw.values, line.color + line.dash, 5 if len(raw) > 1 else 8, color)
+
+
+def _alt_text(line: Line) -> str:
+    values, steps = line.series.values, line.series.steps
+    return (
+        f"{line.label}: {short(values[0])} at step {short(steps[0])}, {short(values[-1])} at step {short(steps[-1])}, "
+        f"between {short(values.min())} and {short(values.max())}"
+    )
+
+
+def frontier(title: str, lines: Sequence[tuple[str, Numbers, Numbers, Numbers, int]], budget: float | None) -> Markup:
+    """Score over KL, each point a step.
+
+    Args:
+        title: of the picture.
+        lines: label, steps, KL and score (each `[n]`), and colour; one line alone is coloured by its steps instead.
+        budget: a KL that should not be passed.
+    """
+    limits = np.array([] if budget is None else [budget])
+    axes = Axes(12, 187, _range([limits, *(kl for _, _, kl, _, _ in lines)]), _range([line[3] for line in lines]))
+    axes.scale_y()
+    axes.scale_x("KL from the reference, nats a reply")
+    alt_text = []
+    for label, steps, kl, score, color in lines:
+        keep = _spread(len(steps), 120)
+        steps, kl, score = steps[keep], kl[keep], score[keep]
+        axes.line(kl, score, f"stroke:{'var(--grid)' if len(lines) == 1 else _color(color)}")
+        if len(lines) > 1:
+            axes.marks(kl, score, color, 6, _color(color))
+        else:
+            for i, share in enumerate((steps - steps[0]) / max(float(steps[-1] - steps[0]), 1.0)):
+                axes.marks([kl[i]], [score[i]], color, 6, _between(share))
+        for at in (0, -1):
+            axes.text(axes.across(kl[at]) + 5, axes.down(score[at]) - 5, short(steps[at]), "ink")
+        alt_text.append(
+            f"{label}: from KL {short(kl[0])} and score {short(score[0])} at step {short(steps[0])} "
+            f"to KL {short(kl[-1])} and score {short(score[-1])} at step {short(steps[-1])}"
+        )
+    if budget is not None:
+        axes.rule("alarm level", x=budget)
+    return _chart(225, title, ". ".join(alt_text), axes.parts)
+
+
+def scatter(title: str, points: Sequence[tuple[str, float, float, int]], x_label: str) -> Markup:
+    """Labelled points, each with its colour."""
+    x, y = (np.array([point[i] for point in points]) for i in (1, 2))
+    axes = Axes(12, 187, _range([x], 0.28), _range([y], 0.2))
+    axes.scale_y()
+    axes.scale_x(x_label)
+    for _, point_x, point_y, color in points:
+        axes.marks([point_x], [point_y], color, 8, _color(color))
+    labels = [_clipped(label, 14) for label, *_ in points]
+    places = np.stack([axes.across(x), axes.down(y)], 1)
+    for label, (left, top) in zip(labels, _apart(labels, places, axes.bottom), strict=True):
+        axes.text(left, top + 10, label, "ink")
+    alt_text = ". ".join(f"{label}: {short(x)}, {short(y)}" for label, x, y, _ in points)
+    return _chart(225, title, alt_text, axes.parts)
+
+
+def _apart(labels: Sequence[str], points: Numbers, bottom: float) -> list[tuple[float, float]]:
+    """Where the upper left corners of labels lie, in pixels, so that none covers another if there is room.
+
+    Args:
+        labels: one for each point, of which each sign is taken to be 7 pixels wide, and all to be 12 high.
+        points: where they are, in pixels; `[n, 2]`.
+        bottom: how far down a label may reach.
+    """
+    taken: list[tuple[float, float, float, float]] = []  # left, top, right, bottom
+    for label, (x, y) in zip(labels, points, strict=True):
+        wide = 7.0 * len(label)
+        choices = [
+            (left, y - up, left + wide, y - up + 12.0)
+            for up in (17.0, -1.0, 30.0, -14.0, 43.0, 56.0, 69.0, 82.0)
+            for left in (x + 7, x - 7 - wide)
+            if left > 46 and left + wide < WIDTH and y - up + 12 < bottom
+        ]
+
+        def covered(box: tuple[float, float, float, float]) -> float:
+            return sum(
+                max(min(box[2], other[2]) - max(box[0], other[0]), 0.0)
+                * max(min(box[3], other[3]) - max(box[1], other[1]), 0.0)
+                for other in taken
+            )
+
+        taken.append(min(choices, key=covered, default=(x + 7, y - 17, x + 7 + wide, y - 5)))
+    return [box[:2] for box in taken]
+
+
+def distributions(title: str, groups: Sequence[tuple[str, Numbers, int]], x_label: str) -> Markup:
+    """How values are spread, one row for each group: a density, the middle half as a bar, the mean as a tick.
+
+    Fewer than eight values, or equal ones, are dots.
+    """
+    row = 46.0  # pixels
+    axes = Axes(4, 4 + row * len(groups), _range([values for _, values, _ in groups], 0.08), (0.0, 1.0), left=8.0)
+    grid = np.linspace(*axes.x, 90)
+    alt_text = []
+    for i, (label, values, color) in enumerate(groups):
+        base, ink = 1 - (i + 0.88) / len(groups), _color(color)
+        high = 0.48 / len(groups)
+        spread, mean = float(values.std()), float(values.mean())
+        if len(values) >= 8 and spread > 0:
+            width = 0.9 * spread * len(values) ** -0.2
+            sample = np.sort(values)[_spread(len(values), 2000)]
+            density = np.exp(-0.5 * ((grid[:, None] - sample[None, :]) / width) ** 2).sum(1)
+            top = base + high * density / (density.max() or 1.0)
+            axes.line([axes.x[0], *grid, axes.x[1]], [base, *top, base], f"fill:{ink};opacity:.28")
+            axes.line(grid, top, f"stroke:{ink};stroke-width:1.4")
+            axes.line(np.quantile(values, [0.25, 0.75]), [base, base], f"stroke:{ink};stroke-width:4")
+        else:
+            few = values[_spread(len(values), 60)]
+            axes.marks(few, [base] * len(few), 0, 5, f"{ink};opacity:.6")
+        axes.line([mean, mean], [base - 0.1 * high, base + 0.6 * high], "stroke:var(--ink);stroke-width:1.6")
+        axes.text(axes.left, axes.top + i * row + 9, _clipped(label, 24), "ink")
+        axes.text(axes.right, axes.top + i * row + 9, f"mean {short(mean)}", "end")
+        alt_text.append(
+            f"{label}: {len(values)} values, mean {short(mean)}, from {short(values.min())} to {short(values.max())}"
+        )
+    axes.scale_x(x_label)
+    return _chart(round(axes.bottom) + 38, title, ". ".join(alt_text), axes.parts)
+
+
 def shares(
     title: str,
     groups: Sequence[tuple[str, Sequence[Share], int]],
@@ -237,82 +297,58 @@ def shares(
     zero: bool = False,
 ) -> Markup:
     """Shares with intervals and counts; `expected` is a line that they should lie on."""
-    figure, (axes,) = _figure(225)
-    told = []
+    bins = [one for _, ones, _ in groups for one in ones]
+    low = min((one.low for one in bins), default=0.0)
+    x = [np.array([one.x for one in bins]), np.zeros(int(zero)), expected[0] if expected else np.empty(0)]
+    axes = Axes(12, 187, _range(x, 0.06), (min(0.45, low - 0.1), 1.02))
+    axes.scale_y(lambda value: f"{value:.0%}" if value > -0.001 else "")
+    axes.scale_x(x_label)
     if expected is not None:
-        axes.plot(*expected, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+        axes.line(*expected, "stroke:var(--muted);stroke-width:1.2;stroke-dasharray:4 2")
     if level is not None:
-        axes.axhline(level, color=GRID, linewidth=1.2, zorder=0)
+        axes.rule("zero", y=level)
     if zero:
-        axes.axvline(0, color=GRID, linewidth=1.2, zorder=0)
-    for label, bins, color in groups:
-        for one in bins:
-            axes.plot([one.x, one.x], [one.low, one.high], color=_s(color), linewidth=1.4, clip_on=False)
-        xs, ys = [one.x for one in bins], [one.share for one in bins]
-        axes.plot(
-            xs, ys, MARKERS[color % len(MARKERS)], color=_s(color), markersize=5.5, clip_on=False, linestyle="none",
-            zorder=3,
-        )  # fmt: skip
-        if len(groups) == 1:
-            for one in bins:
-                axes.annotate(
-                    short(one.count), (one.x, one.low), textcoords="offset points", xytext=(0, -3), fontsize=9,
-                    color=MUTED, ha="center", va="top",
-                )  # fmt: skip
-        told += [f"{label} at {short(one.x)}: {one.share:.0%} of {one.count}" for one in bins]
-    low = min((one.low for _, bins, _ in groups for one in bins), default=0.0)
-    axes.set_ylim(min(0.45, low - 0.1), 1.02)
-    axes.margins(x=0.06)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if 0 <= value <= 1 else ""))
-    axes.set_xlabel(x_label, fontsize=10, color=MUTED, labelpad=2)
-    return _svg(figure, title, ". ".join(told))
+        axes.rule("zero", x=0)
+    for _, ones, color in groups:
+        for one in ones:
+            axes.line([one.x, one.x], [one.low, one.high], f"stroke:{_color(color)};stroke-width:1.4")
+            if len(groups) == 1:
+                axes.text(axes.across(one.x), axes.down(one.low) + 10, short(one.count), "small middle")
+        axes.marks([one.x for one in ones], [one.share for one in ones], color, 6.5, _color(color))
+    alt_text = [
+        f"{label} at {short(one.x)}: {one.share:.0%} of {one.count}" for label, ones, _ in groups for one in ones
+    ]
+    return _chart(225, title, ". ".join(alt_text), axes.parts)
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float, int]], x_label: str) -> Markup:
     """Shares with intervals, one row each: label, share, low, high, colour; the middle line is one half."""
-    figure, (axes,) = _figure(40 * len(rows) + 48, left=8)
-    axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    row = 38.0  # pixels
+    axes = Axes(8, 8 + row * len(rows), (0.0, 1.0), (0.0, float(len(rows))), left=8.0)
+    axes.rule("level", x=0.5)
     for i, (label, share, low, high, color) in enumerate(rows):
-        base = float(len(rows) - 1 - i)
-        axes.plot([low, high], [base, base], color=_s(color), linewidth=2, clip_on=False)
-        axes.plot([share], [base], MARKERS[color % len(MARKERS)], color=_s(color), markersize=7, clip_on=False)
-        axes.text(
-            0.0, base + 0.16, _clipped(label, 34), transform=axes.get_yaxis_transform(), fontsize=11, color=INK,
-            va="bottom",
-        )  # fmt: skip
-        axes.text(
-            1.0, base + 0.16, f"{share:.0%}  ({low:.0%} to {high:.0%})", transform=axes.get_yaxis_transform(),
-            fontsize=10, color=MUTED, ha="right", va="bottom",
-        )  # fmt: skip
-    axes.set_yticks([])
-    axes.set_ylim(-0.5, len(rows) - 0.1)
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.set_xlabel(x_label, fontsize=10, color=MUTED, labelpad=2)
-    told = [f"{label}: {share:.0%}, between {low:.0%} and {high:.0%}" for label, share, low, high, _ in rows]
-    return _svg(figure, title, ". ".join(told))
+        y = len(rows) - i - 0.75
+        axes.line([low, high], [y, y], f"stroke:{_color(color)};stroke-width:2")
+        axes.marks([share], [y], color, 8, _color(color))
+        axes.text(axes.left, axes.top + i * row + 20, _clipped(label, 34), "ink")
+        axes.text(axes.right, axes.top + i * row + 20, f"{share:.0%}  ({low:.0%} to {high:.0%})", "end")
+    axes.scale_x(x_label, "{:.0%}".format)
+    alt_text = [f"{label}: {share:.0%}, between {low:.0%} and {high:.0%}" for label, share, low, high, _ in rows]
+    return _chart(round(axes.bottom) + 38, title, ". ".join(alt_text), axes.parts)
 
 
 def spark(title: str, lines: Sequence[tuple[Series, int]]) -> Markup:
     """A small line without axes, for numbers that stand beside it."""
-    low = min(float(series.values.min()) for series, _ in lines)
-    high = max(float(series.values.max()) for series, _ in lines)
-    first = min(float(series.steps[0]) for series, _ in lines)
-    last = max(float(series.steps[-1]) for series, _ in lines)
-    paths = []
+    axes = Axes(
+        2, 34, _range([series.steps for series, _ in lines], 0), _range([series.values for series, _ in lines], 0),
+        2, 138,
+    )  # fmt: skip
     for series, color in lines:
         kept = thinned(series, 120)
-        x = 2 + 136 * (kept.steps - first) / (last - first or 1.0)
-        y = 34 - 32 * (kept.values - low) / (high - low) if high > low else np.full(len(kept), 18.0)
-        points = [f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True)]
-        style = f"fill:none;stroke:var(--s{color % SERIES});stroke-width:1.4"
-        if len(points) == 1:
-            points.append(f"{x[0] + 0.1:.1f} {y[0]:.1f}")
-            style += ";stroke-width:4;stroke-linecap:round"
-        paths.append(f'<path d="M{"L".join(points)}" style="{style}"/>')
-    return Markup('<svg class="spark" viewBox="0 0 140 36" role="img"><title>{}</title>{}</svg>').format(
-        clean(title), Markup("".join(paths))
-    )
+        axes.line(kept.steps, kept.values, f"stroke:{_color(color)};stroke-width:1.4")
+        if len(kept) == 1:
+            axes.marks(kept.steps, kept.values, 0, 4, _color(color))
+    return _svg("spark", 140, 36, title, "", axes.parts)
 
 
 def lineage(title: str, nodes: Sequence[tuple[str, str, str]], edges: Sequence[tuple[str, str, str]]) -> Markup:
@@ -346,43 +382,25 @@ def lineage(title: str, nodes: Sequence[tuple[str, str, str]], edges: Sequence[t
     for name, word, state in nodes:
         x, y = place[name]
         parts.append(
-            Markup(
-                '<g class="node {}"><title>{}</title><rect x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="7"/>'
-                '<text x="{:.0f}" y="{:.0f}">{}</text><text class="word" x="{:.0f}" y="{:.0f}">{}</text></g>'
-            ).format(
-                "done" if state == "done" else "not-done",
-                clean(f"{name}: {word}, {state}"),
-                x,
-                y,
-                wide,
-                high,
-                x + wide / 2,
-                y + 18,
-                _clipped(name, 12),
-                x + wide / 2,
-                y + 34,
-                _clipped(word, 14),
-            )
+            f'<g class="node {"done" if state == "done" else "not-done"}">'
+            f"<title>{escape(printable(f'{name}: {word}, {state}'))}</title>"
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{wide}" height="{high}" rx="7"/>'
+            f"{_text(x + wide / 2, y + 18, _clipped(name, 12))}"
+            f"{_text(x + wide / 2, y + 34, _clipped(word, 14), 'word')}</g>"
         )
     width = 8 + len(columns) * (wide + across) - across
-    told = "; ".join(f"{child} from {parent} ({what})" for parent, child, what in edges)
-    return Markup(
-        '<svg class="lineage" style="max-width:{}px;min-width:{}px" viewBox="0 0 {} {}" role="img"><title>{}</title>'
-        "<desc>{}</desc>{}</svg>"
-    ).format(width * 1.15, min(width, 320), width, total + 8, title, clean(told), Markup("".join(map(str, parts))))
+    alt_text = "; ".join(f"{child} from {parent} ({what})" for parent, child, what in edges)
+    style = f"max-width:{width * 1.15}px;min-width:{min(width, 320)}px"
+    return _svg("lineage", width, total + 8, title, alt_text, parts, style)
 
 
 def swatch(color: int, dash: int = 0, marker: bool = False) -> Markup:
     """The key to a line in a legend, or to single points."""
     if marker:
-        path, style = MARKER_PATHS[(color + dash) % SERIES], f"fill:var(--s{color % SERIES})"
-        return Markup(
-            f'<svg class="swatch" viewBox="-13 -4 26 8" aria-hidden="true"><path d="{path}" style="{style}"/></svg>'
-        )
-    style = f"stroke:var(--s{color % SERIES});stroke-width:2.5;stroke-dasharray:{CSS_DASHES[dash % SERIES] or 'none'}"
-    return Markup(
-        f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="M1 4H25" style="{style}"/></svg>'
-    )
+        path, style = f"M13 4{_mark(color + dash, 6)}", f"fill:{_color(color)}"
+    else:
+        path, style = "M1 4H25", f"stroke:{_color(color)};stroke-width:2.5;stroke-dasharray:{DASHES[dash % SERIES]}"
+    return Markup(f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="{path}" style="{style}"/></svg>')
 
 
 def step_scale() -> Markup:
@@ -391,9 +409,14 @@ def step_scale() -> Markup:
     return Markup(f'<svg class="scale" viewBox="0 0 100 8" aria-hidden="true">{boxes}</svg>')
 
 
-def numbered(svg: Markup, number: int) -> Markup:
-    """A picture whose ids no other picture on the page has."""
-    return Markup(svg.replace(PREFIX, f"p{number}-"))
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Round numbers from low to high, at most `most` + 1 of them, all of them whole if wanted."""
+    least = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(size for factor in (1, 2, 2.5, 5, 10, 20) if (size := factor * power) >= 0.999 * least)
+    if whole:
+        step = math.ceil(step)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def thinned(series: Series, most: int = DRAWN) -> Series:
@@ -424,93 +447,45 @@ def smoothed(series: Series) -> Series | None:
     return Series(series.steps[keep], means[keep])
 
 
-def _draw_line(axes: Axes, line: Line, floor: float | None) -> None:
-    color, dash = _s(line.color), DASHES[line.dash % SERIES]
-    mean = smoothed(line.series)
-    raw = thinned(line.series)
-    values = raw.values if floor is None else np.maximum(raw.values, floor)
-    few = len(raw) <= 25
-    axes.plot(
-        raw.steps, values, color=color,
-        linewidth=line.width if mean is None else 0.8, alpha=1 if mean is None else 0.35,
-        linestyle=dash if mean is None else "solid", marker=MARKERS[(line.color + line.dash) % 6] if few else None,
-        markersize=4 if len(raw) > 1 else 7, clip_on=False, zorder=2,
+def _range(several: Sequence[Numbers], room: float = 0.05) -> tuple[float, float]:
+    """From the least to the greatest number, with so much of that room on both sides, and some where all are equal."""
+    numbers = np.concatenate([*several])
+    low, high = (float(numbers.min()), float(numbers.max())) if len(numbers) else (0.0, 1.0)
+    size = max(abs(low), abs(high))
+    more = (high - low) * room if high - low > 1e-9 * size else size * 0.05 or 0.5
+    return low - more, high + more
+
+
+def _chart(height: float, title: str, alt_text: str, parts: Sequence[str]) -> Markup:
+    return _svg("chart", WIDTH, height, title, alt_text, parts)
+
+
+def _svg(
+    look: str, width: float, height: float, title: str, alt_text: str, parts: Sequence[str], style: str = ""
+) -> Markup:
+    return Markup(
+        '<svg class="{}"{} viewBox="0 0 {:g} {:g}" role="img"><title>{}</title>{}{}</svg>'
+    ).format(
+        look, Markup(f' style="{style}"') if style else "", width, height, printable(title),
+        Markup("<desc>{}</desc>").format(printable(alt_text)) if alt_text else "", Markup("".join(parts)),
     )  # fmt: skip
-    if mean is not None:
-        values = mean.values if floor is None else np.maximum(mean.values, floor)
-        axes.plot(mean.steps, values, color=color, linewidth=line.width + 0.2, linestyle=dash, clip_on=False, zorder=3)
 
 
-def _told(line: Line) -> str:
-    values, steps = line.series.values, line.series.steps
-    return (
-        f"{line.label}: {short(values[0])} at step {short(steps[0])}, {short(values[-1])} at step {short(steps[-1])}, "
-        f"between {short(values.min())} and {short(values.max())}"
-    )
+def _text(x: float, y: float, words: str, look: str = "") -> str:
+    looks = f' class="{look}"' if look else ""
+    return f'<text{looks} x="{x:.1f}" y="{y:.1f}">{escape(printable(words))}</text>' if words else ""
 
 
-def _figure(height: int, rows: int = 1, left: int = 46) -> tuple[Figure, list[Axes]]:
-    """Axes of the page's look, in units of pixels."""
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-        top, bottom, between = 22 if rows > 1 else 12, 38, 30
-        each = (height - top - bottom - between * (rows - 1)) / rows
-        all_axes = []
-        for row in range(rows):
-            y = height - top - each * (row + 1) - between * row
-            axes = figure.add_axes((left / WIDTH, y / height, (WIDTH - left - 14) / WIDTH, each / height))
-            axes.patch.set_visible(False)
-            for side, spine in axes.spines.items():
-                spine.set_visible(side == "bottom")
-                spine.set_color(GRID)
-            axes.tick_params(length=0, labelsize=10, labelcolor=MUTED, left=False, bottom=False)
-            axes.grid(axis="y", color=GRID, linewidth=0.7, clip_on=False)
-            axes.set_axisbelow(True)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=left > 8 and height in (205, 115 * rows + 20)))
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-            all_axes.append(axes)
-        figure.patch.set_visible(False)
-    return figure, all_axes
+def _path(across: Numbers, down: Numbers) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(across.tolist(), down.tolist(), strict=True))
 
 
-def _svg(figure: Figure, title: str, told: str) -> Markup:
-    """The figure as an element of the page."""
-    file = io.StringIO()
-    logger = logging.getLogger("matplotlib")
-    before = logger.level
-    logger.setLevel(logging.ERROR)  # that it looks for fonts
-    with warnings.catch_warnings(), matplotlib.rc_context(SETTINGS):
-        warnings.simplefilter("ignore")  # a font without some letters: the page's font draws them
-        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    logger.setLevel(before)
-    body = file.getvalue().partition("<svg")[2].partition(">")[2]
-    body = re.sub(r"\s*<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = body.replace("xlink:href", "href")
-    needed = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda found: f' id="{PREFIX}{found[1]}"' if found[1] in needed else "", body)
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{PREFIX}", body)
-    body = re.sub(r" font-family: [^;\"]*;?", "", body)
-    body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
-    body = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\d\.\d)\d+", r"\1", found[0]), body)
-    body = re.sub(r">\s+<", "><", re.sub(r"[ \n]+", " ", body))
-    body = re.sub(r'style="[^"]*"', lambda found: _themed(found[0]), body)
-    width, height = (round(size * 72) for size in figure.get_size_inches())
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}').format(
-        width, height, clean(title), clean(told), Markup(body)
-    )
+def _mark(number: int, width: float) -> str:
+    return MARKS[number % SERIES].format(r=width / 2, d=width)
 
 
-def _themed(style: str) -> str:
-    for name, color in VARIABLES.items():
-        style = style.replace(color, f"var(--{name})")
-    return style
-
-
-def _s(color: int) -> str:
-    return VARIABLES[f"s{color % SERIES}"]
+def _color(number: int) -> str:
+    return f"var(--s{number % SERIES})"
 
 
 def _between(share: float) -> str:
@@ -525,5 +500,5 @@ def _spread(n: int, most: int) -> NDArray[np.int_]:
 
 
 def _clipped(text: str, most: int) -> str:
-    text = clean(text)
+    text = printable(text)
     return text if len(text) <= most else text[: most - 1] + "…"

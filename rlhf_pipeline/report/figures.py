@@ -1,5 +1,6 @@
 """Which pictures a report has, and what to see in each. No torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.report import charts, measures
 from rlhf_pipeline.report.charts import Line, Panel
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Stage, number, policies, reply_numbers
-from rlhf_pipeline.report.text import duration, short
+from rlhf_pipeline.rundir.words import duration, short
 
 LN_2 = float(np.log(2))
 POLICY_COLORS = {"base": 5} | {kind.name: kind.color for kind in kinds.KINDS if kind.is_policy}
@@ -43,7 +44,7 @@ class Curve:
     metrics: tuple[tuple[str, str], ...]
     caption: str
     levels: tuple[tuple[float, str], ...] = ()
-    floor: float | None = None
+    floor: float = -math.inf
 
 
 DEFAULT_CURVES = (Curve("Loss", (("loss", "training"), ("eval_loss", "held out")), "Should fall and level off."),)

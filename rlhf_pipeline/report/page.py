@@ -14,16 +14,16 @@ from markupsafe import Markup
 
 from rlhf_pipeline import __version__, kinds
 from rlhf_pipeline.report import alarms, charts, figures, gather
-from rlhf_pipeline.report.figures import Picture
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
-from rlhf_pipeline.report.text import clean, cut, duration, memory, short
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import headline, order
+from rlhf_pipeline.rundir.words import duration, memory, printable, short
 
 FILE = "report.html"  # in the run directory
 MOST_PROMPTS = 50  # samples side by side
 FIRST_PROMPTS = 12  # of them those that show at once
 MOST_OTHER_CURVES = 120  # small ones, of one stage: a trainer with more logs one for each layer
+LONGEST_TEXT = 4000  # characters of a prompt or reply; more would be no sample but a book
 MEANS = (("reward", "reward"), ("judge", "judge"), ("kl", "KL"), ("tokens", "tokens"), ("ended", "ended"))
 DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
 
@@ -49,10 +49,9 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": short, "duration": duration, "memory": memory}
+    environment.filters["short"] = short
     environment.globals |= {"swatch": charts.swatch, "step_scale": charts.step_scale}
     names = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
-    count = iter(range(1_000_000))
     summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
     page = {
         "runs": [_header(run) for run in runs],
@@ -62,8 +61,8 @@ def render(runs: Sequence[Run]) -> str:
         "alarms": [(run.label, alarm) for run in runs for alarm in alarms.alarms(run)],
         "origins": [_origin(run) for run in runs],
         "differences": _differences(runs),
-        "stages": [_stage(runs, name, count) for name in names],
-        "comparison": [_numbered(picture, count) for picture in figures.of_comparison(runs)],
+        "stages": [_stage(runs, name) for name in names],
+        "comparison": figures.of_comparison(runs),
         "means": _means(runs),
         "settings_of_comparison": [
             (run.label, _settings_of_comparison(run)) for run in runs if run.comparison or gather.comparison_rows(run)
@@ -80,8 +79,13 @@ def _finalize(value: Any) -> Any:
     """What becomes of every value that the template prints, before it is escaped."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return "" if value is None else value
-    text, left_out = cut(value)
-    return clean(text) + (f"… ({left_out:,} more characters)" if left_out else "")
+    text, left_out = _cut(value)
+    return printable(text) + (f"… ({left_out:,} more characters)" if left_out else "")
+
+
+def _cut(text: str) -> tuple[str, int]:
+    """The beginning of a text, and how many characters are not shown."""
+    return text[:LONGEST_TEXT], max(0, len(text) - LONGEST_TEXT)
 
 
 def _header(run: Run) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def _digest(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (text, "")
 
 
-def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, Any]:
+def _stage(runs: Sequence[Run], name: str) -> dict[str, Any]:
     chosen = [stage for run in runs if (stage := run.stage(name))]
     others = figures.others(runs, name)
     kind = next((stage.kind for stage in chosen if stage.kind), "")
@@ -224,7 +228,7 @@ def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, An
     return {
         "name": name,
         "kind": known.title if (known := kinds.find(kind)) else "Unknown kind",
-        "pictures": [_numbered(picture, count) for picture in figures.of_stage(runs, name)],
+        "pictures": figures.of_stage(runs, name),
         "others": others[:MOST_OTHER_CURVES],
         "more": max(0, len(others) - MOST_OTHER_CURVES),
         "settings": {label: rows for label, rows in settings.items() if rows},
@@ -235,11 +239,6 @@ def _stage(runs: Sequence[Run], name: str, count: Iterator[int]) -> dict[str, An
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _numbered(picture: Picture, count: Iterator[int]) -> Picture:
-    picture.svg = charts.numbered(picture.svg, next(count))
-    return picture
 
 
 def _means(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -261,7 +260,7 @@ def _means(runs: Sequence[Run]) -> dict[str, Any] | None:
     return {
         "columns": [MEANS[i][1] for i in used],
         "rows": [
-            (label, policy, ["" if values[i] is None else short(values[i]) for i in used])
+            (label, policy, ["" if (value := values[i]) is None else short(value) for i in used])
             for label, policy, values in rows
         ],
     }
@@ -304,7 +303,7 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for policy in gather.policies(run) if key in table else []:
                 reply = mapping(table[key]["replies"].get(policy))
                 if reply:
-                    text, left_out = cut(gather.content(reply.get("text")))
+                    text, left_out = _cut(gather.content(reply.get("text")))
                     replies.append(
                         {
                             "policy": f"{run.label}: {policy}" if len(runs) > 1 else policy,
@@ -314,7 +313,7 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
                             "cut": reply.get("ended") is False,
                         }
                     )
-        prompt = [(role, *cut(text)) for role, text in gather.turns(having[0][1][key].get("prompt"))]
+        prompt = [(role, *_cut(text)) for role, text in gather.turns(having[0][1][key].get("prompt"))]
         samples.append({"prompt": prompt, "replies": replies})
     return samples
 

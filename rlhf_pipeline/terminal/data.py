@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.rundir.words import printable
 
 MOST_TOKENS = 120  # of a stretch of an example: where it is longer, its middle is left out
 NEWLINE = "\n"
@@ -152,7 +153,7 @@ def _stretches(tokens: list[str], marked: list[bool]) -> Text:
     text, start = Text(), 0
     while start < len(tokens):
         end = next((i for i in range(start, len(tokens)) if marked[i] != marked[start]), len(tokens))
-        stretch = [token.replace("\x1b", "␛") for token in tokens[start:end]]  # the terminal is not theirs to steer
+        stretch = [printable(token) for token in tokens[start:end]]
         if len(stretch) > MOST_TOKENS:
             half = MOST_TOKENS // 2
             parts: list[list[str]] = [stretch[:half], stretch[-half:]]

@@ -1,16 +1,19 @@
-"""The model card of an exported stage, from the run directory alone. No torch."""
+"""The model card of an exported stage, from the run directory alone: the facts for card.md.jinja. No torch."""
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.plan import weights
 from rlhf_pipeline.recipe import TINY, Recipe
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
-from rlhf_pipeline.recipe.yaml import dump
 from rlhf_pipeline.rundir.headline import order, shown_as
 from rlhf_pipeline.rundir.jsonl import rows
 from rlhf_pipeline.rundir.layout import RunDirectory
@@ -18,7 +21,8 @@ from rlhf_pipeline.rundir.secrets import redact
 
 # Of the machine or of the moment, not of the model.
 BOOKKEEPING = re.compile(r"seconds$|^eps$|^lr|^learning_rate$|^episode$|num_tokens$|^total_flos$")
-QUESTION = "What is the capital of France?"
+SETTINGS = ("trainer.", "lora.", "model.quantization", "model.dtype", "seed")  # in this order
+Records = dict[str, dict[str, Any]]
 
 
 def text(
@@ -36,39 +40,58 @@ def text(
     """
     directory = RunDirectory(run)
     records = {one: directory.record(one) or {} for one in _lineage(directory, stage)}
-    record = records[stage]
-    base = _Base(recipe)
-    sections = [
-        "---\n" + dump(_head(recipe, records, record, base, license, dtype)) + "---",
-        f"# {_plain(name.rpartition('/')[2])}",
-        _summary(recipe, record, base, dtype),
-        "## How to use\n\n" + _how_to_use(run, recipe, records, record, base, dtype, name),
-        "## Where it comes from\n\n" + _lineage_table(records, base),
-        "## Data\n\n" + _data_table(records),
-        "## Settings\n\n" + _settings_table(records),
-        "## Numbers\n\n" + _numbers(records, record, stage, recipe.model.quantization, dtype),
-        "## Limits\n\n" + _limits(record, records),
-        "## Versions\n\n" + _table(["library", "version"], [[*pair] for pair in record.get("versions", {}).items()]),
-        "## Licence\n\n" + _licence(license, base),
-    ]
-    return redact("\n\n".join(sections) + "\n")
-
-
-class _Base:
-    """The base as a card names it: never by a path of the machine that trained."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        path = Path(recipe.model.path)
-        self.hub_id = None if path.is_absolute() else recipe.model.path
-        self.tiny = path.is_relative_to(TINY)
-        self.name = self.hub_id or path.name
-        self.words = (
-            "`tiny`, the checkpoint that ships with rlhf-pipeline"
-            if self.tiny
-            else f"[{_plain(self.hub_id)}](https://huggingface.co/{self.hub_id})"
-            if self.hub_id
-            else f"`{_code(path.name)}`, a folder of the machine that trained"
-        )
+    record, inputs = records[stage], {name: one.get("inputs", {}) for name, one in records.items()}
+    base = Path(recipe.model.path)  # a path of the machine that trained, or a hub id
+    hub_id = None if base.is_absolute() else recipe.model.path
+    metrics = {name: one.get("metrics", {}) for name, one in records.items()}
+    kind, judging = kinds.get(record["kind"]), record.get("judging") or {}
+    logged = [name for name in metrics[stage] if not BOOKKEEPING.search(name)]
+    listed = dict.fromkeys((*(name for name in order(kind.name) if name in logged), *logged))
+    settings = dict.fromkeys(
+        key for prefix in SETTINGS for one in inputs.values() for key in one if key.startswith(prefix)
+    )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": _plain, "code": _code, "value": _value, "quoted": json.dumps}
+    card = environment.get_template("card.md.jinja").render(
+        head=_head(recipe, records, record, license, dtype, hub_id),
+        name=name,
+        shell=json.dumps(name) if re.search(r"[^\w./-]", name) else name,
+        recipe=recipe,
+        record=record,
+        records=list(records),
+        method=kind.method,
+        reward=kind.makes == "reward",
+        by_reward=any(parent.makes == "reward" for parent in kind.parents),
+        dtype=dtype,
+        hub_id=hub_id,
+        folder=base.name,
+        tiny=base.is_relative_to(TINY),
+        license=license,
+        chat=_prompts_are_chats(run, recipe, records),
+        rank=inputs[stage].get("lora.r", 16),
+        origins=_origins(records),
+        sources=_sources(inputs),
+        settings=[[key, *(_value(one.get(key)) for one in inputs.values())] for key in settings],
+        metrics=[[shown_as(kind.name, name), _value(metrics[stage][name])] for name in listed],
+        judging=judging | {"prompts": str(judging.get("data", "")).rpartition("@")[0]},
+        judged=bool(judging) and "judge_mean" in metrics[stage],
+        judged_before=[
+            (name, one["judge_mean"]) for name, one in metrics.items() if name != stage and "judge_mean" in one
+        ],
+        gates=[
+            [name, metric, gate.get("bound", ""), _value(gate.get("value")), "yes" if gate["passed"] else "no"]
+            for name, one in records.items()
+            for metric, gate in one.get("gates", {}).items()
+        ],
+        versions=record.get("versions", {}),
+    )
+    return redact(card)
 
 
 def _lineage(directory: RunDirectory, stage: str) -> list[str]:
@@ -88,22 +111,14 @@ def _lineage(directory: RunDirectory, stage: str) -> list[str]:
 
 def _head(
     recipe: Recipe,
-    records: dict[str, dict[str, Any]],
+    records: Records,
     record: dict[str, Any],
-    base: _Base,
     license: dict[str, str],
     dtype: str | None,
-) -> dict[str, Any]:
-    head: dict[str, Any] = dict(license)
-    if base.hub_id:
-        head["base_model"] = base.hub_id
-        head["base_model_relation"] = "finetune" if dtype else "adapter"
-    head["library_name"] = "transformers" if dtype else "peft"
-    head["pipeline_tag"] = "text-classification" if kinds.get(record["kind"]).makes == "reward" else "text-generation"
-    kind = kinds.get(record["kind"])
-    tag = "reward-model" if kind.makes == "reward" else kind.name
-    head["tags"] = ["rlhf-pipeline", "trl", tag, *([] if dtype else ["lora"])]
-    sources = [
+    hub_id: str | None,
+) -> str:
+    """What the hub reads, as YAML."""
+    datasets = dict.fromkeys(
         source.path
         for name in records
         if name in recipe.stages
@@ -111,144 +126,24 @@ def _head(
         if data
         for source in (*data.sources, data.eval_data)
         if source and not is_local(source.path)
-    ]
-    if sources:
-        head["datasets"] = list(dict.fromkeys(sources))
-    return head
-
-
-def _summary(recipe: Recipe, record: dict[str, Any], base: _Base, dtype: str | None) -> str:
-    what = "The reward model" if kinds.get(record["kind"]).makes == "reward" else "The policy"
-    form = (
-        f"The adapter is merged into the base's weights, in {dtype}."
-        if dtype
-        else "These are LoRA weights, which PEFT loads over their base."
     )
-    said = [
-        f"{what} that stage `{_code(record['name'])}` ({kinds.get(record['kind']).method}) of the run "
-        f"`{_code(recipe.name)}`",
-        f"left, made by rlhf-pipeline over {base.words}.\n{form}",
-    ]
-    if dtype and recipe.model.quantization != "none":
-        said.append(
-            f"Training read the base rounded to {recipe.model.quantization}; the weights here are the adapter on the "
-            "base as it is stored, so they compute slightly otherwise than what was measured below."
-        )
-    return "\n".join(said)
-
-
-def _how_to_use(
-    run: Path,
-    recipe: Recipe,
-    records: dict[str, dict[str, Any]],
-    record: dict[str, Any],
-    base: _Base,
-    dtype: str | None,
-    name: str,
-) -> str:
-    chat, reward = _prompts_are_chats(run, recipe, records), kinds.get(record["kind"]).makes == "reward"
-    style = (
-        "In training, prompts went through the chat template, which the tokenizer has."
-        if chat
-        else "In training, prompts were plain text, as the model reads it, without the chat template."
+    kind = kinds.get(record["kind"])
+    reward = kind.makes == "reward"
+    head = ModelCardData(
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
+        base_model=hub_id,
+        base_model_relation=("finetune" if dtype else "adapter") if hub_id else None,
+        library_name="transformers" if dtype else "peft",
+        pipeline_tag="text-classification" if reward else "text-generation",
+        tags=["rlhf-pipeline", "trl", "reward-model" if reward else kind.name, *([] if dtype else ["lora"])],
+        datasets=list(datasets) or None,
     )
-    code = _score_code(name, chat, dtype) if reward else _reply_code(name, chat, dtype)
-    if recipe.model.trust_remote_code:
-        code = code.replace("from_pretrained(name", "from_pretrained(name, trust_remote_code=True")
-    parts = [style, f"```python\n{code}\n```"]
-    if not reward:
-        shell = json.dumps(name) if re.search(r"[^\w./-]", name) else name
-        if dtype:
-            served = f"vllm serve {shell}\ntext-generation-launcher --model-id {shell}"
-        else:
-            rank = record["inputs"].get("lora.r", 16)
-            of_base = base.hub_id or "PATH_OF_THE_BASE"
-            served = (
-                f"vllm serve {of_base} --enable-lora --max-lora-rank {rank} --lora-modules {record['name']}={shell}"
-            )
-        parts.append(f"Served by vLLM{' or TGI' if dtype else ''}; a reply ends as `generation_config.json` says:")
-        parts.append(f"```sh\n{served}\n```")
-    return "\n\n".join(parts)
+    return head.to_yaml()
 
 
-def _reply_code(name: str, chat: bool, dtype: str | None) -> str:
-    if dtype:
-        load = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            f"name = {json.dumps(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(name)",
-            'model = AutoModelForCausalLM.from_pretrained(name, device_map="auto")',
-        ]  # fmt: skip
-    else:
-        load = [
-            "from peft import AutoPeftModelForCausalLM",
-            "from transformers import AutoTokenizer, GenerationConfig", "",
-            f"name = {json.dumps(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(name)",
-            'model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")',
-            "model.generation_config = GenerationConfig.from_pretrained(name)  # what ends a reply",
-        ]  # fmt: skip
-    if chat:
-        ask = [
-            f'turns = [{{"role": "user", "content": "{QUESTION}"}}]',
-            "prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)",
-            'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)',
-        ]
-    else:
-        ask = [f'inputs = tokenizer("{QUESTION}", return_tensors="pt").to(model.device)']
-    answer = [
-        "output = model.generate(**inputs, max_new_tokens=128, do_sample=True)",
-        'reply = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
-        "print(reply)",
-    ]
-    return "\n".join([*load, *ask, *answer])
-
-
-def _score_code(name: str, chat: bool, dtype: str | None) -> str:
-    auto = "AutoModelForSequenceClassification"
-    if dtype:
-        load = [
-            "import torch",
-            f"from transformers import {auto}, AutoTokenizer", "",
-            f"name = {json.dumps(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(name)",
-            f"model = {auto}.from_pretrained(name)",
-        ]  # fmt: skip
-    else:
-        load = [
-            "import torch",
-            f"from peft import {auto.replace('Auto', 'AutoPeft', 1)}",
-            "from transformers import AutoTokenizer", "",
-            f"name = {json.dumps(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(name)",
-            f"model = {auto.replace('Auto', 'AutoPeft', 1)}.from_pretrained(name, num_labels=1)",
-            "model.config.pad_token_id = tokenizer.pad_token_id",
-        ]  # fmt: skip
-    asked = f'prompt, replies = "{QUESTION}", ["Paris.", "I do not know."]'
-    if chat:
-        ask = [
-            asked,
-            'turns = [{"role": "user", "content": prompt}]',
-            "prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)",
-            "start = tokenizer(prompt, add_special_tokens=False).input_ids",
-        ]
-    else:
-        ask = [asked, "start = tokenizer(prompt).input_ids"]
-    score = [
-        "# Prompt and reply are encoded apart, and a reply that is whole ends in EOS, where the score is read.",
-        "ids = [",
-        "    start + tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]",
-        "    for reply in replies",
-        "]",
-        'batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(model.device)',
-        "with torch.no_grad():",
-        "    scores = model(**batch).logits[:, 0].tolist()",
-        "print(scores)",
-    ]
-    return "\n".join([*load, *ask, *score])
-
-
-def _prompts_are_chats(run: Path, recipe: Recipe, records: dict[str, dict[str, Any]]) -> bool:
+def _prompts_are_chats(run: Path, recipe: Recipe, records: Records) -> bool:
     """Whether prompts were turns for the chat template: as the recipe says, or the replies that were judged show."""
     for name in reversed(records):
         said = records[name].get("inputs", {}).get("data.chat")
@@ -261,99 +156,22 @@ def _prompts_are_chats(run: Path, recipe: Recipe, records: dict[str, dict[str, A
     return False
 
 
-def _lineage_table(records: dict[str, dict[str, Any]], base: _Base) -> str:
-    identity = next(iter(records.values()))["inputs"]["model"]
-    table = [["base", "", "", identity, ""]]
+def _origins(records: Records) -> Iterator[list[Any]]:
+    """Stage, kind, what it was made from, fingerprint and digest of its weights; the base first."""
+    yield ["base", "", "", next(iter(records.values()))["inputs"]["model"], ""]
     for name, record in records.items():
-        sha256 = weights(record) or ""
         origin = record.get("init") or BASE
         origin += f", scored by {record['reward']}" if record.get("reward") else ""
-        table.append([name, record["kind"], origin, record.get("fingerprint", ""), sha256])
-    return (
-        "A fingerprint covers all that decides a stage's result: settings, data and what it starts from.\n\n"
-        + _table(["stage", "kind", "from", "fingerprint", "SHA-256 of its weights"], table)
-    )
+        yield [name, record["kind"], origin, record.get("fingerprint", ""), weights(record) or ""]
 
 
-def _data_table(records: dict[str, dict[str, Any]]) -> str:
-    table = []
-    for name, record in records.items():
-        inputs = record.get("inputs", {})
+def _sources(inputs: Records) -> Iterator[list[str]]:
+    """Stage, key, where the rows are from, and the digest or commit of that."""
+    for name, of_stage in inputs.items():
         for key in ("data", "data.eval_data", "ptx_data"):
-            for source in str(inputs.get(key) or "").split(" + "):
+            for source in filter(None, str(of_stage.get(key) or "").split(" + ")):
                 path, at, digest = source.rpartition("@")
-                if source:
-                    table.append([name, key, path if at else source, digest if at else ""])
-    return _table(["stage", "key", "rows from", "digest or commit"], table)
-
-
-def _settings_table(records: dict[str, dict[str, Any]]) -> str:
-    prefixes = ("trainer.", "lora.", "model.quantization", "model.dtype", "seed")
-    keys = dict.fromkeys(
-        key for record in records.values() for key in record.get("inputs", {}) if key.startswith(prefixes)
-    )
-    in_order = sorted(keys, key=lambda key: next(i for i, prefix in enumerate(prefixes) if key.startswith(prefix)))
-    table = [[key, *(_value(record.get("inputs", {}).get(key)) for record in records.values())] for key in in_order]
-    return _table(["setting", *records], table)
-
-
-def _numbers(
-    records: dict[str, dict[str, Any]], record: dict[str, Any], stage: str, quantization: str, dtype: str | None
-) -> str:
-    metrics = {name: value for name, value in record.get("metrics", {}).items() if not BOOKKEEPING.search(name)}
-    parts = [f"The last that stage `{_code(stage)}` logged, in TRL's names."]
-    judging = record.get("judging")
-    if judging and "judge_mean" in metrics:
-        path = str(judging.get("data", "")).rpartition("@")[0]
-        parts[0] += (
-            f" `judge_mean` is the mean that `{_code(judging['judge'])}` gives replies to the first {judging['n']} "
-            f"prompts of `{_code(path)}`, sampled at temperature {judging['temperature']}."
-        )
-        others = {
-            name: one["metrics"]["judge_mean"]
-            for name, one in records.items()
-            if name != stage and "judge_mean" in one.get("metrics", {})
-        }
-        parts[0] += "".join(f" For stage `{_code(name)}` it was {_value(mean)}." for name, mean in others.items())
-    first = [metric for metric in order(record["kind"]) if metric in metrics]
-    listed = [[shown_as(record["kind"], name), _value(metrics[name])] for name in dict.fromkeys((*first, *metrics))]
-    parts.append(_table(["metric", "value"], listed))
-    gates = [
-        [name, metric, outcome.get("bound", ""), _value(outcome.get("value")), "yes" if outcome["passed"] else "no"]
-        for name, one in records.items()
-        for metric, outcome in one.get("gates", {}).items()
-    ]
-    if gates:
-        parts += ["Gates:", _table(["stage", "metric", "wanted", "value", "passed"], gates)]
-    return "\n\n".join(parts)
-
-
-def _limits(record: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
-    limits = [
-        "It was trained on the data above and on nothing else beyond its base, whose own limits it keeps, and was not "
-        "evaluated beyond the numbers above: not for safety, truth, bias, or other languages and tasks."
-    ]
-    if kinds.get(record["kind"]).makes == "reward":
-        limits.append(
-            "A score compares replies to the same prompt; scores of different prompts, and replies unlike those of the "
-            "data, mean little."
-        )
-    if any(parent.makes == "reward" for parent in kinds.get(record["kind"]).parents):
-        limits.append("It was trained to please a reward model, which is only a stand-in for what is wanted of it.")
-    return " ".join(limits)
-
-
-def _licence(license: dict[str, str], base: _Base) -> str:
-    if "license" in license:
-        named = license.get("license_name") or license["license"]
-        return f"The base has the licence `{_code(named)}`; the data may have terms of their own."
-    return f"That of the base is not known here: look it up for {base.words}. The data may have terms of their own."
-
-
-def _table(columns: list[str], table: list[list[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([_plain(str(cell)) for cell in row] for row in table)]
-    lines[0] = [_plain(column) for column in columns]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+                yield [name, key, path if at else source, digest if at else ""]
 
 
 def _value(value: Any) -> str:
@@ -366,9 +184,9 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _plain(text: str) -> str:
+def _plain(text: Any) -> str:
     """Text as Markdown that shows it as it is, on one line, and without the folders of a path."""
-    text = re.sub(r"(?<![\w.:/])/(?:[^\s/,:'\"]+/)+([^\s/,'\"]*)", r"\1", text)
+    text = re.sub(r"(?<![\w.:/])/(?:[^\s/,:'\"]+/)+([^\s/,'\"]*)", r"\1", str(text))
     text = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|<>#&~]", r"\\\g<0>", text)
 

@@ -18,9 +18,10 @@ import report_run
 
 from rlhf_pipeline import cli, report
 from rlhf_pipeline.recipe.yaml import dump, parse_document
-from rlhf_pipeline.report import alarms, charts, gather, measures, text
+from rlhf_pipeline.report import alarms, charts, gather, measures
 from rlhf_pipeline.report.gather import Series
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.words import short
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
@@ -114,7 +115,7 @@ def test_the_page_of_a_real_run(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     start = time.process_time()
     page = page_of(run, to=run / report.FILE)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 2
     assert (run / report.FILE).stat().st_size < 1.5e6
     said = page.text
     for stage in ("sft", "reward", "ppo", "dpo"):
@@ -123,7 +124,7 @@ def test_the_page_of_a_real_run(tiny_run, tmp_path):
         assert digest in said
         assert record["versions"]["trl"] in said
         if "judge_mean" in record["metrics"]:
-            assert text.short(record["metrics"]["judge_mean"]) in said
+            assert short(record["metrics"]["judge_mean"]) in said
     assert "4 of 4 stages done" in said
     assert {"Reward and KL", "Calibration", "Accuracy by length", "Explained variance"} <= {
         one.strip() for one in page.texts
@@ -148,9 +149,8 @@ def test_one_file_and_nothing_else(written):
 def test_ids_are_unique_links_lead_somewhere_and_headings_are_in_order(written):
     page = Page(written)
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids)) > 20
+    assert len(ids) == len(set(ids)) > 8
     assert {attrs["href"][1:] for _, attrs in page.tags if "href" in attrs} <= set(ids)
-    assert set(re.findall(r"url\(#([^)]+)\)", page.html)) <= set(ids)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels.count(1) == 1 and levels[0] == 1
     assert all(later - earlier <= 2 for earlier, later in itertools.pairwise(levels))
@@ -163,7 +163,6 @@ def test_every_picture_has_a_name_and_says_what_it_shows(written):
     for picture in pictures:
         assert 'role="img"' in picture
         assert re.search(r"<title>[^<]+</title><desc>[^<]+\d[^<]*</desc>", picture)
-        assert not re.search(r"#01020\d|#01030\d", picture)
 
 
 def test_the_same_run_gives_the_same_page(made_up, written, tmp_path):
@@ -176,7 +175,7 @@ def test_the_same_run_gives_the_same_page(made_up, written, tmp_path):
 def test_no_torch():
     code = (
         "import sys; from rlhf_pipeline import report;"
-        "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
@@ -261,7 +260,7 @@ def test_a_long_run_is_drawn_in_time(small, tmp_path):
     report_run.write_lines(small / "ppo" / "metrics.jsonl", rows)
     start = time.process_time()
     page = page_of(small, to=tmp_path / "report.html")
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 5
     assert len(page.html) < 1.5e6
     kl = re.search(r"<title>ppo: KL from the reference</title><desc>([^<]*)</desc>", page.html)
     assert "50,000" in kl[1] and "988" in kl[1]
@@ -273,7 +272,7 @@ def test_the_points_of_a_curve_are_the_logged_ones(small, tmp_path):
     picture = re.search(r"<title>ppo: KL from the reference.*?</svg>", html, re.DOTALL)[0]
     drawn = [
         np.array([pair.split() for pair in re.split("[ML]", path) if pair.strip()], dtype=float)
-        for path, style in re.findall(r'<path d="([ML\d. -]+)"[^>]*style="([^"]*)"', picture)
+        for path, style in re.findall(r'<path d="([ML\d. -]+)" style="([^"]*)"', picture)
         if "var(--s0)" in style
     ]
     (line,) = [points for points in drawn if len(points) == 4]
@@ -282,10 +281,39 @@ def test_the_points_of_a_curve_are_the_logged_ones(small, tmp_path):
     assert np.diff(line[:, 0]) == pytest.approx(line[1, 0] - line[0, 0], abs=0.2)
 
 
+def test_the_numbers_at_the_axes_are_where_the_data_have_them(small, tmp_path):
+    """Heights of the level lines' numbers and places of the steps, by those of the line of KL: 0, 1, 4, 2."""
+    html = page_of(small, to=tmp_path / "report.html").html
+    picture = re.search(r"<title>ppo: KL from the reference.*?</svg>", html, re.DOTALL)[0]
+    (line,) = [path.split("L") for path in re.findall(r'd="M([\d. L]+)" style="[^"]*stroke:', picture)]
+    (first_x, zero), (third_x, four) = ([float(part) for part in line[i].split()] for i in (0, 2))
+    shown = re.findall(r'<text class="(end|middle)" x="([\d.]+)" y="([\d.]+)">([\d.]+)</text>', picture)
+    heights = {float(number): float(y) - 3.5 for look, _, y, number in shown if look == "end"}
+    places = {float(number): float(x) for look, x, _, number in shown if look == "middle"}
+    assert {0.0, 1.0, 2.0, 3.0, 4.0} == set(heights) and {1.0, 2.0, 3.0, 4.0} == set(places)
+    for number, y in heights.items():
+        assert y == pytest.approx(zero + (four - zero) * number / 4, abs=0.2)
+    for step, x in places.items():
+        assert x == pytest.approx(first_x + (third_x - first_x) * (step - 1) / 2, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "wanted"),
+    [
+        (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-0.3, 2.6, False, [0, 1, 2]), (3, 4, True, [3, 4]),
+        (0.95, 2.05, True, [1, 2]), (0.7011, 0.7012, False, [0.7011, 0.70112, 0.70114, 0.70116, 0.70118, 0.7012]),
+        (-1e99, 1e99, False, [-1e99, -5e98, 0, 5e98, 1e99]),
+        (1, 50_000, True, [10_000, 20_000, 30_000, 40_000, 50_000]),
+    ],
+)  # fmt: skip
+def test_numbers_at_an_axis_are_round(low, high, whole, wanted):
+    assert charts.ticks(low, high, 5, whole) == pytest.approx(wanted)
+
+
 # Alarms
 
 
-def test_nothing_rings_in_a_sound_run(run):
+def test_a_sound_run_has_no_alarms(run):
     report_run.write_lines(
         run / "reward" / "pairs.jsonl",
         [{"chosen": 1.0, "rejected": 0.0, "chosen_length": 5, "rejected_length": 5}] * 60,
@@ -309,11 +337,11 @@ def test_nothing_rings_in_a_sound_run(run):
         ("ppo", {}, [{"gold/judge_mean": 0.3, "gold/score_mean": 9.0}], "bad ppo Reward hacking: since step 60"),
         ("sft", {}, [{"loss": None}] * 3, "bad sft Not a finite number, 3 times at most: loss"),
         ("reward", {"metrics": {"eval_accuracy": 0.51}}, [], "bad reward Accuracy is 0.51"),
-        ("reward", {}, [], "look reward Goes by length"),
+        ("reward", {}, [], "look reward Prefers longer replies"),
         ("dpo", {}, [{"rewards/accuracies": 0.5}] * 5, "look dpo Accuracy is 0.5"),
     ],
 )  # fmt: skip
-def test_what_rings(run, stage, record, rows, said):
+def test_what_raises_an_alarm(run, stage, record, rows, said):
     assert said not in alarms_of(run) or not (record or rows)
     report_run.change(run, stage, **record)
     with (run / stage / "metrics.jsonl").open("a") as file:
@@ -346,7 +374,7 @@ def test_hacking_is_more_than_a_few_replies(run, replies, rings):
     assert ("Reward hacking" in alarms_of(run)) == rings
 
 
-def test_the_first_accuracy_of_dpo_does_not_ring(run):
+def test_the_first_accuracy_of_dpo_is_no_alarm(run):
     """It is 0 before anything has moved, and counts for much in a short run."""
     rows = [{"step": i, "rewards/accuracies": float(i > 1)} for i in (1, 2)]
     report_run.write_lines(run / "dpo" / "metrics.jsonl", rows)
@@ -459,20 +487,9 @@ def test_hostile_text_stays_text_and_long_text_is_cut(tmp_path):
     assert page.html.count("<style>") == 1 and page.html.count("</style>") == 1
     assert "<script>document.title='hacked'" in page.text  # as text, for a person to read
     assert "{{ 7 * 7 }}" in page.text
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ue000]", page.html)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", page.html)
     assert len(page.html) < 1.5e6
     assert "more characters" in page.text
-
-
-@pytest.mark.parametrize(
-    ("number", "shown"),
-    [
-        (0, "0"), (1.0, "1"), (0.97115, "0.971"), (-2.5, "-2.5"), (12345, "12,345"), (1_234_567, "1.23M"),
-        (2e-5, "2e-5"), (4.2e20, "4.2e20"), (1e9, "1G"),
-    ],
-)  # fmt: skip
-def test_numbers_are_short(number, shown):
-    assert text.short(number) == shown.replace("-2", "\N{MINUS SIGN}2")
 
 
 # Several runs
@@ -496,13 +513,13 @@ def test_several_runs_are_overlaid(made_up, tmp_path):
 
 def test_labels_of_points_close_together_are_apart():
     """Also of points in the same place, at the edges, and of as many as four runs have."""
-    points = np.array([[60, 60], [60, 60], [61, 60], [330, 60], [330, 60], [330, 210], [200, 120], [202, 121]] * 2)
+    points = np.array([[60, 185], [60, 185], [61, 185], [330, 165], [330, 165], [330, 15], [200, 105], [202, 104]] * 2)
     labels = [f"run {i}: ppo" for i in range(len(points))]
-    corners = charts._apart(labels, points)
+    corners = charts._apart(labels, points, 195)
     boxes = [(x, y, x + 7 * len(label), y + 12) for label, (x, y) in zip(labels, corners, strict=True)]
     for one, other in itertools.combinations(boxes, 2):
         assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
-    assert all(left > 46 and right < charts.WIDTH for left, _, right, _ in boxes)
+    assert all(left > 46 and right < charts.WIDTH and bottom < 195 for left, _, right, bottom in boxes)
 
 
 def test_scores_of_different_reward_models_are_not_to_be_compared(made_up, tmp_path):

@@ -361,7 +361,7 @@ def test_verbose_streams_the_log_without_secrets_or_control_characters(run, monk
             assert time.monotonic() < deadline
         with log.open("a") as lines:
             lines.write("ished")
-    assert said == ["first\ufffd[31m line", "10%", "20%", "key ***", "unfinished"]
+    assert said == ["first␛[31m line", "10%", "20%", "key ***", "unfinished"]
 
 
 @contextlib.contextmanager

@@ -337,8 +337,8 @@ def test_a_terminal_sees_prompts_replies_and_no_control_characters(conversation,
     looking.join(timeout=10)
     screen = b"".join(shown).decode()
     assert screen.count("> ") >= 3
-    assert "\ufffd[31m" in screen and "\x1b[31m" not in screen
-    assert said == ["there is no command /nonsense\ufffd; /help lists them"]
+    assert "␛[31m" in screen and "\x1b[31m" not in screen
+    assert said == ["there is no command /nonsense␇; /help lists them"]
 
 
 def lose_model(run: Path) -> None:
