@@ -156,15 +156,15 @@ def _of_the_real_run(line: str) -> bool:
 def _see(stage: Smoked, directory: RunDirectory, origins: dict[str, str]) -> None:
     """Fill in what a run directory says of a stage."""
     record = directory.record(stage.name)
-    if not record or record["state"] == "running":
+    if record is None or record.state == "running":
         return
-    stage.state = "ok" if record["state"] == "done" else "failed"
-    stage.seconds = round(record["wall_s"], 1)
-    if record.get("error"):
-        said = record["error"].removeprefix(f"stage `{stage.name}` failed: ")
+    stage.state = "ok" if record.state == "done" else "failed"
+    stage.seconds = round(record.wall_s or 0.0, 1)
+    if record.error:
+        said = record.error.removeprefix(f"stage `{stage.name}` failed: ")
         stage.error = _replaced(said, origins)
     logged = series(stage.kind, jsonl.rows(directory.stage(stage.name) / "metrics.jsonl"))
-    numbers = headline(stage.kind, record.get("metrics") or {}, logged)
+    numbers = headline(stage.kind, record.metrics, logged)
     for number in [number for number in numbers if number.before is not None][:1]:
         stage.metric, stage.first, stage.last = number.name, number.before, number.after
 

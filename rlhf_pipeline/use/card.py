@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.plan import weights
 from rlhf_pipeline.recipe import TINY, Recipe
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
 from rlhf_pipeline.recipe.yaml import dump
 from rlhf_pipeline.rundir.headline import order, shown_as
 from rlhf_pipeline.rundir.jsonl import rows
-from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
 
 # Of the machine or of the moment, not of the model.
@@ -35,7 +35,7 @@ def text(
         name: what the model is loaded by: a hub id or a folder.
     """
     directory = RunDirectory(run)
-    records = {one: directory.record(one) or {} for one in _lineage(directory, stage)}
+    records = {one: directory.record(one) or Record() for one in _lineage(directory, stage)}
     record = records[stage]
     base = _Base(recipe)
     sections = [
@@ -48,7 +48,7 @@ def text(
         "## Settings\n\n" + _settings_table(records),
         "## Numbers\n\n" + _numbers(records, record, stage, recipe.model.quantization, dtype),
         "## Limits\n\n" + _limits(record, records),
-        "## Versions\n\n" + _table(["library", "version"], [[*pair] for pair in record.get("versions", {}).items()]),
+        "## Versions\n\n" + _table(["library", "version"], [[*pair] for pair in record.versions.items()]),
         "## Licence\n\n" + _licence(license, base),
     ]
     return redact("\n\n".join(sections) + "\n")
@@ -78,8 +78,8 @@ def _lineage(directory: RunDirectory, stage: str) -> list[str]:
     def add(name: str | None) -> None:
         record = directory.record(name) if name and name != BASE else None
         if name and record and name not in found:
-            add(record.get("init"))
-            add(record.get("reward"))
+            add(record.init)
+            add(record.reward)
             found.append(name)
 
     add(stage)
@@ -88,8 +88,8 @@ def _lineage(directory: RunDirectory, stage: str) -> list[str]:
 
 def _head(
     recipe: Recipe,
-    records: dict[str, dict[str, Any]],
-    record: dict[str, Any],
+    records: dict[str, Record],
+    record: Record,
     base: _Base,
     license: dict[str, str],
     dtype: str | None,
@@ -99,8 +99,8 @@ def _head(
         head["base_model"] = base.hub_id
         head["base_model_relation"] = "finetune" if dtype else "adapter"
     head["library_name"] = "transformers" if dtype else "peft"
-    head["pipeline_tag"] = "text-classification" if kinds.get(record["kind"]).makes == "reward" else "text-generation"
-    kind = kinds.get(record["kind"])
+    head["pipeline_tag"] = "text-classification" if kinds.get(record.kind).makes == "reward" else "text-generation"
+    kind = kinds.get(record.kind)
     tag = "reward-model" if kind.makes == "reward" else kind.name
     head["tags"] = ["rlhf-pipeline", "trl", tag, *([] if dtype else ["lora"])]
     sources = [
@@ -117,16 +117,15 @@ def _head(
     return head
 
 
-def _summary(recipe: Recipe, record: dict[str, Any], base: _Base, dtype: str | None) -> str:
-    what = "The reward model" if kinds.get(record["kind"]).makes == "reward" else "The policy"
+def _summary(recipe: Recipe, record: Record, base: _Base, dtype: str | None) -> str:
+    what = "The reward model" if kinds.get(record.kind).makes == "reward" else "The policy"
     form = (
         f"The adapter is merged into the base's weights, in {dtype}."
         if dtype
         else "These are LoRA weights, which PEFT loads over their base."
     )
     said = [
-        f"{what} that stage `{_code(record['name'])}` ({kinds.get(record['kind']).method}) of the run "
-        f"`{_code(recipe.name)}`",
+        f"{what} that stage `{_code(record.name)}` ({kinds.get(record.kind).method}) of the run `{_code(recipe.name)}`",
         f"left, made by rlhf-pipeline over {base.words}.\n{form}",
     ]
     if dtype and recipe.model.quantization != "none":
@@ -140,13 +139,13 @@ def _summary(recipe: Recipe, record: dict[str, Any], base: _Base, dtype: str | N
 def _how_to_use(
     run: Path,
     recipe: Recipe,
-    records: dict[str, dict[str, Any]],
-    record: dict[str, Any],
+    records: dict[str, Record],
+    record: Record,
     base: _Base,
     dtype: str | None,
     name: str,
 ) -> str:
-    chat, reward = _prompts_are_chats(run, recipe, records), kinds.get(record["kind"]).makes == "reward"
+    chat, reward = _prompts_are_chats(run, recipe, records), kinds.get(record.kind).makes == "reward"
     style = (
         "In training, prompts went through the chat template, which the tokenizer has."
         if chat
@@ -161,11 +160,9 @@ def _how_to_use(
         if dtype:
             served = f"vllm serve {shell}\ntext-generation-launcher --model-id {shell}"
         else:
-            rank = record["inputs"].get("lora.r", 16)
+            rank = record.inputs.get("lora.r", 16)
             of_base = base.hub_id or "PATH_OF_THE_BASE"
-            served = (
-                f"vllm serve {of_base} --enable-lora --max-lora-rank {rank} --lora-modules {record['name']}={shell}"
-            )
+            served = f"vllm serve {of_base} --enable-lora --max-lora-rank {rank} --lora-modules {record.name}={shell}"
         parts.append(f"Served by vLLM{' or TGI' if dtype else ''}; a reply ends as `generation_config.json` says:")
         parts.append(f"```sh\n{served}\n```")
     return "\n\n".join(parts)
@@ -248,37 +245,37 @@ def _score_code(name: str, chat: bool, dtype: str | None) -> str:
     return "\n".join([*load, *ask, *score])
 
 
-def _prompts_are_chats(run: Path, recipe: Recipe, records: dict[str, dict[str, Any]]) -> bool:
+def _prompts_are_chats(run: Path, recipe: Recipe, records: dict[str, Record]) -> bool:
     """Whether prompts were turns for the chat template: as the recipe says, or the replies that were judged show."""
     for name in reversed(records):
-        said = records[name].get("inputs", {}).get("data.chat")
+        said = records[name].inputs.get("data.chat")
         if said is not None:
             return bool(said)
     for name in reversed(records):
-        for row in rows(run / name / "samples.jsonl"):
+        for row in rows(run / name / SAMPLES):
             if "judge" in row:
                 return isinstance(row.get("prompt"), list)
     return False
 
 
-def _lineage_table(records: dict[str, dict[str, Any]], base: _Base) -> str:
-    identity = next(iter(records.values()))["inputs"]["model"]
+def _lineage_table(records: dict[str, Record], base: _Base) -> str:
+    identity = next(iter(records.values())).inputs["model"]
     table = [["base", "", "", identity, ""]]
     for name, record in records.items():
-        sha256 = weights(record) or ""
-        origin = record.get("init") or BASE
-        origin += f", scored by {record['reward']}" if record.get("reward") else ""
-        table.append([name, record["kind"], origin, record.get("fingerprint", ""), sha256])
+        sha256 = record.weights or ""
+        origin = record.init or BASE
+        origin += f", scored by {record.reward}" if record.reward else ""
+        table.append([name, record.kind, origin, record.fingerprint or "", sha256])
     return (
         "A fingerprint covers all that decides a stage's result: settings, data and what it starts from.\n\n"
         + _table(["stage", "kind", "from", "fingerprint", "SHA-256 of its weights"], table)
     )
 
 
-def _data_table(records: dict[str, dict[str, Any]]) -> str:
+def _data_table(records: dict[str, Record]) -> str:
     table = []
     for name, record in records.items():
-        inputs = record.get("inputs", {})
+        inputs = record.inputs
         for key in ("data", "data.eval_data", "ptx_data"):
             for source in str(inputs.get(key) or "").split(" + "):
                 path, at, digest = source.rpartition("@")
@@ -287,22 +284,18 @@ def _data_table(records: dict[str, dict[str, Any]]) -> str:
     return _table(["stage", "key", "rows from", "digest or commit"], table)
 
 
-def _settings_table(records: dict[str, dict[str, Any]]) -> str:
+def _settings_table(records: dict[str, Record]) -> str:
     prefixes = ("trainer.", "lora.", "model.quantization", "model.dtype", "seed")
-    keys = dict.fromkeys(
-        key for record in records.values() for key in record.get("inputs", {}) if key.startswith(prefixes)
-    )
+    keys = dict.fromkeys(key for record in records.values() for key in record.inputs if key.startswith(prefixes))
     in_order = sorted(keys, key=lambda key: next(i for i, prefix in enumerate(prefixes) if key.startswith(prefix)))
-    table = [[key, *(_value(record.get("inputs", {}).get(key)) for record in records.values())] for key in in_order]
+    table = [[key, *(_value(record.inputs.get(key)) for record in records.values())] for key in in_order]
     return _table(["setting", *records], table)
 
 
-def _numbers(
-    records: dict[str, dict[str, Any]], record: dict[str, Any], stage: str, quantization: str, dtype: str | None
-) -> str:
-    metrics = {name: value for name, value in record.get("metrics", {}).items() if not BOOKKEEPING.search(name)}
+def _numbers(records: dict[str, Record], record: Record, stage: str, quantization: str, dtype: str | None) -> str:
+    metrics = {name: value for name, value in record.metrics.items() if not BOOKKEEPING.search(name)}
     parts = [f"The last that stage `{_code(stage)}` logged, in TRL's names."]
-    judging = record.get("judging")
+    judging = record.judging
     if judging and "judge_mean" in metrics:
         path = str(judging.get("data", "")).rpartition("@")[0]
         parts[0] += (
@@ -310,35 +303,35 @@ def _numbers(
             f"prompts of `{_code(path)}`, sampled at temperature {judging['temperature']}."
         )
         others = {
-            name: one["metrics"]["judge_mean"]
+            name: one.metrics["judge_mean"]
             for name, one in records.items()
-            if name != stage and "judge_mean" in one.get("metrics", {})
+            if name != stage and "judge_mean" in one.metrics
         }
         parts[0] += "".join(f" For stage `{_code(name)}` it was {_value(mean)}." for name, mean in others.items())
-    first = [metric for metric in order(record["kind"]) if metric in metrics]
-    listed = [[shown_as(record["kind"], name), _value(metrics[name])] for name in dict.fromkeys((*first, *metrics))]
+    first = [metric for metric in order(record.kind) if metric in metrics]
+    listed = [[shown_as(record.kind, name), _value(metrics[name])] for name in dict.fromkeys((*first, *metrics))]
     parts.append(_table(["metric", "value"], listed))
     gates = [
         [name, metric, outcome.get("bound", ""), _value(outcome.get("value")), "yes" if outcome["passed"] else "no"]
         for name, one in records.items()
-        for metric, outcome in one.get("gates", {}).items()
+        for metric, outcome in one.gates.items()
     ]
     if gates:
         parts += ["Gates:", _table(["stage", "metric", "wanted", "value", "passed"], gates)]
     return "\n\n".join(parts)
 
 
-def _limits(record: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
+def _limits(record: Record, records: dict[str, Record]) -> str:
     limits = [
         "It was trained on the data above and on nothing else beyond its base, whose own limits it keeps, and was not "
         "evaluated beyond the numbers above: not for safety, truth, bias, or other languages and tasks."
     ]
-    if kinds.get(record["kind"]).makes == "reward":
+    if kinds.get(record.kind).makes == "reward":
         limits.append(
             "A score compares replies to the same prompt; scores of different prompts, and replies unlike those of the "
             "data, mean little."
         )
-    if any(parent.makes == "reward" for parent in kinds.get(record["kind"]).parents):
+    if any(parent.makes == "reward" for parent in kinds.get(record.kind).parents):
         limits.append("It was trained to please a reward model, which is only a stand-in for what is wanted of it.")
     return " ".join(limits)
 
