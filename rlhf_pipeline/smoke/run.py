@@ -30,7 +30,7 @@ from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
-from rlhf_pipeline.rundir.layout import RESULT, RunDirectory, read_json
+from rlhf_pipeline.rundir.layout import JOB, LOG, METRICS, RESULT, RunDirectory, read_json
 
 ROWS = 64  # of each source
 EVAL_ROWS = 8
@@ -163,7 +163,7 @@ def _see(stage: Smoked, directory: RunDirectory, origins: dict[str, str]) -> Non
     if record.error:
         said = record.error.removeprefix(f"stage `{stage.name}` failed: ")
         stage.error = _replaced(said, origins)
-    logged = series(stage.kind, jsonl.rows(directory.stage(stage.name) / "metrics.jsonl"))
+    logged = series(stage.kind, jsonl.rows(directory.stage(stage.name) / METRICS))
     numbers = headline(stage.kind, record.metrics, logged)
     for number in [number for number in numbers if number.before is not None][:1]:
         stage.metric, stage.first, stage.last = number.name, number.before, number.after
@@ -357,10 +357,10 @@ def _ask_worker(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         RunError: it failed otherwise.
     """
     folder.mkdir()
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    log = folder / "log.txt"
+    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+    log = folder / LOG
     with log.open("w") as output:
-        command = [sys.executable, "-P", "-m", "rlhf_pipeline.smoke.worker", str(folder / "job.json")]
+        command = [sys.executable, "-P", "-m", "rlhf_pipeline.smoke.worker", str(folder / JOB)]
         code = subprocess.run(
             command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         ).returncode

@@ -13,6 +13,7 @@ from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import METRICS, PAIRS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
 
@@ -52,12 +53,12 @@ def run(job: Job) -> dict[str, Any]:
             train_dataset=pairs.train,
             eval_dataset=pairs.held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
+            callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         )
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if pairs.held_out is not None:
         trainer.evaluate()
-        write_pairs(trainer, pairs, job.folder / "pairs.jsonl")
+        write_pairs(trainer, pairs, job.folder / PAIRS)
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     # TRL drops pairs longer than `max_length` without a word.
     dropped = len(pairs.train) - len(trainer.train_dataset)
