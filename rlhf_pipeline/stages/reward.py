@@ -19,7 +19,7 @@ from rlhf_pipeline.stages.resumable import Resumable
 
 CONFIG = RewardConfig
 read = rows.whole_preferences  # the rows of such a stage
-PAIRS = 2000  # of the held-out ones, whose scores are written down
+MOST_PAIRS = 2000  # of the held-out ones, whose scores are written down
 
 
 class ResumableRewardTrainer(Resumable, RewardTrainer):
@@ -74,7 +74,7 @@ def write_pairs(trainer: RewardTrainer, pairs: rows.Prepared, file: Path) -> Non
     """
     held_out, table = pairs.held_out, pairs.held_out_table
     assert held_out is not None and table is not None
-    count, tokenizer, model = min(len(held_out), PAIRS), trainer.processing_class, trainer.model.eval()
+    count, tokenizer, model = min(len(held_out), MOST_PAIRS), trainer.processing_class, trainer.model.eval()
     scores: dict[str, list[float]] = {}
     for name in ("chosen", "rejected"):
         ids = held_out[:count][f"{name}_ids"]
