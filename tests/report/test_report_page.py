@@ -376,7 +376,7 @@ def test_a_run_made_elsewhere_and_killed(small, tmp_path):
     with (small / "ppo" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "objective/kl": 12')
     page = page_of(small, to=tmp_path / "report.html")
-    assert "failed" in page.text and "missing" in page.text and "0 of 4 stages done" in page.text
+    assert "stale" in page.text and "missing" in page.text and "0 of 4 stages done" in page.text
     assert "from what the judge saw" in page.text
     assert "cannot be read" not in page.text  # a line that is half written is no fault
     assert "0 s" not in page.text  # how long it took, nobody knows

@@ -193,7 +193,7 @@ def test_a_stage_that_only_one_has_and_a_state_are_shown(runs):
     assert rows(difference) == [
         ["sft", "state", "done", "failed"],
         ["ppo", "state", "done", "no", "such", "stage"],
-        ["dpo", "state", "no", "such", "stage", "done"],
+        ["dpo", "state", "no", "such", "stage", "blocked"],
     ]
 
 

@@ -174,7 +174,7 @@ def test_a_running_record_is_believed_while_a_run_goes_on(recorded):
     for stage in ("sft", "dpo"):  # of the two only the last one that was written can be at work
         edit(recorded, stage, state="running", artifact=None)
     found = state.read(recorded)
-    assert (found.state, words_of(recorded)["dpo"]) == ("failed", "blocked")
+    assert (found.state, words_of(recorded)["dpo"]) == ("failed", "stale")
     with RunDirectory(recorded).locked():
         found = state.read(recorded)
         assert (found.state, words_of(recorded)["sft"], words_of(recorded)["dpo"]) == ("running", "failed", "running")
