@@ -1,43 +1,26 @@
 """What files and hub repositories hold, as digests and commits that the plan compares. No torch."""
 
-import contextlib
 import hashlib
 import importlib
-import json
 import os
 import re
 import sys
-import tempfile
-import time
 from glob import has_magic
 from pathlib import Path
 from typing import Literal
 
-from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import Data, Model, Recipe
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.schema import Source
+from rlhf_pipeline.rundir.file_digests import FileDigests
 
 # Files of a model folder that decide what is loaded: weights, configuration, tokenizer.
 MODEL_FILES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".txt")
 HUB_TIMEOUT_S = 5.0
-# A file changed within its time stamps' resolution could change again and keep them; 2 s is the coarsest in use.
-SETTLED_S = 2.0
-
-Known = tuple[int, int, int, str]  # size in bytes, mtime and ctime in ns, digest
 
 
-class Digests:
-    """Content digests of files, remembered for the user by path, size and times of change.
-
-    The memory is one JSON file, replaced in one step, so that runs beside each other can at worst forget a digest. One
-    that cannot be read is ignored, and so is a place that cannot be written to.
-    """
-
-    def __init__(self) -> None:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.memory = Path(cache) / "rlhf-pipeline" / "digests.json"
-        self.known = self._remembered()
+class Digests(FileDigests):
+    """Content digests of whatever a recipe names."""
 
     def of_data(self, data: Data) -> str:
         """What the sources of the rows hold, `eval_data` apart: see `of_source`; of a mix all of them, as "a + b"."""
@@ -96,53 +79,6 @@ class Digests:
             files = [file for folder in folders for file in (folder / "__init__.py", folder.with_suffix(".py"))]
         file = next((file for file in files if file.is_file()), None)
         return f"{file.name}@{self.of_file(file)}" if file else None
-
-    def of_file(self, path: Path) -> str:
-        """The digest of a file's content.
-
-        Raises:
-            InputError: it cannot be read.
-        """
-        now = time.time()
-        try:
-            state = path.stat()
-            stamps = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-            known = self.known.get(str(path))
-            if known and known[:3] == stamps:
-                return known[3]
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", place=str(path)) from None
-        if now - state.st_ctime > SETTLED_S:
-            self.known[str(path)] = (*stamps, digest)
-            self._remember()
-        return digest
-
-    def _remembered(self) -> dict[str, Known]:
-        try:
-            content = json.loads(self.memory.read_text(encoding="utf-8"))
-            return {
-                str(path): (int(size), int(changed), int(touched), str(digest))
-                for path, (size, changed, touched, digest) in content.items()
-            }
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
-
-    def _remember(self) -> None:
-        """Write the memory, with what other runs have added to it meanwhile and without files that are gone."""
-        known = self._remembered() | self.known
-        self.known = {path: entry for path, entry in known.items() if os.path.exists(path)}  # noqa: PTH110 (no errors)
-        with contextlib.suppress(OSError):
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, new = tempfile.mkstemp(prefix=self.memory.name, dir=self.memory.parent)
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump(self.known, file, indent=1)
-                Path(new).replace(self.memory)
-            except OSError:
-                Path(new).unlink(missing_ok=True)
-                raise
 
 
 def _on_hub(spec: Model | Source) -> str:

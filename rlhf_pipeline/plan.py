@@ -5,7 +5,7 @@ import json
 from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.peek import first_rows
@@ -15,64 +15,48 @@ from rlhf_pipeline.fingerprint import Digests, pin, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe, gates
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.schema import Source, Stage
-from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
+from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.state import StageState, State, find_state, stage_at_work
 
-State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
 # With another minor version of these a stage may come out otherwise; patches mend faults, and change no results.
 _TRAINING_LIBRARIES = ("rlhf-pipeline", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "torch")
 
 
 @dataclass
-class StagePlan:
-    """One stage as the plan sees it.
+class StagePlan(StageState):
+    """One stage as the plan sees it: its state, held against the recipe of now.
 
     Attributes:
-        state: `done` needs nothing; `stale` was made, or begun, of other inputs; `partial` broke off and goes on;
-            `failed` broke off and starts over, or does not pass its gates; `missing` never ran; `blocked` waits for a
-            stage that is partial or failed; `running` is at work now.
-        reason: why it is in that state, as old → new values where something changed.
-        parents: the stage, or `base`, that it has in each role, as its kind needs: `init`, `reward`.
         inputs: everything that decides the stage's result.
         fingerprint: their hash.
         judging: what decides how its policy is judged; None where it is not.
-        record: what the run directory says of the stage.
-        stands: its artifact is whole and of the inputs of now, whatever its gates say.
-        progress: where it goes on if it is partial.
     """
 
-    name: str
-    kind: str
-    state: State
-    reason: str
-    parents: dict[str, str]
-    inputs: dict[str, Any]
-    fingerprint: str
-    judging: dict[str, Any] | None
-    record: dict[str, Any] = field(default_factory=dict)
-    stands: bool = False
-    progress: Progress | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    judging: dict[str, Any] | None = None
 
     @property
-    def to_judge(self) -> bool:
-        """Whether the stage stands but its judgement is of other settings."""
-        return self.stands and self.judging is not None and self.record.get("judging") != self.judging
+    def needs_judging(self) -> bool:
+        """Whether the stage is current but its judgement is of other settings."""
+        return self.is_current and self.judging is not None and self.record.judging != self.judging
 
     def summary(self) -> dict[str, Any]:
         """The stage as `plan --json` and `status --json` show it."""
-        record = self.record if self.stands or self.state in ("done", "stale") else {}
+        record = self.record if self.is_current or self.state in ("done", "stale") else Record()
         return {
             **{key: getattr(self, key) for key in ("name", "kind", "state", "reason")},
             **{role: self.parents.get(role) for role in kinds.ROLES},
             "fingerprint": self.fingerprint,
             "step": self.progress.step if self.progress else None,
-            "gates": record.get("gates", {}),
-            "wall_s": record.get("wall_s"),
-            "peak_memory_bytes": record.get("peak_memory_bytes"),
-            "metrics": record.get("metrics", {}),
-            "artifact": record.get("artifact"),
-            "log": self.record.get("log"),
+            "gates": record.gates,
+            "wall_s": record.wall_s,
+            "peak_memory_bytes": record.peak_memory_bytes,
+            "metrics": record.metrics,
+            "artifact": record.artifact,
+            "log": self.record.log,
         }
 
 
@@ -84,8 +68,8 @@ def make(
     Args:
         recipe: from `recipe.load`; its hub models and datasets are pinned to the commits that count.
         at_work: whether a run is going on there; by default the run directory's lock tells.
-        trust_versions: let stages stand that other versions of the libraries made.
-        ignore_gates: let stages stand that do not pass their gates.
+        trust_versions: keep stages that other versions of the libraries made.
+        ignore_gates: keep stages that do not pass their gates.
 
     Raises:
         InputError: a data file cannot be read.
@@ -94,26 +78,24 @@ def make(
     pin(recipe)
     digests = Digests()
     busy = directory.is_locked() if at_work is None else at_work
+    running = stage_at_work(directory, list(recipe.stages)) if busy else None
     installed = None if trust_versions else versions()
     plans: dict[str, StagePlan] = {}
     for name, stage in recipe.stages.items():
-        inputs = stage_inputs(recipe, name, plans, digests)
-        fingerprint = short_hash(json.dumps(inputs, sort_keys=True).encode())
-        record = directory.record(name) or {}
-        judging = judging_inputs(recipe, stage.kind, digests)
-        plan = StagePlan(name, stage.kind, "missing", "", parents_of(stage), inputs, fingerprint, judging, record)
+        record = directory.record(name) or Record()
+        plan = StagePlan(name, stage.kind, parents_of(stage), record=record)
+        plan.inputs = stage_inputs(recipe, name, plans, digests)
+        plan.fingerprint = short_hash(json.dumps(plan.inputs, sort_keys=True).encode())
+        plan.judging = judging_inputs(recipe, stage.kind, digests)
         parents = [plans[parent] for parent in plan.parents.values() if parent in plans]
-        if record.get("state") == "running" and busy:
-            plan.state, plan.reason = "running", "at work now"
-        elif record.get("artifact") or record.get("state") == "done":
-            plan.state, plan.reason = _state_of_finished(plan, parents, directory, digests, installed)
-        else:
-            plan.state, plan.reason = _state_of_unfinished(plan, parents, directory, installed)
-        plan.stands = plan.state == "done"
-        if plan.to_judge:
+        changed = (
+            [*_changes(record.inputs, plan), *other_versions(record, installed)] if record.model_fields_set else []
+        )
+        find_state(plan, parents, directory, digests, running, changed)
+        if plan.needs_judging:
             plan.reason = "`evaluate` changed: it will be judged again"
-        elif plan.stands:
-            plan.state, plan.reason = _past_the_gates(plan, stage.gates, ignore_gates)
+        elif plan.is_current:
+            plan.state, plan.reason = _apply_gates(plan, stage.gates, ignore_gates)
         plans[name] = plan
     return list(plans.values())
 
@@ -211,76 +193,11 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
     return found
 
 
-def _state_of_finished(
-    plan: StagePlan,
-    parents: list[StagePlan],
-    directory: RunDirectory,
-    digests: Digests,
-    installed: dict[str, str] | None,
-) -> tuple[State, str]:
-    """The state of a stage that was trained to its end, its gates apart."""
-    waiting = _waiting_for(parents)
-    if waiting:
-        return "blocked", waiting
-    problem = directory.artifact_problem(plan.name, plan.record, digests.of_file)
-    if problem:
-        return "missing" if problem.endswith("is gone") else "stale", problem
-    changes = _changes(plan.record.get("inputs", {}), plan) + other_versions(plan.record, installed)
-    if changes:
-        return "stale", "; ".join(changes)
-    rerun = [parent.name for parent in parents if not parent.stands]
-    if rerun:
-        return "stale", f"{' and '.join(rerun)} will run again"
-    other = _re_ran(plan.record, parents)
-    if other:
-        return "stale", f"{' and '.join(other)} re-ran"
-    return "done", "up to date"
-
-
-def _state_of_unfinished(
-    plan: StagePlan, parents: list[StagePlan], directory: RunDirectory, installed: dict[str, str] | None
-) -> tuple[State, str]:
-    """The state of a stage that has no artifact yet."""
-    record = plan.record
-    unreadable = directory.unreadable(plan.name)
-    if unreadable:
-        return "failed", unreadable
-    waiting = _waiting_for(parents)
-    if not record:
-        return ("blocked", waiting) if waiting else ("missing", "has not run yet")
-    happened = record.get("error") or "the run ended before the stage did"
-    changes = _changes(record.get("inputs", {}), plan) + other_versions(record, installed)
-    changes += [f"{parent.name} will run again" for parent in parents if not parent.stands]
-    changes += [f"{name} re-ran" for name in _re_ran(record, parents)]
-    if changes:
-        return "stale", "; ".join([*changes, f"before that, {happened}"])
-    plan.progress = directory.progress(plan.name)
-    if plan.progress:
-        return "partial", f"{happened}; {plan.progress}"
-    damaged = durable.newest_sound(directory.work(plan.name))[1]
-    return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
-
-
-def _re_ran(record: dict[str, Any], parents: list[StagePlan]) -> list[str]:
-    """The parents whose weights are no longer those that a stage was built on."""
-    built_on = record.get("built_on", {})
-    return [
-        parent.name
-        for parent in parents
-        if parent.stands and built_on.get(parent.name) not in (None, weights(parent.record))
-    ]
-
-
-def _waiting_for(parents: list[StagePlan]) -> str | None:
-    names = [parent.name for parent in parents if parent.state in ("partial", "failed", "blocked")]
-    return f"waits for {' and '.join(names)}" if names else None
-
-
-def _past_the_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> tuple[State, str]:
-    """The state of a stage that stands, by its metrics and the gates of now."""
-    outcomes = gates.outcomes(stage_gates, plan.record.get("metrics", {}))
+def _apply_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> tuple[State, str]:
+    """The state of a stage that is current, by its metrics and the gates of now."""
+    outcomes = gates.outcomes(stage_gates, plan.record.metrics)
     closed = {metric: outcome for metric, outcome in outcomes.items() if not outcome["passed"]}
-    ignored = plan.record.get("gates_ignored", {})
+    ignored = plan.record.gates_ignored
     passed_over = ignore or all(ignored.get(metric) == outcome["bound"] for metric, outcome in closed.items())
     if not closed:
         return plan.state, plan.reason
@@ -288,14 +205,9 @@ def _past_the_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) 
     return ("done", f"gates ignored: {said}") if passed_over else ("failed", f"a gate is closed: {said}")
 
 
-def weights(record: dict[str, Any]) -> str | None:
-    """The SHA-256 of the weights that a stage's record names; None where it names none."""
-    return (record.get("artifact_files", {}).get(WEIGHTS) or [None, None])[1]
-
-
-def other_versions(record: dict[str, Any], installed: dict[str, str] | None) -> list[str]:
+def other_versions(record: Record, installed: dict[str, str] | None) -> list[str]:
     """How the libraries that train differ from those that a stage was made with, or were said to do as well."""
-    then = record.get("trusted_versions") or record.get("versions")
+    then = record.trusted_versions or record.versions
     if not then or installed is None:
         return []
     return [
@@ -317,7 +229,7 @@ def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
         if before == now:
             continue
         if key in kinds.ROLES:
-            former, parent = plan.record.get(key), plan.parents.get(key)
+            former, parent = plan.record.parents.get(key), plan.parents.get(key)
             changes.append(f"{parent} changed" if former == parent else f"{key} {former} → {parent}")
         elif (isinstance(now, str) and "@" in now) or (isinstance(before, str) and "@" in before):
             changes.append(f"{key} changed: {_named(before)} → {_named(now)}")
@@ -336,7 +248,7 @@ def _shown(value: Any) -> str:
 
 
 def select(plans: list[StagePlan], until: str | None, only: str | None, force: list[str]) -> list[StagePlan]:
-    """The stages that a run shall execute, in order. One that stands, but whose gate is closed, ends the run.
+    """The stages that a run shall execute, in order. One that is current, but whose gate is closed, ends the run.
 
     Args:
         plans: from `make`.
@@ -356,7 +268,7 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
         parent_runs = any(other.name in plan.parents.values() for other in chosen)
         if plan.state != "done" or plan.name in force or parent_runs:
             chosen.append(plan)
-        if plan.name == until or (plan.stands and plan.state == "failed" and plan.name not in force):
+        if plan.name == until or (plan.is_current and plan.state == "failed" and plan.name not in force):
             break
     if only is None:
         return chosen

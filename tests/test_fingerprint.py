@@ -20,6 +20,7 @@ from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.recipe.schema import Data, Model
+from rlhf_pipeline.rundir import file_digests
 
 OLD, NEW, OTHER = "a" * 40, "b" * 40, "c" * 40
 CLOCK = time.time
@@ -35,7 +36,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock by which every file of the test has been as it is for a minute."""
-    monkeypatch.setattr(fingerprint.time, "time", lambda: CLOCK() + 60)
+    monkeypatch.setattr(file_digests.time, "time", lambda: CLOCK() + 60)
 
 
 @pytest.fixture
@@ -112,8 +113,9 @@ class TestMemory:
             for j in range(20):
                 (tmp_path / f"{i}-{j}.jsonl").write_text(f"{i} {j}")
         program = (
-            "import sys, time\nfrom rlhf_pipeline import fingerprint\nfrom rlhf_pipeline.recipe.schema import Data\n"
-            "fingerprint.SETTLED_S = -1\nfound = fingerprint.Digests()\n"
+            "import sys, time\nfrom rlhf_pipeline.fingerprint import Digests\n"
+            "from rlhf_pipeline.recipe.schema import Data\nfrom rlhf_pipeline.rundir import file_digests\n"
+            "file_digests.SETTLED_S = -1\nfound = Digests()\n"
             "for j in range(20): found.of_data(Data(path=f'{sys.argv[1]}-{j}.jsonl'))\n"
         )
         running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / str(i))]) for i in range(8)]

@@ -14,6 +14,7 @@ from rlhf_pipeline import plan, recipe
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
+from rlhf_pipeline.rundir.record import Record
 
 RECIPE = """\
 name: t
@@ -59,8 +60,8 @@ def begun(folder: Path, name: str) -> dict[str, Any]:
     record = {"name": name, "kind": stage.kind, "state": "running", "fingerprint": stage.fingerprint}
     record |= {"inputs": stage.inputs, "judging": stage.judging, "init": stage.init, "reward": stage.reward}
     parents = [parent for parent in (stage.init, stage.reward) if parent in ("sft", "reward")]
-    built_on = {parent: plan.weights(run_of(folder).record(parent) or {}) for parent in parents}
-    return record | {"built_on": built_on, "versions": plan.versions(), "wall_s": 0.0}
+    weights = {parent: (run_of(folder).record(parent) or Record()).weights for parent in parents}
+    return record | {"parent_weights": weights, "versions": plan.versions(), "wall_s": 0.0}
 
 
 def finish(folder: Path, *names: str, **changes: object) -> None:
@@ -73,7 +74,7 @@ def finish(folder: Path, *names: str, **changes: object) -> None:
         (adapter / "adapter_config.json").write_text("{}")
         done = {"state": "done", "artifact": f"{name}/adapter", "artifact_files": durable.contents(adapter)}
         done |= {"metrics": {"train_loss": 1.0}, "wall_s": 2.0}
-        directory.write_record(name, begun(folder, name) | done | changes)
+        directory.write_record(name, Record.model_validate(begun(folder, name) | done | changes))
 
 
 def break_off(folder: Path, name: str, *steps: int, **changes: object) -> Path:
@@ -84,7 +85,7 @@ def break_off(folder: Path, name: str, *steps: int, **changes: object) -> Path:
     work.mkdir(parents=True)
     record = begun(folder, name)
     durable.write_text(work / "job.json", json.dumps({"task": "train", "record": record}))
-    directory.write_record(name, record | {"state": "failed", "error": "it broke off"} | changes)
+    directory.write_record(name, Record.model_validate(record | {"state": "failed", "error": "it broke off"} | changes))
     for step in steps:
 
         def write(checkpoint: Path, step: int = step) -> None:
@@ -428,7 +429,7 @@ def test_a_parent_of_other_weights_makes_a_stage_stale(folder):
     adapter = run_of(folder).stage("sft") / "adapter"
     (adapter / WEIGHTS).write_text("other weights of sft")
     record = run_of(folder).record("sft")
-    run_of(folder).write_record("sft", record | {"artifact_files": durable.contents(adapter)})
+    run_of(folder).write_record("sft", record.updated(artifact_files=durable.contents(adapter)))
     plans = make(folder)
     assert states(plans) == {"sft": "done", "reward": "stale", "ppo": "stale", "dpo": "stale"}
     assert plans["reward"].reason == plans["dpo"].reason == "sft re-ran"
@@ -445,7 +446,7 @@ def test_a_stage_that_broke_off_does_not_go_on_over_a_parent_of_other_weights(fo
     adapter = run_of(folder).stage("sft") / "adapter"
     (adapter / WEIGHTS).write_text("other weights of sft")
     record = run_of(folder).record("sft")
-    run_of(folder).write_record("sft", record | {"artifact_files": durable.contents(adapter)})
+    run_of(folder).write_record("sft", record.updated(artifact_files=durable.contents(adapter)))
     dpo = make(folder)["dpo"]
     assert (dpo.state, dpo.progress) == ("stale", None)
     assert dpo.reason.startswith("sft re-ran")
@@ -458,8 +459,8 @@ def made_with(folder: Path, *names: str, key: str = "versions", **versions: str)
     """Have records name other versions of some libraries; `_` stands for `-`."""
     for name in names:
         record = run_of(folder).record(name)
-        record[key] = plan.versions() | {library.replace("_", "-"): version for library, version in versions.items()}
-        run_of(folder).write_record(name, record)
+        made = plan.versions() | {library.replace("_", "-"): version for library, version in versions.items()}
+        run_of(folder).write_record(name, record.updated(**{key: made}))
 
 
 @pytest.fixture
@@ -551,7 +552,7 @@ def test_a_closed_gate_blocks_what_needs_the_stage(gated):
     plans = make(gated)
     assert states(plans) == {"sft": "failed", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
     assert plans["sft"].reason == "a gate is closed: train_loss is 1, not <= 0.5"
-    assert plans["sft"].stands  # nothing has to be trained
+    assert plans["sft"].is_current  # nothing has to be trained
     assert plans["dpo"].reason == "waits for sft"
 
 
@@ -578,7 +579,7 @@ def test_a_gate_can_be_ignored(gated):
 
 def test_a_gate_that_was_ignored_stays_so_for_its_bound_alone(gated):
     record = run_of(gated).record("sft")
-    run_of(gated).write_record("sft", record | {"gates_ignored": {"train_loss": "<= 0.5"}})
+    run_of(gated).write_record("sft", record.updated(gates_ignored={"train_loss": "<= 0.5"}))
     plans = make(gated)
     assert states(plans) == ALL_DONE
     assert plans["sft"].reason == "gates ignored: train_loss is 1, not <= 0.5"
@@ -602,8 +603,8 @@ def test_a_stage_goes_on_from_its_newest_checkpoint(folder):
     assert plans["sft"].reason == "it broke off; goes on from step 6 of 9"
     assert plans["sft"].progress == Progress("checkpoint", 6, 9)
     assert plans["sft"].summary()["step"] == 6
-    assert not plans["sft"].stands
-    run_of(folder).write_record("sft", run_of(folder).record("sft") | {"state": "running", "error": None})
+    assert not plans["sft"].is_current
+    run_of(folder).write_record("sft", run_of(folder).record("sft").updated(state="running", error=None))
     assert make(folder)["sft"].reason == "the run ended before the stage did; goes on from step 6 of 9"
 
 
@@ -680,7 +681,7 @@ def test_a_spoilt_record_of_a_stage_that_broke_off_costs_nothing(folder, text):
     (run_of(folder).stage("sft") / "stage.json").write_text(text)
     sft = make(folder)["sft"]
     assert (sft.state, sft.reason) == ("partial", "the run ended before the stage did; goes on from step 3 of 9")
-    assert sft.record == begun(folder, "sft")
+    assert sft.record == Record.model_validate(begun(folder, "sft"))
     assert make(folder, "seed=2")["sft"].state == "stale"
 
 
@@ -702,10 +703,10 @@ def test_a_spoilt_record_of_a_finished_stage_says_so(folder, text):
 def test_a_changed_evaluation_judges_again_and_trains_nothing(folder):
     (folder / "r.yaml").write_text(EVALUATE + RECIPE)
     finish(folder)
-    assert not any(stage.to_judge for stage in make(folder).values())
+    assert not any(stage.needs_judging for stage in make(folder).values())
     plans = make(folder, "evaluate.n=5")
     assert states(plans) == ALL_DONE
-    assert {name for name, stage in plans.items() if stage.to_judge} == {"sft", "ppo", "dpo"}
+    assert {name for name, stage in plans.items() if stage.needs_judging} == {"sft", "ppo", "dpo"}
     assert "judged again" in plans["dpo"].reason
     assert plan.select(list(plans.values()), None, None, []) == []
 
@@ -713,13 +714,13 @@ def test_a_changed_evaluation_judges_again_and_trains_nothing(folder):
 def test_how_many_are_judged_at_once_changes_nothing(folder):
     (folder / "r.yaml").write_text(EVALUATE + RECIPE)
     finish(folder)
-    assert not any(stage.to_judge for stage in make(folder, "evaluate.batch_size=1").values())
+    assert not any(stage.needs_judging for stage in make(folder, "evaluate.batch_size=1").values())
 
 
 def test_a_stage_that_trains_anyway_is_not_judged_apart(folder):
     (folder / "r.yaml").write_text(EVALUATE + RECIPE)
     finish(folder)
-    assert not make(folder, "evaluate.n=5", "dpo.trainer.beta=0.5")["dpo"].to_judge
+    assert not make(folder, "evaluate.n=5", "dpo.trainer.beta=0.5")["dpo"].needs_judging
 
 
 def chosen(folder: Path, *overrides: str, **options: object) -> list[str]:

@@ -56,7 +56,7 @@ def plan(
     chosen = [
         stage
         for stage in plans.select(stages, until, only, force or [])
-        if not stage.stands or stage.state == "done"  # else its gate is closed, which ends the run
+        if not stage.is_current or stage.state == "done"  # else its gate is closed, which ends the run
     ]
     if as_json:
         object_ = tables.as_json(loaded.run, stages) | {"trust_remote_code": loaded.model.trust_remote_code}

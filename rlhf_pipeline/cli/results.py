@@ -39,10 +39,11 @@ def report(
 
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline import report as reports
+    from rlhf_pipeline.rundir.layout import REPORT
 
     folders = [recipes.run_directory(run) for run in runs]
-    default = (folders[0] if len(folders) == 1 else Path.cwd()) / reports.FILE
-    file = out / reports.FILE if out and out.is_dir() else out or default
+    default = (folders[0] if len(folders) == 1 else Path.cwd()) / REPORT
+    file = out / REPORT if out and out.is_dir() else out or default
     if not file.parent.is_dir():
         raise InputError(f"there is no folder {file.parent}", place=f"--out {out}")
     reports.write(folders, file)

@@ -118,7 +118,7 @@ def status(
     loaded = recipes.load(recipe, overrides or [])
     stages = plans.make(loaded, trust_versions=trust_versions)
     if quiet:
-        raise typer.Exit(0 if all(stage.state == "done" and not stage.to_judge for stage in stages) else 1)
+        raise typer.Exit(0 if all(stage.state == "done" and not stage.needs_judging for stage in stages) else 1)
     if as_json:
         typer.echo(json.dumps(tables.as_json(loaded.run, stages), indent=2))
     else:
@@ -208,7 +208,9 @@ def smoke(
 
 def _report(run: Path) -> None:
     """Write a run's report where something is newer than it. It shows what happened, and never changes what did."""
-    file = run / "report.html"
+    from rlhf_pipeline.rundir.layout import REPORT
+
+    file = run / REPORT
     newest = max((one.stat().st_mtime for one in (*run.glob("*.json"), *run.glob("*/*.json*"))), default=0.0)
     if not newest or (file.is_file() and file.stat().st_mtime >= newest):
         return

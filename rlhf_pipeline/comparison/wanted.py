@@ -9,10 +9,10 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe
 from rlhf_pipeline.recipe.data_files import is_local, matching
-from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory, read_json
+from rlhf_pipeline.rundir import durable, state
+from rlhf_pipeline.rundir.layout import COMPARISON, read_json
+from rlhf_pipeline.rundir.state import StageState
 
-FILE = "comparison.json"  # in the run directory; docs/json.md says what it holds
 MOST_PROMPTS = 64  # of a comparison that nobody asked anything special of
 
 
@@ -31,20 +31,15 @@ class Cast(NamedTuple):
 
 
 def weights(run: Path, recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 of the weights of every stage whose adapter is there, in the recipe's order.
+    """The SHA-256 of the weights of every stage that is current, in the recipe's order; see `left_out`."""
+    current = {stage.name: stage.record.weights for stage in state.read(run).stages if stage.is_current}
+    return {name: digest for name in recipe.stages if (digest := current.get(name))}
 
-    Without those that were built on weights that are there no more: they wait for a `run` to make them anew.
-    """
-    directory = RunDirectory(run)
-    found: dict[str, str] = {}
-    for name in recipe.stages:
-        record = directory.record(name) or {}
-        digest = plan.weights(record)
-        if record.get("artifact") and digest and (directory.stage(name) / "adapter" / WEIGHTS).is_file():
-            built_on = record.get("built_on") or {}
-            if all(found.get(parent) == then for parent, then in built_on.items()):
-                found[name] = digest
-    return found
+
+def left_out(run: Path, recipe: Recipe) -> list[StageState]:
+    """The stages that have begun and are not compared: they are not done, or wait for a `run` to train them again."""
+    begun = [stage for stage in state.read(run).stages if stage.name in recipe.stages and stage.state != "missing"]
+    return [stage for stage in begun if not stage.is_current]
 
 
 def cast(recipe: Recipe, made: list[str]) -> Cast:
@@ -131,7 +126,7 @@ def saved(run: Path, made_of: dict[str, str], settings: dict[str, Any]) -> dict[
 
     A digest of None is that of data that cannot be read: what was made of them holds.
     """
-    found = read_json(run / FILE)
+    found = read_json(run / COMPARISON)
     if found is None or not isinstance(found.get("settings"), dict):
         return None
     unknown = {"digest": None} if settings["digest"] is None else {}
@@ -148,7 +143,7 @@ def due(run: Path, recipe: Recipe) -> tuple[dict[str, Any], list[str]] | None:
 
 def write(run: Path, comparison: dict[str, Any]) -> None:
     """Replace a run's `comparison.json` in one step."""
-    durable.write_text(run / FILE, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
+    durable.write_text(run / COMPARISON, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
 
 
 def choose(run: Path, recipe: Recipe, made: list[str], wanted: str | None) -> list[str]:

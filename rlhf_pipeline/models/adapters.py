@@ -14,7 +14,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS = "adapter_model.safetensors"
+from rlhf_pipeline.rundir.layout import WEIGHTS as WEIGHTS
+
 _PREFIX = "base_model.model."  # of PEFT's names for a base's modules
 # The parts of an artifact's names behind `.lora_`: the axis of the rank, and what is multiplied by the scaling alone.
 _RANK_AXIS = {"A.weight": 0, "B.weight": 1, "embedding_A": 0, "embedding_B": 1}

@@ -13,6 +13,7 @@ from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import BASE, Model
+from rlhf_pipeline.rundir.layout import ADAPTER
 
 
 class StagedBase:
@@ -86,5 +87,5 @@ class StagedBase:
 
 def artifacts(run: Path, stages: Sequence[str]) -> dict[str, Path]:
     """The adapter folders of stages of a run, by name; without those that are not there."""
-    folders = {name: run / name / "adapter" for name in stages}
+    folders = {name: run / name / ADAPTER for name in stages}
     return {name: folder for name, folder in folders.items() if (folder / adapters.WEIGHTS).is_file()}

@@ -1,5 +1,5 @@
 """`report.html`: one page, by itself, that shows what a run did. No torch."""
 
-from rlhf_pipeline.report.page import FILE, write
+from rlhf_pipeline.report.page import write
 
-__all__ = ["FILE", "write"]
+__all__ = ["write"]

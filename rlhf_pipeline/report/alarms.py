@@ -35,7 +35,7 @@ def alarms(run: Run) -> list[Alarm]:
     """The alarms of a run, the bad ones first."""
     found = [Alarm("look", "the run", note) for note in run.notes]
     for stage in run.stages:
-        found += _of_record(run, stage)
+        found += _of_record(stage)
         found += [Alarm("look", stage.name, note) for note in stage.notes]
         if stage.not_finite:
             names = ", ".join(sorted(stage.not_finite)[:5]) + ("…" if len(stage.not_finite) > 5 else "")
@@ -49,28 +49,28 @@ def alarms(run: Run) -> list[Alarm]:
             found += [*_of_ppo(stage), *_hacking(stage, number(mapping(run.recipe.get("evaluate")).get("n")))]
         elif kind and kind.reads == "preferences":
             found += _of_reward(stage) if kind.makes == "reward" else _of_dpo(stage)
-    versions = {tuple(sorted((k, str(v)) for k, v in stage.mapping("versions").items())) for stage in run.stages}
+    versions = {tuple(sorted(stage.record.versions.items())) for stage in run.stages}
     if len(versions - {()}) > 1:
         found.append(Alarm("look", "the run", "Stages were made with different versions of the libraries."))
     return sorted(found, key=lambda alarm: alarm.level != "bad")
 
 
-def _of_record(run: Run, stage: Stage) -> Iterator[Alarm]:
+def _of_record(stage: Stage) -> Iterator[Alarm]:
     record, name = stage.record, stage.name
-    error = str(record.get("error") or "")
-    if stage.state == "failed":
-        yield Alarm("bad", name, f"Failed: {error}" if error else "Failed, and left no message; see its log.txt.")
-    if stage.state == "broken off":
-        yield Alarm("look", name, "Broke off: no run is at work here now. The same command goes on from there.")
-    for metric, gate in stage.mapping("gates").items():
-        if mapping(gate).get("passed") is False and metric not in stage.mapping("gates_ignored"):
-            yield Alarm("bad", name, f"A gate is closed: {metric} should be {mapping(gate).get('bound')}.")
-    for metric, bound in stage.mapping("gates_ignored").items():
+    closed = {
+        metric: gate for metric, gate in record.gates.items()
+        if gate.get("passed") is False and metric not in record.gates_ignored
+    }  # fmt: skip
+    if stage.state == "failed" and not closed:
+        yield Alarm("bad", name, f"Failed: {stage.reason}.")
+    if stage.state == "partial":
+        yield Alarm("look", name, f"Partial: {stage.reason}. The same command goes on with it.")
+    if stage.state == "stale":
+        yield Alarm("look", name, f"Stale: {stage.reason}. The same command trains it again.")
+    for metric, gate in closed.items():
+        yield Alarm("bad", name, f"A gate is closed: {metric} should be {gate.get('bound')}.")
+    for metric, bound in record.gates_ignored.items():
         yield Alarm("look", name, f"A closed gate was ignored: {metric} should be {bound}.")
-    for parent, digest in stage.mapping("built_on").items():
-        made = run.stage(parent)
-        if made is not None and made.weights and digest and made.weights != digest:
-            yield Alarm("look", name, f"Stale: it was built on other weights of {parent} than are there now.")
 
 
 def _of_reward(stage: Stage) -> Iterator[Alarm]:

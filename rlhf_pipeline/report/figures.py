@@ -339,7 +339,7 @@ def _rewards(runs: Sequence[Run]) -> list[Picture]:
 
 def _of_their_own(runs: Sequence[Run]) -> str:
     """A warning where scores of several reward models are in one picture: they have no common unit."""
-    models = {stage.weights for run in runs for stage in run.reward_models()} - {None}
+    models = {stage.record.weights for run in runs for stage in run.reward_models()} - {None}
     return " The runs have different reward models: compare scores only within a run." if len(models) > 1 else ""
 
 
@@ -401,11 +401,8 @@ def of_lineage(run: Run) -> Markup | None:
         took = duration(stage.wall_s)
         word = stage.kind if stage.kind != stage.name else took if stage.state == "done" else stage.state
         nodes.append((stage.name, word or "unknown kind", stage.state))
-        planned = run.recipe.get("stages", {})
-        planned = planned.get(stage.name) if isinstance(planned, dict) else None
-        said = stage.record or (planned if isinstance(planned, dict) else {})
-        init, reward = said.get("init"), said.get("reward")
-        edges.append((init if isinstance(init, str) and init in names else "base", stage.name, "weights"))
-        if isinstance(reward, str) and reward in names:
+        init, reward = (stage.parents.get(role, "") for role in ("init", "reward"))
+        edges.append((init if init in names else "base", stage.name, "weights"))
+        if reward in names:
             edges.append((reward, stage.name, "reward"))
     return charts.lineage("What was made from what", nodes, edges)

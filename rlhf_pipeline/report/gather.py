@@ -10,10 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.recipe.yaml import parse_document
-from rlhf_pipeline.rundir import jsonl
-from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory, read_json
+from rlhf_pipeline.rundir import jsonl, state
+from rlhf_pipeline.rundir.layout import (
+    COMPARISON,
+    METRICS,
+    PAIRS,
+    PROGRESS,
+    RECIPE,
+    RECORD,
+    SAMPLES,
+    RunDirectory,
+    read_json,
+)
+from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.state import StageState, State
 
 Numbers = NDArray[np.float64]
 LARGEST = 1e100  # a number beyond is no measurement, and cannot be drawn
@@ -52,8 +62,9 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        state: of its record; `running` only while a run goes on; `missing` where it never started.
-        record: its stage.json, or nothing.
+        state: as `rundir.state` reads it, and the `reason` of it.
+        parents: the stage, or `base`, that it has in each role.
+        record: its record; an empty one where there is none.
         series: its metrics by name.
         not_finite: of a metric, how often it was logged as NaN, infinite or null.
         samples: rows of samples.jsonl.
@@ -64,8 +75,10 @@ class Stage:
 
     name: str
     kind: str
-    state: str
-    record: dict[str, Any] = field(default_factory=dict)
+    state: State
+    reason: str
+    parents: dict[str, str]
+    record: Record
     series: dict[str, Series] = field(default_factory=dict)
     not_finite: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -73,17 +86,13 @@ class Stage:
     progress: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def mapping(self, key: str) -> dict[str, Any]:
-        """An object of the record; an empty one where there is none."""
-        return mapping(self.record.get(key))
-
     def setting(self, key: str) -> float | None:
         """A number among the settings that counted."""
-        return number(self.mapping("inputs").get(key))
+        return number(self.record.inputs.get(key))
 
     def final(self, metric: str) -> float | None:
         """The metric's final value: of the record, or the last one logged."""
-        value = number(self.mapping("metrics").get(metric))
+        value = number(self.record.metrics.get(metric))
         if value is None and len(series := self.series.get(metric, EMPTY)):
             return float(series.values[-1])
         return value
@@ -95,14 +104,8 @@ class Stage:
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds that it took; None while it goes on and where it broke off: its record is of when it began."""
-        return None if self.state in ("running", "broken off") else number(self.record.get("wall_s"))
-
-    @property
-    def weights(self) -> str | None:
-        """The SHA-256 of the weights it published."""
-        entry = self.mapping("artifact_files").get(WEIGHTS)
-        return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
+        """Seconds that it took; None while it goes on and where it was killed: its record is of when it began."""
+        return None if self.record.state == "running" else self.record.wall_s
 
 
 @dataclass
@@ -152,39 +155,28 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """Read a run directory, whatever state it is in."""
     notes: list[str] = []
-    recipe = _recipe(folder / "recipe.yaml", notes)
-    planned = mapping(recipe.get("stages"))
-    # A stage that was moved aside has a dot in its name.
-    found = sorted(file.parent.name for file in folder.glob("*/stage.json") if "." not in file.parent.name)
+    found = state.read(folder)
+    if found.recipe_problem:
+        notes.append(f"{RECIPE} {found.recipe_problem}, so stages that never started are not listed.")
     directory = RunDirectory(folder)
-    at_work = directory.is_locked()
-    stages = [
-        _stage(directory, name, mapping(planned.get(name)), at_work) for name in dict.fromkeys((*planned, *found))
-    ]
+    stages = [_stage(directory, stage) for stage in found.stages]
     if not stages:
         notes.append("No stage has left anything here.")
     comparison: dict[str, Any] = {}
-    if (folder / "comparison.json").exists():
-        comparison = read_json(folder / "comparison.json") or {}
+    if (folder / COMPARISON).exists():
+        comparison = read_json(folder / COMPARISON) or {}
         if not comparison:
             notes.append("comparison.json cannot be read, so policies are not compared.")
-        made_of, there = mapping(comparison.get("made_of")), {stage.name: stage.weights for stage in stages}
-        other = [name for name, weights in made_of.items() if there.get(name) != weights]
+        there = {stage.name: stage.record.weights for stage in stages}
+        other = [name for name, weights in mapping(comparison.get("made_of")).items() if there.get(name) != weights]
         if other:
             notes.append(
                 f"comparison.json is of other weights of {', '.join(other)} than are there now; "
                 "`rlhf-pipeline compare` makes it again."
             )
-    states = [stage.state for stage in stages]
-    state = "unfinished"
-    if at_work:
-        state = "running"
-    elif "failed" in states:
-        state = "failed"
-    elif states and set(states) == {"done"}:
-        state = "done"
-    name = recipe.get("name") if isinstance(recipe.get("name"), str) else folder.resolve().name
-    return Run(folder, _label(str(name)), state, recipe, stages, comparison, notes)
+    named = found.recipe.get("name")
+    name = named if isinstance(named, str) else folder.resolve().name
+    return Run(folder, _label(name), found.state, found.recipe, stages, comparison, notes)
 
 
 def _label(name: str) -> str:
@@ -246,37 +238,21 @@ def reply_numbers(run: Run, policy: str, name: str) -> Numbers:
     return np.array([value for value in values if value is not None])
 
 
-def _recipe(file: Path, notes: list[str]) -> dict[str, Any]:
-    if not file.exists():
-        notes.append("recipe.yaml is missing, so stages that never started are not listed.")
-        return {}
-    try:
-        return mapping(parse_document(file.read_text(encoding="utf-8"), file.name)[0])
-    except (InputError, OSError, ValueError, RecursionError):
-        notes.append("recipe.yaml cannot be read, so stages that never started are not listed.")
-        return {}
-
-
-def _stage(directory: RunDirectory, name: str, planned: dict[str, Any], at_work: bool) -> Stage:
-    folder = directory.stage(name)
-    record = directory.record(name)
-    kind = (record or {}).get("kind") or planned.get("kind") or name
-    stage = Stage(name, kind if kinds.find(kind) else "", "missing", record or {})
-    if record is not None:
-        stage.state = str(record.get("state") or "unknown")
-        if stage.state == "running" and not at_work:
-            stage.state = "broken off"
-    elif (folder / "stage.json").exists():
-        stage.state = "unknown"
-        stage.notes.append("stage.json cannot be read, so its settings and final numbers are not shown.")
-    rows = list(_rows(folder / "metrics.jsonl", stage.notes))
+def _stage(directory: RunDirectory, found: StageState) -> Stage:
+    folder = directory.stage(found.name)
+    stage = Stage(
+        found.name, found.kind if kinds.find(found.kind) else "", found.state, found.reason, found.parents, found.record
+    )  # fmt: skip
+    if directory.unreadable(found.name):
+        stage.notes.append(f"{RECORD} cannot be read, so its settings and final numbers are not shown.")
+    rows = list(_rows(folder / METRICS, stage.notes))
     _take_columns(stage, rows)
-    if stage.state not in ("missing", "running") and not rows:
-        stage.notes.append("metrics.jsonl has no rows, so there are no curves.")
-    stage.samples = list(_rows(folder / "samples.jsonl", stage.notes, MOST_SAMPLES))
-    stage.pairs = _pairs(list(_rows(folder / "pairs.jsonl", stage.notes)))
+    if stage.state != "running" and folder.is_dir() and not rows:
+        stage.notes.append(f"{METRICS} has no rows, so there are no curves.")
+    stage.samples = list(_rows(folder / SAMPLES, stage.notes, MOST_SAMPLES))
+    stage.pairs = _pairs(list(_rows(folder / PAIRS, stage.notes)))
     if stage.state == "running":
-        stage.progress = read_json(directory.work(name) / "progress.json") or {}
+        stage.progress = read_json(directory.work(found.name) / PROGRESS) or {}
     return stage
 
 

@@ -17,9 +17,9 @@ from rlhf_pipeline.report import alarms, charts, figures, gather
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import headline, order
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.words import duration, memory, printable, short
 
-FILE = "report.html"  # in the run directory
 MOST_PROMPTS = 50  # samples side by side
 FIRST_PROMPTS = 12  # of them those that show at once
 MOST_OTHER_CURVES = 120  # small ones, of one stage: a trainer with more logs one for each layer
@@ -90,10 +90,10 @@ def _cut(text: str) -> tuple[str, int]:
 
 def _header(run: Run) -> dict[str, Any]:
     walls = [stage.wall_s for stage in run.stages if stage.wall_s is not None]
-    peaks = [peak for stage in run.stages if (peak := number(stage.record.get("peak_memory_bytes"))) is not None]
-    starts = sorted(str(stage.record["started_at"]) for stage in run.stages if stage.record.get("started_at"))
-    ends = sorted(str(stage.record["finished_at"]) for stage in run.stages if stage.record.get("finished_at"))
-    devices = dict.fromkeys(str(device) for stage in run.stages if (device := stage.mapping("machine").get("device")))
+    peaks = [peak for stage in run.stages if (peak := stage.record.peak_memory_bytes) is not None]
+    starts = sorted(stage.record.started_at for stage in run.stages if stage.record.started_at)
+    ends = sorted(stage.record.finished_at for stage in run.stages if stage.record.finished_at)
+    devices = dict.fromkeys(str(device) for stage in run.stages if (device := stage.record.machine.get("device")))
     facts = [
         ("started", _when(starts[0]) if starts else None),
         ("finished" if run.state == "done" else "last stage ended", _when(ends[-1]) if ends else None),
@@ -126,10 +126,10 @@ def _summary(run: Run, stage: Stage) -> dict[str, Any]:
         (one.name, None if one.before is None else short(one.before), short(one.after))
         for one in headline(stage.kind, metrics, logged, _judged_before(run, stage))
     ]
-    ignored = stage.mapping("gates_ignored")
+    ignored = stage.record.gates_ignored
     gates = [
-        (metric, str(mapping(gate).get("bound", "")), "ignored" if metric in ignored else _passed(gate))
-        for metric, gate in stage.mapping("gates").items()
+        (metric, str(gate.get("bound", "")), "ignored" if metric in ignored else _passed(gate))
+        for metric, gate in stage.record.gates.items()
     ]
     return {
         "run": run.label,
@@ -138,20 +138,20 @@ def _summary(run: Run, stage: Stage) -> dict[str, Any]:
         "state": stage.state,
         "progress": _progress(stage) if stage.state == "running" else "",
         "wall": duration(stage.wall_s),
-        "memory": memory(number(stage.record.get("peak_memory_bytes"))),
+        "memory": memory(stage.record.peak_memory_bytes),
         "numbers": numbers,
         "gates": gates,
     }
 
 
-def _passed(gate: Any) -> str:
-    passed = mapping(gate).get("passed")
+def _passed(gate: dict[str, Any]) -> str:
+    passed = gate.get("passed")
     return "passed" if passed is True else "closed" if passed is False else "unknown"
 
 
 def _judged_before(run: Run, stage: Stage) -> float | None:
     """The judge's mean of the stage that this one started from; the base is not judged on as many prompts."""
-    parent = run.stage(str(stage.record.get("init")))
+    parent = run.stage(stage.parents.get("init", ""))
     return parent.final(kinds.JUDGED) if parent else None
 
 
@@ -167,44 +167,42 @@ def _origin(run: Run) -> dict[str, Any]:
         if model.get(key) is not None:
             facts.append((name, str(model[key])))
     for stage in run.stages:
-        if "model" in stage.mapping("inputs"):
-            facts.append(("model's digest", _digest(str(stage.mapping("inputs")["model"]))[1] or "unknown"))
+        if "model" in stage.record.inputs:
+            facts.append(("model's digest", _digest(str(stage.record.inputs["model"]))[1] or "unknown"))
             break
     if "seed" in run.recipe:
         facts.append(("seed", str(run.recipe["seed"])))
-    records = [stage.record for stage in run.stages if stage.record]
+    records = [stage.record for stage in run.stages]
     for name, read in (("command", _command), ("git", _git), ("machine", _machine)):
         facts += [(name, value) for value in dict.fromkeys(filter(None, map(read, records)))]
-    for versions in dict.fromkeys(
-        tuple((str(key), str(value)) for key, value in stage.mapping("versions").items()) for stage in run.stages
-    ):
+    for versions in dict.fromkeys(tuple(stage.record.versions.items()) for stage in run.stages):
         if versions:
             facts.append(("versions", ", ".join(" ".join(one) for one in versions)))
     return {"label": run.label, "lineage": figures.of_lineage(run), "facts": facts, "data": list(_data(run))}
 
 
-def _command(record: dict[str, Any]) -> str:
-    return str(record.get("command") or "")
+def _command(record: Record) -> str:
+    return record.command or ""
 
 
-def _git(record: dict[str, Any]) -> str:
-    git = mapping(record.get("git"))
+def _git(record: Record) -> str:
+    git = record.git or {}
     return ", ".join(f"{key} {value}" if not isinstance(value, bool) else f"{key}: {'yes' if value else 'no'}"
                      for key, value in git.items() if value is not None)  # fmt: skip
 
 
-def _machine(record: dict[str, Any]) -> str:
-    return ", ".join(str(value) for value in mapping(record.get("machine")).values() if value)
+def _machine(record: Record) -> str:
+    return ", ".join(str(value) for value in record.machine.values() if value)
 
 
 def _data(run: Run) -> Iterator[tuple[str, str, str, str]]:
     """Stage, what the data are for, name and digest."""
     for stage in run.stages:
-        inputs = stage.mapping("inputs")
+        inputs = stage.record.inputs
         for key, what in (("data", "training"), ("ptx_data", "mixed in"), ("eval_data", "held out")):
             for name in [name for name in inputs if name == key or re.fullmatch(rf"{key}\.mix\.\d+(\.path)?", name)]:
                 yield (stage.name, what, *_digest(str(inputs[name])))
-        judged = stage.mapping("judging")
+        judged = stage.record.judging or {}
         if "data" in judged:
             yield (stage.name, f"judged by {judged.get('judge')}", *_digest(str(judged["data"])))
 
@@ -223,7 +221,7 @@ def _stage(runs: Sequence[Run], name: str) -> dict[str, Any]:
         stage = run.stage(name)
         if stage is not None:
             settings[run.label] = [
-                (key, _value(value)) for key, value in stage.mapping("inputs").items() if key not in ("kind", "data")
+                (key, _value(value)) for key, value in stage.record.inputs.items() if key not in ("kind", "data")
             ]
     return {
         "name": name,

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from rlhf_pipeline.recipe.schema import Recipe
-from rlhf_pipeline.rundir.layout import TRAINED
+from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
 
 SAFE = "stages that are done stay usable; the same command goes on from here"
 TRAINING_IS_KEPT = "the training is kept; the same command goes on with judging it"
@@ -162,7 +162,7 @@ def _is_trained(recipe: Recipe, name: str | None) -> bool:
     """Whether a stage's training is over and kept, so that what went wrong did so in its judging."""
     if name is None:
         return False
-    return (recipe.run / name / "work" / TRAINED).exists() or (recipe.run / name / "adapter").exists()
+    return (recipe.run / name / WORK / TRAINED).exists() or (recipe.run / name / ADAPTER).exists()
 
 
 def _is_of_memory(error: BaseException) -> bool:

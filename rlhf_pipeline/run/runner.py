@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_pipeline import kinds, plan
+from rlhf_pipeline import plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
@@ -25,7 +25,18 @@ from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
 from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.layout import RESULT, TRAINED, Progress, RunDirectory, read_json
+from rlhf_pipeline.rundir.layout import (
+    ADAPTER,
+    JOB,
+    LOG,
+    RECIPE,
+    RESULT,
+    TRAINED,
+    Progress,
+    RunDirectory,
+    read_json,
+)
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact, scrub
 
 Say = Callable[[str], None]
@@ -49,7 +60,7 @@ def run(
         until: stop after this stage; see `plan.select`.
         only: run this stage alone.
         force: stages to run even if done.
-        trust_versions: let stages stand that other versions of the libraries made, from now on.
+        trust_versions: keep stages that other versions of the libraries made, from now on.
         ignore_gates: go on past gates that do not open, and record that.
         compare: at the end, send the same prompts through all policies that are there.
         say: takes one line at a time, about what is going on.
@@ -68,7 +79,7 @@ def run(
     def make_plan(at_work: bool | None = None) -> list[StagePlan]:
         return plan.make(recipe, at_work, trust_versions=trust_versions, ignore_gates=ignore_gates)
 
-    def settled(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    def settled(name: str, record: Record) -> Record:
         return _settled(recipe, name, record, trust_versions, ignore_gates)
 
     def to_do(plans: list[StagePlan]) -> list[StagePlan]:
@@ -77,8 +88,8 @@ def run(
         asked = [only] if only else names[: names.index(until) + 1] if until in names else names
         chosen = {stage.name for stage in plan.select(plans, until, only, force or [])}
         for stage in plans:
-            if stage.stands and stage.name in asked:
-                unsettled = stage.to_judge or settled(stage.name, stage.record) != stage.record
+            if stage.is_current and stage.name in asked:
+                unsettled = stage.needs_judging or settled(stage.name, stage.record) != stage.record
                 # Killed between its end and the end of its checkpoints.
                 untidy = not recipe.keep_checkpoints and directory.work(stage.name).exists()
                 chosen |= {stage.name} if unsettled or untidy else set()
@@ -93,23 +104,25 @@ def run(
     try:
         with _scratch() as scratch, Launcher(scratch / "server.log") as launcher, _stop_on_signals(launcher, say):
             to_check = [
-                stage for stage in to_do(plans) if not stage.stands or stage.to_judge or stage.name in (force or [])
+                stage
+                for stage in to_do(plans)
+                if not stage.is_current or stage.needs_judging or stage.name in (force or [])
             ]
             if to_check:
                 say("check   settings and data of every stage")
                 _check(recipe, to_check, launcher, scratch, say)
             with directory.locked():
                 plans = make_plan(at_work=False)  # another run may have come between; what it did counts
-                durable.write_text(directory.path / "recipe.yaml", redact(to_yaml(recipe)))
+                durable.write_text(directory.path / RECIPE, redact(to_yaml(recipe)))
                 trained: set[str | None] = set()
                 for name in [stage.name for stage in to_do(plans)]:
                     # Its data may have changed since the run began, days ago perhaps.
                     stage = next(stage for stage in make_plan(at_work=False) if stage.name == name)
                     fresh = stage.name in (force or []) or bool(trained.intersection(stage.parents.values()))
-                    if not stage.stands or fresh:
+                    if not stage.is_current or fresh:
                         record = _train(recipe, stage, directory, launcher, say, fresh)
                         trained.add(stage.name)
-                    elif stage.to_judge:
+                    elif stage.needs_judging:
                         record = _judge(recipe, stage, launcher, scratch, say)
                     else:
                         record = stage.record
@@ -128,36 +141,33 @@ def run(
     return make_plan()
 
 
-def _settled(
-    recipe: Recipe, name: str, record: dict[str, Any], trust_versions: bool, ignore_gates: bool
-) -> dict[str, Any]:
+def _settled(recipe: Recipe, name: str, record: Record, trust_versions: bool, ignore_gates: bool) -> Record:
     """A finished stage's record as its gates, and what the user said of gates and versions, want it."""
-    outcomes = gates.outcomes(recipe.stages[name].gates, record["metrics"])
+    outcomes = gates.outcomes(recipe.stages[name].gates, record.metrics)
     closed = {metric: outcome["bound"] for metric, outcome in outcomes.items() if not outcome["passed"]}
-    before = record.get("gates_ignored", {})
+    before = record.gates_ignored
     ignored = {metric: bound for metric, bound in closed.items() if ignore_gates or before.get(metric) == bound}
     error = None if ignored == closed else f"a gate is closed: {gates.describe(outcomes)}"
-    state = "failed" if error else "done"
-    record = record | {"state": state, "error": error, "gates": outcomes, "gates_ignored": ignored}
+    settled = {"state": "failed" if error else "done", "error": error, "gates": outcomes, "gates_ignored": ignored}
     if trust_versions and plan.other_versions(record, plan.versions()):
-        record["trusted_versions"] = plan.versions()
-    return record
+        settled["trusted_versions"] = plan.versions()
+    return record.updated(**settled)
 
 
-def _refuse_closed_gates(name: str, record: dict[str, Any], directory: RunDirectory, say: Say) -> None:
+def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say: Say) -> None:
     """End the run where a stage does not pass its gates.
 
     Raises:
         RunError: it does not.
     """
-    if record["error"]:
+    if record.error:
         raise RunError(
-            f"stage `{name}`: {record['error']}",
-            hint=f"its artifact is in {directory.stage(name) / 'adapter'}, to look at; change its settings or its "
+            f"stage `{name}`: {record.error}",
+            hint=f"its artifact is in {directory.adapter(name)}, to look at; change its settings or its "
             "gate, or go on with `run --ignore-gates`",
         )
-    if record["gates_ignored"]:
-        say(f"{name:<7} gates ignored: {gates.describe(record['gates'])}")
+    if record.gates_ignored:
+        say(f"{name:<7} gates ignored: {gates.describe(record.gates)}")
 
 
 @contextlib.contextmanager
@@ -229,7 +239,7 @@ def _job(recipe: Recipe, task: str, **details: Any) -> dict[str, Any]:
 
 def _train(
     recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: Launcher, say: Say, fresh: bool
-) -> dict[str, Any]:
+) -> Record:
     """Run one stage in a worker and publish what it made; it goes on from where it broke off unless `fresh`.
 
     Returns:
@@ -237,19 +247,19 @@ def _train(
     """
     folder, work = directory.stage(stage.name), directory.work(stage.name)
     progress = None if fresh or stage.state != "partial" else stage.progress
-    begun = stage.record if progress else {}
+    begun = stage.record if progress else Record()
     if progress:
         say(f"{stage.name:<7} {progress}")
     else:
         _make_room(stage, directory, say, "asked for, or built on what was trained again" if fresh else stage.reason)
     record = _opening_record(recipe, stage, directory, progress, begun)
     directory.prepare(stage.name, progress)
-    scrub(folder / "log.txt")
+    scrub(folder / LOG)
     directory.write_record(stage.name, record)
     began = time.perf_counter()
 
     def so_far() -> float:
-        return round(record["wall_s"] + time.perf_counter() - began, 2)
+        return round((record.wall_s or 0.0) + time.perf_counter() - began, 2)
 
     try:
         if progress is None or progress.point == "checkpoint":
@@ -257,40 +267,42 @@ def _train(
             say(f"{stage.name:<7} training, from {stage.parents['init']}{reward}")
         if progress is None or progress.point != "finished":
             killed_before = oom_kills()
-            job = _job(recipe, "train", stage=stage.name, record=record)
-            code = launcher.run(job, work / "job.json", folder / "log.txt")
-            scrub(folder / "log.txt")
+            job = _job(recipe, "train", stage=stage.name, record=record.as_json())
+            code = launcher.run(job, work / JOB, folder / LOG)
+            scrub(folder / LOG)
             answer = read_json(work / RESULT) or {}
             if code == STOPPED or (launcher.stopping and code == -STOP_SIGNAL):
                 raise Interrupted(_stopped_at(stage.name, answer.get("step"), directory))
             if code != 0:
-                raise _failure(
-                    f"stage `{stage.name}`", code, answer, folder / "log.txt", killed_before, recipe, stage.name
-                )
+                raise _failure(f"stage `{stage.name}`", code, answer, folder / LOG, killed_before, recipe, stage.name)
         answer = read_json(work / RESULT) or {}
         files = directory.publish(stage.name)
-        done = record | {
-            "state": "done",
-            "artifact": f"{stage.name}/adapter",
-            "artifact_files": files,
-            "metrics": answer["metrics"],
-            "finished_at": _now(),
-            "wall_s": so_far(),
-            "peak_memory_bytes": max(begun.get("peak_memory_bytes") or 0, answer["peak_memory_bytes"]),
-            "machine": record["machine"] | {"device": answer["device"]},
-        }
+        done = record.updated(
+            state="done",
+            artifact=f"{stage.name}/{ADAPTER}",
+            artifact_files=files,
+            metrics=answer["metrics"],
+            finished_at=_now(),
+            wall_s=(took := so_far()),
+            peak_memory_bytes=max(begun.peak_memory_bytes or 0, answer["peak_memory_bytes"]),
+            machine=record.machine | {"device": answer["device"]},
+        )
         directory.write_record(stage.name, done)
     except BaseException as error:
-        message = error.message.splitlines()[0] if isinstance(error, RunError) else "stopped"
-        if isinstance(error, OSError):
-            message = explain(error, recipe, stage.name, folder)[0]
-        if (directory.record(stage.name) or {}).get("state") != "done":  # a signal may come just after that was written
-            failed = {"state": "failed", "finished_at": _now(), "error": redact(message), "wall_s": so_far()}
+        written = directory.record(stage.name)
+        if written is None or written.state != "done":  # a signal may come just after that was written
+            ended = {"state": "failed", "finished_at": _now(), "wall_s": so_far()}
+            if isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit)):
+                ended["stopped"] = True
+            elif isinstance(error, RunError):
+                ended["error"] = redact(error.message.splitlines()[0])
+            else:  # the disk's, or a fault of ours
+                ended["error"] = redact(explain(error, recipe, stage.name, folder)[0])
             with contextlib.suppress(OSError):  # a disk that is full stays so; the record of the start is there
-                directory.write_record(stage.name, record | failed)
+                directory.write_record(stage.name, record.updated(**ended))
         raise
     judged = answer["metrics"].get("judge_mean")
-    said = f"{stage.name:<7} done in {done['wall_s']:.0f} s"
+    said = f"{stage.name:<7} done in {took:.0f} s"
     say(said + (f", judge_mean {judged:.3f}" if judged is not None else ""))
     return done
 
@@ -301,10 +313,9 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) ->
     Raises:
         RunError: its record cannot be read, so that nobody can tell what is lost by starting over.
     """
-    folder = directory.stage(stage.name)
     unreadable = directory.unreadable(stage.name)
-    same = stage.record.get("fingerprint") == stage.fingerprint and stage.state == "failed"
-    if same and not (folder / "adapter").exists() and not any((folder / "work").glob("checkpoint-*")):
+    same = stage.record.fingerprint == stage.fingerprint and stage.state == "failed"
+    if same and not directory.adapter(stage.name).exists() and not any(directory.work(stage.name).glob("checkpoint-*")):
         return
     aside = directory.set_aside(stage.name)
     if aside:
@@ -318,8 +329,8 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) ->
 
 
 def _opening_record(
-    recipe: Recipe, stage: StagePlan, directory: RunDirectory, progress: Progress | None, begun: dict[str, Any]
-) -> dict[str, Any]:
+    recipe: Recipe, stage: StagePlan, directory: RunDirectory, progress: Progress | None, begun: Record
+) -> Record:
     """What is known of a stage when it begins or goes on.
 
     Args:
@@ -329,38 +340,38 @@ def _opening_record(
         progress: where it goes on.
         begun: its record so far, if it goes on.
     """
-    wall_s = begun.get("wall_s", 0.0)
-    if progress and begun.get("state") == "running":
+    wall_s = begun.wall_s or 0.0
+    if progress and begun.state == "running":
         wall_s += _time_to(progress, directory.work(stage.name))
-    return {
-        "name": stage.name,
-        "kind": stage.kind,
-        "state": "running",
-        "fingerprint": stage.fingerprint,
-        "inputs": stage.inputs,
+    parents = {name: directory.record(name) for name in stage.parents.values() if name in recipe.stages}
+    return Record(
+        name=stage.name,
+        kind=stage.kind,
+        state="running",
+        fingerprint=stage.fingerprint,
+        inputs=stage.inputs,
         # What is only to be published was judged before.
-        "judging": begun.get("judging") if progress and progress.point == "finished" else stage.judging,
-        **{role: stage.parents.get(role) for role in kinds.ROLES},
-        "built_on": {
-            name: plan.weights(directory.record(name) or {}) for name in stage.parents.values() if name in recipe.stages
-        },
-        "log": f"{stage.name}/log.txt",
-        "started_at": begun.get("started_at") or _now(),
-        "resumed_from_step": progress.step if progress else None,
-        "versions": plan.versions(),
-        "command": redact(shlex.join(sys.argv)),
-        "recipe_folder": str(recipe.folder),
-        "git": _git(recipe.folder),
-        "machine": {"host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version()},
-        "wall_s": wall_s,
-    }
+        judging=begun.judging if progress and progress.point == "finished" else stage.judging,
+        init=stage.parents.get("init"),
+        reward=stage.parents.get("reward"),
+        parent_weights={name: parent.weights if parent else None for name, parent in parents.items()},
+        log=f"{stage.name}/{LOG}",
+        started_at=begun.started_at or _now(),
+        resumed_from_step=progress.step if progress else None,
+        versions=plan.versions(),
+        command=redact(shlex.join(sys.argv)),
+        recipe_folder=str(recipe.folder),
+        git=_git(recipe.folder),
+        machine={"host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version()},
+        wall_s=wall_s,
+    )
 
 
 def _time_to(progress: Progress, work: Path) -> float:
     """The seconds that a worker which was killed had spent on what is left of its work."""
     left = {"checkpoint": f"checkpoint-{progress.step}", "trained": TRAINED, "finished": RESULT}[progress.point]
     try:
-        return round(max(0.0, (work / left).stat().st_mtime - (work / "job.json").stat().st_mtime), 2)
+        return round(max(0.0, (work / left).stat().st_mtime - (work / JOB).stat().st_mtime), 2)
     except FileNotFoundError:
         return 0.0
 
@@ -372,7 +383,7 @@ def _stopped_at(name: str, step: int | None, directory: RunDirectory) -> str:
     return f"stage `{name}` stopped" + (f": {progress}" if progress else " before its first checkpoint")
 
 
-def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, say: Say) -> dict[str, Any]:
+def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, say: Say) -> Record:
     """Judge a stage that is done by the recipe's new `evaluate`; returns its record."""
     log, killed_before = scratch / "judge.log", oom_kills()
     code = launcher.run(_job(recipe, "judge", stage=stage.name), scratch / "judge.json", log)
@@ -382,9 +393,9 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
     if code != 0:
         what = f"judging stage `{stage.name}`"
         raise _failure(what, code, result, log, killed_before, recipe, stage.name, keep_log=False)
-    metrics = stage.record["metrics"] | result["metrics"]
+    metrics = stage.record.metrics | result["metrics"]
     say(f"{stage.name:<7} judged again, judge_mean {metrics['judge_mean']:.3f}")
-    return stage.record | {"metrics": metrics, "judging": stage.judging}
+    return stage.record.updated(metrics=metrics, judging=stage.judging)
 
 
 def _compare(recipe: Recipe, directory: RunDirectory, launcher: Launcher, scratch: Path, say: Say) -> None:

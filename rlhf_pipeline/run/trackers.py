@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.fingerprint import short_hash
-from rlhf_pipeline.rundir.layout import TRAINED
+from rlhf_pipeline.rundir.layout import TRAINED, WORK
 
 # What Transformers needs for each: one of these.
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -49,7 +49,7 @@ def reporting(names: Sequence[str], recipe: str, stage: Path, started_at: str) -
     if not names:
         yield
         return
-    work, events = stage / "work", stage / "tensorboard"
+    work, events = stage / WORK, stage / "tensorboard"
     if not any(work.glob("checkpoint-*")) and not (work / TRAINED).exists():
         shutil.rmtree(events, ignore_errors=True)  # of an attempt that nothing was kept of
     theirs = os.environ.get("TENSORBOARD_LOGGING_DIR")

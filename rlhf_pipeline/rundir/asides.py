@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.record import Record
 
 ASIDE = re.compile(r"(?P<stage>\w[\w-]*)\.(?P<stamp>[0-9]{8}-[0-9]{6})(-([2-9]|[1-9][0-9]+))?")
 
@@ -29,16 +30,16 @@ def find(run: Path) -> list[dict[str, Any]]:
     for folder in run.iterdir():
         moved_at = _moved_at(run, folder.name)
         if moved_at is not None:
-            record = directory.record(folder.name) or {}
-            if record.get("state") == "running":  # the run ended before the stage did
-                record["state"] = "failed"
+            record = directory.record(folder.name)
             asides.append(
                 {
                     "name": folder.name,
                     "stage": folder.name.partition(".")[0],
                     "moved_at": moved_at,
                     "bytes": _size(folder),
-                    **{key: record.get(key) for key in ("kind", "state", "metrics")},
+                    "kind": (record.kind or None) if record else None,
+                    "state": _state(record) if record else None,
+                    "metrics": record.metrics if record else None,
                 }
             )
     return sorted(asides, key=lambda aside: (aside["moved_at"], aside["name"]))
@@ -59,6 +60,11 @@ def remove(run: Path, names: list[str]) -> None:
                 shutil.rmtree(run / name)
             except OSError as error:
                 raise RunError(f"{run / name} cannot be removed: {error.strerror}") from None
+
+
+def _state(record: Record) -> str:
+    """A stage's state, now that no run resumes it any more."""
+    return "done" if record.state == "done" else "failed"
 
 
 def _moved_at(run: Path, name: str) -> float | None:

@@ -1,13 +1,15 @@
 """What differs between two runs, from their records alone. No torch."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.recipe.yaml import parse_document
-from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir import state
+from rlhf_pipeline.rundir.layout import RECORD, RunDirectory
+from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.state import StageState
 
 SIDES = ("a", "b")
 SECTIONS = ("settings", "data", "versions", "metrics")
@@ -47,40 +49,36 @@ def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
     return {"runs": {"a": str(run_a), "b": str(run_b)}, "same": not stages, "stages": stages}
 
 
-def _stages(run: Path) -> dict[str, tuple[dict[str, Any], str | None]]:
-    """The stages that a run has, in the order of its recipe: each one's record, and why that cannot be read."""
+@dataclass
+class _Side:
+    """A stage in one of the runs; `unreadable` says why it has no record."""
+
+    stage: StageState
+    unreadable: str | None
+
+
+def _stages(run: Path) -> dict[str, _Side]:
+    """The stages that have a folder, in the order of the run's recipe."""
     directory = RunDirectory(run)
-    try:
-        content, _ = parse_document((run / "recipe.yaml").read_text(encoding="utf-8"), str(run / "recipe.yaml"))
-        ordered = [str(name) for name in content["stages"]]
-    except (InputError, OSError, ValueError, TypeError, KeyError):
-        ordered = []
-    # A stage that was moved aside has a dot in its name.
-    others = sorted(file.parent.name for file in run.glob("*/stage.json") if "." not in file.parent.name)
-    stages: dict[str, tuple[dict[str, Any], str | None]] = {}
-    at_work = directory.is_locked()
-    for name in dict.fromkeys((*ordered, *others)):
-        if directory.stage(name).is_dir():
-            record = directory.record(name)
-            missing = not (directory.stage(name) / "stage.json").exists()
-            why = None if record is not None else "stage.json is missing" if missing else "stage.json cannot be read"
-            if record is not None and record.get("state") == "running" and not at_work:
-                record["state"] = "failed"  # the run ended before the stage did
-            stages[name] = (record or {}, why)
-    return stages
+    sides = {}
+    for stage in state.read(run).stages:
+        folder = directory.stage(stage.name)
+        if folder.is_dir():
+            why = "cannot be read" if (folder / RECORD).exists() else "is missing"
+            sides[stage.name] = _Side(stage, None if directory.record(stage.name) else f"{RECORD} {why}")
+    return sides
 
 
-def _compare(
-    name: str, a: tuple[dict[str, Any], str | None] | None, b: tuple[dict[str, Any], str | None] | None
-) -> dict[str, Any]:
+def _compare(name: str, a: _Side | None, b: _Side | None) -> dict[str, Any]:
     """The differences of one stage."""
-    records = {side: one[0] for side, one in zip(SIDES, (a, b), strict=True) if one is not None}
-    unreadable = {side: one[1] for side, one in zip(SIDES, (a, b), strict=True) if one is not None and one[1]}
-    only_in = None if len(records) == 2 else next(iter(records))
-    states = {side: record["state"] for side, record in records.items() if "state" in record}
+    sides = {letter: side for letter, side in zip(SIDES, (a, b), strict=True) if side is not None}
+    records = {letter: side.stage.record for letter, side in sides.items()}
+    unreadable = {letter: side.unreadable for letter, side in sides.items() if side.unreadable}
+    only_in = None if len(sides) == 2 else next(iter(sides))
+    states = {letter: side.stage.state for letter, side in sides.items()}
     stage: dict[str, Any] = {
         "name": name,
-        "kind": next((record["kind"] for record in records.values() if record.get("kind")), None),
+        "kind": next((record.kind for record in records.values() if record.kind), None),
         "only_in": only_in,
         "unreadable": unreadable,
         "state": states if only_in or len(set(states.values())) > 1 else {},
@@ -88,15 +86,14 @@ def _compare(
     stage |= {section: {} for section in SECTIONS}
     if only_in or unreadable:  # there is nothing to compare with
         return stage
-    inputs = [_inputs(records[side]) for side in SIDES]
-    settings = _pairs(*inputs)
+    settings = _pairs(*(_inputs(records[letter]) for letter in SIDES))
     for key in kinds.ROLES:
         if key in settings:
             settings[key] = _parents(key, records, settings[key])
     stage["settings"] = {key: values for key, values in settings.items() if key not in DATA}
     stage["data"] = {key: values for key, values in settings.items() if key in DATA}
-    stage["versions"] = _pairs(*(_mapping(records[side], "versions") for side in SIDES))
-    a_metrics, b_metrics = (_mapping(records[side], "metrics") for side in SIDES)
+    stage["versions"] = _pairs(*(records[letter].versions for letter in SIDES))
+    a_metrics, b_metrics = (records[letter].metrics for letter in SIDES)
     for key, values in (_pairs(a_metrics, b_metrics) if a_metrics and b_metrics else {}).items():
         if not OF_THE_MACHINE.fullmatch(key):
             numbers = [values[side] for side in SIDES if isinstance(values.get(side), (int, float))]
@@ -104,14 +101,8 @@ def _compare(
     return stage
 
 
-def _inputs(record: dict[str, Any]) -> dict[str, Any]:
-    judging = {f"evaluate.{key}": value for key, value in _mapping(record, "judging").items()}
-    return _mapping(record, "inputs") | judging
-
-
-def _mapping(record: dict[str, Any], key: str) -> dict[str, Any]:
-    value = record.get(key)
-    return value if isinstance(value, dict) else {}
+def _inputs(record: Record) -> dict[str, Any]:
+    return record.inputs | {f"evaluate.{key}": value for key, value in (record.judging or {}).items()}
 
 
 def _pairs(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -123,9 +114,9 @@ def _pairs(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _parents(key: str, records: dict[str, dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+def _parents(key: str, records: dict[str, Record], values: dict[str, Any]) -> dict[str, Any]:
     """Names in place of the fingerprints of the stages that one starts from, or takes its reward from."""
-    names = {side: str(records[side].get(key)) for side in values}
+    names = {side: str(records[side].init if key == "init" else records[side].reward) for side in values}
     if len(names) == 2 and names["a"] == names["b"]:
         names["b"] = f"another {names['b']}"
     return names

@@ -5,23 +5,36 @@ from pathlib import Path
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Makes
 from rlhf_pipeline.recipe.schema import BASE, Model, Recipe
+from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory
+from rlhf_pipeline.rundir.record import Record
 
 
 def done(run: Path, recipe: Recipe, makes: Makes) -> list[str]:
-    """The stages that are done, have made a policy or a reward model, and have their adapter; in the recipe's order."""
+    """The stages that were done, have made a policy or a reward model, and have their adapter; see `warning`.
+
+    They are in the recipe's order.
+    """
     directory = RunDirectory(run)
     return [
         name
         for name, stage in recipe.stages.items()
         if stage.facts.makes == makes
-        and (directory.record(name) or {}).get("state") == "done"
-        and (directory.stage(name) / "adapter" / WEIGHTS).is_file()
+        and (directory.record(name) or Record()).state == "done"
+        and (directory.adapter(name) / WEIGHTS).is_file()
     ]
 
 
+def warning(run: Path, name: str) -> str | None:
+    """What to know of a stage before its model is used; None where it is done, and of the base."""
+    stage = state.read(run).stage(name)
+    if stage is None or stage.state == "done":
+        return None
+    return f"warning: stage `{name}` is {stage.state}: {stage.reason}; `rlhf-pipeline run` brings it up to date"
+
+
 def choose(run: Path, recipe: Recipe, makes: Makes, wanted: str | None) -> str:
-    """The stage that is meant: the one that is wanted, else the last that is done.
+    """The stage that is meant: the one that is wanted, else the last that was done.
 
     Args:
         run: the run directory.
@@ -49,10 +62,12 @@ def choose(run: Path, recipe: Recipe, makes: Makes, wanted: str | None) -> str:
         raise InputError(f"there is no stage `{wanted}`", place=str(run), hint=hint)
     if recipe.stages[wanted].facts.makes != makes:
         raise InputError(f"`{wanted}` is a {recipe.stages[wanted].kind} stage", place=str(run), hint=hint)
-    raise InputError(f"stage `{wanted}` is not done", place=str(run), hint=hint)
+    found = state.read(run).stage(wanted)
+    why = f" but {found.state}: {found.reason}" if found else ""
+    raise InputError(f"stage `{wanted}` is not done{why}", place=str(run), hint=hint)
 
 
 def model_of(run: Path, recipe: Recipe, stage: str) -> Model:
     """The recipe's model, with the chat template that a stage was trained with."""
-    template = run / stage / "adapter" / "chat_template.jinja"
+    template = RunDirectory(run).adapter(stage) / "chat_template.jinja"
     return recipe.model.model_copy(update={"chat_template": str(template)}) if template.is_file() else recipe.model

@@ -4,18 +4,33 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.lock import Lock
+from rlhf_pipeline.rundir.record import WEIGHTS, Record
 
-TRAINED = "trained.json"  # in a stage's `work/`: its numbers and its artifact's digests, once training is over
-RESULT = "result.json"  # in a stage's `work/`: what the worker hands back, once there is nothing left to do
-PROGRESS = "progress.json"  # in a stage's `work/`: what it is doing just now, for those who watch
-WEIGHTS = "adapter_model.safetensors"
+# What lies in a run directory.
+RECIPE = "recipe.yaml"  # the resolved recipe
+COMPARISON = "comparison.json"  # docs/json.md says what it holds
+REPORT = "report.html"
+# In a stage's folder:
+RECORD = "stage.json"
+ADAPTER = "adapter"  # what a stage publishes
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+PAIRS = "pairs.jsonl"  # held-out pairs with their scores
+LOG = "log.txt"
+WORK = "work"  # where a stage is made until it is done
+# In a stage's `work/`:
+JOB = "job.json"  # what its worker is to do
+TRAINED = "trained.json"  # its numbers and its artifact's digests, once training is over
+RESULT = "result.json"  # what the worker hands back, once there is nothing left to do
+PROGRESS = "progress.json"  # what it is doing just now, for those who watch
 
 
 @dataclass(frozen=True)
@@ -61,32 +76,41 @@ class RunDirectory:
 
     def work(self, name: str) -> Path:
         """Where a stage is made until it is done."""
-        return self.path / name / "work"
+        return self.path / name / WORK
 
-    def record(self, name: str) -> dict[str, Any] | None:
+    def adapter(self, name: str) -> Path:
+        """What a stage has published."""
+        return self.path / name / ADAPTER
+
+    def begun(self) -> list[str]:
+        """The stages that have a record, in no order; one that was moved aside has a dot in its name, and is none."""
+        return [file.parent.name for file in self.path.glob(f"*/{RECORD}") if "." not in file.parent.name]
+
+    def record(self, name: str) -> Record | None:
         """A stage's `stage.json`; where it cannot be read, what the stage was started with; None where it never was.
 
         So a spoilt record of a stage that broke off costs nothing.
         """
-        record = read_json(self.stage(name) / "stage.json")
-        if record is None:
-            record = (read_json(self.work(name) / "job.json") or {}).get("record")
-        return record if isinstance(record, dict) else None
+        content = read_json(self.stage(name) / RECORD)
+        if content is None:
+            content = (read_json(self.work(name) / JOB) or {}).get("record")
+        return Record.model_validate(content) if isinstance(content, dict) else None
 
     def unreadable(self, name: str) -> str | None:
         """Why a stage's record cannot be read; None where it can, or where nothing needs it."""
-        file = self.stage(name) / "stage.json"
+        file = self.stage(name) / RECORD
         if self.record(name) is not None or not file.exists():
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            return f"stage.json cannot be read: {error}"
-        return f"stage.json holds no record but {type(content).__name__}"
+            return f"{RECORD} cannot be read: {error}"
+        return f"{RECORD} holds no record but {type(content).__name__}"
 
-    def write_record(self, name: str, record: dict[str, Any]) -> None:
+    def write_record(self, name: str, record: Record) -> None:
         """Replace a stage's `stage.json` in one step."""
-        durable.write_text(self.stage(name) / "stage.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(record.as_json(), indent=2, ensure_ascii=False)
+        durable.write_text(self.stage(name) / RECORD, text + "\n")
 
     def progress(self, name: str) -> Progress | None:
         """Where a stage that broke off can go on; None where it has to start over."""
@@ -95,7 +119,7 @@ class RunDirectory:
         files = note.get("files")
         if isinstance(files, dict) and WEIGHTS in files:
             done = "metrics" in (read_json(work / RESULT) or {})
-            for artifact in (work / "adapter", *([self.stage(name) / "adapter"] if done else [])):
+            for artifact in (work / ADAPTER, *([self.adapter(name)] if done else [])):
                 if durable.difference(artifact, files) is None:
                     return Progress("finished" if done else "trained")
         checkpoint, damaged = durable.newest_sound(work)
@@ -115,7 +139,7 @@ class RunDirectory:
         (work / RESULT).unlink(missing_ok=True)
         if progress.point == "checkpoint":
             (work / TRAINED).unlink(missing_ok=True)
-            for unpublished in (work / "adapter", self.stage(name) / "adapter"):  # moved, but never recorded
+            for unpublished in (work / ADAPTER, self.adapter(name)):  # moved, but never recorded
                 shutil.rmtree(unpublished, ignore_errors=True)
             for damaged in progress.damaged:
                 shutil.rmtree(work / f"damaged-{damaged}", ignore_errors=True)
@@ -141,8 +165,8 @@ class RunDirectory:
         Returns:
             What its files hold.
         """
-        if (self.work(name) / "adapter").exists():
-            (self.work(name) / "adapter").rename(self.stage(name) / "adapter")
+        if (self.work(name) / ADAPTER).exists():
+            (self.work(name) / ADAPTER).rename(self.adapter(name))
             durable.sync([self.stage(name), self.work(name)])
         return json.loads((self.work(name) / TRAINED).read_text(encoding="utf-8"))["files"]
 
@@ -150,20 +174,19 @@ class RunDirectory:
         """Remove a stage's working folder."""
         shutil.rmtree(self.work(name), ignore_errors=True)
 
-    def artifact_problem(self, name: str, record: dict[str, Any], digest: Callable[[Path], str]) -> str | None:
+    def artifact_problem(self, name: str, record: Record, digests: FileDigests) -> str | None:
         """What is wrong with a stage's artifact, as one phrase; None where its files are those of the record.
 
-        Args:
-            name: the stage's.
-            record: its record.
-            digest: gives the beginning of a file's SHA-256; it may remember.
+        Raises:
+            InputError: a file of it cannot be read.
         """
-        folder = self.stage(name) / "adapter"
-        for file, (size, sha256) in (record.get("artifact_files") or {WEIGHTS: [None, ""]}).items():
-            path = folder / file
+        if not record.artifact_files and not (self.adapter(name) / WEIGHTS).is_file():
+            return "its adapter is gone"
+        for file, (size, sha256) in record.artifact_files.items():
+            path = self.adapter(name) / file
             if not path.is_file():
                 return "its adapter is gone" if file == WEIGHTS else f"its adapter/{file} is gone"
-            if size is not None and (path.stat().st_size != size or not sha256.startswith(digest(path))):
+            if path.stat().st_size != size or not sha256.startswith(digests.of_file(path)):
                 return f"its adapter/{file} is not what the stage wrote"
         return None
 

@@ -30,7 +30,7 @@ from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
-from rlhf_pipeline.rundir.layout import RESULT, RunDirectory, read_json
+from rlhf_pipeline.rundir.layout import JOB, LOG, METRICS, RESULT, RunDirectory, read_json
 
 ROWS = 64  # of each source
 EVAL_ROWS = 8
@@ -156,15 +156,15 @@ def _of_the_real_run(line: str) -> bool:
 def _see(stage: Smoked, directory: RunDirectory, origins: dict[str, str]) -> None:
     """Fill in what a run directory says of a stage."""
     record = directory.record(stage.name)
-    if not record or record["state"] == "running":
+    if record is None or record.state == "running":
         return
-    stage.state = "ok" if record["state"] == "done" else "failed"
-    stage.seconds = round(record["wall_s"], 1)
-    if record.get("error"):
-        said = record["error"].removeprefix(f"stage `{stage.name}` failed: ")
+    stage.state = "ok" if record.state == "done" else "failed"
+    stage.seconds = round(record.wall_s or 0.0, 1)
+    if record.error:
+        said = record.error.removeprefix(f"stage `{stage.name}` failed: ")
         stage.error = _replaced(said, origins)
-    logged = series(stage.kind, jsonl.rows(directory.stage(stage.name) / "metrics.jsonl"))
-    numbers = headline(stage.kind, record.get("metrics") or {}, logged)
+    logged = series(stage.kind, jsonl.rows(directory.stage(stage.name) / METRICS))
+    numbers = headline(stage.kind, record.metrics, logged)
     for number in [number for number in numbers if number.before is not None][:1]:
         stage.metric, stage.first, stage.last = number.name, number.before, number.after
 
@@ -357,10 +357,10 @@ def _ask_worker(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         RunError: it failed otherwise.
     """
     folder.mkdir()
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    log = folder / "log.txt"
+    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+    log = folder / LOG
     with log.open("w") as output:
-        command = [sys.executable, "-P", "-m", "rlhf_pipeline.smoke.worker", str(folder / "job.json")]
+        command = [sys.executable, "-P", "-m", "rlhf_pipeline.smoke.worker", str(folder / JOB)]
         code = subprocess.run(
             command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         ).returncode

@@ -10,6 +10,7 @@ from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
+from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
@@ -56,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
             train_dataset=data.train,
             eval_dataset=data.held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
+            callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         )
     adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
     trainer.train(resume_from_checkpoint=job.last_checkpoint())

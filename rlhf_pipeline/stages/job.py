@@ -20,7 +20,7 @@ from rlhf_pipeline.models.base import load_config, resolve_dtype
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.layout import TRAINED
+from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
 
 Config = TypeVar("Config", bound=TrainingArguments)
 Read = Callable[[Data, PreTrainedTokenizerBase, int, Known | None], Prepared]  # a function of `data.prepare`
@@ -101,7 +101,7 @@ class Job:
     @property
     def work(self) -> Path:
         """Where the stage may write until it is done."""
-        return self.folder / "work"
+        return self.folder / WORK
 
     @cached_property
     def progress(self) -> ProgressFile:
@@ -111,22 +111,22 @@ class Job:
     @property
     def artifact(self) -> Path:
         """Where the stage leaves its adapter for the runner to publish."""
-        return self.work / "adapter"
+        return self.work / ADAPTER
 
     @property
     def published(self) -> Path:
         """Where the runner has put the adapter of a stage that is done."""
-        return self.folder / "adapter"
+        return self.folder / ADAPTER
 
     @property
     def init(self) -> Path | None:
         """The adapter the stage starts from; None for the bare base."""
-        return None if self.stage.init in (None, BASE) else self.run / str(self.stage.init) / "adapter"
+        return None if self.stage.init in (None, BASE) else self.run / str(self.stage.init) / ADAPTER
 
     @property
     def reward(self) -> Path:
         """The reward stage's artifact; for PPO."""
-        return self.run / str(self.stage.reward) / "adapter"
+        return self.run / str(self.stage.reward) / ADAPTER
 
     def trainer_config(self, config: type[Config], **decided: Any) -> Config:
         """Build TRL's config from the recipe's `trainer:` and what the pipeline decides.

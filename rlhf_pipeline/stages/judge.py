@@ -20,6 +20,7 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.jsonl import whole_lines
+from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.stages.job import Job
 
 Judge = Callable[..., Sequence[float]]
@@ -90,7 +91,7 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         model, tokenizer, spec, prompts, job.recipe.seed, lambda done: job.progress.tell("judging", done, len(prompts))
     )
     scores = ask(judge, asked, replies)
-    samples = job.folder / "samples.jsonl"
+    samples = job.folder / SAMPLES
     of_training = [line for line in whole_lines(samples) if "judge" not in json.loads(line)]
     judged = (
         {"prompt": prompt, "completion": reply, "judge": score}

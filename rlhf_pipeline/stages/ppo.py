@@ -12,6 +12,7 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.prompts import check_data
 from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.judge import prepare as prepare_judging
@@ -58,8 +59,8 @@ def run(job: Job) -> dict[str, Any]:
         train_dataset=data.train,
         eval_dataset=data.held_out,
         ptx_dataset=ptx_data and ptx_data.train,
-        callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
-        samples_file=job.folder / "samples.jsonl",
+        callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
+        samples_file=job.folder / SAMPLES,
     )
     judging = prepare_judging(job)
     if judging and judging[0].along:

@@ -13,12 +13,13 @@ from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import METRICS, PAIRS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
 
 CONFIG = RewardConfig
 read = rows.whole_preferences  # the rows of such a stage
-PAIRS = 2000  # of the held-out ones, whose scores are written down
+MOST_PAIRS = 2000  # of the held-out ones, whose scores are written down
 
 
 class ResumableRewardTrainer(Resumable, RewardTrainer):
@@ -52,12 +53,12 @@ def run(job: Job) -> dict[str, Any]:
             train_dataset=pairs.train,
             eval_dataset=pairs.held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
+            callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         )
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if pairs.held_out is not None:
         trainer.evaluate()
-        write_pairs(trainer, pairs, job.folder / "pairs.jsonl")
+        write_pairs(trainer, pairs, job.folder / PAIRS)
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     # TRL drops pairs longer than `max_length` without a word.
     dropped = len(pairs.train) - len(trainer.train_dataset)
@@ -73,7 +74,7 @@ def write_pairs(trainer: RewardTrainer, pairs: rows.Prepared, file: Path) -> Non
     """
     held_out, table = pairs.held_out, pairs.held_out_table
     assert held_out is not None and table is not None
-    count, tokenizer, model = min(len(held_out), PAIRS), trainer.processing_class, trainer.model.eval()
+    count, tokenizer, model = min(len(held_out), MOST_PAIRS), trainer.processing_class, trainer.model.eval()
     scores: dict[str, list[float]] = {}
     for name in ("chosen", "rejected"):
         ids = held_out[:count][f"{name}_ids"]

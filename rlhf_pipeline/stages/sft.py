@@ -9,6 +9,7 @@ from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
@@ -46,7 +47,7 @@ def run(job: Job) -> dict[str, Any]:
             train_dataset=data.train,
             eval_dataset=data.held_out,
             processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / "metrics.jsonl"), job.checkpoints(), job.progress],
+            callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         )
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:

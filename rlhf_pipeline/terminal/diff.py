@@ -32,7 +32,7 @@ def show(difference: dict[str, Any], console: Console) -> None:
     for stage in stages:
         name = stage["name"]
         if stage["only_in"]:
-            _add(table, name, "state", {stage["only_in"]: "unknown"} | stage["state"], absent="no such stage")
+            _add(table, name, "state", stage["state"], absent="no such stage")
         elif stage["state"]:
             _add(table, name, "state", stage["state"])
         for side, why in stage["unreadable"].items():

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.rundir.headline import is_number
-from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.layout import LOG, RunDirectory
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.rundir.words import duration, one_line, printable
 from rlhf_pipeline.terminal.tables import STYLES
@@ -216,7 +216,7 @@ class _Log:
                 self.say(printable(redact(line)))
 
     def _file(self, stage: StageView) -> Path:
-        return self.view.directory.stage(stage.name) / "log.txt"
+        return self.view.directory.stage(stage.name) / LOG
 
     def _size(self, stage: StageView) -> int:
         try:
@@ -278,23 +278,23 @@ class Display:
         return [*stages, Text(), *work, *([Text(), *sample] if sample else [])]
 
     def _stage(self, stage: StageView, width: int, signs: "_Signs") -> Text:
-        state = self.view.state(stage)
+        word = self.view.word(stage)
         current = stage is self.view.at_work
-        # A stage that broke off left the time of when it began.
-        wall_s = stage.elapsed if current else None if state == "broke off" else stage.record.get("wall_s")
-        style = "cyan" if current else STYLES.get(state, "red" if state in ("broke off", "stopped") else "dim")
+        # A stage that was killed left the time of when it began.
+        wall_s = stage.elapsed if current else None if stage.record.state == "running" else stage.record.wall_s
+        style = "cyan" if current else STYLES.get(word, "dim")
         line = Text(" ")
         names = max(len(one.name) for one in self.view.stages)
-        line.append(f"{signs.of_state(state, current)} ", style=style)
+        line.append(f"{signs.of_state(stage.state, current)} ", style=style)
         line.append(f"{signs.fit(stage.name, min(names, 24)):<{min(names, 24)}}  ", style="bold" if current else "")
-        line.append(f"{state:<11}", style=style)
-        time_of = duration(wall_s) if is_number(wall_s) else ""
+        line.append(f"{word:<11}", style=style)
+        time_of = "" if wall_s is None else duration(wall_s)
         line.append(f"{time_of:>12}   ")
         about = ""
-        if state in ("done", "stale"):
+        if stage.state == "done":
             about = "   ".join(f"{name} {_short(value)}" for name, value in stage.final.items())
-        elif state == "failed":
-            about = one_line(str(stage.record.get("error") or ""))
+        elif not current and stage.state != "missing":
+            about = one_line(stage.reason)
         line.append(signs.fit(about, width - line.cell_len), style="dim")
         return line
 
@@ -312,7 +312,8 @@ class _Signs:
 
     def of_state(self, state: str, current: bool) -> str:
         """One character for a stage's state."""
-        signs = {"done": "+", "waiting": "."} if self.plain else {"done": "✓", "waiting": "·"}
+        done, waits = ("+", ".") if self.plain else ("✓", "·")
+        signs = {"done": done, "missing": waits, "blocked": waits}
         at_work, other = (">", "x") if self.plain else ("▸", "✗")
         return at_work if current else signs.get(state, other)
 

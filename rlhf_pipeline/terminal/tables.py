@@ -14,6 +14,8 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
+from rlhf_pipeline.rundir.layout import METRICS
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.words import duration, memory
 
 STYLES = {
@@ -39,7 +41,7 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         summary = plan.summary()
         wall_s = summary["wall_s"]
         numbers = "  ".join(f"{number.name} {number.after:.3g}" for number in headline(plan.kind, summary["metrics"]))
-        unremarkable = plan.state == "done" and numbers and not plan.record.get("gates_ignored")
+        unremarkable = plan.state == "done" and numbers and not plan.record.gates_ignored
         about = numbers if unremarkable else escape(plan.reason)
         time = "" if wall_s is None else duration(wall_s)
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
@@ -55,15 +57,15 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
     table.add_column("numbers, before → after", overflow="fold")
     judged: dict[str, float] = {}  # what each stage came to by the judge
     for plan in plans:
-        record = plan.record if plan.stands else {}
-        metrics = record.get("metrics", {})
+        record = plan.record if plan.is_current else Record()
+        metrics = record.metrics
         changes = _changes(plan, run, metrics, judged.get(plan.parents.get("init", ""))) if metrics else []
         if isinstance(metrics.get(kinds.JUDGED), (int, float)):
             judged[plan.name] = metrics[kinds.JUDGED]
         about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
-        if plan.state == "done" and record.get("gates_ignored"):
+        if plan.state == "done" and record.gates_ignored:
             about = "\n".join([*changes, escape(plan.reason)])
-        wall_s, peak = record.get("wall_s"), record.get("peak_memory_bytes")
+        wall_s, peak = record.wall_s, record.peak_memory_bytes
         table.add_row(
             plan.name,
             f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]",
@@ -79,7 +81,7 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
 
 def _changes(plan: StagePlan, run: Path, metrics: dict[str, Any], judged: float | None) -> list[str]:
     """The numbers that tell what a stage did, with where they began."""
-    numbers = headline(plan.kind, metrics, series(plan.kind, jsonl.rows(run / plan.name / "metrics.jsonl")), judged)
+    numbers = headline(plan.kind, metrics, series(plan.kind, jsonl.rows(run / plan.name / METRICS)), judged)
     return [
         f"{number.name} " + ("" if number.before is None else f"{number.before:.3g} → ") + f"{number.after:.3g}"
         for number in numbers

@@ -1,6 +1,5 @@
 """What a run is doing, read again and again from its directory while that grows. No torch."""
 
-import contextlib
 import os
 import time
 from collections import deque
@@ -9,15 +8,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.plan import weights
-from rlhf_pipeline.recipe import Recipe, of_run
+from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.rundir.headline import headline, is_number
 from rlhf_pipeline.rundir.jsonl import parse
-from rlhf_pipeline.rundir.layout import PROGRESS, RunDirectory, read_json
+from rlhf_pipeline.rundir.layout import JOB, METRICS, PROGRESS, RECIPE, RECORD, SAMPLES, RunDirectory, read_json
+from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.state import State, read_recipe, read_stages, stage_at_work, stage_names
 
 MOST_BYTES = 2**18  # read at once: of a file that is longer, its end
 VALUES = 60  # kept of each number, for its trend
+Written = tuple[int, int]  # mtime in ns and inode: a file that is replaced has another inode
 PACE_S, PACE_STEPS = 60.0, 5  # how far back the pace is measured: the longer of the two
 
 
@@ -96,7 +96,8 @@ class StageView:
         kind: the stage's.
 
     Attributes:
-        record: its `stage.json`, or nothing.
+        state: as `rundir.state` reads it, and the `reason` of it.
+        record: its record; an empty one where there is none.
         phase: what it does just now: `starting` until it says so itself.
         step, of: how far it is in that phase; `of` is None where nobody knows.
         values: the last values of its numbers, by their short names.
@@ -107,10 +108,11 @@ class StageView:
 
     def __init__(self, directory: RunDirectory, name: str, kind: str) -> None:
         self.directory, self.name, self.kind = directory, name, kind
-        self.record: dict[str, Any] = {}
-        self.written: tuple[int, int] | None = None
-        self._metrics = Growing(directory.stage(name) / "metrics.jsonl")
-        self._samples = Growing(directory.stage(name) / "samples.jsonl")
+        self.state: State = "missing"
+        self.reason = ""
+        self.record = Record()
+        self._metrics = Growing(directory.stage(name) / METRICS)
+        self._samples = Growing(directory.stage(name) / SAMPLES)
         self._began: float | None = None
         self.values: dict[str, deque[float]] = {}
         self.samples: deque[dict[str, Any]] = deque(maxlen=16)
@@ -124,39 +126,21 @@ class StageView:
         self.left: float | None = None
 
     @property
-    def state(self) -> str:
-        """As the record says: `done`, `running`, `stopped`, `failed`; `waiting` where there is none."""
-        state = str(self.record.get("state", "waiting"))
-        return "stopped" if state == "failed" and self.record.get("error") == "stopped" else state
-
-    @property
     def bound_of_kl(self) -> float | None:
         """The KL that PPO's settings want: its budget, or what it is steered to."""
-        inputs = self.record.get("inputs") or {}
-        bounds = (inputs.get(f"trainer.{key}") for key in ("kl_budget", "target_kl"))
+        bounds = (self.record.inputs.get(f"trainer.{key}") for key in ("kl_budget", "target_kl"))
         return next((bound for bound in bounds if isinstance(bound, (int, float))), None)
 
     @property
     def final(self) -> dict[str, float]:
         """The numbers to show of a stage that is done."""
-        return {number.name: number.after for number in headline(self.kind, self.record.get("metrics") or {})}
+        return {number.name: number.after for number in headline(self.kind, self.record.metrics)}
 
     @property
     def logged(self) -> dict[str, str]:
         """The numbers to show of a stage at work: their short names, and TRL's."""
         known = kinds.find(self.kind)
         return {number.name: number.logged for number in known.numbers if number.logged} if known else {}
-
-    def read_record(self) -> None:
-        """Read the record, if it was written since."""
-        try:
-            status = (self.directory.stage(self.name) / "stage.json").stat()
-            written = (status.st_mtime_ns, status.st_ino)
-        except OSError:
-            written = None
-        if written is None or written != self.written:
-            self.written = written
-            self.record = (self.directory.record(self.name) or {}) if written else {}
 
     def read_work(self, now: float) -> None:
         """Read what a stage at work tells.
@@ -165,7 +149,7 @@ class StageView:
             now: Unix seconds.
         """
         work = self.directory.work(self.name)
-        began = _changed(work / "job.json")
+        began = _changed(work / JOB)
         if began != self._began:  # another worker
             self._began = began
             self._start_over()
@@ -188,8 +172,7 @@ class StageView:
                 self.pace.note(at, step)
         pace = self.pace if self.phase == "training" else self.pace_of_phase
         self.left = pace.seconds_left(self.of, now)
-        before = self.record.get("wall_s")
-        self.elapsed = (before if is_number(before) else 0.0) + (max(now - began, 0.0) if began else 0.0)
+        self.elapsed = (self.record.wall_s or 0.0) + (max(now - began, 0.0) if began else 0.0)
 
     def _take(self, row: dict[str, Any]) -> None:
         at, step = row.get("time"), row.get("step")
@@ -227,12 +210,12 @@ class RunView:
         self.directory = RunDirectory(run)
         self.stages: list[StageView] = []
         self.at_work: StageView | None = None
-        self._recipe, self._locked = recipe, locked
-        self._resolved: float | None = None
-        self._read_stages()
-        for stage in self.stages:
-            stage.read_record()
-        self._before = {} if locked else {stage.name: stage.written for stage in self.stages}
+        self._recipe = {"stages": recipe.model_dump()["stages"]} if recipe else {}
+        self._locked, self._follows_recipe = locked, recipe is None
+        self._recipe_written: Written | None = None
+        self._seen: tuple[Any, ...] | None = None
+        self._before = None if locked else self._written()
+        self._read_stages(None)
 
     def refresh(self, now: float | None = None) -> None:
         """Read what is new.
@@ -240,55 +223,56 @@ class RunView:
         Args:
             now: Unix seconds.
         """
-        if self._recipe is None:
-            self._read_stages()
-        for stage in self.stages:
-            stage.read_record()
-        going_on = self._locked is None or self._locked()
-        running = [stage for stage in self.stages if stage.state == "running"]
-        current = [stage for stage in running if self._before.get(stage.name, ()) != stage.written]
-        self.at_work = current[-1] if current and going_on else None
+        name = None
+        if self._locked is None or self._locked():
+            written = self._written()
+            name = stage_at_work(self.directory, [name for name in written if self._is_of_this_run(name, written)])
+        self._read_stages(name)
+        self.at_work = next((stage for stage in self.stages if stage.name == name), None)
         if self.at_work:
             self.at_work.read_work(time.time() if now is None else now)
 
-    def state(self, stage: StageView) -> str:
-        """A stage's state, as one word or two."""
-        if stage is self.at_work:
-            return stage.phase
-        if stage.state == "running":
-            return "broke off"
-        if stage.state == "done" and self._outdated(stage):
-            return "stale"
-        return stage.state
+    def word(self, stage: StageView) -> str:
+        """What a stage is doing if it is at work, else its state."""
+        return stage.phase if stage is self.at_work else stage.state
 
-    def _outdated(self, stage: StageView) -> bool:
-        """Whether a stage was built on something that is not there any more, and so will run again."""
-        records = {other.name: other.record for other in self.stages}
-        built_on = stage.record.get("built_on") or {}
-        return any(
-            records[name].get("state") != "done" or weights(records[name]) != made_of
-            for name, made_of in built_on.items()
-            if name in records and made_of is not None
-        )
+    def _written(self) -> dict[str, Written | None]:
+        """When the record of each stage was last written."""
+        return {name: _written(self.directory.stage(name) / RECORD) for name in self.directory.begun()}
 
-    def _read_stages(self) -> None:
-        """Find the stages: in the recipe; where that cannot be read, those that have begun."""
-        recipe = self._recipe
-        if recipe is None:
-            resolved = _changed(self.directory.path / "recipe.yaml")
-            if self.stages and resolved == self._resolved:
-                return
-            self._resolved = resolved
-            with contextlib.suppress(InputError):
-                recipe = of_run(self.directory.path)
-        if recipe is not None:
-            kind_of = {name: str(stage.kind) for name, stage in recipe.stages.items()}
-        else:
-            records = {file.parent.name: read_json(file) or {} for file in self.directory.path.glob("*/stage.json")}
-            begun = sorted(records, key=lambda name: str(records[name].get("started_at")))
-            kind_of = {name: str(records[name].get("kind")) for name in begun if "." not in name}
-        known = {stage.name: stage for stage in self.stages if kind_of.get(stage.name) == stage.kind}
-        self.stages = [known.get(name) or StageView(self.directory, name, kind) for name, kind in kind_of.items()]
+    def _is_of_this_run(self, name: str, written: dict[str, Written | None]) -> bool:
+        return self._before is None or self._before.get(name) != written[name]
+
+    def _read_stages(self, at_work: str | None) -> None:
+        """Read states and records, if something was written since that they depend on."""
+        recipe_written = _written(self.directory.path / RECIPE)
+        seen = (self._written(), recipe_written, at_work)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        if self._follows_recipe and recipe_written != self._recipe_written:
+            self._recipe_written = recipe_written
+            self._recipe = read_recipe(self.directory.path)[0]
+        names = stage_names(self.directory, self._recipe)
+        if not self._follows_recipe:
+            names = [name for name in names if name in self._recipe["stages"]]
+        views = {stage.name: stage for stage in self.stages}
+        self.stages = []
+        for found in read_stages(self.directory, self._recipe, names, at_work):
+            view = views.get(found.name)
+            if view is None or view.kind != found.kind:
+                view = StageView(self.directory, found.name, found.kind)
+            view.state, view.reason, view.record = found.state, found.reason, found.record
+            self.stages.append(view)
+
+
+def _written(file: Path) -> Written | None:
+    """What is other once a file has been replaced; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino
 
 
 def _changed(file: Path) -> float | None:

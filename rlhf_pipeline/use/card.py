@@ -10,19 +10,19 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.plan import weights
 from rlhf_pipeline.recipe import TINY, Recipe
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
 from rlhf_pipeline.rundir.headline import order, shown_as
 from rlhf_pipeline.rundir.jsonl import rows
-from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
 
 # Of the machine or of the moment, not of the model.
 BOOKKEEPING = re.compile(r"seconds$|^eps$|^lr|^learning_rate$|^episode$|num_tokens$|^total_flos$")
 SETTINGS = ("trainer.", "lora.", "model.quantization", "model.dtype", "seed")  # in this order
-Records = dict[str, dict[str, Any]]
+Records = dict[str, Record]
 
 
 def text(
@@ -39,12 +39,12 @@ def text(
         name: what the model is loaded by: a hub id or a folder.
     """
     directory = RunDirectory(run)
-    records = {one: directory.record(one) or {} for one in _lineage(directory, stage)}
-    record, inputs = records[stage], {name: one.get("inputs", {}) for name, one in records.items()}
+    records = {one: directory.record(one) or Record() for one in _lineage(directory, stage)}
+    record, inputs = records[stage], {name: one.inputs for name, one in records.items()}
     base = Path(recipe.model.path)  # a path of the machine that trained, or a hub id
     hub_id = None if base.is_absolute() else recipe.model.path
-    metrics = {name: one.get("metrics", {}) for name, one in records.items()}
-    kind, judging = kinds.get(record["kind"]), record.get("judging") or {}
+    metrics = {name: one.metrics for name, one in records.items()}
+    kind, judging = kinds.get(record.kind), record.judging or {}
     logged = [name for name in metrics[stage] if not BOOKKEEPING.search(name)]
     listed = dict.fromkeys((*(name for name in order(kind.name) if name in logged), *logged))
     settings = dict.fromkeys(
@@ -87,9 +87,9 @@ def text(
         gates=[
             [name, metric, gate.get("bound", ""), _value(gate.get("value")), "yes" if gate["passed"] else "no"]
             for name, one in records.items()
-            for metric, gate in one.get("gates", {}).items()
+            for metric, gate in one.gates.items()
         ],
-        versions=record.get("versions", {}),
+        versions=record.versions,
     )
     return redact(card)
 
@@ -101,8 +101,8 @@ def _lineage(directory: RunDirectory, stage: str) -> list[str]:
     def add(name: str | None) -> None:
         record = directory.record(name) if name and name != BASE else None
         if name and record and name not in found:
-            add(record.get("init"))
-            add(record.get("reward"))
+            add(record.init)
+            add(record.reward)
             found.append(name)
 
     add(stage)
@@ -112,7 +112,7 @@ def _lineage(directory: RunDirectory, stage: str) -> list[str]:
 def _head(
     recipe: Recipe,
     records: Records,
-    record: dict[str, Any],
+    record: Record,
     license: dict[str, str],
     dtype: str | None,
     hub_id: str | None,
@@ -127,7 +127,7 @@ def _head(
         for source in (*data.sources, data.eval_data)
         if source and not is_local(source.path)
     )
-    kind = kinds.get(record["kind"])
+    kind = kinds.get(record.kind)
     reward = kind.makes == "reward"
     head = ModelCardData(
         license=license.get("license"),
@@ -146,11 +146,11 @@ def _head(
 def _prompts_are_chats(run: Path, recipe: Recipe, records: Records) -> bool:
     """Whether prompts were turns for the chat template: as the recipe says, or the replies that were judged show."""
     for name in reversed(records):
-        said = records[name].get("inputs", {}).get("data.chat")
+        said = records[name].inputs.get("data.chat")
         if said is not None:
             return bool(said)
     for name in reversed(records):
-        for row in rows(run / name / "samples.jsonl"):
+        for row in rows(run / name / SAMPLES):
             if "judge" in row:
                 return isinstance(row.get("prompt"), list)
     return False
@@ -158,14 +158,14 @@ def _prompts_are_chats(run: Path, recipe: Recipe, records: Records) -> bool:
 
 def _origins(records: Records) -> Iterator[list[Any]]:
     """Stage, kind, what it was made from, fingerprint and digest of its weights; the base first."""
-    yield ["base", "", "", next(iter(records.values()))["inputs"]["model"], ""]
+    yield ["base", "", "", next(iter(records.values())).inputs["model"], ""]
     for name, record in records.items():
-        origin = record.get("init") or BASE
-        origin += f", scored by {record['reward']}" if record.get("reward") else ""
-        yield [name, record["kind"], origin, record.get("fingerprint", ""), weights(record) or ""]
+        origin = record.init or BASE
+        origin += f", scored by {record.reward}" if record.reward else ""
+        yield [name, record.kind, origin, record.fingerprint or "", record.weights or ""]
 
 
-def _sources(inputs: Records) -> Iterator[list[str]]:
+def _sources(inputs: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
     """Stage, key, where the rows are from, and the digest or commit of that."""
     for name, of_stage in inputs.items():
         for key in ("data", "data.eval_data", "ptx_data"):

@@ -13,7 +13,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import has_default_template
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe
-from rlhf_pipeline.rundir.finished import choose, done, model_of
+from rlhf_pipeline.rundir.finished import choose, done, model_of, warning
 from rlhf_pipeline.rundir.words import printable, show
 from rlhf_pipeline.use.score import context_of, first_prompt, score_tokens
 from rlhf_pipeline.use.stream import stream
@@ -62,6 +62,15 @@ class Chat:
         self.start = [{"role": "system", "content": system}] if system else []
         self.turns = list(self.start)
         self.last: tuple[list[int], list[int]] | None = None  # the tokens of a prompt and of the reply to it
+        self.warned: set[str] = set()
+        self.warn(stage)
+
+    def warn(self, stage: str) -> None:
+        """Say, once, what to know of a stage before its model is used."""
+        about = warning(self.run, stage) if stage not in self.warned else None
+        self.warned.add(stage)
+        if about:
+            self.say(about)
 
     def greet(self) -> None:
         """Say who answers, and how what is typed becomes a prompt."""
@@ -110,6 +119,7 @@ class Chat:
         if name == "/stage":
             if argument:
                 self.stage = choose(self.run, self.recipe, "policy", argument)
+                self.warn(self.stage)
             others = "" if argument else f"; there are {', '.join([BASE, *self.policies])}"
             self.say(f"`{self.stage}` answers{others}")
         elif name == "/reward":
@@ -125,6 +135,7 @@ class Chat:
             return "there is no reply yet" if self.rewards else "no reward stage of this run is done"
         own = self.recipe.stages[self.stage].reward if self.stage != BASE else None
         name = own if own in self.rewards else self.rewards[-1]
+        self.warn(name)
         (score,) = score_tokens(self.base.reward(name), [self.last], self.tokenizer.pad_token_id)
         ended = self.last[1][-1] == self.tokenizer.eos_token_id
         return f"{score:.4f} by `{name}`" + ("" if ended else "; the reply has no end, the score is of what there is")

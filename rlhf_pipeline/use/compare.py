@@ -41,8 +41,12 @@ def compare(
         RunError: for other faults that are known, such as memory that ran out.
     """
     recipe = of_run(run)
-    made_of = wanted.weights(run, recipe)
-    policies = wanted.choose(run, recipe, list(made_of), stages)
+    for stage in wanted.left_out(run, recipe):
+        say(
+            f"`{stage.name}` is left out: it is {stage.state}: {stage.reason}; `rlhf-pipeline run` brings it up to date"
+        )
+    weights = wanted.weights(run, recipe)
+    policies = wanted.choose(run, recipe, list(weights), stages)
     usual = wanted.default_settings(recipe)
     settings = usual | {name: value for name, value in changes.items() if value is not None}
     if file is not None and not file.exists():
@@ -52,7 +56,7 @@ def compare(
     if asked_for:
         settings |= {"prompts": " and ".join(asked_for), "digest": None}
     else:
-        found = wanted.saved(run, made_of, settings)
+        found = wanted.saved(run, weights, settings)
         if found is not None:
             return wanted.only(found, policies)
     say(f"sampling from {', '.join(policies)}")

@@ -15,7 +15,10 @@ from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.fingerprint import HUB_TIMEOUT_S, Digests
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.rundir import state
+from rlhf_pipeline.rundir.finished import warning
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.use import card
 
@@ -51,6 +54,9 @@ def export(
         raise InputError(f"{out} exists already", hint="name a new or an empty folder")
     recipe = recipes.of_run(run)
     record = _record(run, stage, recipe)
+    about = warning(run, stage)
+    if about:
+        say(about)
     if push_to is not None:
         _refuse_push(push_to, recipe, merge)
     with _in_one_step(out) as folder:
@@ -69,8 +75,8 @@ def export(
         _push(out, push_to, public)
 
 
-def _record(run: Path, stage: str, recipe: Recipe) -> dict[str, Any]:
-    """A stage's record, with everything seen to be as the record says.
+def _record(run: Path, stage: str, recipe: Recipe) -> Record:
+    """A stage's record, with its artifact and its base seen to be as the record says.
 
     Raises:
         InputError: it is not.
@@ -80,16 +86,17 @@ def _record(run: Path, stage: str, recipe: Recipe) -> dict[str, Any]:
         raise InputError(
             f"there is no stage `{stage}`", place=str(run), hint=f"the stages are {', '.join(recipe.stages)}"
         )
-    record = directory.record(stage) or {}
-    if record.get("state") != "done":
-        state = record.get("state")
+    found = state.read(run).stage(stage)
+    record = found.record if found else Record()
+    if found and record.state != "done":
+        why = ": it has not run yet" if found.state == "missing" else f" but {found.state}: {found.reason}"
         raise InputError(
-            f"stage `{stage}` is not done" + (f" but {state}" if state else ": it has not run yet"),
+            f"stage `{stage}` is not done{why}",
             place=str(run),
-            hint="`rlhf-pipeline run` makes it" + (", `--ignore-gates` past its gates" if record.get("gates") else ""),
+            hint="`rlhf-pipeline run` makes it" + (", `--ignore-gates` past its gates" if record.gates else ""),
         )
     digests = Digests()
-    problem = directory.artifact_problem(stage, record, digests.of_file)
+    problem = directory.artifact_problem(stage, record, digests)
     if problem:
         raise InputError(f"stage `{stage}`: {problem}", place=str(run), hint="`rlhf-pipeline run` makes it again")
     base = Path(recipe.model.path)
@@ -97,7 +104,7 @@ def _record(run: Path, stage: str, recipe: Recipe) -> dict[str, Any]:
         raise InputError(
             "the base is not there any more", place=f"model.path: {base}", hint="put it back where it was trained on"
         )
-    trained_on, now = record["inputs"]["model"], digests.of_model(recipe.model)
+    trained_on, now = record.inputs.get("model"), digests.of_model(recipe.model)
     if trained_on != now:
         raise InputError(
             f"stage `{stage}` was trained on {trained_on}, and the base is now {now}",
@@ -107,15 +114,13 @@ def _record(run: Path, stage: str, recipe: Recipe) -> dict[str, Any]:
     return record
 
 
-def _write(
-    run: Path, stage: str, recipe: Recipe, record: dict[str, Any], folder: Path, merge: bool, say: Say
-) -> str | None:
+def _write(run: Path, stage: str, recipe: Recipe, record: Record, folder: Path, merge: bool, say: Say) -> str | None:
     """Write weights, configuration and tokenizer; returns the dtype of merged weights."""
     from rlhf_pipeline.use import weights
 
-    artifact = run / stage / "adapter"
-    head: Any = "score" if kinds.get(record["kind"]).makes == "reward" else "causal"
-    stop = record["inputs"].get("trainer.stop_token_id")
+    artifact = RunDirectory(run).adapter(stage)
+    head: Any = "score" if kinds.get(record.kind).makes == "reward" else "causal"
+    stop = record.inputs.get("trainer.stop_token_id")
     if not merge:
         weights.write_adapter(recipe.model, artifact, folder, head, stop)
         return None

@@ -27,7 +27,8 @@ from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe.schema import Data, Recipe, Source
 from rlhf_pipeline.recipe.shipped import TINY
 from rlhf_pipeline.rundir import jsonl
-from rlhf_pipeline.rundir.finished import model_of
+from rlhf_pipeline.rundir.finished import model_of, warning
+from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
 
 BATCHES_AT_ONCE = 64  # batches whose rows are read, and sorted by length, together
 
@@ -91,6 +92,9 @@ def score_file(
         InputError: the base cannot be loaded, or the file cannot be read or lacks something.
     """
     read(source, None)  # what is wrong with the file's beginning shows before anything is loaded
+    about = warning(run, stage)
+    if about:
+        say(about)
     scorer = Scorer(run, recipe, stage)
     rows, shape = read(source, scorer.spec.chat)
     say(f"scores of `{stage}` of {run}; {shape.says}")
@@ -166,7 +170,7 @@ class Scorer:
     """
 
     def __init__(self, run: Path, recipe: Recipe, stage: str) -> None:
-        base = StagedBase(model_of(run, recipe, stage), {stage: run / stage / "adapter"})
+        base = StagedBase(model_of(run, recipe, stage), {stage: RunDirectory(run).adapter(stage)})
         self.tokenizer = base.tokenizer
         self.view = base.reward(stage)
         self.context = context_of(base)
@@ -267,7 +271,7 @@ def first_prompt(run: Path, recipe: Recipe, stage: str) -> Prompt | None:
     try:
         return first_prompts(recipe.stages[stage].data, 1)[0][0]
     except InputError:
-        judged = [row for row in jsonl.rows(run / stage / "samples.jsonl") if "judge" in row]
+        judged = [row for row in jsonl.rows(run / stage / SAMPLES) if "judge" in row]
         return judged[-1]["prompt"] if judged else None
 
 

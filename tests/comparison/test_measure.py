@@ -21,6 +21,7 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.recipe.schema import Source
+from rlhf_pipeline.rundir import layout
 
 POLICIES = ["base", "sft", "ppo", "dpo"]
 TEMPERATURE = 0.7
@@ -96,7 +97,7 @@ def test_scores_kl_and_judgement_are_those_of_models_loaded_one_by_one(tiny_run:
 
 
 def test_one_seed_gives_one_comparison_and_another_gives_another(tiny_run: Path, recipe: Recipe) -> None:
-    written = json.loads((tiny_run / wanted.FILE).read_text())
+    written = json.loads((tiny_run / layout.COMPARISON).read_text())
     assert wanted.saved(tiny_run, written["made_of"], wanted.default_settings(recipe)) is not None
     # What the worker made, in batches of the same size.
     assert [row["replies"]["ppo"]["text"] for row in compare(tiny_run, recipe)["rows"]] == [
@@ -228,7 +229,7 @@ def test_the_interval_is_that_of_drawing_prompts_anew() -> None:
 def test_the_command_with_settings_of_its_own_leaves_what_run_has_written(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (tiny_run / wanted.FILE).read_bytes()
+    before = (tiny_run / layout.COMPARISON).read_bytes()
     arguments = ["-p", "Q: What sound does a cow make?\nA:", "-p", "Hi", "--stages", "ppo,sft", "--max-new-tokens", "3"]
     monkeypatch.setattr(sys, "argv", ["rlhf-pipeline", "compare", str(tiny_run), *arguments, "--seed", "5", "--json"])
     with pytest.raises(SystemExit) as end:
@@ -241,4 +242,4 @@ def test_the_command_with_settings_of_its_own_leaves_what_run_has_written(
     assert found["settings"] == {
         "prompts": "the command line", "n": 2, "temperature": 0.7, "max_new_tokens": 3, "seed": 5, "digest": None
     }  # fmt: skip
-    assert (tiny_run / wanted.FILE).read_bytes() == before
+    assert (tiny_run / layout.COMPARISON).read_bytes() == before

@@ -19,6 +19,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher
+from rlhf_pipeline.rundir import durable, layout
 
 POLICIES = ["base", "sft", "ppo", "dpo"]
 
@@ -35,7 +36,7 @@ def edit(file: Path, **changes: Any) -> None:
 def test_a_run_ends_with_a_comparison_of_what_it_made(tiny_run: Path) -> None:
     recipe = recipes.of_run(tiny_run)
     assert wanted.due(tiny_run, recipe) is None
-    found = json.loads((tiny_run / wanted.FILE).read_text())
+    found = json.loads((tiny_run / layout.COMPARISON).read_text())
     assert found["policies"] == POLICIES and len(found["rows"]) == recipe.evaluate.n == 8
     assert found["made_of"] == {
         stage: hashlib.sha256((tiny_run / stage / "adapter" / short_run.WEIGHTS).read_bytes()).hexdigest()
@@ -69,16 +70,20 @@ def test_other_weights_settings_data_or_judge_make_it_due(run: Path, tmp_path: P
     data.unlink()  # nobody can tell: what was made of them holds
     assert wanted.due(run, recipe) is None
 
-    (run / wanted.FILE).write_text('{"settings": []}')
+    (run / layout.COMPARISON).write_text('{"settings": []}')
     assert wanted.due(run, recipe) is not None
-    (run / wanted.FILE).unlink()
+    (run / layout.COMPARISON).unlink()
     settings, policies = wanted.due(run, recipe)
     assert policies == POLICIES and settings["digest"] is None
 
 
 def test_what_is_built_on_weights_that_are_gone_is_not_compared(run: Path) -> None:
     recipe = recipes.of_run(run)
-    edit(run / "reward" / "stage.json", artifact_files={short_run.WEIGHTS: [1, "0" * 64]})
+    (run / "reward" / "adapter" / short_run.WEIGHTS).write_bytes(b"others")
+    edit(run / "reward" / "stage.json", artifact_files=durable.contents(run / "reward" / "adapter"))
+    assert [(stage.name, stage.state, stage.reason) for stage in wanted.left_out(run, recipe)] == [
+        ("ppo", "stale", "reward re-ran")
+    ]
     assert list(wanted.weights(run, recipe)) == ["sft", "reward", "dpo"]
     assert wanted.due(run, recipe)[1] == ["base", "sft", "dpo"]
     shutil.rmtree(run / "sft" / "adapter")
@@ -178,7 +183,7 @@ def test_neither_a_failure_nor_a_stop_of_the_comparison_fails_the_run(
         return said
 
     line = "compare 4 prompts through base and sft"
-    file = recipe.run / wanted.FILE
+    file = recipe.run / layout.COMPARISON
     assert again()[-2:] == [
         line, "warning: there is no new comparison: making it failed: its worker was ended by signal 9, from outside"
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """A run directory that was never run: every file that the report reads, with numbers that are known."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -130,11 +131,15 @@ def write(run: Path, *, steps: int = 60, text: str = "", name: str = "made-up") 
             "command": f"rlhf-pipeline run {text}", "git": {"commit": "f00d", "dirty": False},
             "machine": {"host": "there", "device": "one GPU"},
             "metrics": {} if stage == "reward" else {"judge_mean": 0.75},
-            "built_on": {} if stage == "sft" else {"sft": "sha-of-sft"}, "gates_ignored": {},
+            "parent_weights": {name: sha_of(name) for name in (made["init"], made["reward"]) if name in stages},
+            "gates_ignored": {},
             "gates": {f"loss{text}": {"bound": "<= 1", "passed": True}} if stage == "sft" else {},
-            "artifact_files": {"adapter_model.safetensors": [10, f"sha-of-{stage}"]},
+            "artifact": f"{stage}/adapter",
+            "artifact_files": {"adapter_model.safetensors": [len(weights_of(stage)), sha_of(stage)]},
         }  # fmt: skip
         (folder / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights_of(stage))
         write_lines(folder / "metrics.jsonl", metrics(stage, steps))
         if stage != "reward":
             judged = {"prompt": f"Q {text}", "completion": f"A of {stage} {text}", "judge": 1.0}
@@ -142,6 +147,16 @@ def write(run: Path, *, steps: int = 60, text: str = "", name: str = "made-up") 
     write_lines(run / "reward" / "pairs.jsonl", pairs(400))
     (run / "comparison.json").write_text(json.dumps(comparison(20, text)), encoding="utf-8")
     return run
+
+
+def weights_of(stage: str) -> bytes:
+    """What stands for a stage's weights."""
+    return f"weights of {stage}".encode()
+
+
+def sha_of(stage: str) -> str:
+    """Their SHA-256."""
+    return hashlib.sha256(weights_of(stage)).hexdigest()
 
 
 def change(run: Path, stage: str, **values: Any) -> None:

@@ -20,6 +20,7 @@ from rlhf_pipeline import cli, report
 from rlhf_pipeline.recipe.yaml import dump, parse_document
 from rlhf_pipeline.report import alarms, charts, gather, measures
 from rlhf_pipeline.report.gather import Series
+from rlhf_pipeline.rundir import layout
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.words import short
 
@@ -114,9 +115,9 @@ def alarms_of(run: Path) -> str:
 def test_the_page_of_a_real_run(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     start = time.process_time()
-    page = page_of(run, to=run / report.FILE)
+    page = page_of(run, to=run / layout.REPORT)
     assert time.process_time() - start < 2
-    assert (run / report.FILE).stat().st_size < 1.5e6
+    assert (run / layout.REPORT).stat().st_size < 1.5e6
     said = page.text
     for stage in ("sft", "reward", "ppo", "dpo"):
         record = json.loads((run / stage / "stage.json").read_text())
@@ -324,11 +325,12 @@ def test_a_sound_run_has_no_alarms(run):
 @pytest.mark.parametrize(
     ("stage", "record", "rows", "said"),
     [
-        ("dpo", {"state": "failed", "error": "no memory"}, [], "bad dpo Failed: no memory"),
-        ("dpo", {"state": "running"}, [], "look dpo Broke off"),
+        ("dpo", {"state": "failed", "artifact": None, "error": "no memory"}, [], "bad dpo Failed: no memory"),
+        ("dpo", {"state": "running", "artifact": None}, [], "bad dpo Failed: the run ended before the stage did"),
+        ("dpo", {"state": "failed", "artifact": None, "stopped": True}, [], "bad dpo Failed: stopped"),
         ("sft", {"gates": {"loss": {"bound": "<= 0.1", "passed": False}}}, [], "bad sft A gate is closed: loss"),
         ("sft", {"gates_ignored": {"loss": "<= 0.1"}}, [], "look sft A closed gate was ignored: loss"),
-        ("ppo", {"built_on": {"sft": "other"}}, [], "look ppo Stale: it was built on other weights of sft"),
+        ("ppo", {"built_on": {"sft": "other"}}, [], "look ppo Stale: sft re-ran"),
         ("ppo", {"versions": {"trl": "2"}}, [], "look the run Stages were made with different versions"),
         ("ppo", {"inputs": {"trainer.kl_budget": 2.5}}, [], "bad ppo KL is over its budget of 2.5: it reached 3"),
         ("ppo", {}, [{"reply/ended": 0.2}] * 5, "bad ppo Only 20% of the replies end"),
@@ -382,8 +384,8 @@ def test_the_first_accuracy_of_dpo_is_no_alarm(run):
 
 
 def test_a_comparison_of_other_weights_is_said(run):
-    for weights, rings in (("sha-of-ppo", False), ("sha-of-another", True)):
-        comparison = report_run.comparison(1) | {"made_of": {"sft": "sha-of-sft", "ppo": weights}}
+    for weights, rings in ((report_run.sha_of("ppo"), False), ("sha-of-another", True)):
+        comparison = report_run.comparison(1) | {"made_of": {"sft": report_run.sha_of("sft"), "ppo": weights}}
         (run / "comparison.json").write_text(json.dumps(comparison))
         assert ("look the run comparison.json is of other weights of ppo than" in alarms_of(run)) == rings
 
@@ -398,18 +400,18 @@ def test_a_run_that_has_only_just_begun(tmp_path):
 
 
 def test_a_run_made_elsewhere_and_killed(small, tmp_path):
-    report_run.change(small, "ppo", state="running", finished_at=None, wall_s=0.0, metrics=None)
+    report_run.change(small, "ppo", state="running", artifact=None, finished_at=None, wall_s=0.0, metrics=None)
     with (small / "ppo" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "objective/kl": 12')
     page = page_of(small, to=tmp_path / "report.html")
-    assert "broken off" in page.text and "missing" in page.text and "0 of 4 stages done" in page.text
+    assert "stale" in page.text and "missing" in page.text and "0 of 4 stages done" in page.text
     assert "from what the judge saw" in page.text
     assert "cannot be read" not in page.text  # a line that is half written is no fault
     assert "0 s" not in page.text  # how long it took, nobody knows
 
 
 def test_a_run_at_work_says_where_it_is(small, tmp_path):
-    report_run.change(small, "ppo", state="running")
+    report_run.change(small, "ppo", state="running", artifact=None)
     (small / "ppo" / "work").mkdir()
     (small / "ppo" / "work" / "progress.json").write_text('{"phase": "training", "step": 12, "of": 60, "time": 1.0}')
     with RunDirectory(small).locked():

@@ -1,6 +1,7 @@
 """What the runner does when a stage, or its process, goes wrong; and workers that are spawned, not forked."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,11 @@ import short_run
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
-from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.errors import InputError, Interrupted, RunError
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher
+from rlhf_pipeline.rundir.layout import RunDirectory
 
 RECIPE = """
 name: short
@@ -51,6 +54,33 @@ def write(folder: Path, judge: str) -> Recipe:
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "my_judge.py").write_text("import os, signal\n\n\n" + textwrap.dedent(judge))
     return recipes.load(str(folder / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("error", "stopped", "said"),
+    [
+        (KeyboardInterrupt(), True, None),
+        (Interrupted("stage `sft` stopped, with a checkpoint at step 3"), True, None),
+        (RunError("stage `sft` failed: no memory\n  | its log"), False, "stage `sft` failed: no memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), False, "is full"),
+        (KeyError("peak_memory_bytes"), False, "KeyError: 'peak_memory_bytes'"),
+    ],
+)
+def test_what_ends_a_stage_is_recorded_as_what_it_is(tmp_path: Path, error: BaseException, stopped: bool, said: str):
+    """A fault of the runner's own is no stop."""
+    recipe = write(tmp_path, FINE)
+
+    def fail(*arguments: object) -> int:
+        raise error
+
+    directory, (sft, _) = RunDirectory(recipe.run), plan.make(recipe)
+    with pytest.raises(type(error)):
+        runner._train(recipe, sft, directory, SimpleNamespace(run=fail, stopping=False), lambda line: None, False)
+    record = directory.record("sft")
+    assert (record.state, record.stopped) == ("failed", stopped)
+    assert record.error is None if said is None else said in record.error
+    sft = plan.make(recipe)[0]
+    assert (sft.state, sft.reason) == ("failed", "stopped" if stopped else record.error)
 
 
 FINE = """

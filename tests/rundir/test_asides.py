@@ -16,6 +16,7 @@ from rich.console import Console
 from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.rundir import asides as prune
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.terminal import asides as shown
 
 RECORD = {"kind": "reward", "state": "done", "metrics": {"accuracy": 0.5, "eval_accuracy": 0.61}}
@@ -29,6 +30,7 @@ HOLD_THE_LOCK = """
 import sys, time
 from pathlib import Path
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.record import Record
 with RunDirectory(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)
@@ -41,7 +43,7 @@ def run(tmp_path: Path) -> Path:
     directory = RunDirectory(tmp_path / "run")
     for content in ("former", "now"):
         directory.stage("reward").mkdir(parents=True)
-        directory.write_record("reward", RECORD)
+        directory.write_record("reward", Record.model_validate(RECORD))
         (directory.stage("reward") / "log.txt").write_text(content)
         if content == "former":
             directory.set_aside("reward")
@@ -189,7 +191,7 @@ def test_nothing_is_listed_or_removed_while_a_run_goes_on(run: Path):
 
 def test_what_broke_off_is_not_called_running(run: Path):
     (former,) = prune.find(run)
-    RunDirectory(run).write_record(former["name"], RECORD | {"state": "running"})
+    RunDirectory(run).write_record(former["name"], Record.model_validate(RECORD | {"state": "running"}))
     assert prune.find(run)[0]["state"] == "failed"
 
 

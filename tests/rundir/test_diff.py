@@ -16,7 +16,8 @@ from rich.console import Console
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir import diff
-from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.terminal import diff as shown
 
 DIGESTS = {"d1": "1" * 32, "d2": "2" * 32, "m1": "a" * 32}
@@ -48,8 +49,10 @@ RECORDS: dict[str, dict[str, Any]] = {
 
 def write(run: Path, records: dict[str, dict[str, Any]]) -> Path:
     for name, record in records.items():
-        RunDirectory(run).stage(name).mkdir(parents=True)
-        RunDirectory(run).write_record(name, record)
+        adapter = RunDirectory(run).adapter(name)
+        adapter.mkdir(parents=True)
+        (adapter / WEIGHTS).write_text(f"weights of {name}")
+        RunDirectory(run).write_record(name, Record.model_validate(record))
     (run / "recipe.yaml").write_text("stages:\n" + "".join(f"  {name}: {{}}\n" for name in records))
     return run
 
@@ -185,19 +188,21 @@ def test_a_stage_that_only_one_has_and_a_state_are_shown(runs):
     assert shown == [
         ("sft", None, {"a": "done", "b": "failed"}, {}),
         ("ppo", "a", {"a": "done"}, {}),
-        ("dpo", "b", {"b": "done"}, {}),
+        ("dpo", "b", {"b": "blocked"}, {}),
     ]
     assert rows(difference) == [
         ["sft", "state", "done", "failed"],
         ["ppo", "state", "done", "no", "such", "stage"],
-        ["dpo", "state", "no", "such", "stage", "done"],
+        ["dpo", "state", "no", "such", "stage", "blocked"],
     ]
 
 
 def test_a_stage_that_only_one_has_is_shown_though_its_record_says_nothing(runs):
     difference = diff.compare(*runs(lambda records: records.update(dpo={})))
-    assert [(stage["name"], stage["only_in"], stage["state"]) for stage in difference["stages"]] == [("dpo", "b", {})]
-    assert rows(difference) == [["dpo", "state", "no", "such", "stage", "unknown"]]
+    assert [(stage["name"], stage["only_in"], stage["state"]) for stage in difference["stages"]] == [
+        ("dpo", "b", {"b": "missing"})
+    ]
+    assert rows(difference) == [["dpo", "state", "no", "such", "stage", "missing"]]
 
 
 def test_a_stage_that_runs_is_running_only_while_a_run_goes_on(runs):

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.layout import RESULT, TRAINED, WEIGHTS, Progress, RunDirectory, read_json
+from rlhf_pipeline.rundir.record import Record
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def test_a_record_is_read_back_as_written(directory):
     directory.stage("sft").mkdir(parents=True)
-    record = {"state": "done", "metrics": {"loss": 0.5, "nan": None}, "error": "é → ü"}
+    record = Record(state="done", metrics={"loss": 0.5, "nan": None}, error="é → ü")
     directory.write_record("sft", record)
     assert directory.record("sft") == record
     assert directory.unreadable("sft") is None
@@ -84,7 +86,7 @@ def test_a_record_that_cannot_be_read_is_what_the_stage_was_started_with(directo
     assert directory.record("sft") is None
     assert why in directory.unreadable("sft")
     durable.write_text(work / "job.json", json.dumps({"task": "train", "record": {"state": "running"}}))
-    assert directory.record("sft") == {"state": "running"}
+    assert directory.record("sft") == Record(state="running")
     assert directory.unreadable("sft") is None
     (work / "job.json").write_text('{"task"')
     assert directory.record("sft") is None
@@ -259,14 +261,14 @@ def test_killed_before_or_after_any_step_of_publishing_the_next_run_finishes(dir
         save(work, 6)
         finish(work)
         expected = tree(work / "adapter")
-        directory.write_record("sft", {"state": "running"})
+        directory.write_record("sft", Record(state="running"))
 
         def go_on(directory: RunDirectory = directory) -> None:
-            if directory.record("sft")["state"] == "running":
+            if directory.record("sft").state == "running":
                 assert directory.progress("sft") == Progress("finished")
                 directory.prepare("sft", directory.progress("sft"))
                 files = directory.publish("sft")
-                directory.write_record("sft", {"state": "done", "artifact_files": files})
+                directory.write_record("sft", Record(state="done", artifact_files=files))
             directory.clear("sft")
 
         child = os.fork()
@@ -279,14 +281,14 @@ def test_killed_before_or_after_any_step_of_publishing_the_next_run_finishes(dir
                 os._exit(1)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         record = directory.record("sft")
-        if record["state"] == "done":
-            assert directory.artifact_problem("sft", record, digest) is None
+        if record.state == "done":
+            assert directory.artifact_problem("sft", record, FileDigests()) is None
         if code == 0:
             break
         assert code == -signal.SIGKILL
         go_on()
         assert tree(directory.stage("sft") / "adapter") == expected
-        assert directory.artifact_problem("sft", directory.record("sft"), digest) is None
+        assert directory.artifact_problem("sft", directory.record("sft"), FileDigests()) is None
         assert not work.exists()
     assert end > 10
 
@@ -357,18 +359,18 @@ def test_what_was_published_and_not_recorded_makes_room_if_it_cannot_be_trusted(
 )
 def test_an_artifact_is_held_against_its_record(directory, work, harm, problem):
     finish(work)
-    record = {"artifact_files": directory.publish("sft")}
+    record = Record(artifact_files=directory.publish("sft"))
     harm(directory.stage("sft") / "adapter")
-    found = directory.artifact_problem("sft", record, digest)
+    found = directory.artifact_problem("sft", record, FileDigests())
     assert found is None if problem is None else problem in found
 
 
 def test_a_record_that_names_no_files_wants_the_weights_alone(directory, work):
     finish(work)
     directory.publish("sft")
-    assert directory.artifact_problem("sft", {}, digest) is None
+    assert directory.artifact_problem("sft", Record(), FileDigests()) is None
     (directory.stage("sft") / "adapter" / WEIGHTS).unlink()
-    assert directory.artifact_problem("sft", {}, digest) == "its adapter is gone"
+    assert directory.artifact_problem("sft", Record(), FileDigests()) == "its adapter is gone"
 
 
 # The lock, of which tests/run/test_lock.py says more

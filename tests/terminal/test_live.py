@@ -23,6 +23,7 @@ from rich.console import Console
 from rlhf_pipeline import cli, recipe
 from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher
+from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.terminal import live
 from rlhf_pipeline.terminal.watching import MOST_BYTES, Growing, Pace, RunView
@@ -52,14 +53,22 @@ def put_to_work(run: Path, stage: str, began: float, **record: Any) -> None:
     os.utime(job, (began, began))
 
 
+def finish(run: Path, stage: str, **record: Any) -> None:
+    """Have a stage be done, as the runner does."""
+    adapter = run / stage / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_text(f"weights of {stage}")
+    written = {"name": stage, "kind": stage, "state": "done", "wall_s": 16.3, "artifact": f"{stage}/adapter"}
+    written |= {"artifact_files": durable.contents(adapter)} | record
+    (run / stage / "stage.json").write_text(json.dumps(written))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """PPO at update 120 of 312, 5 s each, after SFT and the reward model; DPO is to come."""
     loaded = recipe.load("tiny", [f"output_dir={tmp_path}", "ppo.trainer.kl_budget=8"])
-    for name, metrics in (("sft", {"loss": 0.61, "judge_mean": 0.54}), ("reward", {"eval_accuracy": 0.87})):
-        (loaded.run / name).mkdir(parents=True)
-        record = {"name": name, "kind": name, "state": "done", "wall_s": 16.3, "metrics": metrics}
-        (loaded.run / name / "stage.json").write_text(json.dumps(record))
+    finish(loaded.run, "sft", metrics={"loss": 0.61, "judge_mean": 0.54})
+    finish(loaded.run, "reward", metrics={"eval_accuracy": 0.87})
     (loaded.run / "recipe.yaml").write_text(recipe.to_yaml(loaded))
     put_to_work(loaded.run, "ppo", NOW - 120 * UPDATE_S - 10, inputs={"trainer.kl_budget": 8.0})
     rows = [
@@ -102,7 +111,7 @@ def test_the_display_shows_every_stage_and_all_that_matters_of_the_one_at_work(r
         ["✓", "sft", "done"],
         ["✓", "reward", "done"],
         ["▸", "ppo", "training"],
-        ["·", "dpo", "waiting"],
+        ["·", "dpo", "missing"],
     ]
     assert "16 s   loss 0.61   judge 0.54" in lines[0] and "10 min 10 s" in lines[2]
     assert re.fullmatch(r"  ━+─+  ppo: step 120/312, 38%, 16 min left", lines[5])
@@ -164,21 +173,17 @@ def test_states_are_honest(run):
     """A record that says `running` says so for ever where its run was killed; one is built on what is not there."""
     dead = seen(run, going_on=False)
     assert dead.at_work is None
-    assert [dead.state(stage) for stage in dead.stages] == ["done", "done", "broke off", "waiting"]
+    assert [stage.state for stage in dead.stages] == ["done", "done", "failed", "missing"]
     record = json.loads((run / "ppo" / "stage.json").read_text()) | {"wall_s": 0.0}  # of when it began
     (run / "ppo" / "stage.json").write_text(json.dumps(record))
-    (broken_off,) = (line for line in frame(seen(run, going_on=False)) if "broke off" in line)
-    assert broken_off.split() == ["✗", "ppo", "broke", "off"]
-    for name in ("sft", "dpo"):
-        (run / name).mkdir(exist_ok=True)
-        weights = {"artifact_files": {"adapter_model.safetensors": [1, f"{name} of now"]}}
-        built_on = {"sft": "sft of then"} if name == "dpo" else {}
-        record = {"kind": name, "state": "done", "built_on": built_on} | weights
-        (run / name / "stage.json").write_text(json.dumps(record))
-    assert seen(run).state(seen(run).stages[-1]) == "stale"
+    (killed,) = (line for line in frame(seen(run, going_on=False)) if "ppo" in line)
+    assert killed.split() == ["✗", "ppo", "failed", *["the", "run", "ended", "before", "the", "stage", "did"]]
+    finish(run, "dpo", init="sft", parent_weights={"sft": "those of then"})
+    (dpo,) = (line for line in frame(seen(run)) if "dpo" in line)
+    assert dpo.split() == ["✗", "dpo", "stale", "16", "s", "sft", "re-ran"]
     (run / "ppo" / "stage.json").write_text('{"kind": "ppo", "state": "failed", "error": "stopped"}')
     stopped = seen(run)
-    assert stopped.state(stopped.stages[2]) == "stopped"
+    assert (stopped.stages[2].state, stopped.stages[2].reason) == ("failed", "stopped")
 
 
 def test_what_an_earlier_worker_told_is_not_shown(run):
@@ -422,13 +427,15 @@ def test_a_terminal_that_is_gone_harms_no_run(run, monkeypatch, plain_environmen
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_the_display_harms_no_run(run, monkeypatch, plain_environment):
-    """Whatever a run directory holds."""
+    def fail(view: RunView) -> None:
+        raise TypeError("a fault of ours")
+
     monkeypatch.setattr(live, "REFRESH_S", 0.01)
     with terminal() as (ours, theirs), os.fdopen(theirs, "w", closefd=False) as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         with live.following(run, print, locked=lambda: True) as say:
             drain(ours, until="120/312")
-            (run / "ppo" / "stage.json").write_text('{"kind": "ppo", "state": "running", "inputs": 7}')
+            monkeypatch.setattr(live.RunView, "refresh", fail)
             time.sleep(0.2)
             say("it goes on")
             shown = drain(ours, until="it goes on")

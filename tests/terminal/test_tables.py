@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rlhf_pipeline import cli
 from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.words import duration
 from rlhf_pipeline.terminal import tables
 
@@ -19,7 +20,7 @@ from rlhf_pipeline.terminal import tables
 def stage(name: str, state: str = "done", **changes: object) -> StagePlan:
     record = {"wall_s": 12.4, "peak_memory_bytes": 10, "artifact": f"{name}/adapter", "log": f"{name}/log.txt"}
     record = changes.pop("record", record)
-    record["metrics"] = changes.pop("metrics", {})
+    record = Record.model_validate(record | {"metrics": changes.pop("metrics", {})})
     parents = {role: changes.pop(role) for role in ("init", "reward") if role in changes}
     settings = {"reason": "up to date", "parents": {"init": "base"} | parents}
     settings |= {"inputs": {"seed": 1}, "fingerprint": "f0"}
@@ -93,12 +94,12 @@ def test_intentions_name_the_model_whose_own_code_would_run():
 def test_a_gate_that_was_ignored_is_not_passed_over_in_silence():
     done = stage("reward", metrics={"eval_accuracy": 0.75}, reason="gates ignored: eval_accuracy is 0.75, not >= 0.9")
     assert "gates ignored" not in printed(tables.results, Path("r"), [done])
-    done.record["gates_ignored"] = {"eval_accuracy": ">= 0.9"}
+    done.record = done.record.updated(gates_ignored={"eval_accuracy": ">= 0.9"})
     assert done.reason in printed(tables.results, Path("r"), [done])
 
 
 def test_a_stage_whose_gate_is_closed_keeps_its_numbers_in_json():
-    closed = stage("reward", "failed", metrics={"eval_accuracy": 0.75}, stands=True)
+    closed = stage("reward", "failed", metrics={"eval_accuracy": 0.75}, is_current=True)
     assert closed.summary()["metrics"] == {"eval_accuracy": 0.75}
 
 
@@ -145,8 +146,8 @@ def made(run: Path, name: str, rows: list[dict], **changes: object) -> StagePlan
     """A finished stage with what it logged."""
     (run / name).mkdir(parents=True)
     (run / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = stage(name, stands=True, **changes)
-    plan.record |= {"wall_s": 4320.0, "peak_memory_bytes": 3 * 2**29}
+    plan = stage(name, is_current=True, **changes)
+    plan.record = plan.record.updated(wall_s=4320.0, peak_memory_bytes=3 * 2**29)
     return plan
 
 
@@ -197,7 +198,7 @@ def test_the_end_of_a_run_names_commands_that_make_sense(plans, tmp_path, monkey
 
 
 def test_the_end_of_a_run_shows_gates_that_were_ignored_and_reasons(plans, tmp_path):
-    plans[1].record["gates_ignored"] = {"eval_accuracy": ">= 0.9"}
+    plans[1].record = plans[1].record.updated(gates_ignored={"eval_accuracy": ">= 0.9"})
     plans[1].reason = "gates ignored: eval_accuracy is [0.87]"
     assert plans[1].reason in printed(tables.finished, tmp_path / "my run", plans)
 

@@ -1,0 +1,142 @@
+"""The record of a stage: what its `stage.json` holds, as one typed object. No torch."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+
+from rlhf_pipeline import kinds
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Record(BaseModel):
+    """What is known of a stage: written when it begins, when it ends, and when it is judged again.
+
+    Every field may be absent, as most are until the stage is done. A value of another type than the field's counts as
+    absent, and of a mapping only the items that are wrong are left out: a spoilt record is read as far as it goes.
+    Keys that are not known here are kept as they are.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str = ""
+    kind: str = ""
+
+    state: Literal["running", "done", "failed"] | None = None
+    """As it was written; what it means now, `rundir.state` says."""
+
+    stopped: bool = False
+    """Whether the stage ended because somebody stopped it."""
+
+    error: str | None = None
+    """What ended the stage, or which gate is closed, in one sentence."""
+
+    fingerprint: str | None = None
+    """The hash of `inputs`."""
+
+    inputs: dict[str, Any] = {}
+    """All that decides the stage's result, as flat keys."""
+
+    judging: dict[str, Any] | None = None
+    """What decides how its policy was judged; None where it was not."""
+
+    init: str | None = None
+    """The stage that it starts from, or `base`."""
+
+    reward: str | None = None
+    """The stage that scores its replies."""
+
+    parent_weights: dict[str, str | None] = {}
+    """Of each stage that it was built on, the SHA-256 of the weights it had then."""
+
+    log: str | None = None
+    """Its log, a path inside the run directory."""
+
+    started_at: str | None = None
+    """When it began, in ISO 8601; of a stage that was resumed, the first time."""
+
+    resumed_from_step: int | None = None
+    versions: dict[str, str] = {}
+    """The versions of the libraries that made it."""
+
+    command: str | None = None
+    recipe_folder: str | None = None
+    git: dict[str, Any] | None = None
+    machine: dict[str, Any] = {}
+
+    wall_s: float | None = Field(default=None, allow_inf_nan=False)
+    """Seconds that it has worked in all; while it runs, those before it was resumed."""
+
+    finished_at: str | None = None
+    artifact: str | None = None
+    """What it published, a path inside the run directory; None until it was trained to its end."""
+
+    artifact_files: dict[str, Annotated[tuple[int, str], Field(strict=False)]] = {}
+    """The size in bytes and the SHA-256 of each file of the artifact, by its path inside."""
+
+    metrics: dict[str, Any] = {}
+    """Final numbers under TRL's names."""
+
+    peak_memory_bytes: int | None = None
+    gates: dict[str, dict[str, Any]] = {}
+    """Of each gate its `bound`, the metric's `value`, and whether it `passed`."""
+
+    gates_ignored: dict[str, str] = {}
+    """The bounds of closed gates that a run was told to ignore."""
+
+    trusted_versions: dict[str, str] = {}
+    """The versions of the libraries that were said to do as well as those that made it."""
+
+    @property
+    def weights(self) -> str | None:
+        """The SHA-256 of the weights in its artifact; None where it names none."""
+        return self.artifact_files[WEIGHTS][1] if WEIGHTS in self.artifact_files else None
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The stage, or `base`, that it had in each role."""
+        return {role: name for role in kinds.ROLES if isinstance(name := getattr(self, role, None), str)}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage was trained to its end."""
+        return self.artifact is not None or self.state == "done"
+
+    def as_json(self) -> dict[str, Any]:
+        """What to write: every key that was ever given a value."""
+        return self.model_dump(exclude_unset=True)
+
+    def updated(self, **changes: Any) -> "Record":
+        """The same record with other values of some fields."""
+        return Record.model_validate(self.as_json() | changes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_former_versions(cls, content: Any) -> Any:
+        """Take over what former versions wrote in other words."""
+        content = dict(content)
+        if "built_on" in content:
+            content["parent_weights"] = content.pop("built_on")
+        if content.get("error") == "stopped" and "stopped" not in content:
+            content |= {"error": None, "stopped": True}
+        return content
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _tolerate(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if isinstance(value, dict):
+                wrong = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+                return handler({key: item for key, item in value.items() if key not in wrong})
+            return cls.model_fields[str(info.field_name)].get_default()

@@ -1,0 +1,259 @@
+"""The state of a run and of its stages: the one reading of what a run directory says. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_pipeline import kinds
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.yaml import parse_document
+from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.file_digests import FileDigests
+from rlhf_pipeline.rundir.layout import RECIPE, RECORD, Progress, RunDirectory
+from rlhf_pipeline.rundir.record import Record
+
+State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
+
+
+@dataclass
+class StageState:
+    """One stage, and what there is of it.
+
+    Attributes:
+        name: the stage's.
+        kind: what it does.
+        parents: the stage, or `base`, that it has in each role, as its kind needs: `init`, `reward`.
+        state: `done` needs nothing; `stale` was made, or begun, of other inputs; `partial` broke off and can be
+            resumed; `failed` broke off and starts over, or does not pass its gates; `missing` never ran; `blocked`
+            waits for a stage that is partial or failed; `running` is at work now.
+        reason: why it is in that state, as old → new values where something changed.
+        record: its record; an empty one where there is none.
+        is_current: its artifact is whole and was built on the weights that are there now, whatever its gates say.
+        progress: from where it can be resumed, if it is partial.
+    """
+
+    name: str
+    kind: str
+    parents: dict[str, str]
+    state: State = "missing"
+    reason: str = ""
+    record: Record = field(default_factory=Record)
+    is_current: bool = False
+    progress: Progress | None = None
+
+
+@dataclass
+class RunState:
+    """A run directory.
+
+    Attributes:
+        path: the run directory.
+        stages: in the recipe's order; where no recipe can be read, in the order in which they began.
+        is_locked: whether a run is going on there.
+        recipe: what its `recipe.yaml` holds; nothing where that cannot be read.
+        recipe_problem: `is missing` or `cannot be read`; None where it can.
+    """
+
+    path: Path
+    stages: list[StageState]
+    is_locked: bool
+    recipe: dict[str, Any]
+    recipe_problem: str | None
+
+    @property
+    def state(self) -> Literal["running", "failed", "done", "unfinished"]:
+        """How the run as a whole stands."""
+        states = {stage.state for stage in self.stages}
+        if self.is_locked:
+            return "running"
+        if "failed" in states:
+            return "failed"
+        return "done" if states == {"done"} else "unfinished"
+
+    def stage(self, name: str) -> StageState | None:
+        """The stage of that name; None where there is none."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+def read(run: Path) -> RunState:
+    """Read a run directory in whatever condition it is; nothing is raised of what is missing or broken.
+
+    A stage's parents and kind are those of its record; of one without a record, what the run's recipe says.
+    """
+    directory = RunDirectory(run)
+    is_locked = directory.is_locked()
+    recipe, problem = read_recipe(run)
+    names = stage_names(directory, recipe)
+    at_work = stage_at_work(directory, names) if is_locked else None
+    return RunState(run, read_stages(directory, recipe, names, at_work), is_locked, recipe, problem)
+
+
+def read_recipe(run: Path) -> tuple[dict[str, Any], str | None]:
+    """What a run's `recipe.yaml` holds, and what is wrong with it."""
+    file = run / RECIPE
+    if not file.exists():
+        return {}, "is missing"
+    try:
+        content = parse_document(file.read_text(encoding="utf-8"), file.name)[0]
+    except (InputError, OSError, ValueError, RecursionError):
+        content = None
+    return (content, None) if isinstance(content, dict) else ({}, "cannot be read")
+
+
+def stage_names(directory: RunDirectory, recipe: dict[str, Any]) -> list[str]:
+    """The stages of a run: those of its recipe, then others that have begun, the earliest first."""
+    planned = recipe.get("stages")
+    others = {name: (directory.record(name) or Record()).started_at or "" for name in directory.begun()}
+    in_order = sorted(others, key=lambda name: (others[name], name))
+    return list(dict.fromkeys([*(str(name) for name in planned), *in_order] if isinstance(planned, dict) else in_order))
+
+
+def stage_at_work(directory: RunDirectory, names: Sequence[str]) -> str | None:
+    """The stage that a run which is going on is at: the last one that was recorded as running; None where none was."""
+    running = {}
+    for name in names:
+        if (directory.record(name) or Record()).state == "running":
+            file = directory.stage(name) / RECORD
+            running[name] = file.stat().st_mtime_ns if file.exists() else 0
+    return max(running, key=lambda name: running[name], default=None)
+
+
+def read_stages(
+    directory: RunDirectory, recipe: dict[str, Any], names: Sequence[str], at_work: str | None
+) -> list[StageState]:
+    """The state of each stage; see `read`.
+
+    Args:
+        directory: the run directory.
+        recipe: from `read_recipe`.
+        names: from `stage_names`.
+        at_work: the stage that is at work now, if one is.
+    """
+    digests = FileDigests()
+    planned = recipe.get("stages")
+    found: dict[str, StageState] = {}
+
+    def visit(name: str, children: tuple[str, ...]) -> None:
+        """Find a stage's state, after those of its parents."""
+        if name in found or name in children:
+            return
+        own = planned.get(name) if isinstance(planned, dict) else None
+        stage = _described(directory, name, own if isinstance(own, dict) else {})
+        for parent in stage.parents.values():
+            if parent in names:
+                visit(parent, (*children, name))
+        gone = [f"{parent} is gone" for parent in stage.record.parent_weights if parent not in names]
+        parents = [found[parent] for parent in stage.parents.values() if parent in found]
+        try:
+            find_state(stage, parents, directory, digests, at_work, gone)
+        except InputError as error:
+            stage.state, stage.reason = "failed", str(error)
+        if stage.is_current and stage.record.state == "failed":
+            stage.state, stage.reason = "failed", stage.record.error or "it does not pass its gates"
+        found[name] = stage
+
+    for name in names:
+        visit(name, ())
+    return [found[name] for name in names]
+
+
+def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> StageState:
+    """A stage with its record, or what the recipe plans of it."""
+    record = directory.record(name)
+    if record is not None:
+        return StageState(name, record.kind or name, record.parents, record=record)
+    parents = {role: str(planned[role]) for role in kinds.ROLES if planned.get(role)}
+    return StageState(name, str(planned.get("kind") or name), parents)
+
+
+def find_state(
+    stage: StageState,
+    parents: Sequence[StageState],
+    directory: RunDirectory,
+    digests: FileDigests,
+    at_work: str | None,
+    changes: Sequence[str] = (),
+) -> None:
+    """Fill in `state`, `reason`, `is_current` and `progress` of a stage, its gates apart.
+
+    Args:
+        stage: it, with its record.
+        parents: the stages that it needs, whose states are known.
+        directory: the run directory.
+        digests: tells what files hold.
+        at_work: the stage that is at work now, if one is.
+        changes: how its inputs differ from what they were, as far as its parents do not tell.
+
+    Raises:
+        InputError: a file of its artifact cannot be read.
+    """
+    if stage.name == at_work:
+        stage.state, stage.reason = "running", "at work now"
+    elif stage.record.is_finished:
+        stage.state, stage.reason = _of_finished(stage, parents, directory, digests, changes)
+        stage.is_current = stage.state == "done"
+    else:
+        stage.state, stage.reason = _of_unfinished(stage, parents, directory, changes)
+
+
+def _of_finished(
+    stage: StageState,
+    parents: Sequence[StageState],
+    directory: RunDirectory,
+    digests: FileDigests,
+    changes: Sequence[str],
+) -> tuple[State, str]:
+    """The state of a stage that was trained to its end."""
+    waiting = _waiting_for(parents)
+    if waiting:
+        return "blocked", waiting
+    problem = directory.artifact_problem(stage.name, stage.record, digests)
+    if problem:
+        return "missing" if problem.endswith("is gone") else "stale", problem
+    if changes:
+        return "stale", "; ".join(changes)
+    rerun = [parent.name for parent in parents if not parent.is_current]
+    if rerun:
+        return "stale", f"{' and '.join(rerun)} will run again"
+    other = _re_ran(stage.record, parents)
+    if other:
+        return "stale", f"{' and '.join(other)} re-ran"
+    return "done", "up to date"
+
+
+def _of_unfinished(
+    stage: StageState, parents: Sequence[StageState], directory: RunDirectory, changes: Sequence[str]
+) -> tuple[State, str]:
+    """The state of a stage that has no artifact yet."""
+    record = stage.record
+    unreadable = directory.unreadable(stage.name)
+    if unreadable:
+        return "failed", unreadable
+    waiting = _waiting_for(parents)
+    if not record.model_fields_set:
+        return ("blocked", waiting) if waiting else ("missing", "has not run yet")
+    happened = "stopped" if record.stopped else record.error or "the run ended before the stage did"
+    changes = [*changes, *(f"{parent.name} will run again" for parent in parents if not parent.is_current)]
+    changes += [f"{name} re-ran" for name in _re_ran(record, parents)]
+    if changes:
+        return "stale", "; ".join([*changes, f"before that, {happened}"])
+    stage.progress = directory.progress(stage.name)
+    if stage.progress:
+        return "partial", f"{happened}; {stage.progress}"
+    damaged = durable.newest_sound(directory.work(stage.name))[1]
+    return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
+
+
+def _re_ran(record: Record, parents: Sequence[StageState]) -> list[str]:
+    """The parents whose weights are no longer those that a stage was built on."""
+    return [
+        parent.name
+        for parent in parents
+        if parent.is_current and record.parent_weights.get(parent.name) not in (None, parent.record.weights)
+    ]
+
+
+def _waiting_for(parents: Sequence[StageState]) -> str | None:
+    names = [parent.name for parent in parents if parent.state in ("partial", "failed", "blocked")]
+    return f"waits for {' and '.join(names)}" if names else None

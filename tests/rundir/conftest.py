@@ -1,0 +1,30 @@
+"""A run directory that the version before `rundir/record.py` has left (commit cb05b3b)."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.recipe import TINY
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A copy of it, to be written to, whose recipe names the files that are here."""
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(RECORDED, run, ignore=shutil.ignore_patterns("data"))
+    shutil.copytree(RECORDED / "data", tmp_path / "data")
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    for there, here in (
+        ("/elsewhere/checkpoint", TINY / "checkpoint"),
+        ("/elsewhere/runs", tmp_path / "runs"),
+        ("/elsewhere/data", tmp_path / "data"),
+    ):
+        assert there in text
+        text = text.replace(there, str(here))
+    (run / "recipe.yaml").write_text(text, encoding="utf-8")
+    for adapter in run.glob("*/adapter"):
+        shutil.copy(TINY / "checkpoint" / "tokenizer.json", adapter)
+    return run
