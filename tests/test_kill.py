@@ -100,7 +100,7 @@ class Attempts:
     def start_and_kill(self, stage: str, what: str, within_s: float) -> bool:
         """Start the command and kill it at a moment; False if it came to its end before."""
         before = {name: short_run.expected_progress(self.run / name) for name in STAGES if self._broke_off(name)}
-        command = Command(self.folder)
+        command = Command(self.folder, imports=what == "start")
         try:
             if command.wait_for(lambda: what == "start" or is_there(command, stage, what)):
                 time.sleep(self.chance.uniform(0, within_s))
@@ -125,7 +125,7 @@ class Attempts:
     def finish(self) -> None:
         """Let the command come to its end, without any standard error."""
         before = {name: short_run.expected_progress(self.run / name) for name in STAGES if self._broke_off(name)}
-        command = Command(self.folder, prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
+        command = Command(self.folder, stderr=None)
         try:
             code = command.end()
         finally:
@@ -136,7 +136,7 @@ class Attempts:
                 step = int(progress.split()[4]) if progress else None
                 assert short_run.read(self.run / stage / "stage.json")["resumed_from_step"] == step
         assert set(short_run.states(self.folder).values()) == {"done"}
-        assert short_run.ask(self.folder, "status", "-q").returncode == 0
+        assert short_run.ask(self.folder, "status", "tiny", *short_run.OVERRIDES, "-q").code == 0
 
     def _broke_off(self, stage: str) -> bool:
         return (self.run / stage).exists() and short_run.read(self.run / stage / "stage.json").get("state") != "done"
