@@ -143,7 +143,7 @@ def test_ten_minutes_are_lost_at_most():
     assert SECONDS_BETWEEN == 600
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sft", "ppo"])  # a trainer of TRL's, and ours
 def test_without_a_word_a_stage_writes_one_by_time_and_one_at_its_end(train, monkeypatch, kind):
     assert steps(train(kind).work) == [3]
     shutil.rmtree(train.work(kind))
@@ -151,7 +151,7 @@ def test_without_a_word_a_stage_writes_one_by_time_and_one_at_its_end(train, mon
     assert steps(train(kind).work) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["reward", "ppo"])
 def test_save_steps_decide_where_they_are_given(train, monkeypatch, kind):
     monkeypatch.setattr(jobs, "SECONDS_BETWEEN", 0.0)
     assert steps(train(kind, save_steps=2).work) == [2, 3]
