@@ -100,6 +100,7 @@ def test_every_recipe_has_its_messages():
     assert len(AS_READ) + len(WHEN_CHECKED) >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AS_READ)
 def test_a_recipe_that_is_wrong_is_refused_as_it_is_read(said, bad, name):
     """By the command, with exit code 2, nothing on standard output, and before torch is imported."""

@@ -22,6 +22,8 @@ from rlhf_pipeline import plan, recipe
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir import durable
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: short
 model: {path: tiny, quantization: none, dtype: float32}

@@ -15,6 +15,8 @@ import pytest
 import short_run
 from short_run import STAGES, Command
 
+pytestmark = pytest.mark.slow
+
 LONG = int(os.environ.get("SOAK_KILLS", "0"))
 SEED = int(os.environ.get("SOAK_SEED", str(time.time_ns() % 10**6)))
 # Where to kill in the short form: the stage, what to wait for, and at most how many seconds after it. The first kill

@@ -14,6 +14,8 @@ import pytest
 import short_run
 from short_run import Command
 
+pytestmark = pytest.mark.slow
+
 # More steps and longer replies than the shortest, so that a signal finds each stage at work.
 LONGER = (
     "sft.trainer.max_steps=16",

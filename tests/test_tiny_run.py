@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.run.launch import Launcher
 
+pytestmark = pytest.mark.slow
+
 # Fewer rows and steps than the recipe's own, and still enough to learn from.
 LEARNING = (
     "evaluate.along=0",

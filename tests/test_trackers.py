@@ -19,6 +19,8 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.launch import Launcher
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """\
 name: tracked
 seed: 7

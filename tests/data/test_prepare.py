@@ -346,6 +346,7 @@ class TestMemory:
             prepare.demonstrations(Data(path=write(GOOD, BAD)), tokenizer, 0)
         assert list((tmp_path / "cache" / "rlhf-pipeline").iterdir()) == []
 
+    @pytest.mark.slow
     def test_another_process_takes_it_up(self, write, tokenizer, made, tmp_path):
         """The worker that trains, after the one that checks."""
         path = write(*pairs("a", 3), {"instruction": "only so that there is another column"})
@@ -378,6 +379,7 @@ def peaks(cache: Path, files: list[Path]) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_rows_are_not_held_in_memory(tmp_path):
     """A larger file of scored replies, whose rows are read, kept until all are there, paired, encoded and split."""

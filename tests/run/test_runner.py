@@ -26,6 +26,8 @@ from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import runner, server
 from rlhf_pipeline.run.launch import Launcher
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: short
 model: {path: tiny, quantization: none}
@@ -156,7 +158,6 @@ def start_a_thread() -> None:
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 
 
-@pytest.mark.slow
 def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(tmp_path: Path) -> None:
     recipe = write(tmp_path, FINE)
     job = {"task": "check", "recipe": recipe.model_dump(), "folder": str(tmp_path), "stages": ["sft"]}
@@ -182,7 +183,6 @@ def refuse(job: str, answers: Path) -> None:
     server.serve(os.getppid())
 
 
-@pytest.mark.slow
 def test_the_server_refuses_to_fork_where_that_is_not_safe(tmp_path: Path) -> None:
     job = json.dumps({"job": str(tmp_path / "job.json"), "log": str(tmp_path / "log.txt")})
     call(refuse, job, tmp_path / "answers")

@@ -140,6 +140,7 @@ class TestFourStages:
             assert stage == "reward" or record["metrics"]["judge_mean"] >= 0
 
 
+@pytest.mark.slow
 def test_failure_is_told_and_nothing_is_left(tmp_path):
     """A hub model that cannot be had has a stand-in, the stage after the failed one does not run, exit code 1."""
     recipe = """
@@ -172,6 +173,7 @@ stages:
     assert not (tmp_path / "cache").exists() and not (tmp_path / "datasets").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("second", "said"), [
     ('{"prompt": "a", "completion"', ":2: this line is not JSON"),
     ('{"prompt": "a", "answered": "b"}', ": the columns (prompt, answered) are no demonstrations"),
@@ -189,6 +191,7 @@ def test_bad_rows_are_a_fault_of_the_recipe(tmp_path, second, said):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [
     "model: {path: tiny}\nstages:\n  sft: {data: tiny:demonstration}\n",
     "model: {path: tiny}\nstages:\n  sft: {data: tiny:demonstrations, trainer: {learning_rat: 1}}\n",
@@ -230,6 +233,7 @@ def test_lora_that_names_layers_by_number_needs_all_of_them(lora, named):
     assert smoke._names_layers(lora) is named
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
     """As every other command, with the exit code of a shell."""
     (tmp_path / "recipe.yaml").write_text("model: {path: tiny}\nstages:\n  sft: {data: tiny:demonstrations}\n")
