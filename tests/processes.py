@@ -156,6 +156,7 @@ class Started:
         folder: where to run.
         environment: more variables.
         stderr: the descriptor for its standard error; None closes that.
+        stdout: the one for its standard output, which else goes nowhere.
         ignoring: signals that it ignores, as `nohup` has it.
         prepare: what its process does first.
     """
@@ -166,17 +167,18 @@ class Started:
         folder: Path,
         environment: Mapping[str, str],
         stderr: int | None,
+        stdout: int | None = None,
         ignoring: tuple[int, ...] = (),
         prepare: Callable[[], None] | None = None,
     ) -> None:
         is_on, told = context().Pipe(duplex=False)
-        output = None if stderr is None else Connection(os.dup(stderr), readable=False)
+        outputs = [None if end is None else Connection(os.dup(end), readable=False) for end in (stdout, stderr)]
         environment = dict(os.environ) | environment
         self._process = context().Process(
-            target=_command, args=(arguments, folder, environment, output, ignoring, prepare, told), daemon=True
+            target=_command, args=(arguments, folder, environment, outputs, ignoring, prepare, told), daemon=True
         )
         self._process.start()
-        for end in (told, *([output] if output else [])):
+        for end in filter(None, (told, *outputs)):
             end.close()
         is_on.recv()  # its session is its own
         is_on.close()
@@ -213,7 +215,7 @@ def _command(
     arguments: list[str],
     folder: Path,
     environment: dict[str, str],
-    output: Connection | None,
+    outputs: list[Connection | None],
     ignoring: tuple[int, ...],
     prepare: Callable[[], None] | None,
     told: Connection,
@@ -222,15 +224,17 @@ def _command(
     os.setsid()
     os.close(forkserver._forkserver._forkserver_alive_fd)  # it may outlive the tests
     nothing = os.open(os.devnull, os.O_RDWR)
-    for place in (0, 1):
-        os.dup2(nothing, place)
-    if output is None:
+    stdout, stderr = outputs
+    os.dup2(nothing, 0)
+    os.dup2(stdout.fileno() if stdout else nothing, 1)
+    if stderr is None:
         os.close(2)
         sys.stderr = None
     else:
-        os.dup2(output.fileno(), 2)
+        os.dup2(stderr.fileno(), 2)
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-        output.close()
+    for end in filter(None, outputs):
+        end.close()
     sys.stdout = os.fdopen(1, "w", closefd=False)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

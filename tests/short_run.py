@@ -159,7 +159,9 @@ class Command:
             else:
                 output = log.fileno() if stderr == -1 else stderr
                 prepare = None if report else without_report
-                self.process = processes.Started(arguments, folder, environment, output, ignoring, prepare)
+                self.process = processes.Started(
+                    arguments, folder, environment, output, ignoring=ignoring, prepare=prepare
+                )
 
     @property
     def said(self) -> str:
