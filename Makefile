@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
 
-.PHONY: demo test floor smoke soak check format clean
+.PHONY: demo test quick floor smoke soak check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,12 +24,16 @@ demo: .venv/ready
 
 # A process per core, each with one thread: threads that wait for each other would take longer.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Those that start no process and train nothing: a minute.
+quick: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
 # What depends on TRL: the stages end to end, first losses, exact resuming, the keys that are settable and refused, and
 # the equality with TRL's own PPO, which is to be had there alone.
 floor: .venv-floor/ready
-	OMP_NUM_THREADS=1 $(FLOOR)/python -m pytest --numprocesses auto \
+	OMP_NUM_THREADS=1 $(FLOOR)/python -m pytest --numprocesses auto --dist worksteal \
 		tests/ppo/test_same_as_trl.py tests/ppo/test_keys.py tests/stages tests/recipe/test_library_keys.py
 
 # Every shipped recipe for two steps a stage, on a tiny checkpoint of its model: docs/ci.md says what that shows.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -73,22 +74,40 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 # The files that take longest, the longest first.
-SLOW = (
-    "test_tiny_run", "test_faults", "test_stop", "test_runner", "test_kill", "test_smoke", "test_docs", "test_resume",
-    "test_safe_to_open", "test_report_page", "test_docs_ci", "test_closed_form", "test_shrink", "test_export",
-    "test_live", "test_comparison", "test_chat", "test_trackers", "test_packaging",
+LONG = (
+    "test_tiny_run", "test_kill", "test_stages", "test_stop", "test_training", "test_resumable", "test_bad",
+    "test_faults", "test_gate_metrics", "test_runner", "test_smoke", "test_report_page", "test_closed_form",
+    "test_same_as_trl", "test_shrink", "test_safe_to_open", "test_checkpoints", "test_docs", "test_packaging",
+    "test_cli", "test_report_browser", "test_resume", "test_docs_ci",
 )  # fmt: skip
+START_PROCESSES = {"warm_server", "tiny_run"}  # fixtures
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Have pytest-xdist hand out files in the order below; by itself it begins with those of the most tests."""
-    config.option.loadscopereorder = False
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark the slow ones, and share the tests out so that `--dist worksteal` does not end with a process left alone.
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest files first, so that no process is left alone with one of them at the end."""
-    place = {name: i for i, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+    It gives each process as many of them in a row, and whoever has finished takes over half of what another has left,
+    from its end. So each gets some of the long files, first, and then short tests.
+    """
+    for item in items:
+        if START_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    yield
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    hands: list[list[pytest.Item]] = [[] for _ in range(count)]
+    order = [*range(count), *reversed(range(count))]
+    for number, name in enumerate(LONG):
+        hands[order[number % len(order)]] += [item for item in items if item.path.stem == name]
+    rest = [item for item in items if item.path.stem not in LONG]
+    left = len(items)
+    for number, hand in enumerate(hands):
+        share = left // (count - number)
+        left -= share
+        more = max(share - len(hand), 0)
+        hand += rest[:more]
+        del rest[:more]
+    items[:] = [item for hand in hands for item in hand] + rest
 
 
 class Artifacts(NamedTuple):
@@ -110,15 +129,13 @@ def own_cache_home(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def warm_server(tmp_path_factory: pytest.TempPathFactory, own_cache_home: None) -> Iterator[Launcher]:
     """One server to fork workers from for all tests of this process, which would each import for seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_API_KEY", "0123456789" * 4)
-        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
-        launcher = Launcher(tmp_path_factory.mktemp("server") / "log.txt")
-        launcher.__enter__()
-    yield launcher
-    launcher.__exit__()
+    environment = {
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": "0123456789" * 4,
+        "TRACKIO_DIR": str(tmp_path_factory.mktemp("trackio")),
+    }
+    with processes.WarmLauncher(tmp_path_factory.mktemp("server") / "log.txt", environment) as launcher:
+        yield launcher
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import processes
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
@@ -55,6 +56,43 @@ def write_data(folder: Path) -> None:
             (folder / f"{name}.jsonl").write_text("".join(next(rows) for _ in range(count)), encoding="utf-8")
 
 
+class Said(NamedTuple):
+    """How a command ended: its exit code, and what it wrote to standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def ask(folder: Path, *words: str, server: Launcher | None = None) -> Said:
+    """`rlhf-pipeline` in this process, which leaves the environment as it was.
+
+    Args:
+        folder: where to run.
+        words: the command's arguments.
+        server: whose workers it takes, if it needs some.
+    """
+    out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["rlhf-pipeline", *words])
+        if server:
+            patch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(server))
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+    return Said(code or 0, out.getvalue(), err.getvalue())
+
+
 def run_warm(server: Launcher, folder: Path, *arguments: str, report: bool = False) -> tuple[int, str]:
     """`rlhf-pipeline run` in this process, with workers that are forked from a server which has imported already.
 
@@ -65,30 +103,20 @@ def run_warm(server: Launcher, folder: Path, *arguments: str, report: bool = Fal
         report: let it end with a comparison and a report, which takes seconds.
 
     Returns:
-        Its exit code and what it said.
+        Its exit code and what it said, on either stream.
     """
-    said = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stderr(said),
-        contextlib.redirect_stdout(said),
-    ):
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["rlhf-pipeline", "run", *arguments])
-        patch.setattr(runner, "Launcher", lambda log: contextlib.nullcontext(server))
+    with pytest.MonkeyPatch.context() as patch:
         if not report:
             patch.setattr(cli.runs, "_report", lambda run: None)
             patch.setattr(wanted, "due", lambda run, recipe: None)
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as end:
-            code = end.code
-        return code or 0, said.getvalue()
+        code, out, err = ask(folder, "run", *arguments, server=server)
+    return code, err + out
 
 
-# The command without its report, which takes seconds whenever a run stops.
-WITHOUT_REPORT = "from rlhf_pipeline import cli; cli.runs._report = lambda run: None; cli.main()"
+def without_report() -> None:
+    """Have this process compare nothing and write no report, which takes seconds whenever a run stops."""
+    cli.runs._report = lambda run: None
+    wanted.due = lambda run, recipe: None
 
 
 class Command:
@@ -97,34 +125,43 @@ class Command:
     Args:
         folder: where the data are, and the run directory comes to be.
         overrides: further settings.
-        prefix: words before the command, as `nohup`.
-        stderr: where standard error goes, if not to a file.
-        report: let it write its report.
+        ignoring: signals that it ignores, as under `nohup`.
+        stderr: where standard error goes, if not to a file: a descriptor, or None where it is closed.
+        report: let it end with a comparison and a report.
+        imports: have all its processes import what they need; else it starts with that done.
     """
 
     def __init__(
         self,
         folder: Path,
         *overrides: str,
-        prefix: tuple[str, ...] = (),
-        stderr: int | None = None,
+        ignoring: tuple[int, ...] = (),
+        stderr: int | None = -1,
         report: bool = True,
+        imports: bool = False,
     ) -> None:
-        self.mark = f"RLHF_TEST={uuid.uuid4()}"
-        self.log = folder / f"said-{self.mark[-12:]}.txt"
+        self.log = folder / f"said-{uuid.uuid4().hex[:12]}.txt"
         self.run = folder / "runs" / "tiny"
-        name, _, value = self.mark.partition("=")
-        program = ["-m", "rlhf_pipeline"] if report else ["-c", WITHOUT_REPORT]
+        arguments = ["run", "tiny", *OVERRIDES, *overrides]
+        environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+        self.process: subprocess.Popen[bytes] | processes.Started
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, *program, "run", "tiny", *OVERRIDES, *overrides],
-                cwd=folder,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder), name: value},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log if stderr is None else stderr,
-                start_new_session=True,
-            )
+            if imports:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "rlhf_pipeline", *arguments],
+                    cwd=folder,
+                    env=os.environ | environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            else:
+                output = log.fileno() if stderr == -1 else stderr
+                prepare = None if report else without_report
+                self.process = processes.Started(
+                    arguments, folder, environment, output, ignoring=ignoring, prepare=prepare
+                )
 
     @property
     def said(self) -> str:
@@ -132,16 +169,14 @@ class Command:
         return self.log.read_text(errors="replace")
 
     def processes(self) -> list[int]:
-        """Every process of its tree that is alive, wherever that tree has gone."""
+        """Every process of its session that is alive."""
         alive = []
         for process in Path("/proc").iterdir():
             if process.name.isdigit():
-                try:
-                    environment = (process / "environ").read_bytes()
-                except OSError:
-                    continue
-                if self.mark.encode() in environment:
-                    alive.append(int(process.name))
+                with contextlib.suppress(OSError):
+                    state, *numbers = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+                    if int(numbers[2]) == self.process.pid and state not in "ZX":
+                        alive.append(int(process.name))
         return alive
 
     def wait_for(self, happened: Callable[[], Any], timeout_s: float = 120.0, pause_s: float = 0.0005) -> bool:
@@ -179,17 +214,11 @@ class Command:
         self.process.wait(10)
 
 
-def ask(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Another command on the same recipe."""
-    command = [sys.executable, "-m", "rlhf_pipeline", *arguments[:1], "tiny", *OVERRIDES, *arguments[1:]]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-
-
 def states(folder: Path) -> dict[str, str]:
     """The state of each stage, as `plan --json` says it."""
-    done = ask(folder, "plan", "--json")
-    assert done.returncode == 0, done.stderr
-    return {stage["name"]: stage["state"] for stage in json.loads(done.stdout)["stages"]}
+    code, out, err = ask(folder, "plan", "tiny", *OVERRIDES, "--json")
+    assert code == 0, err
+    return {stage["name"]: stage["state"] for stage in json.loads(out)["stages"]}
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from rlhf_pipeline import plan, recipe
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.run import runner
-from rlhf_pipeline.run.launch import Launcher
 
 BAD = Path(__file__).parent / "bad"
 # The command for many recipes in one process, which is quicker than one for each; tells what each said and what the
@@ -79,18 +78,8 @@ def said(bad) -> dict[str, dict]:
     return {answer["file"]: answer for answer in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    """Starts workers as `run` does; the server that they are forked from imports TRL once for all of them."""
-    folder = tmp_path_factory.mktemp("launcher")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-        with Launcher(folder / "server.log") as launcher:
-            yield launcher
-
-
 @pytest.fixture
-def check(launcher, tmp_path):
+def check(warm_server, tmp_path):
     """Check a recipe in a worker, and return what it is refused with."""
 
     def refused(file: Path) -> str:
@@ -98,7 +87,7 @@ def check(launcher, tmp_path):
         scratch = tmp_path / "scratch"
         scratch.mkdir()
         with pytest.raises(InputError) as caught:
-            runner._check(loaded, plan.make(loaded), launcher, scratch, print)
+            runner._check(loaded, plan.make(loaded), warm_server, scratch, print)
         assert "Traceback" not in (scratch / "check.log").read_text()
         return as_printed(caught.value).replace(f"{file.parent}/", "")
 
@@ -111,6 +100,7 @@ def test_every_recipe_has_its_messages():
     assert len(AS_READ) + len(WHEN_CHECKED) >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AS_READ)
 def test_a_recipe_that_is_wrong_is_refused_as_it_is_read(said, bad, name):
     """By the command, with exit code 2, nothing on standard output, and before torch is imported."""

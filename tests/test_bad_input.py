@@ -64,6 +64,7 @@ def assert_refused(done: subprocess.CompletedProcess, folder: Path, *words: str)
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "plan", "status", "validate"])
 def test_a_recipe_that_is_not_there_is_refused_by_every_command(tmp_path, command):
     done, imported = run(tmp_path, command, "tinny")
@@ -72,6 +73,7 @@ def test_a_recipe_that_is_not_there_is_refused_by_every_command(tmp_path, comman
     assert "torch" not in imported
 
 
+@pytest.mark.slow
 def test_a_bad_override_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_text(GOOD)
     done, imported = run(tmp_path, "run", "r.yaml", "ppo.trainer.kl_cof=0.1")
@@ -80,6 +82,7 @@ def test_a_bad_override_is_refused(tmp_path):
     assert "torch" not in imported
 
 
+@pytest.mark.slow
 def test_a_bad_row_of_a_late_stage_is_refused_before_the_first_one_trains(tmp_path, warm_server):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'rejected': None})}\n")

@@ -3,11 +3,9 @@
 The commands of docs/ci.md are tried in test_docs_ci.py, the blocks of docs/data.md in reporting/test_data.py.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import short_run
 import trl
 import typer
 import yaml
@@ -28,7 +27,6 @@ from rlhf_pipeline import cli, recipe
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import TINY, gates, library_keys
 from rlhf_pipeline.recipe.yaml import parse_document
-from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher
 
 ROOT = Path(__file__).parent.parent
@@ -103,33 +101,11 @@ def all_commands() -> list[tuple[str, Step]]:
     ]
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def typed(server: Launcher, folder: Path, words: list[str]) -> Said:
+def typed(server: Launcher, folder: Path, words: list[str]) -> short_run.Said:
     """A command of ours in this process, with workers that are forked from a server which has imported already."""
-    out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", words)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO("Q: What color is a lemon?\\nA:\n"))  # for `chat`
-        patch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(server))
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as end:
-            code = end.code
-        finally:
-            os.environ.clear()
-            os.environ.update(environment)
-    return Said(code or 0, out.getvalue(), err.getvalue())
+        return short_run.ask(folder, *words[1:], server=server)
 
 
 def understood(words: list[str], extra: list[str] | None = None) -> None:
@@ -221,7 +197,7 @@ def tutorial() -> Iterator[Step | File]:
 def test_the_tutorial_from_top_to_bottom(tmp_path, tiny_run, warm_server):
     shutil.copytree(tiny_run, tmp_path / "runs" / "tiny")  # what `make demo` leaves, of fewer steps
     here, ran = tmp_path, []
-    said: dict[str, Said] = {}
+    said: dict[str, short_run.Said] = {}
     for step in tutorial():
         if isinstance(step, File):
             (here / step.name).write_text(step.text, encoding="utf-8")

@@ -1,10 +1,10 @@
 """What really goes wrong is said in one sentence, and the next run ends as if nothing had gone wrong."""
 
+import ctypes
 import functools
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import short_run
+from processes import Started, WarmLauncher, call, fork_the_server
 from safetensors.torch import load_file
 
 from rlhf_pipeline import plan, recipe
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir import durable
+
+pytestmark = pytest.mark.slow
 
 RECIPE = """
 name: short
@@ -46,31 +49,6 @@ JUDGE = """
     def judge(prompts, completions, **columns):
         return [float(len(text)) for text in completions]
 """
-# Python reads it in every process of a command: whenever a file is opened to write or a folder is made, the fault that
-# the test has planted may strike.
-HOOK = """
-    import os, sys
-
-    striking = False
-
-    def hook(event, arguments):
-        global striking
-        if striking or event not in ("open", "os.mkdir") or not isinstance(arguments[0], (str, os.PathLike)):
-            return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        striking = True
-        try:
-            if os.path.exists(os.environ.get("FAULT", "")):
-                names = {}
-                with open(os.environ["FAULT"]) as source:
-                    exec(source.read(), names)
-                names["fault"](os.fspath(arguments[0]))
-        finally:
-            striking = False
-
-    sys.addaudithook(hook)
-"""
 # Named in a condition, when a fault strikes; a row of metrics is written before the checkpoint of its step.
 ROWS = 'path.endswith("{}/metrics.jsonl") and lines(path) == {}'
 PRELUDE = """
@@ -86,20 +64,33 @@ Command = Callable[..., tuple[int, str]]
 Plant = Callable[[str, str], None]
 
 
+def install_hook() -> None:
+    """Have the planted fault, if there is one, strike whenever this process opens a file to write or makes a folder."""
+    striking = False
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal striking
+        if striking or event not in ("open", "os.mkdir") or not isinstance(arguments[0], (str, os.PathLike)):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        striking = True
+        try:
+            planted = Path(os.environ["FAULT"])
+            if planted.exists():
+                names: dict[str, Any] = {}
+                exec(planted.read_text(), names)
+                names["fault"](os.fspath(arguments[0]))
+        finally:
+            striking = False
+
+    sys.addaudithook(hook)
+
+
 @pytest.fixture(scope="module")
 def hooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the hook, to plant faults in as `fault.py`."""
-    if "FAULT" in os.environ:  # this process has the hook itself
-        return Path(os.environ["FAULT"]).parent
-    folder = tmp_path_factory.mktemp("hooks")
-    (folder / "sitecustomize.py").write_text(textwrap.dedent(HOOK))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def environment(hooks: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(hooks), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"FAULT": str(hooks / "fault.py"), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    """A folder to plant faults in, as `fault.py`."""
+    return tmp_path_factory.mktemp("hooks")
 
 
 def write_fault(hooks: Path, when: str, code: str) -> None:
@@ -116,15 +107,11 @@ def plant(hooks: Path) -> Iterator[Plant]:
 
 
 @pytest.fixture(scope="module")
-def warm_server(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Launcher]:
+def warm_server(tmp_path_factory: pytest.TempPathFactory, hooks: Path) -> Iterator[Launcher]:
     """One server for all commands of this file, which has the hook."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        launcher = Launcher(tmp_path_factory.mktemp("server") / "log.txt", fork=True)
-        launcher.__enter__()
-    yield launcher
-    launcher.__exit__()
+    environment = {"FAULT": str(hooks / "fault.py")}
+    with WarmLauncher(tmp_path_factory.mktemp("server") / "log.txt", environment, install_hook) as launcher:
+        yield launcher
 
 
 @pytest.fixture(scope="module")
@@ -453,20 +440,17 @@ def test_a_stage_records_the_data_that_it_read(folder: Path, command: Command, p
     assert record(folder, "dpo")["inputs"]["data"] == f"preferences.jsonl@{hashlib.sha256(content).hexdigest()[:32]}"
 
 
-def real_command(folder: Path, environment: dict[str, str], *before: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, which a shell may have prepared."""
-    words = [*before, sys.executable, "-c", short_run.WITHOUT_REPORT, "run", "recipe.yaml", "--until", "sft"]
-    return subprocess.run(words, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=300)
-
-
 def test_the_server_that_workers_are_forked_from_dies(
-    folder: Path, unbroken: Path, environment: dict[str, str], command: Command, plant: Plant
+    folder: Path, unbroken: Path, hooks: Path, command: Command, plant: Plant
 ) -> None:
     plant(ROWS.format("sft", 2), "os.kill(os.getppid(), 9); import time; time.sleep(60)")
-    done = real_command(folder, environment)
-    error, hint = the_sentence(done.stderr)
-    assert done.returncode == 1 and "the process that starts workers ended unexpectedly" in error
-    assert hint
+    with (folder / "said.txt").open("w") as said_to:
+        environment = {"FAULT": str(hooks / "fault.py")}
+        arguments = ["run", "recipe.yaml", "--until", "sft"]
+        real = Started(arguments, folder, environment, said_to.fileno(), prepare=install_hook)
+    assert real.wait(120) == 1
+    error, hint = the_sentence((folder / "said.txt").read_text())
+    assert "the process that starts workers ended unexpectedly" in error and hint
     plant("False", "pass")
     code, said = command(folder, "--until", "sft")
     assert code == 0 and "sft     goes on from step 2 of 4\n" in said, said
@@ -480,43 +464,70 @@ def test_the_server_that_workers_are_forked_from_dies(
         ("ulimit -f 0", "there is no folder to write temporary files to", "set TMPDIR to one that has room"),
     ],
 )
-def test_the_command_itself_is_short_of_something(
-    folder: Path, environment: dict[str, str], limit: str, message: str, advice: str
-) -> None:
-    done = real_command(folder, environment, "sh", "-c", f'{limit} && exec "$@"', "sh")
+def test_the_command_itself_is_short_of_something(folder: Path, limit: str, message: str, advice: str) -> None:
+    """In a process that a shell has prepared; it comes to no training."""
+    words = ["sh", "-c", f'{limit} && exec "$@"', "sh", sys.executable, "-m", "rlhf_pipeline", "run", "recipe.yaml"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     error, hint = the_sentence(done.stderr)
     assert (done.returncode, error) == (1, f"error: {message}")
     assert hint == f"hint: {advice}; stages that are done stay usable; the same command goes on from here"
     assert not (folder / "runs" / "short" / "sft").exists()
 
 
-# What follows needs a small disk and a root without power over files' modes, so it runs in a process of its own.
+# What follows needs a small disk and a root without power over files' modes, so it runs in processes of its own.
 
 
-def test_on_a_small_disk_without_privileges(tmp_path: Path, unbroken: Path, environment: dict[str, str]) -> None:
-    """Run the functions below, whose names begin with `unprivileged`."""
+@pytest.mark.parametrize("name", ["full_disk", "read_only"])
+def test_on_a_small_disk_without_privileges(tmp_path: Path, unbroken: Path, hooks: Path, name: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    prepare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f'mount -t tmpfs -o size=3m small {shlex.quote(str(disk))} && exec "$@"'
-    weak = ["sh", "setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    if not call(without_privileges, disk):
+        pytest.skip("no small disk can be mounted here")
+    call(try_there, name, disk, unbroken, hooks)
+
+
+def without_privileges(disk: Path) -> bool:
+    """Mount a disk of 3 MB there, seen by this process alone, and be a root that modes of files bind.
+
+    Returns:
+        Whether that is possible.
+    """
+    new_mounts, new_users = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER in <linux/sched.h>
+    user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_mounts | new_users):
+        return False
     try:
-        subprocess.run([*prepare, mount, *weak, "true"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no small disk can be mounted here: {getattr(error, 'stderr', None) or error}")
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_functions=unprivileged_*"]
-    done = subprocess.run(
-        [*prepare, mount, *weak, *tests, f"--basetemp={tmp_path / 'inner'}", __file__],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | environment | {"SMALL_DISK": str(disk), "UNBROKEN": str(unbroken)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0 and "2 passed" in done.stdout
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    except OSError:
+        return False
+    if libc.mount(b"small", os.fsencode(disk), b"tmpfs", 0, b"size=3m"):
+        return False
+    version, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # _LINUX_CAPABILITY_VERSION_3
+    return not libc.capset(version, nothing)
 
 
-def unprivileged_full_disk(command: Command, plant: Plant) -> None:
-    folder, unbroken = write_recipe(Path(os.environ["SMALL_DISK"])), Path(os.environ["UNBROKEN"])
+def try_there(name: str, disk: Path, unbroken: Path, hooks: Path) -> None:
+    """In a process of its own: one of the functions below."""
+    assert without_privileges(disk)
+    os.environ["FAULT"] = str(hooks / "fault.py")
+    install_hook()
+    fork_the_server()
+    with Launcher(disk.with_name("log.txt")) as server:
+
+        def command(folder: Path, *arguments: str) -> tuple[int, str]:
+            return short_run.run_warm(server, folder, "recipe.yaml", *arguments)
+
+        plant = functools.partial(write_fault, hooks)
+        try:
+            {"full_disk": on_a_full_disk, "read_only": in_read_only_folders}[name](disk, unbroken, command, plant)
+        finally:
+            (hooks / "fault.py").unlink(missing_ok=True)
+
+
+def on_a_full_disk(disk: Path, unbroken: Path, command: Command, plant: Plant) -> None:
+    folder = write_recipe(disk)
     filler = folder / "filler"
     fill = FILL.format(str(filler))
     at_record = 'path.endswith("sft/stage.json.new") and os.path.exists(os.path.dirname(path) + "/adapter")'
@@ -540,8 +551,9 @@ def unprivileged_full_disk(command: Command, plant: Plant) -> None:
     assert_same_end(folder, unbroken)
 
 
-def unprivileged_read_only(folder: Path, command: Command, plant: Plant) -> None:
-    unbroken, run = Path(os.environ["UNBROKEN"]), folder / "runs" / "short"
+def in_read_only_folders(disk: Path, unbroken: Path, command: Command, plant: Plant) -> None:
+    folder = write_recipe(disk)
+    run = folder / "runs" / "short"
     work = run / "sft" / "work"
     run.mkdir(parents=True)
 

@@ -107,6 +107,7 @@ class TestMemory:
         of(rows)
         assert (tmp_path / "home" / ".cache" / "rlhf-pipeline" / "digests.json").is_file()
 
+    @pytest.mark.slow
     def test_processes_at_once_do_not_spoil_it(self, memory, tmp_path):
         """Eight processes write while this one reads: what it finds is whole every time."""
         for i in range(8):
@@ -499,6 +500,7 @@ def test_a_hub_that_does_not_answer_is_waited_for_only_shortly(tmp_path, monkeyp
     assert recipe.model.revision is None
 
 
+@pytest.mark.slow
 def test_the_command_asks_the_hub_that_the_environment_names(hub, load, tmp_path):
     """The real process, which reads the settings itself: three questions, nothing else, and no torch."""
     program = (

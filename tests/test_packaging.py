@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -32,7 +34,7 @@ def test_the_wheel_runs_without_the_checkout(unpacked: Path, tmp_path: Path) -> 
     probe = "import rlhf_pipeline; print(rlhf_pipeline.__file__)"
     where = subprocess.run([sys.executable, "-P", "-c", probe], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert where.stdout.startswith(str(unpacked))
-    settings = ["sft.trainer.max_steps=1", "evaluate.n=4", "--only", "sft"]
+    settings = ["sft.data.limit=32", "sft.trainer.max_steps=1", "evaluate.n=2", "--only", "sft"]
     run = [sys.executable, "-P", "-m", "rlhf_pipeline", "run", "tiny", *settings]
     done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

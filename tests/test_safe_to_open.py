@@ -1,5 +1,6 @@
 """What a run leaves behind holds no secrets; it runs no code that the recipe does not trust, and calls nobody."""
 
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import short_run
 import torch
 
 from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.run.launch import Launcher
 
 RECIPE = """
 name: short
@@ -105,6 +108,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_run_tells_nobody_and_no_file_of_it_holds_a_secret(
     folder: Path, hub: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,9 +168,9 @@ def test_a_pickled_model_is_refused_unopened(folder: Path, model: Path, name: st
     torch.load(model / name, weights_only=False)
     mark.rmdir()  # whoever opens it so leaves a mark
     (model / "model.safetensors").unlink()
-    done = command(folder, "run", "recipe.yaml")
-    assert done.returncode == 2
-    error, hint = done.stderr.strip().splitlines()
+    code, out, err = short_run.ask(folder, "run", "recipe.yaml")
+    assert (code, out) == (2, "")
+    error, hint = err.strip().splitlines()
     assert error.startswith("error: recipe.yaml:3:15: model.path: ") and f"a pickle, {name}" in error
     assert "can run any code when it is opened" in error
     assert hint.startswith("hint: ") and "save_pretrained" in hint
@@ -197,7 +201,9 @@ Path(MARK).touch()
 """
 
 
-def test_code_that_comes_with_a_model_runs_only_where_the_recipe_trusts_it(folder: Path, model: Path) -> None:
+def test_code_that_comes_with_a_model_runs_only_where_the_recipe_trusts_it(
+    folder: Path, model: Path, warm_server: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marks = [folder / "ran-model", folder / "ran-tokenizer"]
     (model / "own.py").write_text(OWN_MODEL.replace("MARK", repr(str(marks[0]))))
     (model / "own_parts.py").write_text("def scaled(x):\n    return x\n")
@@ -213,20 +219,25 @@ def test_code_that_comes_with_a_model_runs_only_where_the_recipe_trusts_it(folde
         settings = json.loads((model / file).read_text())
         (model / file).write_text(json.dumps(settings | changes))
 
-    refused = command(folder, "run", "recipe.yaml")
-    assert refused.returncode == 2, refused.stderr
-    assert "Python code that comes with it" in refused.stderr and "[y/N]" not in refused.stdout + refused.stderr
-    assert "hint: if you have read that code and trust it, set `model.trust_remote_code: true`" in refused.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # an answer that nobody may ask for
+    code, refused = short_run.run_warm(warm_server, folder, "recipe.yaml")
+    assert code == 2, refused
+    assert "Python code that comes with it" in refused and "[y/N]" not in refused
+    assert "hint: if you have read that code and trust it, set `model.trust_remote_code: true`" in refused
     assert not any(mark.exists() for mark in marks) and not (folder / "runs").exists()
 
-    done = command(folder, "run", "recipe.yaml", "model.trust_remote_code=true")
-    assert done.returncode == 0, done.stderr
+    code, said = short_run.run_warm(warm_server, folder, "recipe.yaml", "model.trust_remote_code=true")
+    assert code == 0, said
     assert all(mark.exists() for mark in marks)
     record = json.loads((folder / "runs" / "short" / "sft" / "stage.json").read_text())
     assert record["state"] == "done" and record["inputs"]["model.trust_remote_code"] is True
-    plan = json.loads(command(folder, "plan", "recipe.yaml", "model.trust_remote_code=true", "--json").stdout)
-    assert [stage["state"] for stage in plan["stages"]] == ["done"]
+
+    def planned() -> dict[str, Any]:
+        out = short_run.ask(folder, "plan", "recipe.yaml", "model.trust_remote_code=true", "--json").out
+        (stage,) = json.loads(out)["stages"]
+        return stage
+
+    assert planned()["state"] == "done"
     (model / "own_parts.py").write_text("def scaled(x):\n    return 2 * x\n")
-    plan = json.loads(command(folder, "plan", "recipe.yaml", "model.trust_remote_code=true", "--json").stdout)
-    assert [stage["state"] for stage in plan["stages"]] == ["stale"]
-    assert plan["stages"][0]["reason"].startswith("model changed: model (")
+    assert planned()["state"] == "stale"
+    assert planned()["reason"].startswith("model changed: model (")

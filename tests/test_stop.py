@@ -8,10 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import short_run
 from short_run import Command
+
+pytestmark = pytest.mark.slow
 
 # More steps and longer replies than the shortest, so that a signal finds each stage at work.
 LONGER = (
@@ -24,7 +27,7 @@ LONGER = (
 STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def no_signal_is_ignored() -> Iterator[None]:
     """What starts the tests may ignore some, as `nohup` does, and the commands would inherit that."""
     numbers = (signal.SIGINT, signal.SIGHUP)
@@ -39,8 +42,8 @@ def start() -> Iterator[Callable[..., Command]]:
     """A function that starts the command; nothing of it outlives the test."""
     commands: list[Command] = []
 
-    def begin(folder: Path, *overrides: str, prefix: tuple[str, ...] = ()) -> Command:
-        commands.append(Command(folder, *LONGER, *overrides, prefix=prefix, report=False))
+    def begin(folder: Path, *overrides: str, **options: Any) -> Command:
+        commands.append(Command(folder, *LONGER, *overrides, report=False, **options))
         return commands[-1]
 
     yield begin
@@ -49,16 +52,25 @@ def start() -> Iterator[Callable[..., Command]]:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """A run that nothing stops; what it says goes into a pipe whose other end is closed."""
-    folder = tmp_path_factory.mktemp("reference")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped; what it said went into a pipe whose other end was closed."""
+    folder = tmp_path_factory.mktemp("untouched")
     short_run.write_data(folder)
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = Command(folder, *LONGER, stderr=write_end, report=False)
     os.close(write_end)
-    yield command
-    command.clean_up()
+    try:
+        assert command.end() == 0
+    finally:
+        command.clean_up()
+    return folder
+
+
+@pytest.fixture
+def copied(untouched: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(untouched, tmp_path / "copy"))
 
 
 def state(run: Path, stage: str) -> str | None:
@@ -99,15 +111,13 @@ def went_on(command: Command, stage: str, step: int) -> None:
 
 
 def workers(command: Command) -> list[int]:
-    """The processes that were forked from a command's server."""
-    found = []
+    """The processes of a command that were forked from its server: the others are itself and its children."""
+    parents = {}
     for process in command.processes():
         with contextlib.suppress(OSError):
-            parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-            lines = [Path(f"/proc/{number}/cmdline").read_bytes() for number in (process, parent)]
-            if all(b"rlhf_pipeline.run.server" in line for line in lines):
-                found.append(process)
-    return found
+            parents[process] = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    server = [process for process, parent in parents.items() if parent == command.process.pid]
+    return [process for process, parent in parents.items() if parent in server]
 
 
 def seconds_used(process: int) -> float:
@@ -116,51 +126,43 @@ def seconds_used(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.fixture(scope="module")
-def untouched(reference: Command) -> Path:
-    """The folder of the run that nothing stopped."""
-    assert reference.end() == 0
-    return reference.run.parents[1]
-
-
 def test_a_run_stopped_again_and_again_ends_as_one_that_nothing_stopped(
-    reference: Command, tmp_path: Path, start: Callable[..., Command]
+    untouched: Path, copied: Path, start: Callable[..., Command]
 ) -> None:
-    """By each signal that means it: between stages, in those of each kind of trainer, while judging; past a SIGHUP.
+    """By each signal that means it: in the trainer of PPO and in TRL's, between stages, while judging; past a SIGHUP.
 
-    SFT and the reward model have the trainer of DPO.
+    SFT and the reward model have the trainer of DPO, and are done when this begins.
     """
-    short_run.write_data(tmp_path)
-    run = tmp_path / "runs" / "tiny"
+    run = copied / "runs" / "tiny"
+    for stage in ("ppo", "dpo"):
+        shutil.rmtree(run / stage)
 
-    command = start(tmp_path)
-    assert command.wait_for(lambda: state(run, "sft") == "done"), command.said
-    stop(command, signal.SIGINT)  # the next stage has not begun, or not got as far as a step
-    assert state(run, "sft") == "done" or short_run.expected_progress(run / "sft") == "trained, to be published"
-    assert not steps(run, "reward")
-
-    command = start(tmp_path)
+    command = start(copied)
     in_ppo = stop_at_a_step(command, "ppo", signal.SIGTERM, alone=True)
-    assert "training, from base" not in command.said and "goes on from step" not in command.said
+    assert "sft " not in command.said and "goes on from step" not in command.said
 
-    command = start(tmp_path)
-    step = stop_at_a_step(command, "dpo", signal.SIGINT)
+    command = start(copied)
+    assert command.wait_for(lambda: state(run, "ppo") == "done"), command.said
+    stop(command, signal.SIGINT)  # the next stage has not begun, or not got as far as a step
     went_on(command, "ppo", in_ppo)
+    assert state(run, "ppo") == "done" and not steps(run, "dpo")
 
-    command = start(tmp_path)
+    command = start(copied)
+    step = stop_at_a_step(command, "dpo", signal.SIGINT)
+
+    command = start(copied)
     assert command.wait_for((run / "dpo" / "work" / "trained.json").exists), command.said
     said = stop(command, signal.SIGHUP)
     went_on(command, "dpo", step)
     assert "stage `dpo` stopped" in said and "trained, to be judged" in said
 
-    command = start(tmp_path, prefix=("nohup",))
+    command = start(copied, ignoring=(signal.SIGHUP,))
     assert command.wait_for(lambda: "dpo     trained, to be judged\n" in command.said)
     command.signal_all(signal.SIGHUP)
     assert command.end() == 0, command.said
     assert "stopping" not in command.said
 
-    assert reference.end() == 0
-    short_run.assert_same_end(run, reference.run)
+    short_run.assert_same_end(run, untouched / "runs" / "tiny")
 
 
 def test_before_anything_is_trained_a_run_stops_at_once(tmp_path: Path, start: Callable[..., Command]) -> None:
@@ -169,7 +171,7 @@ def test_before_anything_is_trained_a_run_stops_at_once(tmp_path: Path, start: C
     for folder in folders:
         folder.mkdir()
         short_run.write_data(folder)
-    importing = start(folders[0])
+    importing = start(folders[0], imports=True)
     assert importing.wait_for(lambda: "check " in importing.said)
     assert importing.wait_for(lambda: len(importing.processes()) == 2, pause_s=0.01)
     asked = time.monotonic()
@@ -183,16 +185,14 @@ def test_before_anything_is_trained_a_run_stops_at_once(tmp_path: Path, start: C
     assert not any((folder / "runs").exists() for folder in folders)
 
 
-def test_a_second_signal_stops_within_a_step(untouched: Path, tmp_path: Path, start: Callable[..., Command]) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(untouched, folder)
-    run = folder / "runs" / "tiny"
+def test_a_second_signal_stops_within_a_step(copied: Path, start: Callable[..., Command]) -> None:
+    run = copied / "runs" / "tiny"
     long_step = (
         "ppo.data=tiny:prompts",
         "ppo.trainer.gradient_accumulation_steps=100",
         "ppo.trainer.num_ppo_epochs=100",
     )
-    command = start(folder, *long_step, "ppo.trainer.total_episodes=800")
+    command = start(copied, *long_step, "ppo.trainer.total_episodes=800")
     assert command.wait_for((run / "ppo" / "work" / "job.json").exists), command.said
     assert command.wait_for(lambda: workers(command), pause_s=0.01)
     (worker,) = workers(command)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.run.launch import Launcher
 
+pytestmark = pytest.mark.slow
+
 # Fewer rows and steps than the recipe's own, and still enough to learn from.
 LEARNING = (
     "evaluate.along=0",
@@ -29,14 +32,6 @@ LEARNING = (
 )
 
 
-def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_pipeline", *arguments], cwd=cwd, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 def run_warm(server: Launcher, folder: Path, *arguments: str) -> str:
     """`run tiny` with workers from a server that has imported already; what it said."""
     code, said = short_run.run_warm(server, folder, "tiny", *arguments)
@@ -45,7 +40,9 @@ def run_warm(server: Launcher, folder: Path, *arguments: str) -> str:
 
 
 def stages_of(cwd: Path, *arguments: str) -> dict[str, dict[str, Any]]:
-    shown = json.loads(command("status", *arguments, "--json", cwd=cwd).stdout)
+    code, out, err = short_run.ask(cwd, "status", *arguments, "--json")
+    assert code == 0, err
+    shown = json.loads(out)
     assert shown["run"].endswith("/runs/tiny")
     return {stage["name"]: stage for stage in shown["stages"]}
 
@@ -131,10 +128,11 @@ def test_the_run_directory_holds_what_it_promises(finished: tuple[Path, str]) ->
     assert all(sample["completion"] and "score" in sample for sample in along_the_way)
     assert [row["step"] for row in logged(run, "ppo")] == list(range(1, 11))
     assert not (run / "ppo" / "work").exists() and (run / "ppo" / "log.txt").stat().st_size > 0
-    again = command("plan", str(run / "recipe.yaml"), "--json", cwd=finished[0])
-    assert {stage["state"] for stage in json.loads(again.stdout)["stages"]} == {"done"}
+    again = short_run.ask(finished[0], "plan", str(run / "recipe.yaml"), "--json")
+    assert {stage["state"] for stage in json.loads(again.out)["stages"]} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_at_once(copied: Path) -> None:
     before = (copied / "runs" / "tiny" / "ppo" / "stage.json").stat().st_mtime_ns
     probe = (
@@ -174,7 +172,14 @@ def test_a_changed_evaluation_judges_again_and_trains_nothing(
     assert [json.loads(line)["prompt"] for line in samples] == [json.loads(line)["prompt"] for line in former]
 
 
-QUANTIZED = (*short_run.OVERRIDES, "evaluate.along=0", "model.quantization=nf4")
+QUANTIZED = (
+    *short_run.OVERRIDES,
+    "model.quantization=nf4",
+    "evaluate.along=0",
+    "evaluate.n=2",
+    "ppo.trainer.total_episodes=8",
+    *(f"{stage}.trainer.max_steps=3" for stage in ("sft", "reward", "dpo")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +188,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     short_run.write_data(folder)
     done = subprocess.run(
-        [sys.executable, "-c", short_run.WITHOUT_REPORT, "run", "tiny", *QUANTIZED],
+        [sys.executable, "-c", "import short_run; short_run.without_report(); short_run.cli.main()", "run", "tiny",
+         *QUANTIZED],
         cwd=folder, capture_output=True, text=True, timeout=400,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
 
 
+@pytest.mark.slow
 def test_all_stages_run_on_a_4_bit_base(quantized: Path) -> None:
     stages = stages_of(quantized, "tiny", *QUANTIZED)
     assert [stage["state"] for stage in stages.values()] == ["done"] * 4

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import short_run
+from processes import WarmLauncher
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.launch import Launcher
+
+pytestmark = pytest.mark.slow
 
 RECIPE = """\
 name: tracked
@@ -85,13 +88,6 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, warm_server: Launcher) -> 
     return folder
 
 
-def environment(server: Launcher, name: str) -> str:
-    """A variable of the environment that a server, and so its workers, were started with."""
-    assert server._server
-    entries = Path(f"/proc/{server._server.pid}/environ").read_text().split("\0")
-    return dict(entry.partition("=")[::2] for entry in entries)[name]
-
-
 def wandb_records(file: Path) -> Iterator[Any]:
     """What W&B wrote down of a run: protocol buffers in the format of LevelDB's log, behind a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -152,8 +148,10 @@ def test_wandb_has_one_run_a_stage_in_a_group_named_after_the_recipe(tracked: Pa
 
 
 @needs("trackio")
-def test_trackio_has_one_run_a_stage_in_a_project_named_after_the_recipe(tracked: Path, warm_server: Launcher) -> None:
-    (database,) = Path(environment(warm_server, "TRACKIO_DIR")).glob("tracked*.db")
+def test_trackio_has_one_run_a_stage_in_a_project_named_after_the_recipe(
+    tracked: Path, warm_server: WarmLauncher
+) -> None:
+    (database,) = Path(warm_server.environment["TRACKIO_DIR"]).glob("tracked*.db")
     with sqlite3.connect(database) as rows:
         found = rows.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
     assert {name for name, _ in found} == {f"tracked/{stage}" for stage in ("sft", "reward", "ppo")}
@@ -162,8 +160,8 @@ def test_trackio_has_one_run_a_stage_in_a_project_named_after_the_recipe(tracked
     assert [row["train/objective/kl"] for row in logged if "train/objective/kl" in row] == pytest.approx(expected)
 
 
-def test_no_file_of_the_run_has_a_key_of_the_environment(tracked: Path, warm_server: Launcher) -> None:
-    key = environment(warm_server, "WANDB_API_KEY").encode()
+def test_no_file_of_the_run_has_a_key_of_the_environment(tracked: Path, warm_server: WarmLauncher) -> None:
+    key = warm_server.environment["WANDB_API_KEY"].encode()
     files = [file for file in tracked.rglob("*") if file.is_file()]
     assert len(files) > 20
     assert not [file for file in files if key in file.read_bytes()]

@@ -143,7 +143,8 @@ def test_ten_minutes_are_lost_at_most():
     assert SECONDS_BETWEEN == 600
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "ppo"])  # a trainer of TRL's, and ours
 def test_without_a_word_a_stage_writes_one_by_time_and_one_at_its_end(train, monkeypatch, kind):
     assert steps(train(kind).work) == [3]
     shutil.rmtree(train.work(kind))
@@ -151,12 +152,14 @@ def test_without_a_word_a_stage_writes_one_by_time_and_one_at_its_end(train, mon
     assert steps(train(kind).work) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reward", "ppo"])
 def test_save_steps_decide_where_they_are_given(train, monkeypatch, kind):
     monkeypatch.setattr(jobs, "SECONDS_BETWEEN", 0.0)
     assert steps(train(kind, save_steps=2).work) == [2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "expected"), [("'no'", []), ("epoch", [2, 4])])
 def test_a_strategy_decides_where_it_is_given(train, monkeypatch, strategy, expected):
     monkeypatch.setattr(jobs, "SECONDS_BETWEEN", 0.0)
@@ -171,6 +174,7 @@ def test_a_strategy_decides_where_it_is_given(train, monkeypatch, strategy, expe
     assert steps(job.work) == expected
 
 
+@pytest.mark.slow
 def test_no_file_in_a_checkpoint_of_ppo_needs_more_than_tensors_and_numbers(train):
     """As for the other kinds in tests/stages/test_resumable.py."""
     (checkpoint,) = durable.newest_first(train("ppo", max_steps=1).work)
@@ -247,6 +251,7 @@ def test_training_that_nobody_stops_ends_as_it_should():
     assert not REQUEST.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "saves"), [*((kind, {}) for kind in KINDS), ("sft", {"save_steps": 3})])
 def test_a_stage_stops_after_the_step_with_a_checkpoint_and_goes_on_from_there(train, monkeypatch, kind, saves):
     """Asked in the middle of the second step, whatever its settings say of checkpoints."""
@@ -275,6 +280,7 @@ def test_a_stage_stops_after_the_step_with_a_checkpoint_and_goes_on_from_there(t
     assert checkpoints.REQUEST is REQUEST and not REQUEST.training
 
 
+@pytest.mark.slow
 def test_without_a_word_the_last_two_are_kept(prepared, tmp_path):
     """The last, and one before it should that be damaged."""
     folder = Path(shutil.copytree(prepared, tmp_path / "copy"))

@@ -216,6 +216,7 @@ def test_a_file_without_rows_is_an_error(tmp_path, name, text):
     assert caught.value.place == str(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", ["", ".gz"])
 def test_one_broken_line_among_very_many_is_found_quickly(tmp_path, packed):
     file = tmp_path / f"rows.jsonl{packed}"
@@ -288,6 +289,7 @@ for settings in (
 """
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_is_read_at_its_commit(tmp_path):
     """In a process of its own: the library settles when it is imported where the hub is."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

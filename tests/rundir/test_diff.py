@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import short_run
 from rich.console import Console
 
 from rlhf_pipeline import recipe as recipes
@@ -279,16 +279,14 @@ def test_a_table_of_80_columns_loses_nothing(runs):
         assert part in squeezed, part
 
 
-def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    done = [sys.executable, "-m", "rlhf_pipeline", "diff", *arguments]
-    return subprocess.run(
-        done, cwd=folder, capture_output=True, text=True, env=os.environ | environment, timeout=60, check=False
-    )
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    code, out, err = short_run.ask(folder, "diff", *arguments)
+    return subprocess.CompletedProcess(arguments, code, out, err)
 
 
 def test_the_command_prints_the_table_or_the_object_and_ends_well_either_way(runs, tmp_path: Path):
     one, two = runs(lambda records: records["sft"]["inputs"].update(seed=2))
-    shown = command(tmp_path, "one", "two", NO_COLOR="1")
+    shown = command(tmp_path, "one", "two")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith("A  one\nB  two\n")
     assert ["sft", "seed", "1", "2"] in [line.split() for line in shown.stdout.splitlines()]
@@ -299,6 +297,7 @@ def test_the_command_prints_the_table_or_the_object_and_ends_well_either_way(run
     assert (same.returncode, same.stdout.splitlines()[-1]) == (0, "nothing differs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("diff", "one", "two"), ("prune", "one")])
 def test_looking_at_runs_imports_no_torch(runs, tmp_path: Path, arguments: tuple[str, ...]):
     runs(lambda records: records["sft"]["inputs"].update(seed=2))

@@ -14,6 +14,8 @@ from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.recipe.schema import Model
 from rlhf_pipeline.smoke import shrink
 
+pytestmark = pytest.mark.slow
+
 LORA = {"r": 4, "target_modules": "all-linear"}
 # What differs from the library's defaults, which are mostly of 7B models.
 ARCHITECTURES = {

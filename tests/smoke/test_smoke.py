@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
+from processes import Started
 from transformers import AutoConfig
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.smoke import run as smoke
+from rlhf_pipeline.smoke import worker
 
 RECIPE = """
 name: mine
@@ -47,13 +51,49 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`rlhf-pipeline smoke recipe.yaml` beside the recipe, with places of its own for what it may leave."""
+def places(folder: Path) -> dict[str, str]:
+    """The environment of a smoke in a folder: places of its own for what it may leave."""
     (folder.parent / "tmp").mkdir()
     own = {"TMPDIR": "tmp", "XDG_CACHE_HOME": "cache", "HF_DATASETS_CACHE": "datasets"}
-    env = os.environ | {name: str(folder.parent / place) for name, place in own.items()} | {"HF_HUB_OFFLINE": "1"}
+    return {name: str(folder.parent / place) for name, place in own.items()} | {"HF_HUB_OFFLINE": "1"}
+
+
+def run_real(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`rlhf-pipeline smoke recipe.yaml` beside the recipe."""
     command = [sys.executable, "-m", "rlhf_pipeline", "smoke", "recipe.yaml", *arguments]
+    env = os.environ | places(folder)
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180)
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The same by processes that have imported already."""
+    out, err = folder.parent / "out.txt", folder.parent / "err.txt"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = Started(
+            ["smoke", "recipe.yaml"], folder, places(folder), stderr.fileno(), stdout.fileno(), prepare=fork_the_worker
+        )
+    return subprocess.CompletedProcess([], process.wait(180), out.read_text(), err.read_text())
+
+
+def fork_the_worker() -> None:
+    """In the process of a command: have what makes the tiny checkpoint be a fork of it."""
+
+    def forked(command: list[str], *, stdout: TextIO, **_: Any) -> subprocess.CompletedProcess[str]:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for place in (1, 2):
+                    os.dup2(stdout.fileno(), place)
+                code = worker.main(command[-1])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    subprocess.run = forked
+    sys.dont_write_bytecode = True  # as a variable has it in new processes
 
 
 def write(folder: Path, recipe: str, judge: str = JUDGE) -> Path:
@@ -84,9 +124,11 @@ def smoked(tmp_path_factory, tokenizer):
         table.writerow(["question", "better", "worse"])
         table.writerows([row["prompt"], row["chosen"], row["rejected"]] for row in shipped("preferences"))
     before = tree(folder)
-    done = run(folder, "--json", "--keep", "../kept")
+    done = run_real(folder, "--json", "--keep", "../kept")
     assert done.returncode == 0, done.stderr
     assert tree(folder) == before
+    assert list((folder.parent / "tmp").iterdir()) == []
+    assert not (folder.parent / "cache").exists() and not (folder.parent / "datasets").exists()
     return folder, folder.parent / "kept", done
 
 
@@ -140,6 +182,7 @@ class TestFourStages:
             assert stage == "reward" or record["metrics"]["judge_mean"] >= 0
 
 
+@pytest.mark.slow
 def test_failure_is_told_and_nothing_is_left(tmp_path):
     """A hub model that cannot be had has a stand-in, the stage after the failed one does not run, exit code 1."""
     recipe = """
@@ -169,9 +212,10 @@ stages:
     assert "hint: `--keep FOLDER` keeps the whole log" in done.stderr
     assert tree(folder) == before
     assert list((tmp_path / "tmp").iterdir()) == []
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "datasets").exists()
+    assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("second", "said"), [
     ('{"prompt": "a", "completion"', ":2: this line is not JSON"),
     ('{"prompt": "a", "answered": "b"}', ": the columns (prompt, answered) are no demonstrations"),
@@ -189,6 +233,7 @@ def test_bad_rows_are_a_fault_of_the_recipe(tmp_path, second, said):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [
     "model: {path: tiny}\nstages:\n  sft: {data: tiny:demonstration}\n",
     "model: {path: tiny}\nstages:\n  sft: {data: tiny:demonstrations, trainer: {learning_rat: 1}}\n",
@@ -230,6 +275,7 @@ def test_lora_that_names_layers_by_number_needs_all_of_them(lora, named):
     assert smoke._names_layers(lora) is named
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
     """As every other command, with the exit code of a shell."""
     (tmp_path / "recipe.yaml").write_text("model: {path: tiny}\nstages:\n  sft: {data: tiny:demonstrations}\n")

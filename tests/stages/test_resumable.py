@@ -63,6 +63,11 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reward": ("reward", ()),
     "dpo": ("dpo", ()),
 }
+# Those to go on from: amid the first pass, at its end, after a step that was logged, and the last. What differs between
+# the trainers is what they remember of steps not logged yet; what does not is tried on the first alone.
+CHECKPOINTS = {"sft": (1, 2, 3, 4), "sft, nf4": (1,), "sft, amid a pass": (3,), "reward": (1, 3), "dpo": (1, 3)}
+pytestmark = pytest.mark.slow
+
 NUMPY = [numpy._core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32"))]
 
 
@@ -145,7 +150,7 @@ def logged(job: Job) -> list[dict[str, Any]]:
 def test_going_on_from_any_checkpoint_ends_the_same(whole, broken_off, kind):
     expected = whole(kind)
     assert expected.steps == {"sft, nf4": 2, "sft, amid a pass": 3}.get(kind, STEPS)
-    for step in range(1, expected.steps + 1):
+    for step in CHECKPOINTS[kind]:
         job = broken_off(expected, step)
         metrics = run(job)
         assert (job.artifact / WEIGHTS).read_bytes() == (expected.job.artifact / WEIGHTS).read_bytes(), step
@@ -230,7 +235,7 @@ def test_dpo_keeps_its_reference_where_it_started(whole, broken_off, monkeypatch
 # Training that leaves the finite numbers
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("kind", ["sft"])
 def test_a_loss_that_is_no_number_ends_the_stage_and_spoils_no_checkpoint(prepared, tmp_path, kind):
     """The first step throws the weights so far that the second has no loss."""
     folder = Path(shutil.copytree(prepared, tmp_path / "copy"))

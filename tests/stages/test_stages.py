@@ -27,6 +27,8 @@ from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.ppo import check_weights
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: short
 seed: 7

@@ -224,6 +224,7 @@ class TestCommand:
 class TestDocs:
     """What docs/data.md says, tried."""
 
+    @pytest.mark.slow
     def test_the_commands_run(self, command):
         block = re.search(r"```sh\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
         lines = [line.partition("#")[0].split() for line in block.splitlines()]

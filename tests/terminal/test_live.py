@@ -126,8 +126,9 @@ def test_the_display_shows_every_stage_and_all_that_matters_of_the_one_at_work(r
     assert [line.split(maxsplit=1) for line in lines[12:]] == [["prompt", "Q: What is up?"], ["reply", "The sky."]]
 
 
-@pytest.mark.parametrize("width", [12, 24, 40, 60, 80, 140, 250])
-@pytest.mark.parametrize("height", [2, 5, 9, 14, 24, 60])
+@pytest.mark.parametrize(
+    ("width", "height"), [(12, 24), (24, 24), (40, 9), (80, 2), (80, 5), (80, 14), (140, 60), (250, 24)]
+)
 def test_the_display_fits_every_terminal(run, width, height):
     words = {"prompt": "word " * 300, "completion": "漢字" * 400 + " x" * 50, "step": 119}
     with (run / "ppo" / "samples.jsonl").open("a") as samples:
@@ -217,6 +218,7 @@ def test_a_run_without_a_recipe_shows_the_stages_that_have_begun(run):
     assert {stage.name for stage in seen(run).stages} == {"sft", "reward", "ppo"}
 
 
+@pytest.mark.slow
 def test_watching_needs_no_torch():
     """It is to answer at once, and on machines that only share the disk."""
     code = "import sys; import rlhf_pipeline.terminal.live; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
@@ -473,6 +475,7 @@ def real(run: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_watch_shows_a_run_of_another_process_until_it_ends(real, plain_environment):
     """And leaves it alone on Ctrl-C."""
     command = [sys.executable, "-m", "rlhf_pipeline", "watch", str(real)]
