@@ -58,8 +58,8 @@ def begun(folder: Path, name: str) -> dict[str, Any]:
     """The record that the runner starts a stage with."""
     stage = make(folder)[name]
     record = {"name": name, "kind": stage.kind, "state": "running", "fingerprint": stage.fingerprint}
-    record |= {"inputs": stage.inputs, "judging": stage.judging, "init": stage.init, "reward": stage.reward}
-    parents = [parent for parent in (stage.init, stage.reward) if parent in ("sft", "reward")]
+    record |= {"inputs": stage.inputs, "judging": stage.judging, **stage.parents}
+    parents = [parent for parent in stage.parents.values() if parent != "base"]
     weights = {parent: (run_of(folder).record(parent) or Record()).weights for parent in parents}
     return record | {"parent_weights": weights, "versions": plan.versions(), "wall_s": 0.0}
 
