@@ -19,8 +19,7 @@ from transformers import AutoConfig
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import TINY
-from rlhf_pipeline.smoke import run as smoke
-from rlhf_pipeline.smoke import worker
+from rlhf_pipeline.smoke import cut, worker
 
 RECIPE = """
 name: mine
@@ -152,7 +151,7 @@ class TestFourStages:
 
     def test_rows_are_the_first_ones_under_their_own_names(self, smoked):
         folder, kept, _ = smoked
-        rows = (folder / "demonstrations.jsonl").read_text().splitlines()[: smoke.ROWS]
+        rows = (folder / "demonstrations.jsonl").read_text().splitlines()[: cut.ROWS]
         assert [json.loads(line) for line in (kept / "data" / "sft-1.jsonl").open()] == [
             json.loads(row) for row in rows
         ]
@@ -160,7 +159,7 @@ class TestFourStages:
             pairs = list(csv.DictReader(lines))
         first = shipped("preferences")[0]
         assert pairs[0] == {"question": first["prompt"], "better": first["chosen"], "worse": first["rejected"]}
-        assert len(pairs) == smoke.ROWS
+        assert len(pairs) == cut.ROWS
 
     def test_settings_are_the_recipes_but_for_size(self, smoked):
         """Two steps, with evaluation; the same LoRA, quantization, wiring and learning rate."""
@@ -255,9 +254,9 @@ def test_fault_of_the_recipe_is_found_without_torch(tmp_path, recipe):
     {"value_warmup_updates": 20, "save_strategy": "no"},
 ])  # fmt: skip
 def test_two_small_updates_of_ppo_are_possible_whatever_the_recipe_says(trainer, tmp_path):
-    cut = dict(trainer)
-    smoke._cut_ppo(cut)
-    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, **cut)
+    settings = dict(trainer)
+    cut._cut_ppo(settings)
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert args.total_episodes == 2 * batch <= 64
     assert args.response_length <= 16
@@ -272,7 +271,7 @@ def test_two_small_updates_of_ppo_are_possible_whatever_the_recipe_says(trainer,
     ({"target_modules": ["q_proj"], "rank_pattern": {"layers.5.self_attn.q_proj": 8}}, True),
 ])  # fmt: skip
 def test_lora_that_names_layers_by_number_needs_all_of_them(lora, named):
-    assert smoke._names_layers(lora) is named
+    assert cut._names_layers(lora) is named
 
 
 @pytest.mark.slow

@@ -1,0 +1,291 @@
+"""What a smoke changes of a recipe: a tiny checkpoint, few rows, few steps and short sequences. No torch."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline import kinds
+from rlhf_pipeline.data.peek import first_rows
+from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.recipe import TINY, Data, Recipe
+from rlhf_pipeline.recipe.data_files import matching
+from rlhf_pipeline.recipe.schema import Source
+from rlhf_pipeline.run.launch import environment
+from rlhf_pipeline.rundir.layout import JOB, LOG, RESULT, read_json
+
+ROWS = 64  # of each source
+EVAL_ROWS = 8
+STEPS = 2
+BATCH = 2
+REPLY = 16  # tokens that are sampled
+PROMPT_LIMIT, COMPLETION_LIMIT = 128, 64  # tokens that are read: with a large vocabulary they are what takes time
+MAX_LENGTH = 256  # more than both together
+# Settings that need a GPU, or a compiler and minutes; each is left out where it is set.
+GPU_ONLY = (
+    "use_liger_kernel", "liger_kernel_config", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32",
+    "activation_offloading",
+)  # fmt: skip
+LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+LAYER_KEYS = (
+    "layers_to_transform", "layers_pattern", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+
+
+def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Recipe, dict[str, str], list[str]]:
+    """The recipe as it is smoked.
+
+    Args:
+        recipe: as it was written.
+        folder: where its model, its rows and its run directory shall be.
+        tokenizer: see `smoke`.
+
+    Returns:
+        The recipe; which path of it stands in for which of the original; and what that leaves untested.
+    """
+    cut = recipe.model_copy(deep=True)
+    notes: list[str] = []
+    cut.output_dir, cut.keep_checkpoints, cut.report_to = str(folder / "runs"), False, []
+    sources = _sources(cut)
+    (folder / "data").mkdir()
+    rows = {name: first_rows(_raw(source), n) for name, (source, n, _) in sources.items()}
+    on_hub = [name for name, found in rows.items() if found is None]
+    model = folder / "model"
+    answer = _ask_worker(
+        folder / "prepare",
+        {
+            "model": recipe.model.model_dump(),
+            "out": str(model),
+            "tokenizer": tokenizer,
+            "all_layers": any(_names_layers(lora) for lora in _loras(cut)),
+            "n": ROWS,
+            "hub": [
+                {"source": _as_source(sources[name][0]), "file": str(folder / "data" / f"{name}.jsonl")}
+                for name in on_hub
+            ],
+        },
+    )
+    # The hub's rows came out of the user's own cache; what follows must not go into it.
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache" / "datasets")
+    origins = {str(model): recipe.model.path}
+    _tell_of_model(cut, answer, tokenizer, notes)
+    missing = dict(zip(on_hub, answer["rows"], strict=True))
+    for name, (source, n, wanted) in sources.items():
+        file, found, path = folder / "data" / f"{name}.jsonl", rows[name], source.path
+        if missing.get(name):
+            if wanted == "heldout":
+                cut.evaluate = None
+                notes.append(f"{path} cannot be had ({missing[name]}): the judge is not tested")
+                continue
+            with (TINY / "data" / f"{wanted}.jsonl").open(encoding="utf-8") as ours:
+                file.write_text("".join(line for line, _ in zip(ours, range(n), strict=False)), encoding="utf-8")
+            source.columns = {}
+            notes.append(
+                f"{path} cannot be had ({missing[name]}): rows of the tiny world stand in; its shape and its "
+                "`columns` are not tested"
+            )
+        elif found is not None:
+            file = _write(found, file, source)
+            first = matching(path)
+            path = str(first[0]) if len(first) == 1 else path
+        source.path, source.subset, source.revision, source.split = str(file), None, None, "train"
+        origins[str(file)] = path
+    _cut_settings(cut, notes)
+    return cut, origins, notes
+
+
+def _sources(recipe: Recipe) -> dict[str, tuple[Source, int, str]]:
+    """Every source of rows by a name for its file, with how many rows are taken, and the tiny world's like."""
+    data: list[tuple[str, Data, str]] = []
+    for name, stage in recipe.stages.items():
+        kind = kinds.get(stage.kind)
+        data.append((name, stage.data, kind.reads))
+        if stage.ptx_data:
+            data.append((f"{name}-ptx", stage.ptx_data, kinds.get(kind.further_data["ptx_data"]).reads))
+    if recipe.evaluate:
+        data.append(("evaluate", recipe.evaluate.data, "heldout"))
+    found: dict[str, tuple[Source, int, str]] = {}
+    for name, spec, wanted in data:
+        for number, source in enumerate(spec.sources, 1):
+            found[f"{name}-{number}"] = (source, ROWS, wanted)
+        if spec.eval_data:
+            found[f"{name}-eval"] = (spec.eval_data, EVAL_ROWS, wanted)
+    return found
+
+
+def _raw(source: Source) -> Source:
+    """The source without `columns`: its rows keep their names, and the stage maps them as in a run."""
+    return source.model_copy(update={"columns": {}})
+
+
+def _as_source(source: Source) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in Source.model_fields}
+
+
+def _write(rows: list[dict[str, Any]], file: Path, source: Source) -> Path:
+    """Write rows down: as CSV, whose types a reader guesses, where they were CSV, else as JSON Lines."""
+    if all(".csv" in one.suffixes for one in matching(source.path)):
+        file = file.with_suffix(".csv")
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with file.open("w", encoding="utf-8", newline="") as lines:
+            table = csv.DictWriter(lines, names)
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        file.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def _loras(recipe: Recipe) -> list[dict[str, Any]]:
+    return [recipe.lora, *(stage.lora for stage in recipe.stages.values())]
+
+
+def _names_layers(lora: dict[str, Any]) -> bool:
+    """Whether a LoRA tells layers apart by their numbers, so that the checkpoint needs all of them."""
+    named = [lora.get(key) for key in ("target_modules", *LAYER_KEYS) if key != "layers_to_transform"]
+    return lora.get("layers_to_transform") is not None or bool(re.search(r"[.(\[|]\d", repr(named)))
+
+
+def _ask_worker(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Have the tiny checkpoint made and hub datasets read, where torch may be imported.
+
+    Raises:
+        InputError: model or data cannot be used.
+        RunError: it failed otherwise.
+    """
+    folder.mkdir()
+    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+    log = folder / LOG
+    with log.open("w") as output:
+        command = [sys.executable, "-P", "-m", "rlhf_pipeline.smoke.worker", str(folder / JOB)]
+        code = subprocess.run(
+            command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+        ).returncode
+    result: dict[str, Any] = read_json(folder / RESULT) or {}
+    if code == 2 and result:
+        raise InputError(result["message"], place=result["place"], hint=result["hint"])
+    if code:
+        tail = "".join(f"\n  | {line[:200]}" for line in log.read_text(errors="replace").splitlines()[-8:])
+        raise RunError(f"no tiny checkpoint of the model could be made{tail}")
+    shutil.rmtree(folder)
+    return result
+
+
+def _tell_of_model(recipe: Recipe, answer: dict[str, Any], tokenizer: str | None, notes: list[str]) -> None:
+    """Put the tiny checkpoint in the model's place, and note what that leaves untested."""
+    path, spec = recipe.model.path, recipe.model
+    if answer["missing"]:
+        words = (
+            "the shipped tokenizer" if str(TINY) in answer["tokenizer"] else f"the tokenizer of {answer['tokenizer']}"
+        )
+        own = "its own architecture is" if answer["tokenizer"] == path else "its own architecture and tokenizer are"
+        notes.append(f"{path} cannot be had ({answer['missing']}): {words} and a Llama stand in; {own} not tested")
+        changed = [_fit_llama(lora) for lora in _loras(recipe)]
+        if any(changed):
+            notes.append("`lora` names modules of its own architecture: `all-linear` stands in")
+    elif tokenizer:
+        notes.append(f"the tokenizer of {tokenizer} stands in; that of {path} is not tested")
+    notes += [f"{path}: {note}" for note in answer["notes"]]
+    if answer["missing"] or tokenizer:
+        for stage in recipe.stages.values():
+            if stage.trainer.pop("stop_token_id", None) is not None:
+                stage.trainer["stop_token"] = "eos"
+                notes.append("`stop_token_id` is of its own tokenizer: EOS stands in")
+    if spec.dtype == "float16":
+        spec.dtype = "bfloat16"
+        notes.append("`dtype: float16` needs a GPU: bfloat16 stands in")
+    spec.path, spec.revision, spec.trust_remote_code = str(Path(recipe.output_dir).with_name("model")), None, False
+
+
+def _fit_llama(lora: dict[str, Any]) -> bool:
+    """Change a LoRA where it names modules that a Llama does not have; whether that was so."""
+    before, targets = dict(lora), lora.get("target_modules")
+    if isinstance(targets, list) and not LLAMA_LAYERS.issuperset(targets):
+        lora["target_modules"] = [name for name in targets if name in LLAMA_LAYERS] or "all-linear"
+    elif isinstance(targets, str):
+        lora["target_modules"] = "all-linear"
+    for key in LAYER_KEYS:
+        lora.pop(key, None)
+    return lora != before
+
+
+def _cut_settings(recipe: Recipe, notes: list[str]) -> None:
+    """Few steps, small batches and short sequences in every stage."""
+    left_out: dict[str, None] = {}
+    for stage in recipe.stages.values():
+        for key in GPU_ONLY:
+            if stage.trainer.pop(key, False):
+                left_out[key] = None
+        kind = kinds.get(stage.kind)
+        if kind.own_loop:
+            _cut_ppo(stage.trainer)
+        else:
+            _cut_trainer(stage.trainer, stage.data.holds_out)
+        _cut_data(stage.data, replies=kind.reads != "prompts")
+        if stage.ptx_data:
+            _cut_data(stage.ptx_data, replies=True)
+    if left_out:
+        notes.append(f"{', '.join(f'`{key}`' for key in left_out)}: left out, since a CPU does without")
+    if recipe.evaluate:
+        _cut_data(recipe.evaluate.data, replies=False)
+        recipe.evaluate.n = min(recipe.evaluate.n, BATCH)
+        recipe.evaluate.max_new_tokens = min(recipe.evaluate.max_new_tokens, REPLY)
+
+
+def _cut_data(data: Data, replies: bool) -> None:
+    """Short prompts and replies; where that cuts them shorter than the recipe does, none is dropped for it."""
+    before = data.max_prompt_length, data.max_completion_length
+    data.max_prompt_length = min(data.max_prompt_length or PROMPT_LIMIT, PROMPT_LIMIT)
+    if replies:
+        data.max_completion_length = min(data.max_completion_length or COMPLETION_LIMIT, COMPLETION_LIMIT)
+    if before != (data.max_prompt_length, data.max_completion_length):
+        data.too_long = "cut"
+
+
+def _cut_common(trainer: dict[str, Any]) -> None:
+    """Log every step; evaluate, and write a checkpoint, once, after the last one, where the recipe does so at all."""
+    trainer |= {"logging_strategy": "steps", "logging_steps": 1}
+    trainer["per_device_train_batch_size"] = min(trainer.get("per_device_train_batch_size", BATCH), BATCH)
+    if trainer.get("warmup_steps", 0) > 1:
+        trainer["warmup_steps"] = 1
+    if trainer.get("save_strategy") != "no":
+        trainer |= {"save_strategy": "steps", "save_steps": STEPS}
+    trainer.pop("eval_delay", None)
+    if trainer.get("eval_strategy", "steps" if "eval_steps" in trainer else "no") != "no":
+        trainer |= {"eval_strategy": "steps", "eval_steps": STEPS}
+        trainer["per_device_eval_batch_size"] = min(trainer.get("per_device_eval_batch_size", BATCH), BATCH)
+
+
+def _cut_trainer(trainer: dict[str, Any], evaluates: bool) -> None:
+    """Two steps of SFT, reward modelling or DPO."""
+    _cut_common(trainer)
+    trainer |= {"max_steps": STEPS, "gradient_accumulation_steps": 1}
+    if evaluates:
+        trainer["per_device_eval_batch_size"] = min(trainer.get("per_device_eval_batch_size", BATCH), BATCH)
+    if trainer.get("max_length") or trainer.get("packing") or trainer.get("eval_packing"):
+        trainer["max_length"] = min(trainer.get("max_length") or MAX_LENGTH, MAX_LENGTH)
+    trainer.pop("dataset_num_proc", None)
+
+
+def _cut_ppo(trainer: dict[str, Any]) -> None:
+    """Two updates of PPO, of as few episodes as its rules of divisibility allow."""
+    _cut_common(trainer)
+    mini_batches = min(trainer.get("num_mini_batches", 1), 2)
+    micro_batches = -(-8 // trainer["per_device_train_batch_size"]) if trainer.get("whiten_rewards") else 1
+    for key in ("max_steps", "num_train_epochs"):
+        trainer.pop(key, None)
+    trainer |= {
+        "num_mini_batches": mini_batches,
+        "gradient_accumulation_steps": mini_batches * micro_batches,
+        "total_episodes": STEPS * mini_batches * micro_batches * trainer["per_device_train_batch_size"],
+        "num_ppo_epochs": min(trainer.get("num_ppo_epochs", 4), 2),
+        "response_length": min(trainer.get("response_length", REPLY), REPLY),
+        "local_rollout_forward_batch_size": min(trainer.get("local_rollout_forward_batch_size", BATCH), BATCH),
+    }
+    if trainer.get("value_warmup_updates"):
+        trainer["value_warmup_updates"] = 1
