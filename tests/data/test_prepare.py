@@ -358,9 +358,9 @@ class TestMemory:
         assert made() == files
 
 
-def take_up(cache: Path, data: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def take_up(folder: Path, data: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """In a process of its own: what another one has encoded."""
-    datasets.config.HF_DATASETS_CACHE = str(cache)
+    datasets.config.HF_DATASETS_CACHE = str(folder)
     cache.open_source = None  # it may not be needed
     found = prepare.preferences(Data(**data), load_tokenizer(str(TINY / "checkpoint")), seed=0)
     return found.train.to_list(), found.counts

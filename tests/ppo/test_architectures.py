@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.models import adapters, base
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ["llama", "qwen3", "mistral", "gpt2", "opt", "gemma2"]
 COMBINATIONS = [
     (shape, quantization, checkpointing)

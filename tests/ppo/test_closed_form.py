@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "closed_form.py"
 BETAS = (0.1, 1.0)
 UPDATES = 24  # the benchmark takes more; hence the wider tolerance

@@ -22,6 +22,8 @@ from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.recipe.schema import Model
 
+pytestmark = pytest.mark.slow
+
 FORMER = Path(__file__).parent / "former"
 LORA = {"r": 1, "lora_alpha": 2, "target_modules": ["v_proj"]}
 SETTINGS: dict[str, Any] = {

@@ -188,6 +188,7 @@ def test_going_on_from_a_finished_run_repeats_nothing(artifacts, uninterrupted: 
         assert lines(folder / file) == lines(uninterrupted.folder / file)
 
 
+@pytest.mark.slow
 def test_the_best_policy_within_the_budget_outlives_a_restart(artifacts, tmp_path: Path) -> None:
     """The first batch after the restart is over the budget, so that only the checkpoint can know the best policy."""
     far = {
@@ -248,6 +249,7 @@ def assert_goes_on_as_if_nothing_happened(processes, artifacts, folder: Path, un
     assert not list(folder.glob(".*-checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", [2, 4])
 def test_a_process_killed_as_it_logs_is_made_good_by_another(
     processes, artifacts, uninterrupted: Finished, tmp_path: Path, update: int
@@ -262,6 +264,7 @@ def test_a_process_killed_as_it_logs_is_made_good_by_another(
     assert_goes_on_as_if_nothing_happened(processes, artifacts, tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_a_checkpoint_is_made_good_by_another(
     processes, artifacts, uninterrupted: Finished, tmp_path: Path
 ) -> None:
@@ -336,6 +339,7 @@ def test_where_there_is_no_checkpoint_to_go_on_from_that_is_said(artifacts, tmp_
 # An optimizer with states of its own kind
 
 
+@pytest.mark.slow
 def test_going_on_with_an_8_bit_optimizer_ends_the_same(make_artifacts, tmp_path: Path) -> None:
     """bitsandbytes keeps states of 4096 elements and more in 8 bits; ranks are chosen so that there are some."""
     spec, init, reward = make_artifacts(ranks=(64, 64))

@@ -34,7 +34,7 @@ trl_ppo_trainer = pytest.importorskip(
     "trl.experimental.ppo.ppo_trainer", reason="TRL's own PPOTrainer, to compare with, is in TRL 1.12 alone"
 )
 TRLPPOTrainer = trl_ppo_trainer.PPOTrainer
-pytestmark = pytest.mark.floor
+pytestmark = [pytest.mark.floor, pytest.mark.slow]
 
 SEED = 3  # of sampling
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -19,6 +19,8 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo import trainer as trainer_module
 from rlhf_pipeline.ppo.trainer import PPOTrainer, Scored
 
+pytestmark = pytest.mark.slow
+
 EVENTS = ("on_step_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_epoch_end", "on_train_end")
 TIMING = ("eps", "rollout/seconds", "rollout/sampling_seconds", "rollout/tokens_per_second",
           "optimise/seconds", "optimise/tokens_per_second")  # fmt: skip

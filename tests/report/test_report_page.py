@@ -173,6 +173,7 @@ def test_the_same_run_gives_the_same_page(made_up, written, tmp_path):
     assert first == again and first[1] == 1
 
 
+@pytest.mark.slow
 def test_no_torch():
     code = (
         "import sys; from rlhf_pipeline import report;"
@@ -255,6 +256,7 @@ def test_the_strong_line_is_the_mean_around_each_point():
     assert charts.smoothed(Series(np.arange(10.0), values[:10])) is None
 
 
+@pytest.mark.slow
 def test_a_long_run_is_drawn_in_time(small, tmp_path):
     rows = report_run.metrics("ppo", 50_000)
     rows[31_234]["objective/kl"] = 987.5
@@ -455,6 +457,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(max(map(len, BROKEN.values()))))
 def test_broken_files_break_nothing(turn, run, tmp_path):
     """Every file in some wrong way at once; two stages are left, for the time that drawing takes."""
@@ -469,6 +472,7 @@ def test_broken_files_break_nothing(turn, run, tmp_path):
             assert re.search(f"{name} (cannot be read|has .* that cannot be read)", page.text), name
 
 
+@pytest.mark.slow
 def test_folders_in_the_place_of_files(run, tmp_path):
     for name in BROKEN:
         (run / name).unlink()
@@ -479,6 +483,7 @@ def test_folders_in_the_place_of_files(run, tmp_path):
 # Text that is not ours
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text_and_long_text_is_cut(tmp_path):
     hostile = report_run.HOSTILE
     run = report_run.write(tmp_path / "run", text=hostile + report_run.LONG, name=hostile)
@@ -497,6 +502,7 @@ def test_hostile_text_stays_text_and_long_text_is_cut(tmp_path):
 # Several runs
 
 
+@pytest.mark.slow
 def test_several_runs_are_overlaid(made_up, tmp_path):
     other = shutil.copytree(made_up, tmp_path / "other")
     report_run.change(other, "ppo", inputs={"kind": "ppo", "trainer.kl_coef": 0.25, "data": "rows.jsonl@" + "ee" * 16})
@@ -524,6 +530,7 @@ def test_labels_of_points_close_together_are_apart():
     assert all(left > 46 and right < charts.WIDTH and bottom < 195 for left, _, right, bottom in boxes)
 
 
+@pytest.mark.slow
 def test_scores_of_different_reward_models_are_not_to_be_compared(made_up, tmp_path):
     other = shutil.copytree(made_up, tmp_path / "other")
     said = "compare scores only within a run"

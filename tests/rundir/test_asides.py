@@ -174,6 +174,7 @@ def test_a_file_with_such_a_name_stays(run: Path):
     assert len(prune.find(run)) == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_listed_or_removed_while_a_run_goes_on(run: Path):
     (former,) = prune.find(run)
     before = snapshot(run)

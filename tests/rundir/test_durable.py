@@ -276,6 +276,7 @@ def test_a_file_that_came_later_is_no_damage(tmp_path: Path) -> None:
     assert durable.damage(tmp_path / "checkpoint-1") is None
 
 
+@pytest.mark.slow
 def test_killed_at_any_call_to_the_system_a_folder_is_whole_the_old_one_or_the_new(tmp_path: Path) -> None:
     """A process that replaces a checkpoint beside an earlier one, killed before its first such call, its second, …"""
     names = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "open")

@@ -251,6 +251,7 @@ def test_a_stage_without_an_adapter_is_not_published(directory, work):
     assert not (directory.stage("sft") / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_killed_before_or_after_any_step_of_publishing_the_next_run_finishes(directory):
     """What the runner does once a worker is done: publish, record, clear; killed at each of its calls to the system."""
     names = ("fsync", "rename", "replace", "rmdir", "unlink", "open")

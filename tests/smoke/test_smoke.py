@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
@@ -91,7 +92,7 @@ def fork_the_worker() -> None:
                 os._exit(code)
         return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
-    subprocess.run = forked
+    smoke.subprocess = SimpleNamespace(run=forked, DEVNULL=subprocess.DEVNULL)
     sys.dont_write_bytecode = True  # as a variable has it in new processes
 
 
@@ -197,8 +198,9 @@ stages:
     )
     before = tree(folder)
     done = run(folder)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
+    assert lines, done.stderr
     assert lines[0].startswith("sft      failed  ") and "no!" in lines[0]
     assert lines[1:] == ["dpo      not run"]
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
