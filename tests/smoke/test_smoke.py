@@ -92,7 +92,7 @@ def fork_the_worker() -> None:
                 os._exit(code)
         return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
-    smoke.subprocess = SimpleNamespace(run=forked, DEVNULL=subprocess.DEVNULL)
+    cut.subprocess = SimpleNamespace(run=forked, DEVNULL=subprocess.DEVNULL)
     sys.dont_write_bytecode = True  # as a variable has it in new processes
 
 
