@@ -151,7 +151,9 @@ def prune(
         if yes:
             pruning.remove(directory, names)
         total = sum(aside["bytes"] for aside in asides)
-        typer.echo(json.dumps({"run": str(directory), "folders": asides, "bytes": total, "removed": yes}, indent=2))
+        typer.echo(
+            json.dumps({"run": str(directory.absolute()), "folders": asides, "bytes": total, "removed": yes}, indent=2)
+        )
         return
     if not asides:
         typer.echo(f"{directory}: nothing was moved aside")

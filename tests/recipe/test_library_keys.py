@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from rlhf_pipeline import recipe
+from rlhf_pipeline import kinds, recipe
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import library_keys
 
@@ -53,24 +53,25 @@ def test_each_field_can_be_set_or_is_refused_with_a_reason(config):
     ("table", "configs"),
     [
         ("_DECIDED", ("sft", "reward", "ppo", "dpo")),
-        *((f"_KIND_DECIDED.{kind}", (kind,)) for kind in ("sft", "reward", "dpo")),
         ("_DPO_LOSS_KEYS", ("dpo",)),
-        ("_PPO_READS", ("ppo",)),
-        ("_PPO_REASONS", ("ppo",)),
         ("_LORA_DECIDED", ("lora",)),
     ],
 )
 def test_the_tables_name_no_key_that_the_libraries_do_not_have(table, configs):
     """A misspelt or outdated name there would let the real key through."""
     everywhere = set().union(*(library_keys.accepted(config) for config in configs))
-    name, _, kind = table.partition(".")
-    found = getattr(library_keys, name)
-    assert set(found[kind] if kind else found) - everywhere == set()
+    assert set(getattr(library_keys, table)) - everywhere == set()
+
+
+@pytest.mark.parametrize("kind", kinds.NAMES)
+def test_a_kind_names_no_key_that_its_config_does_not_have(kind):
+    config = kinds.get(kind).config
+    assert {*config.refused, *(config.reads or ())} - library_keys.accepted(kind).keys() == set()
 
 
 def test_nothing_is_both_read_by_ppo_and_refused():
-    refused = library_keys._DECIDED.keys() | library_keys._PPO_REASONS.keys()
-    assert library_keys._PPO_READS & refused == set()
+    config = kinds.get("ppo").config
+    assert config.reads & (library_keys._DECIDED.keys() | config.refused.keys()) == set()
 
 
 @pytest.mark.parametrize("config", ["sft", "reward", "ppo", "dpo"])

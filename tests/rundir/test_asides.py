@@ -225,7 +225,7 @@ def test_with_yes_the_command_removes_and_a_second_time_there_is_nothing(run: Pa
 
 def test_the_object_lists_and_removes_only_with_yes(run: Path):
     asides = prune.find(run)
-    expected = {"run": "run", "folders": asides, "bytes": asides[0]["bytes"]}
+    expected = {"run": str(run), "folders": asides, "bytes": asides[0]["bytes"]}
     done = command(run.parent, "run", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == expected | {"removed": False}

@@ -504,7 +504,7 @@ def test_watch_where_nothing_runs_shows_where_it_stands(run, monkeypatch, capfd)
     with contextlib.suppress(SystemExit):
         cli.main()
     said = capfd.readouterr()
-    assert [line.split()[1:3] for line in said.out.splitlines()][2] == ["ppo", "broke"]
+    assert [line.split()[1:3] for line in said.out.splitlines()][2] == ["ppo", "failed"]
     assert f"nothing is running in {run}" in said.err
 
 

@@ -120,7 +120,7 @@ def test_a_narrow_terminal_loses_no_word():
 def test_the_json_object_holds_every_stage_and_nothing_internal():
     shown = tables.as_json(Path("runs/t"), [stage("sft", metrics={"train_loss": 1.5}), stage("dpo", "failed")])
     assert json.loads(json.dumps(shown)) == shown
-    assert shown["run"] == "runs/t"
+    assert shown["run"] == str(Path("runs/t").absolute())
     done, failed = shown["stages"]
     assert done["name"] == "sft"
     assert (done["state"], done["wall_s"], done["metrics"], done["artifact"]) == (
@@ -130,7 +130,7 @@ def test_the_json_object_holds_every_stage_and_nothing_internal():
         "sft/adapter",
     )
     assert (failed["state"], failed["wall_s"], failed["metrics"], failed["artifact"]) == ("failed", None, {}, None)
-    assert failed["log"] == "dpo/log.txt"
+    assert failed["log"] == str(Path("runs/t/dpo/log.txt").absolute())
     assert not {"inputs", "record", "judging"} & set(done)
 
 
