@@ -188,9 +188,8 @@ def test_plan_and_status(command, folder):
 
 @pytest.mark.parametrize("command", ["plan", "status"])
 def test_plan_and_status_of_a_run_name_logs_that_are_there(command, tiny_run, tmp_path):
-    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
-    named = ["tiny"] if command == "status" else ["tiny/recipe.yaml", "output_dir=."]
-    shown = output(tmp_path, command, *named)
+    run = Path(shutil.copytree(tiny_run, tmp_path / "runs" / "tiny"))
+    shown = output(tmp_path, command, "runs/tiny/recipe.yaml", f"output_dir={tmp_path / 'runs'}")
     assert shown["run"] == str(run)
     assert [stage["log"] for stage in shown["stages"]] == [
         str(run / name / "log.txt") for name in ("sft", "reward", "ppo", "dpo")

@@ -98,7 +98,7 @@ def printed(show, *arguments) -> str:
 def plans(tiny_run) -> list[plan.StagePlan]:
     plans = plan.make(recipes.of_run(tiny_run), trust_versions=True)
     for planned in plans:  # what counts here is what is shown of a stage that is done
-        planned.state, planned.stands = "done", True
+        planned.state, planned.is_current = "done", True
     return plans
 
 
@@ -107,8 +107,7 @@ def test_all_views_show_the_same_numbers_of_a_stage(tiny_run, plans):
     watched = RunView(tiny_run)
     run = gather.read_runs([tiny_run])[0]
     for planned in plans:
-        record = planned.record
-        metrics = record["metrics"]
+        metrics = planned.record.metrics
         logged = series(planned.kind, rows(tiny_run / planned.name / "metrics.jsonl"))
         numbers = headline(planned.kind, metrics, logged)
         assert len(numbers) > 2 and [metrics[number.metric] for number in numbers] == [one.after for one in numbers]
@@ -122,11 +121,10 @@ def test_all_views_show_the_same_numbers_of_a_stage(tiny_run, plans):
         assert {name: f"{float(after.replace(MINUS, '-')):.3g}" for name, _, after in summary} == shown
         aside = {"name": "x", "kind": planned.kind, "state": "done", "metrics": metrics, "moved_at": 0, "bytes": 1}
         assert f"done, {numbers[0].name} {shown[numbers[0].name]}" in printed(asides.show, [aside])
-        table = card._numbers({planned.name: record}, record, planned.name, "none", None).splitlines()
-        first = [line for line in table if line.startswith("| ")][1:]
-        first = [line for line in first if "---" not in line][: len(numbers)]
-        for number, line in zip(numbers, first, strict=True):
-            metric, value = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        text = card.text(tiny_run, planned.name, recipes.of_run(tiny_run), license={}, dtype=None, name="x")
+        table = text[text.index("| metric | value |") :].splitlines()[2 : 2 + len(numbers)]
+        for number, line in zip(numbers, table, strict=True):
+            metric, value = (cell.strip() for cell in line.strip("|").split("|"))
             assert number.metric in metric and float(value) == pytest.approx(number.after, rel=1e-2)
 
 
@@ -172,7 +170,7 @@ def test_a_new_kind_is_one_entry(tiny_run, monkeypatch, plans):
     new = dataclasses.replace(kinds.get("dpo"), name="made_up", title="Made up", begins=False)
     monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, new))
     made_up = dataclasses.replace(plans[-1], kind="made_up")
-    loss = f"loss {plans[-1].record['metrics']['loss']:.3g}"
+    loss = f"loss {plans[-1].record.metrics['loss']:.3g}"
     assert loss in printed(tables.results, tiny_run, [made_up])
     assert "made_up" in printed(tables.intentions, [made_up], [made_up], {made_up.name: []}, None)
     run = gather.read_runs([tiny_run])[0]

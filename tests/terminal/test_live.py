@@ -490,8 +490,7 @@ def test_watch_shows_a_run_of_another_process_until_it_ends(real, plain_environm
             left.send_signal(signal.SIGINT)
             drain(other, until="the run goes on")
             assert left.wait(30) == 0
-            record = {"kind": "ppo", "state": "done", "wall_s": 42.0, "metrics": {"judge_mean": 0.97}}
-            (real / "ppo" / "stage.json").write_text(json.dumps(record))
+            finish(real, "ppo", wall_s=42.0, metrics={"judge_mean": 0.97})
             assert watching.poll() is None
         shown = drain(ours, shown, until="has ended").rpartition("\x1b[?25h")[2]
         assert watching.wait(30) == 0
@@ -542,4 +541,4 @@ def test_run_on_a_terminal_shows_the_stage_at_work_and_leaves_its_lines(
         assert line in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0
     out = capsys.readouterr().out
-    assert "mean_token_accuracy" in out and "\x1b" not in out
+    assert "token accuracy" in out and "\x1b" not in out

@@ -362,7 +362,7 @@ WRONG: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
     "not done": (
         ["--stage", "ppo"],
         fail("ppo"),
-        "stage `ppo` is not done\nhint: stages with a model that answers: ba",
+        "stage `ppo` is not done but failed: it does not pass its gates\nhint: stages with a model that answers: ba",
     ),
     "none done": ([], fail(*STAGES), "no stage with a model that answers is done"),
     "no model": ([], lose_model, "model.path: /nowhere/model: this is neither a model folder"),
