@@ -33,5 +33,5 @@ def main() -> None:
         sys.exit(1)
     except Interrupted as stop:
         say(stop.message)
-        say("the same command goes on from here")
+        say("the same command resumes from here")
         sys.exit(130)

@@ -33,7 +33,7 @@ def report(
     """Write report.html: curves, samples, where all came from.
 
     One file without any other, to look at in a browser, on paper or on a phone. It is made from the run directory
-    alone, so also of a run that is going on, has failed, or was made elsewhere.
+    alone, so also of a run that is running, has failed, or was made elsewhere.
     """
     import webbrowser
 

@@ -44,7 +44,7 @@ Overrides = Annotated[
 TrustVersions = Annotated[
     bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")
 ]
-IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Go on past gates that are closed.")]
+IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Continue past closed gates.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Stream the log of the stage at work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

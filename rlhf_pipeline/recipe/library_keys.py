@@ -36,7 +36,7 @@ _DTYPE = "the recipe's `model.dtype` decides the precision of every stage"
 _TOKENIZER = "the pipeline prepares one tokenizer for all stages, so that they read the same tokens"
 _ENCODED = "the pipeline encodes the data itself: loss on the reply only, one EOS at its end, in every stage alike"
 _MODEL = "the pipeline loads one base for all stages; see the recipe's `model`"
-_CHECKPOINTS = "a checkpoint is there to go on from, which a run does by itself"
+_CHECKPOINTS = "checkpoints are complete, and a run resumes from them by itself"
 _BEST = "a stage's result is what its last step left; no checkpoint is kept for being the best"
 _ONE_GPU = "a stage runs as one process on one device"
 _HUB = "publishing is not part of a run"
@@ -114,7 +114,7 @@ WITHOUT_EFFECT_ON_RESULT = {
     "include_num_input_tokens_seen", "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     "skip_memory_metrics", "torch_empty_cache_steps", "debug",
-    # The same numbers in less memory: a stage that ran out of it goes on from its checkpoint.
+    # The same numbers in less memory: a stage that ran out of it resumes from its checkpoint.
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
     "activation_checkpointing", "activation_checkpointing_kwargs", "eval_accumulation_steps",
     "num_sample_generations", "save_strategy", "save_steps", "save_total_limit",

@@ -1,4 +1,4 @@
-"""Alarms: what in a run's numbers should make a person look twice. No torch."""
+"""Alarms: numbers of a run that a person should check. No torch."""
 
 import math
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def _of_record(stage: Stage) -> Iterator[Alarm]:
     if stage.state == "failed" and not closed:
         yield Alarm("bad", name, f"Failed: {stage.reason}.")
     if stage.state == "partial":
-        yield Alarm("look", name, f"Partial: {stage.reason}. The same command goes on with it.")
+        yield Alarm("look", name, f"Partial: {stage.reason}. The same command resumes it.")
     if stage.state == "stale":
         yield Alarm("look", name, f"Stale: {stage.reason}. The same command trains it again.")
     for metric, gate in closed.items():

@@ -104,7 +104,7 @@ class Stage:
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds that it took; None while it goes on and where it was killed: its record is of when it began."""
+        """Seconds that it took; None while it is running and where it was killed: its record is then from its start."""
         return None if self.record.state == "running" else self.record.wall_s
 
 

@@ -24,9 +24,9 @@ class StageState:
         name: the stage's.
         kind: what it does.
         parents: the stage, or `base`, that it has in each role, as its kind needs: `init`, `reward`.
-        state: `done` needs nothing; `stale` was made, or begun, of other inputs; `partial` broke off and can be
-            resumed; `failed` broke off and starts over, or does not pass its gates; `missing` never ran; `blocked`
-            waits for a stage that is partial or failed; `running` is at work now.
+        state: `done` needs nothing; `stale` was made, or begun, with other inputs; `partial` was interrupted and can be
+            resumed; `failed` was interrupted and has to be retrained from the start, or does not pass its gates;
+            `missing` never ran; `blocked` waits for a stage that is partial or failed; `running` is at work now.
         reason: why it is in that state, as old → new values where something changed.
         record: its record; an empty one where there is none.
         is_current: its artifact is whole and was built on the weights that are there now, whatever its gates say.
@@ -63,7 +63,7 @@ class RunState:
 
     @property
     def state(self) -> Literal["running", "failed", "done", "unfinished"]:
-        """How the run as a whole stands."""
+        """The state of the run as a whole."""
         states = {stage.state for stage in self.stages}
         if self.is_locked:
             return "running"

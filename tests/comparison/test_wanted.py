@@ -188,7 +188,7 @@ def test_neither_a_failure_nor_a_stop_of_the_comparison_fails_the_run(
         line, "warning: there is no new comparison: making it failed: its worker was ended by signal 9, from outside"
     ]  # fmt: skip
     assert again()[-2:] == [
-        line, "warning: there is no new comparison: it was stopped; `run` and `compare` make it up"
+        line, "warning: there is no new comparison: it was stopped; the next `run` or `compare` makes it"
     ]  # fmt: skip
     assert not file.exists()
     assert again() == [line]

@@ -91,7 +91,7 @@ def run(made_up, tmp_path) -> Path:
 
 @pytest.fixture
 def small(run) -> Path:
-    """A copy of which little is left to draw: the run broke off while its last stage was PPO."""
+    """A copy of which little is left to draw: the run was interrupted while its last stage was PPO."""
     for stage in ("sft", "reward", "dpo"):
         shutil.rmtree(run / stage)
     (run / "comparison.json").unlink()
