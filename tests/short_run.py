@@ -243,7 +243,7 @@ def sound_step(work: Path) -> int | None:
 
 
 def expected_progress(stage: Path) -> str | None:
-    """What the command must say of a stage that was interrupted when it resumes; None where it must be retrained from the start."""
+    """What the command must say when it resumes a stage; None where the stage must be retrained from the start."""
     work = stage / "work"
     files = read(work / "trained.json").get("files")
     if files:

@@ -369,7 +369,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert code == 0
     for step, (_, _, problem) in damages.items():
         assert f"checkpoint-{step} is damaged: {problem}" in said
-    assert (f"resumes from step {resumes_from} of 4; " if resumes_from else "sft     is retrained from the start: ") in said
+    assert (
+        f"resumes from step {resumes_from} of 4; " if resumes_from else "sft     is retrained from the start: "
+    ) in said
     assert_same_end(folder, unbroken)
 
 
@@ -420,7 +422,10 @@ def test_an_adapter_that_was_changed_is_trained_again_with_what_depends_on_it(
     spoilt = weights.read_bytes()
     code, said = command(finished, "--until", "dpo")
     print(said)
-    assert code == 0 and f"sft     is retrained from the start: {reasons['sft']}; the former results are now in sft." in said
+    assert (
+        code == 0
+        and f"sft     is retrained from the start: {reasons['sft']}; the former results are now in sft." in said
+    )
     (aside,), (dpo_aside,) = run.glob("sft.*"), run.glob("dpo.*")
     assert (aside / "adapter" / "adapter_model.safetensors").read_bytes() == spoilt and dpo_aside.is_dir()
     assert_same_end(finished, unbroken)

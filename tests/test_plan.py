@@ -85,7 +85,9 @@ def break_off(folder: Path, name: str, *steps: int, **changes: object) -> Path:
     work.mkdir(parents=True)
     record = begun(folder, name)
     durable.write_text(work / "job.json", json.dumps({"task": "train", "record": record}))
-    directory.write_record(name, Record.model_validate(record | {"state": "failed", "error": "it was interrupted"} | changes))
+    directory.write_record(
+        name, Record.model_validate(record | {"state": "failed", "error": "it was interrupted"} | changes)
+    )
     for step in steps:
 
         def write(checkpoint: Path, step: int = step) -> None:
@@ -432,9 +434,9 @@ def test_a_parent_of_other_weights_makes_a_stage_stale(folder):
     run_of(folder).write_record("sft", record.updated(artifact_files=durable.contents(adapter)))
     plans = make(folder)
     assert states(plans) == {"sft": "done", "reward": "stale", "ppo": "stale", "dpo": "stale"}
-    assert plans["reward"].reason == plans["dpo"].reason == "sft re-ran"
+    assert plans["reward"].reason == plans["dpo"].reason == "sft ran again"
     finish(folder, "reward")
-    assert make(folder)["ppo"].reason == "sft re-ran"
+    assert make(folder)["ppo"].reason == "sft ran again"
     finish(folder, "ppo", "dpo")
     assert states(make(folder)) == ALL_DONE
 
@@ -449,7 +451,7 @@ def test_a_stage_that_broke_off_does_not_go_on_over_a_parent_of_other_weights(fo
     run_of(folder).write_record("sft", record.updated(artifact_files=durable.contents(adapter)))
     dpo = make(folder)["dpo"]
     assert (dpo.state, dpo.progress) == ("stale", None)
-    assert dpo.reason.startswith("sft re-ran")
+    assert dpo.reason.startswith("sft ran again")
 
 
 # The libraries
@@ -636,7 +638,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(folder
     sft = make(folder)["sft"]
     assert (sft.state, sft.progress) == ("failed", None)
     assert (
-        sft.reason.startswith("it was interrupted; checkpoint-6 is damaged: ") and "checkpoint-3 is damaged: " in sft.reason
+        sft.reason.startswith("it was interrupted; checkpoint-6 is damaged: ")
+        and "checkpoint-3 is damaged: " in sft.reason
     )
 
 

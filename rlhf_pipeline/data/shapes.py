@@ -101,7 +101,7 @@ def recognise(rows: Iterable[Row], wanted: Wanted, chat: bool | None = None, pla
     shape = find(known, chat)
     if shape is None:
         raise InputError(
-            f"the columns ({', '.join(names) or 'none'}) are no {wanted}; they need {_needs(wanted)}",
+            f"the columns ({', '.join(names) or 'none'}) are not {wanted}; those need {_needs(wanted)}",
             place=place,
             hint=_suggested_columns(wanted, list(names)),
         )

@@ -91,7 +91,7 @@ def _name_kinds(content: dict[str, Any], problems: Problems) -> None:
             problems.add(
                 path,
                 f"a stage cannot be named `{name}`, which has a meaning of its own",
-                "name it otherwise, and say its `kind:`",
+                "give it another name, and set its `kind:`",
                 of_key=True,
             )
         elif not isinstance(stage, dict):
@@ -263,7 +263,7 @@ def _suggest(key: str, above: KeyPath, content: dict[str, Any]) -> tuple[str, st
     if OTHER_WORDS.get(key) in own:
         return f"did you mean `{OTHER_WORDS[key]}`?", OTHER_WORDS[key]
     if not above and key in NAMES:
-        return "stages stand under `stages`", None
+        return "stages belong under `stages`", None
     others = _elsewhere(above, content)
     for other in (key, OTHER_WORDS.get(key)):
         for where, keys in others:
@@ -345,14 +345,14 @@ def _check_section(
         elif config == "lora" and key == "init_lora_weights" and value not in (True, "gaussian"):
             problems.add(
                 here,
-                "this initialisation changes the base, or starts away from it",
-                "use true or `gaussian`: an adapter starts as no change to the base, which is never written again",
+                "this initialisation changes the base's weights, or its output from the start",
+                "use true or `gaussian`: then the adapter changes nothing at first; the base itself is never changed",
             )
         if problems.is_broken(here):
             del values[key]
     if written.keys() - known.keys() or without_value:
-        return  # a key may look idle for want of one that is misspelt, or has no value
-    for key, reason in library_keys.idle(config, written, holds_out).items():
+        return  # a key may seem without effect only because another one is misspelt, or has no value
+    for key, reason in library_keys.without_effect(config, written, holds_out).items():
         problems.add((*path, key), f"`{key}` has no effect {reason}", "remove it", of_key=True)
 
 

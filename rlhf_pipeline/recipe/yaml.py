@@ -223,7 +223,7 @@ class _Reader:
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         line, column = _position(node)
         if len(path) > 50 or len(self.document.marks) > LIMIT:
-            holds = "holds itself" if len(path) > 50 else "stands for too many others"
+            holds = "contains itself" if len(path) > 50 else "expands to too many values"
             raise InputError(f"this value {holds}", place=f"{self.source}:{line}:{column}", hint="remove the alias")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
@@ -249,7 +249,7 @@ class _Reader:
                 continue
             if key in result:
                 first = self.document.marks[here].key[0]
-                message = f"the key `{key}` stands twice here, first on line {first}"
+                message = f"the key `{key}` is written twice here, first on line {first}"
                 self.document.faults.append(Fault(here, position, message, "keep one of them"))
                 continue
             self.document.marks[here] = Mark(position, _position(value_node))

@@ -251,7 +251,12 @@ def _train(
     if progress:
         say(f"{stage.name:<7} {progress}")
     else:
-        _make_room(stage, directory, say, "asked for, or built on what was trained again" if fresh else stage.reason)
+        _make_room(
+            stage,
+            directory,
+            say,
+            "asked for, or a stage that it starts from was trained again" if fresh else stage.reason,
+        )
     record = _opening_record(recipe, stage, directory, progress, begun)
     directory.prepare(stage.name, progress)
     scrub(folder / LOG)

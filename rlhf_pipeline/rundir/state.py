@@ -216,9 +216,9 @@ def _of_finished(
     rerun = [parent.name for parent in parents if not parent.is_current]
     if rerun:
         return "stale", f"{' and '.join(rerun)} will run again"
-    other = _re_ran(stage.record, parents)
+    other = _ran_again(stage.record, parents)
     if other:
-        return "stale", f"{' and '.join(other)} re-ran"
+        return "stale", f"{' and '.join(other)} ran again"
     return "done", "up to date"
 
 
@@ -235,7 +235,7 @@ def _of_unfinished(
         return ("blocked", waiting) if waiting else ("missing", "has not run yet")
     happened = "stopped" if record.stopped else record.error or "the run ended before the stage did"
     changes = [*changes, *(f"{parent.name} will run again" for parent in parents if not parent.is_current)]
-    changes += [f"{name} re-ran" for name in _re_ran(record, parents)]
+    changes += [f"{name} ran again" for name in _ran_again(record, parents)]
     if changes:
         return "stale", "; ".join([*changes, f"before that, {happened}"])
     stage.progress = directory.progress(stage.name)
@@ -245,7 +245,7 @@ def _of_unfinished(
     return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
 
 
-def _re_ran(record: Record, parents: Sequence[StageState]) -> list[str]:
+def _ran_again(record: Record, parents: Sequence[StageState]) -> list[str]:
     """The parents whose weights are no longer those that a stage was built on."""
     return [
         parent.name

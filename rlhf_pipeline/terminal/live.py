@@ -70,7 +70,9 @@ def following(
         while not over.wait(REFRESH_S):
             try:
                 shown.refresh()
-            except Exception:  # a disk or a terminal that is gone, or a fault of ours: the run continues without the display
+            except (
+                Exception
+            ):  # a disk or a terminal that is gone, or a fault of ours: the run continues without the display
                 shown.close()
                 return
 
