@@ -197,7 +197,7 @@ def _tell_of_model(recipe: Recipe, answer: dict[str, Any], tokenizer: str | None
         for stage in recipe.stages.values():
             if stage.trainer.pop("stop_token_id", None) is not None:
                 stage.trainer["stop_token"] = "eos"
-                notes.append("`stop_token_id` belongs to its own tokenizer: EOS is used instead")
+                notes.append("`stop_token_id` belongs to the model's own tokenizer: EOS is used instead")
     if spec.dtype == "float16":
         spec.dtype = "bfloat16"
         notes.append("`dtype: float16` needs a GPU: bfloat16 is used instead")
