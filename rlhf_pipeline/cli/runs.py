@@ -137,7 +137,7 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what later runs moved aside, and remove it if you say so."""
+    """List what later runs moved aside, and remove it if you confirm."""
     from rich.console import Console
 
     from rlhf_pipeline import recipe as recipes
@@ -207,7 +207,7 @@ def smoke(
 
 
 def _report(run: Path) -> None:
-    """Write a run's report where something is newer than it. It shows what happened, and never changes what did."""
+    """Write a run's report where something is newer than it. It never changes how the run ended."""
     from rlhf_pipeline.rundir.layout import REPORT
 
     file = run / REPORT

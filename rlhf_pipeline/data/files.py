@@ -20,7 +20,7 @@ LONGEST_ROW = 1 << 26  # a row of a .json file that has no end by then has none
 
 
 class Located(NamedTuple):
-    """A row and where it stands: the file or hub dataset, and its number there, counted from 1."""
+    """A row and where it is: the file or hub dataset, and its number there, counted from 1."""
 
     place: str
     number: int

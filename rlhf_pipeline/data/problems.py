@@ -1,4 +1,4 @@
-"""What in a stage's data would spoil its training, and what may: errors and warnings from the numbers of `measure`."""
+"""What in a stage's data would make its training useless, and what may: errors and warnings from `measure`."""
 
 from collections.abc import Iterator
 from typing import Any

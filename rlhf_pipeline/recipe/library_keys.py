@@ -1,7 +1,7 @@
 """The keys that TRL's and PEFT's own config classes take, read from their source files without importing them.
 
 Importing TRL costs seconds and pulls in torch; parsing five files costs milliseconds. What a recipe may not set, and
-why, stands here too: a key that would be ignored is an error, never silence.
+why, is here too: a key that would be ignored is an error, never silence.
 """
 
 import ast
@@ -336,7 +336,7 @@ def _trainer_keys_without_effect(given: dict[str, Any], useless: Callable[..., N
         useless(f"with `train_sampling_strategy: {order}`", "data_seed")
 
 
-# What the names in annotations stand for, beside the choices; the library itself judges what is of any other type.
+# What the names in annotations mean, beside the choices; the library itself checks values of any other type.
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "Literal": Literal,
           "Optional": typing.Optional, "Union": typing.Union, "typing": typing}  # fmt: skip
 

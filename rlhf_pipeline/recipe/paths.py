@@ -216,7 +216,7 @@ def _template_problem(text: str) -> str | None:
 
 
 def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
-    """What a path stands for: an absolute file, folder or glob, or a hub id; what is wrong is noted."""
+    """What a path means: an absolute file, folder or glob, or a hub id; what is wrong is noted."""
     if path.startswith("tiny:"):
         file = TINY / "data" / f"{path.removeprefix('tiny:')}.jsonl"
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""A recipe's content held against the schema, and `trainer:` and `lora:` against TRL's and PEFT's own keys."""
+"""A recipe's content compared with the schema, and `trainer:` and `lora:` with TRL's and PEFT's own keys."""
 
 import copy
 import difflib
@@ -34,7 +34,7 @@ PATTERNS = {
     "name": ("letters, digits, _, - and .", "the run directory is named after it; by default it is the file's name"),
     "judge": ("`module:function`", "for example my_judges:is_polite, in a file my_judges.py beside the recipe"),
 }
-# Stand in for what is missing or of no use, so that all else can be checked; the key is broken then.
+# Used in place of what is missing or invalid, so that all else can be checked; the key is broken then.
 STAND_INS: dict[str, Any] = {
     "name": "name", "path": "tiny", "judge": "module:function", "kind": "sft", "model": {"path": "tiny"},
     "data": {"path": "tiny:prompts"}, "stages": {"sft": {"kind": "sft", "data": {"path": "tiny:prompts"}}},
@@ -56,7 +56,7 @@ FOLLOWS_FROM_KIND = ("kind", "init", "reward", "ptx_data", "trainer", "lora", "g
 
 
 def validate(content: dict[str, Any], problems: Problems) -> Recipe:
-    """Make a recipe of its content; what is wrong is noted, and left out or stood in for.
+    """Make a recipe of its content; what is wrong is noted, and left out or replaced.
 
     Args:
         content: of `layers.read`, which is changed.
@@ -127,7 +127,7 @@ def _note(error: ErrorDetails, content: dict[str, Any], problems: Problems) -> N
     """Turn one of pydantic's complaints into ours."""
     path = _path_of(error)
     if path[0] == "report_to" and not isinstance(content.get("report_to", []), list):
-        path = path[:1]  # one word, which stands for a list of one
+        path = path[:1]  # one word, short for a list of one
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if problems.is_broken(path):
         return
@@ -255,7 +255,7 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
 
 
 def _suggest(key: str, above: KeyPath, content: dict[str, Any]) -> tuple[str, str | None]:
-    """A hint on an unknown key of ours, and the key beside it that it stands for."""
+    """A hint on an unknown key of ours, and the key beside it that is probably meant."""
     model = _model_at(above)
     own = list(model.model_fields) if model else []
     if not above:
@@ -312,7 +312,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
 
 
 def check_library_keys(recipe: Recipe, content: dict[str, Any], problems: Problems) -> None:
-    """Hold `trainer:` and every `lora:` against TRL's and PEFT's own classes; what is wrong is taken out.
+    """Compare `trainer:` and every `lora:` with TRL's and PEFT's own classes; what is wrong is taken out.
 
     Args:
         recipe: its stages' `lora` as written, not yet filled in.

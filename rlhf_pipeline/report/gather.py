@@ -314,7 +314,7 @@ def _pairs(rows: list[dict[str, Any]]) -> Pairs | None:
 
 
 def content(value: Any) -> str:
-    """A text, or what stands for one: turns become their texts."""
+    """A value as text: turns become their texts."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What runs have moved aside: how much of it there is, and how it goes away. No torch."""
+"""What runs have moved aside: its size, and its removal. No torch."""
 
 import os
 import re

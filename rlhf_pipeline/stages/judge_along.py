@@ -1,4 +1,4 @@
-"""What the judge says of the policy while PPO moves it: whether it likes better what the reward model likes better."""
+"""The judge's scores of the policy while PPO trains it: do they rise with the reward model's?"""
 
 import traceback
 from collections.abc import Sequence

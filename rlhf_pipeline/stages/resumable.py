@@ -16,7 +16,7 @@ EPOCH_START = "epoch_start.pt"
 
 
 class Resumable(Trainer):
-    """To stand before a TRL trainer among a class's bases: exact checkpoints, and an end to training on NaN.
+    """A base class to put before a TRL trainer: exact checkpoints, and an end to training on NaN.
 
     Transformers writes a checkpoint file by file into its final place, forgets the sums behind the next logged means
     and behind `train_loss`, and draws a new order when it resumes within an epoch. Here a checkpoint is there
