@@ -28,7 +28,7 @@ class InputError(Exception):
 
 
 class InputErrors(InputError):  # noqa: N818  it is several
-    """Several things are wrong; the first one stands for all where only one can be shown.
+    """Several things are wrong; the first one is used where only one can be shown.
 
     Args:
         errors: what was found, in the order in which to show it; at least one. What was found twice is shown once: two
@@ -63,7 +63,7 @@ class Interrupted(Exception):  # noqa: N818  it is no error
     """The run was asked to stop, and has; the command exits with 130.
 
     Args:
-        message: where it stands, in one sentence.
+        message: how far it is, in one sentence.
     """
 
     def __init__(self, message: str) -> None:

@@ -86,7 +86,7 @@ def _on_hub(spec: Model | Source) -> str:
 
 
 def pin(recipe: Recipe) -> None:
-    """Find out which commits a recipe's hub model and hub datasets stand for, and write them in as `revision`.
+    """Find out which commits a recipe's hub model and hub datasets have now, and write them in as `revision`.
 
     So all stages load the same, and the resolved recipe says what that was. The hub is asked at most once for each;
     where it does not answer, the commit that the local cache holds counts; where that has none, nothing changes.

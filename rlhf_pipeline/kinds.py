@@ -15,7 +15,7 @@ JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where t
 
 @dataclass(frozen=True)
 class Number:
-    """A number by which people see how a stage goes and what came of it.
+    """A number that shows how a stage is going and what it came to.
 
     Attributes:
         name: what people read.
@@ -51,7 +51,7 @@ class Config:
     """The class whose fields are the keys of `trainer:`.
 
     Attributes:
-        sources: where its source stands, and that of the classes before it that it inherits keys from: package, file
+        sources: where its source code is, and that of the classes that it inherits keys from: package, file
             and class. They are read, not imported.
         documented: what to look its keys up under.
         reads: the only keys that have an effect; None where all have that are not refused.
@@ -79,7 +79,7 @@ class Kind:
         artifact: the folder in the stage's own that holds what it made.
         parents: the earlier stages that it needs, the one whose adapter it starts from first.
         begins: a later stage starts from the latest such one unless the recipe says otherwise.
-        keeps_reference: it holds on to what it starts from, and is measured against it.
+        keeps_reference: it keeps what it starts from as its reference.
         samples: it samples replies while it trains.
         own_loop: the training loop is ours, not TRL's.
         further_data: keys of the stage with more rows, each with the kind that reads such rows.

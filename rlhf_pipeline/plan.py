@@ -20,13 +20,13 @@ from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.state import StageState, State, find_state, stage_at_work
 
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
-# With another minor version of these a stage may come out otherwise; patches mend faults, and change no results.
+# Another minor version of these may change what a stage makes; patch versions fix bugs and change no results.
 _TRAINING_LIBRARIES = ("rlhf-pipeline", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "torch")
 
 
 @dataclass
 class StagePlan(StageState):
-    """One stage as the plan sees it: its state, held against the recipe of now.
+    """One stage as the plan sees it: its state, compared with the current recipe.
 
     Attributes:
         inputs: everything that decides the stage's result.
@@ -69,7 +69,7 @@ def make(
         recipe: from `recipe.load`; its hub models and datasets are pinned to the commits that count.
         at_work: whether a run is going on there; by default the run directory's lock tells.
         trust_versions: keep stages that other versions of the libraries made.
-        ignore_gates: keep stages that do not pass their gates.
+        ignore_gates: keep stages whose gates are closed.
 
     Raises:
         InputError: a data file cannot be read.
@@ -194,7 +194,7 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
 
 
 def _apply_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> tuple[State, str]:
-    """The state of a stage that is current, by its metrics and the gates of now."""
+    """The state of a stage that is current, by its metrics and the current gates."""
     outcomes = gates.outcomes(stage_gates, plan.record.metrics)
     closed = {metric: outcome for metric, outcome in outcomes.items() if not outcome["passed"]}
     ignored = plan.record.gates_ignored
@@ -206,7 +206,7 @@ def _apply_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> 
 
 
 def other_versions(record: Record, installed: dict[str, str] | None) -> list[str]:
-    """How the libraries that train differ from those that a stage was made with, or were said to do as well."""
+    """How the installed libraries differ from those that made a stage, or that `--trust-versions` accepted for it."""
     then = record.trusted_versions or record.versions
     if not then or installed is None:
         return []
@@ -222,7 +222,7 @@ def _minor(version: str) -> list[str]:
 
 
 def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
-    """What differs between the inputs of a record and those of now."""
+    """What differs between the inputs in a record and the current ones."""
     changes = []
     for key in sorted(old.keys() | plan.inputs.keys()):
         before, now = old.get(key), plan.inputs.get(key)

@@ -1,4 +1,4 @@
-"""The tiny recipe through the real command, short enough to be broken off again and again. Linux only."""
+"""The tiny recipe through the real command, short enough to be interrupted again and again. Linux only."""
 
 import contextlib
 import hashlib
@@ -243,7 +243,7 @@ def sound_step(work: Path) -> int | None:
 
 
 def expected_progress(stage: Path) -> str | None:
-    """What the command must say of a stage that broke off when it goes on with it; None where it must start over."""
+    """What the command must say when it resumes a stage; None where the stage must be retrained from the start."""
     work = stage / "work"
     files = read(work / "trained.json").get("files")
     if files:
@@ -253,7 +253,7 @@ def expected_progress(stage: Path) -> str | None:
         if holds(work / "adapter", files):
             return "trained, to be judged"
     step = sound_step(work)
-    return None if step is None else f"goes on from step {step} of {STEPS}"
+    return None if step is None else f"resumes from step {step} of {STEPS}"
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -224,20 +224,20 @@ def test_training_that_breaks_off_again_and_again(folder: Path, unbroken: Path, 
         (
             "os.kill(os.getpid(), 9)",
             "its worker was ended by signal 9, from outside",
-            "the same command goes on from here",
+            "the same command resumes from here",
         ),
     ]
     for step, (code_of_fault, message, hint) in enumerate(faults, start=1):
         plant(ROWS.format("sft", step), code_of_fault)
         code, said = command(folder, "--until", "sft")
-        assert code == 1 and ("goes on from" in said) == (step > 1), said
+        assert code == 1 and ("resumes from" in said) == (step > 1), said
         error, advice = the_sentence(said)
         assert error.startswith(f"error: stage `sft` failed: {message}") and hint in advice
-        assert step == 1 or f"sft     goes on from step {step - 1} of 4\n" in said
+        assert step == 1 or f"sft     resumes from step {step - 1} of 4\n" in said
         assert left_over(folder) == []
     plant("False", "pass")
     code, said = command(folder, "--until", "sft")
-    assert code == 0 and "sft     goes on from step 3 of 4\n" in said
+    assert code == 0 and "sft     resumes from step 3 of 4\n" in said
     assert_same_end(folder, unbroken)
 
 
@@ -254,10 +254,10 @@ def test_a_checkpoint_that_cannot_be_written_whole(
         assert code == 1 and "error: stage `sft` failed: a file reached the limit of " in error and "ulimit -f" in hint
         assert ("os error 27" if step == 2 else "inline_container") in error
         assert left_over(folder) == []
-    assert "sft     goes on from step 1 of 4\n" in said
+    assert "sft     resumes from step 1 of 4\n" in said
     plant("False", "pass")
     code, said = command(folder, "--until", "sft")
-    assert code == 0 and "sft     goes on from step 2 of 4\n" in said
+    assert code == 0 and "sft     resumes from step 2 of 4\n" in said
     assert_same_end(folder, unbroken)
 
 
@@ -274,7 +274,7 @@ def test_a_judge_that_fails_costs_no_training(folder: Path, unbroken: Path, comm
         assert code == 1 and said.count("sft     trained, to be judged\n") == bool(before), said
         error, hint = the_sentence(said)
         assert error.startswith(f"error: stage `sft` failed: {message}")
-        assert "the training is kept; the same command goes on with judging it" in hint
+        assert "the trained adapter is kept; the same command resumes with judging it" in hint
         assert "max_length" not in hint and ("evaluate.max_new_tokens" in hint) == ("memory" in message)
         state = made(stage / "work" / "adapter"), made(stage / "metrics.jsonl")
         assert not before or before == state
@@ -334,7 +334,7 @@ def cut_short(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damages", "goes_on_from"),
+    ("damages", "resumes_from"),
     [
         (
             {
@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     command: Command,
     tmp_path: Path,
     damages: dict[int, tuple[Callable[[Path], None], str, str]],
-    goes_on_from: int | None,
+    resumes_from: int | None,
 ) -> None:
     folder = Path(shutil.copytree(broken_off, tmp_path / "copy"))
     for step, (harm, file, _) in damages.items():
@@ -369,7 +369,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert code == 0
     for step, (_, _, problem) in damages.items():
         assert f"checkpoint-{step} is damaged: {problem}" in said
-    assert (f"goes on from step {goes_on_from} of 4; " if goes_on_from else "sft     starts over: ") in said
+    assert (
+        f"resumes from step {resumes_from} of 4; " if resumes_from else "sft     is retrained from the start: "
+    ) in said
     assert_same_end(folder, unbroken)
 
 
@@ -377,10 +379,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_a_record_that_cannot_be_read(
     broken_off: Path, unbroken: Path, command: Command, tmp_path: Path, content: str
 ) -> None:
-    """Of a stage that broke off it costs nothing; what a finished stage made is moved aside, and it is said."""
+    """Of a stage that was interrupted it costs nothing; what a finished stage made is moved aside, and it is said."""
     folder = Path(shutil.copytree(broken_off, tmp_path / "broken_off"))
     (folder / "runs" / "short" / "sft" / "stage.json").write_text(content)
-    assert "goes on from step 3 of 4" in planned(folder)["sft"]
+    assert "resumes from step 3 of 4" in planned(folder)["sft"]
 
     finished = Path(shutil.copytree(unbroken, tmp_path / "finished"))
     run = finished / "runs" / "short"
@@ -396,7 +398,7 @@ def test_a_record_that_cannot_be_read(
         return  # the rest is the same for all, and takes a while
     for one in (folder, finished):
         code, said = command(one, "--until", "sft")
-        assert code == 0 and ("goes on from step 3 of 4\n" in said) == (one == folder), said
+        assert code == 0 and ("resumes from step 3 of 4\n" in said) == (one == folder), said
         assert_same_end(one, unbroken)
 
 
@@ -420,7 +422,10 @@ def test_an_adapter_that_was_changed_is_trained_again_with_what_depends_on_it(
     spoilt = weights.read_bytes()
     code, said = command(finished, "--until", "dpo")
     print(said)
-    assert code == 0 and f"sft     starts over: {reasons['sft']}; the former results are now in sft." in said
+    assert (
+        code == 0
+        and f"sft     is retrained from the start: {reasons['sft']}; the former results are now in sft." in said
+    )
     (aside,), (dpo_aside,) = run.glob("sft.*"), run.glob("dpo.*")
     assert (aside / "adapter" / "adapter_model.safetensors").read_bytes() == spoilt and dpo_aside.is_dir()
     assert_same_end(finished, unbroken)
@@ -453,7 +458,7 @@ def test_the_server_that_workers_are_forked_from_dies(
     assert "the process that starts workers ended unexpectedly" in error and hint
     plant("False", "pass")
     code, said = command(folder, "--until", "sft")
-    assert code == 0 and "sft     goes on from step 2 of 4\n" in said, said
+    assert code == 0 and "sft     resumes from step 2 of 4\n" in said, said
     assert_same_end(folder, unbroken)
 
 
@@ -470,7 +475,7 @@ def test_the_command_itself_is_short_of_something(folder: Path, limit: str, mess
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     error, hint = the_sentence(done.stderr)
     assert (done.returncode, error) == (1, f"error: {message}")
-    assert hint == f"hint: {advice}; stages that are done stay usable; the same command goes on from here"
+    assert hint == f"hint: {advice}; stages that are done stay usable; the same command resumes from here"
     assert not (folder / "runs" / "short" / "sft").exists()
 
 
@@ -534,15 +539,15 @@ def on_a_full_disk(disk: Path, unbroken: Path, command: Command, plant: Plant) -
     for when, goes_on in (
         (None, None),  # from the start
         ('path.endswith(".new-checkpoint-2")', None),
-        (ROWS.format("sft", 2), "goes on from step 1 of 4"),
-        (at_record, "goes on from step 2 of 4"),  # by the runner, of the stage that is done
+        (ROWS.format("sft", 2), "resumes from step 1 of 4"),
+        (at_record, "resumes from step 2 of 4"),  # by the runner, of the stage that is done
     ):
         exec(textwrap.dedent(fill)) if when is None else plant(when, fill)
         code, said = command(folder, "--until", "sft")
         error, hint = the_sentence(said)
         assert code == 1 and f"the disk of {folder}/runs/short" in error and " is full (" in error
-        assert "free some space there" in hint and "goes on from here" in hint
-        assert (f"sft     {goes_on}\n" in said) if goes_on else ("goes on from step" not in said)
+        assert "free some space there" in hint and "resumes from here" in hint
+        assert (f"sft     {goes_on}\n" in said) if goes_on else ("resumes from step" not in said)
         assert left_over(folder) == []
         filler.unlink()
     plant("False", "pass")
@@ -561,8 +566,8 @@ def in_read_only_folders(disk: Path, unbroken: Path, command: Command, plant: Pl
         code, said = command(folder, "--until", "sft")
         error, hint = the_sentence(said)
         assert code == 1 and f"{place} cannot be written to ([Errno 13] Permission denied" in error
-        assert "goes on from here" in hint
-        assert (f"sft     {goes_on}\n" in said) if goes_on else ("goes on from step" not in said)
+        assert "resumes from here" in hint
+        assert (f"sft     {goes_on}\n" in said) if goes_on else ("resumes from step" not in said)
         assert left_over(folder) == []
         place.chmod(0o755)
 
@@ -571,11 +576,11 @@ def in_read_only_folders(disk: Path, unbroken: Path, command: Command, plant: Pl
     plant(ROWS.format("sft", 1), f"os.chmod({str(run / 'sft' / 'metrics.jsonl')!r}, 0o444)")
     fails(run / "sft" / "metrics.jsonl", None)
     plant('path.endswith(".new-checkpoint-2")', f"os.chmod({str(work)!r}, 0o555)")
-    fails(work, "goes on from step 1 of 4")
+    fails(work, "resumes from step 1 of 4")
     plant("False", "pass")
     (run / "sft").chmod(0o555)
-    fails(run / "sft", "goes on from step 1 of 4")
+    fails(run / "sft", "resumes from step 1 of 4")
     (run / "sft" / "stage.json").chmod(0o444)  # is replaced, not written to
     code, said = command(folder, "--until", "sft")
-    assert code == 0 and "sft     goes on from step 1 of 4\n" in said, said
+    assert code == 0 and "sft     resumes from step 1 of 4\n" in said, said
     assert_same_end(folder, unbroken)

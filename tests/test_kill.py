@@ -145,7 +145,7 @@ class Attempts:
         return (self.run / stage).exists() and short_run.read(self.run / stage / "stage.json").get("state") != "done"
 
     def _went_on_as_it_had_to(self, before: dict[str, str | None], said: str) -> None:
-        """See that a stage that broke off went on from the best there was, and that nothing was put aside."""
+        """See that a stage that was interrupted resumed from the best there was, and that nothing was put aside."""
         assert "former results" not in said
         for stage, progress in before.items():
             lines = [line[8:] for line in said.splitlines() if line.startswith(f"{stage:<7} ")]

@@ -85,7 +85,9 @@ def break_off(folder: Path, name: str, *steps: int, **changes: object) -> Path:
     work.mkdir(parents=True)
     record = begun(folder, name)
     durable.write_text(work / "job.json", json.dumps({"task": "train", "record": record}))
-    directory.write_record(name, Record.model_validate(record | {"state": "failed", "error": "it broke off"} | changes))
+    directory.write_record(
+        name, Record.model_validate(record | {"state": "failed", "error": "it was interrupted"} | changes)
+    )
     for step in steps:
 
         def write(checkpoint: Path, step: int = step) -> None:
@@ -432,9 +434,9 @@ def test_a_parent_of_other_weights_makes_a_stage_stale(folder):
     run_of(folder).write_record("sft", record.updated(artifact_files=durable.contents(adapter)))
     plans = make(folder)
     assert states(plans) == {"sft": "done", "reward": "stale", "ppo": "stale", "dpo": "stale"}
-    assert plans["reward"].reason == plans["dpo"].reason == "sft re-ran"
+    assert plans["reward"].reason == plans["dpo"].reason == "sft ran again"
     finish(folder, "reward")
-    assert make(folder)["ppo"].reason == "sft re-ran"
+    assert make(folder)["ppo"].reason == "sft ran again"
     finish(folder, "ppo", "dpo")
     assert states(make(folder)) == ALL_DONE
 
@@ -449,7 +451,7 @@ def test_a_stage_that_broke_off_does_not_go_on_over_a_parent_of_other_weights(fo
     run_of(folder).write_record("sft", record.updated(artifact_files=durable.contents(adapter)))
     dpo = make(folder)["dpo"]
     assert (dpo.state, dpo.progress) == ("stale", None)
-    assert dpo.reason.startswith("sft re-ran")
+    assert dpo.reason.startswith("sft ran again")
 
 
 # The libraries
@@ -529,7 +531,7 @@ def test_a_stage_that_broke_off_under_other_versions_starts_over_unless_they_are
     break_off(folder, "sft", 3)
     made_with(folder, "sft", torch="2.13.0")
     sft = make(folder)["sft"]
-    assert (sft.state, sft.reason) == ("stale", "torch 2.13.0 → 2.14.0; before that, it broke off")
+    assert (sft.state, sft.reason) == ("stale", "torch 2.13.0 → 2.14.0; before that, it was interrupted")
     assert make(folder, trust_versions=True)["sft"].state == "partial"
 
 
@@ -593,19 +595,19 @@ def test_a_gate_does_not_hide_that_a_stage_is_stale(gated):
     assert states(make(gated, "seed=2", ignore_gates=True))["sft"] == "stale"
 
 
-# Where a stage that broke off goes on
+# Where a stage that was interrupted goes on
 
 
-def test_a_stage_goes_on_from_its_newest_checkpoint(folder):
+def test_a_stage_resumes_from_its_newest_checkpoint(folder):
     break_off(folder, "sft", 3, 6)
     plans = make(folder)
     assert states(plans) == {"sft": "partial", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
-    assert plans["sft"].reason == "it broke off; goes on from step 6 of 9"
+    assert plans["sft"].reason == "it was interrupted; resumes from step 6 of 9"
     assert plans["sft"].progress == Progress("checkpoint", 6, 9)
     assert plans["sft"].summary()["step"] == 6
     assert not plans["sft"].is_current
     run_of(folder).write_record("sft", run_of(folder).record("sft").updated(state="running", error=None))
-    assert make(folder)["sft"].reason == "the run ended before the stage did; goes on from step 6 of 9"
+    assert make(folder)["sft"].reason == "the run ended before the stage did; resumes from step 6 of 9"
 
 
 DAMAGES = {
@@ -630,13 +632,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(folder
     harm(work / "checkpoint-6")
     sft = make(folder)["sft"]
     assert sft.state == "partial"
-    assert sft.reason.startswith(f"it broke off; goes on from step 3 of 9; checkpoint-6 is damaged: {said}")
+    assert sft.reason.startswith(f"it was interrupted; resumes from step 3 of 9; checkpoint-6 is damaged: {said}")
     assert sft.progress.step == 3 and list(sft.progress.damaged) == ["checkpoint-6"]
     harm(work / "checkpoint-3")
     sft = make(folder)["sft"]
     assert (sft.state, sft.progress) == ("failed", None)
     assert (
-        sft.reason.startswith("it broke off; checkpoint-6 is damaged: ") and "checkpoint-3 is damaged: " in sft.reason
+        sft.reason.startswith("it was interrupted; checkpoint-6 is damaged: ")
+        and "checkpoint-3 is damaged: " in sft.reason
     )
 
 
@@ -645,21 +648,21 @@ def test_a_stage_that_is_trained_is_not_trained_again(folder, judged, said):
     work = break_off(folder, "sft", 9)
     train(work, judged=judged)
     sft = make(folder)["sft"]
-    assert (sft.state, sft.reason) == ("partial", f"it broke off; {said}")
+    assert (sft.state, sft.reason) == ("partial", f"it was interrupted; {said}")
     assert sft.summary()["step"] is None
     if judged:
         (work / "adapter").rename(run_of(folder).stage("sft") / "adapter")  # killed before the record was written
-        assert make(folder)["sft"].reason == f"it broke off; {said}"
+        assert make(folder)["sft"].reason == f"it was interrupted; {said}"
     else:
         (work / "adapter" / WEIGHTS).write_text("final weightz")
-        assert make(folder)["sft"].reason == "it broke off; goes on from step 9 of 9"
+        assert make(folder)["sft"].reason == "it was interrupted; resumes from step 9 of 9"
 
 
 def test_a_stage_whose_settings_changed_meanwhile_starts_over(folder):
     break_off(folder, "sft", 3)
     sft = make(folder, "sft.trainer.learning_rate=0.002")["sft"]
     assert (sft.state, sft.progress) == ("stale", None)
-    assert sft.reason == "trainer.learning_rate 0.001 → 0.002; before that, it broke off"
+    assert sft.reason == "trainer.learning_rate 0.001 → 0.002; before that, it was interrupted"
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
     assert make(folder)["sft"].reason.startswith("data changed: rows.jsonl (")
 
@@ -669,7 +672,7 @@ def test_a_stage_whose_parent_will_run_again_starts_over(folder):
     break_off(folder, "dpo", 3)
     dpo = make(folder, "sft.trainer.learning_rate=0.002")["dpo"]
     assert (dpo.state, dpo.progress) == ("stale", None)
-    assert dpo.reason == "sft changed; sft will run again; before that, it broke off"
+    assert dpo.reason == "sft changed; sft will run again; before that, it was interrupted"
 
 
 SPOILT = ["", "{", "[]", '{"state": "don']
@@ -680,7 +683,7 @@ def test_a_spoilt_record_of_a_stage_that_broke_off_costs_nothing(folder, text):
     break_off(folder, "sft", 3)
     (run_of(folder).stage("sft") / "stage.json").write_text(text)
     sft = make(folder)["sft"]
-    assert (sft.state, sft.reason) == ("partial", "the run ended before the stage did; goes on from step 3 of 9")
+    assert (sft.state, sft.reason) == ("partial", "the run ended before the stage did; resumes from step 3 of 9")
     assert sft.record == Record.model_validate(begun(folder, "sft"))
     assert make(folder, "seed=2")["sft"].state == "stale"
 

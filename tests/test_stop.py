@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so after its step, says how to go on, and goes on from there to the same end."""
+"""A run that is asked to stop does so after its step, says how to go on, and resumes from there to the same end."""
 
 import contextlib
 import os
@@ -88,7 +88,7 @@ def stop(command: Command, number: int, alone: bool = False) -> str:
     else:
         command.signal_all(number)
     assert command.end(60) == 130, command.said
-    assert command.said.endswith("\nthe same command goes on from here\n") and "Traceback" not in command.said
+    assert command.said.endswith("\nthe same command resumes from here\n") and "Traceback" not in command.said
     return command.said
 
 
@@ -106,7 +106,7 @@ def stop_at_a_step(command: Command, stage: str, number: int, alone: bool = Fals
 
 def went_on(command: Command, stage: str, step: int) -> None:
     """See that a stage went on from exactly the step it had stopped at."""
-    assert re.search(rf"^{stage:<7} goes on from step {step} of \d+$", command.said, re.MULTILINE), command.said
+    assert re.search(rf"^{stage:<7} resumes from step {step} of \d+$", command.said, re.MULTILINE), command.said
     assert short_run.read(command.run / stage / "stage.json")["resumed_from_step"] == step
 
 
@@ -139,7 +139,7 @@ def test_a_run_stopped_again_and_again_ends_as_one_that_nothing_stopped(
 
     command = start(copied)
     in_ppo = stop_at_a_step(command, "ppo", signal.SIGTERM, alone=True)
-    assert "sft " not in command.said and "goes on from step" not in command.said
+    assert "sft " not in command.said and "resumes from step" not in command.said
 
     command = start(copied)
     assert command.wait_for(lambda: state(run, "ppo") == "done"), command.said

@@ -155,7 +155,9 @@ def test_a_second_run_does_nothing_at_once(copied: Path) -> None:
 def test_a_changed_setting_runs_its_stage_and_no_other(copied: Path, warm_server: Launcher) -> None:
     changed = (*short_run.OVERRIDES, "ppo.trainer.total_episodes=8")
     said, _, table = run_warm(warm_server, copied, *changed).rpartition("ppo     done in")
-    assert "ppo     starts over: trainer.total_episodes 28 → 8; the former results are now in ppo." in said
+    assert (
+        "ppo     is retrained from the start: trainer.total_episodes 28 → 8; the former results are now in ppo." in said
+    )
     assert "sft " not in said and "dpo " not in said and table
     (aside,) = (copied / "runs" / "tiny").glob("ppo.*")
     assert (aside / "adapter" / "adapter_model.safetensors").is_file()

@@ -79,7 +79,7 @@ class Checkpoints(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop where that was wanted: there is something to go on from now.
+        """Stop if that was asked for: now there is a checkpoint to resume from.
 
         Raises:
             Stopped: with the checkpoint's step.

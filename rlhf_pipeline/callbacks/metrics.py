@@ -23,7 +23,7 @@ class MetricsLog(TrainerCallback):
         self.file = file
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what a broken-off run wrote after the checkpoint that this one goes on from."""
+        """Drop what an interrupted run wrote after the checkpoint that this one resumes from."""
         _rewrite(self.file, whole_lines(self.file)[: len(state.log_history)])
 
     def on_log(

@@ -49,7 +49,7 @@ class ProgressFile(TrainerCallback):
             temporary.replace(self.file)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Training begins, or goes on from a checkpoint."""
+        """Training begins, or resumes from a checkpoint."""
         self.training = True
         self.tell("training", state.global_step, state.max_steps)
 

@@ -1,8 +1,8 @@
-"""The door: commands that parse, call and print. Data goes to standard output, everything else to standard error."""
+"""The command line: commands that parse, call and print. Data go to standard output, all else to standard error."""
 
 import sys
 
-from rlhf_pipeline.cli import runs, recipes, results  # isort: skip  their commands stand in this order in the help
+from rlhf_pipeline.cli import runs, recipes, results  # isort: skip  the order of their commands in the help
 from rlhf_pipeline.cli.shared import app, say
 from rlhf_pipeline.errors import InputError, Interrupted, RunError
 
@@ -33,5 +33,5 @@ def main() -> None:
         sys.exit(1)
     except Interrupted as stop:
         say(stop.message)
-        say("the same command goes on from here")
+        say("the same command resumes from here")
         sys.exit(130)

@@ -12,7 +12,7 @@ from rlhf_pipeline.errors import InputError
 
 @app.command(
     epilog=examples(
-        ("report my-recipe.yaml", "the page again, of a run in any state"),
+        ("report my-recipe.yaml", "the page again, for a run in any state"),
         ("report runs/first runs/second", "both in one page, overlaid"),
         ("report runs/first -o first.html", "a file elsewhere, to send to somebody"),
     )
@@ -30,10 +30,10 @@ def report(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Write report.html: curves, samples, where all came from.
+    """Write report.html: curves, samples, and what was made from what.
 
-    One file without any other, to look at in a browser, on paper or on a phone. It is made from the run directory
-    alone, so also of a run that is going on, has failed, or was made elsewhere.
+    One file that needs no other, to read in a browser, on paper or on a phone. It is made from the run directory
+    alone, so also of a run that is running, has failed, or was made elsewhere.
     """
     import webbrowser
 

@@ -26,7 +26,7 @@ from rlhf_pipeline.errors import Interrupted, RunError
 @app.command(
     epilog=examples(
         ("run tiny", "all four stages on the tiny model that ships with it: a minute or two"),
-        ("run my-recipe.yaml", "your own recipe; the same again goes on where it broke off"),
+        ("run my-recipe.yaml", "your own recipe; the same command again resumes an interrupted run"),
         ("run my-recipe.yaml ppo.trainer.kl_coef=0.1 name=milder", "other settings, in a run of their own"),
         ("run my-recipe.yaml --until reward", "the stages up to the reward model, and no further"),
     )
@@ -43,8 +43,8 @@ def run(
 ) -> None:
     """Run the stages of a recipe that are not done yet.
 
-    Each goes on from where it broke off. Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same
-    command goes on from there. A second one stops at once.
+    A stage that was interrupted is resumed. Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same
+    command resumes from there. A second one stops at once.
     """
     from rich.console import Console
 
@@ -75,14 +75,14 @@ def run(
 
 @app.command(
     epilog=examples(
-        ("watch my-recipe.yaml", "how far a run is that goes on elsewhere; Ctrl-C leaves it alone"),
-        ("watch runs/my-recipe -v", "what its stage writes to the log"),
+        ("watch my-recipe.yaml", "the progress of a run started elsewhere; Ctrl-C leaves it running"),
+        ("watch runs/my-recipe -v", "the log of the stage at work"),
     )
 )
 def watch(run: RunArgument, verbose: Verbose = False) -> None:
-    """Watch a run that goes on elsewhere.
+    """Watch a run that was started elsewhere.
 
-    In another terminal, or on another machine that shares the disk. Ends with the run, and shows where it stands then.
+    In another terminal, or on another machine that shares the disk. Ends with the run, and then shows its final state.
     """
     from rich.console import Console
 
@@ -137,7 +137,7 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what later runs moved aside, and remove it if you say so."""
+    """List what later runs moved aside, and remove it if you confirm."""
     from rich.console import Console
 
     from rlhf_pipeline import recipe as recipes
@@ -196,7 +196,7 @@ def smoke(
     loaded = recipes.load(recipe, overrides or [])
     try:
         report = smokes.smoke(loaded, tokenizer=tokenizer, keep=keep, say=say)
-    except (KeyboardInterrupt, Interrupted):  # there is nothing to go on from
+    except (KeyboardInterrupt, Interrupted):  # there is nothing to resume from
         say("interrupted")
         raise typer.Exit(130) from None
     if as_json:
@@ -209,7 +209,7 @@ def smoke(
 
 
 def _report(run: Path) -> None:
-    """Write a run's report where something is newer than it. It shows what happened, and never changes what did."""
+    """Write a run's report where something is newer than it. It never changes how the run ended."""
     from rlhf_pipeline.rundir.layout import REPORT
 
     file = run / REPORT

@@ -13,7 +13,7 @@ from rlhf_pipeline import __version__
 
 
 def examples(*examples: tuple[str, str]) -> str:
-    """The end of a command's help: what to type, each with a word on what it does."""
+    """The end of a command's help: what to type, each with what it does."""
     lines = [line for arguments, does in examples for line in (f"  # {does}", f"  rlhf-pipeline {arguments}")]
     return "\n".join(["\b", "Examples:", *lines])  # \b: lines stay as they are
 
@@ -44,7 +44,7 @@ Overrides = Annotated[
 TrustVersions = Annotated[
     bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")
 ]
-IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Go on past gates that are closed.")]
+IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Continue past closed gates.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Stream the log of the stage at work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -53,7 +53,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Take the options that are given before a command."""
     if version:
         typer.echo(f"rlhf-pipeline {__version__}")
         raise typer.Exit
@@ -61,10 +61,10 @@ def options(
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Have the libraries that are imported inside the block keep their chatter to themselves.
+    """Silence the libraries that are imported inside the block.
 
-    They see one device, as those of a worker do. Bars, of downloads and of weights that are read, are for people to
-    look at.
+    They see one device, as those of a worker do. Progress bars of downloads and of weights that are read are shown only
+    on a terminal.
     """
     from rlhf_pipeline.run.launch import ENVIRONMENT, one_device
 

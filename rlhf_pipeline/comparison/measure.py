@@ -121,7 +121,7 @@ def compare(
         InputError: the model cannot be loaded, or the chat template refuses a prompt.
     """
     made_of = wanted.weights(run, recipe)
-    policies, reference, reward = wanted.cast(recipe, list(made_of))
+    policies, reference, reward = wanted.roles(recipe, list(made_of))
     policies = [name for name in policies if only is None or name in only]
     needed = [name for name in (*policies, reference, reward) if name]
     spec_of_model = finished.model_of(run, recipe, next(iter(made_of)))  # its template, which may be gone by now

@@ -16,8 +16,8 @@ from rlhf_pipeline.rundir.state import StageState
 MOST_PROMPTS = 64  # of a comparison that nobody asked anything special of
 
 
-class Cast(NamedTuple):
-    """Who plays what in a comparison.
+class Roles(NamedTuple):
+    """Which stage has which role in a comparison.
 
     Attributes:
         policies: `base` and every policy stage that is there, in the recipe's order.
@@ -42,8 +42,8 @@ def left_out(run: Path, recipe: Recipe) -> list[StageState]:
     return [stage for stage in begun if not stage.is_current]
 
 
-def cast(recipe: Recipe, made: list[str]) -> Cast:
-    """Who plays what, of the stages that are there.
+def roles(recipe: Recipe, made: list[str]) -> Roles:
+    """The roles of the stages that are there.
 
     KL is taken from where PPO takes it, which is the `init` of the first PPO stage; without one, of the first DPO
     stage. The reward is the one that PPO learns from, else the last one.
@@ -54,7 +54,7 @@ def cast(recipe: Recipe, made: list[str]) -> Cast:
     init = next((recipe.stages[name].init for name in (*sampling, *referred)), None)
     rewards = [name for name in made if kind_of[name].makes == "reward"]
     learned_from = [recipe.stages[name].reward for name in sampling if recipe.stages[name].reward in rewards]
-    return Cast(
+    return Roles(
         [BASE, *(name for name in made if name not in rewards)],
         init if init in made else BASE,
         next(iter(learned_from), rewards[-1] if rewards else None),
@@ -137,7 +137,7 @@ def saved(run: Path, made_of: dict[str, str], settings: dict[str, Any]) -> dict[
 def due(run: Path, recipe: Recipe) -> tuple[dict[str, Any], list[str]] | None:
     """Settings and policies of the comparison that a run directory lacks; None where it lacks none."""
     made_of, settings = weights(run, recipe), default_settings(recipe)
-    policies = cast(recipe, list(made_of)).policies
+    policies = roles(recipe, list(made_of)).policies
     return None if policies == [BASE] or saved(run, made_of, settings) else (settings, policies)
 
 
@@ -158,7 +158,7 @@ def choose(run: Path, recipe: Recipe, made: list[str], wanted: str | None) -> li
     Raises:
         InputError: a name is none of them, or no policy stage is done.
     """
-    policies = cast(recipe, made).policies
+    policies = roles(recipe, made).policies
     if policies == [BASE]:
         raise InputError(
             "no policy stage of this run is done",

@@ -126,7 +126,7 @@ def _encode_source(
 def _of_all_replies(
     found: Iterator[tuple[Located, Record]], shape: Shape, counts: Counter[str], folder: Path
 ) -> Iterator[tuple[Located, Record]]:
-    """The records of shapes in which the replies to a prompt stand in several rows, wherever those are in the data.
+    """The records of shapes in which the replies to a prompt are in several rows, wherever those are in the data.
 
     The rows wait on the disk; only their prompts' hashes are held.
     """

@@ -20,7 +20,7 @@ LONGEST_ROW = 1 << 26  # a row of a .json file that has no end by then has none
 
 
 class Located(NamedTuple):
-    """A row and where it stands: the file or hub dataset, and its number there, counted from 1."""
+    """A row and where it is: the file or hub dataset, and its number there, counted from 1."""
 
     place: str
     number: int
@@ -141,7 +141,7 @@ def _json(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
             _require_end(file, text[position + 1 :], reader, line)
             return
         if text[position] != "{":
-            raise InputError("here should be a JSON object", place=f"{file}:{line}")
+            raise InputError("expected a JSON object here", place=f"{file}:{line}")
         begun = True
         try:
             row, end = decoder.raw_decode(text, position)
@@ -191,7 +191,7 @@ def _csv(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
                 raise InputError(
                     f"this row has {len(values)} values, and there are {len(names)} columns",
                     place=f"{file}:{reader.line_num}",
-                    hint="a value with commas or line breaks stands between quotes, a quote in it is doubled",
+                    hint="put quotes around a value with commas or line breaks, and double every quote inside it",
                 )
             if values:
                 yield dict(zip(names, values, strict=True))

@@ -198,7 +198,7 @@ def _mixed(tables: list[Dataset], counts: list[int], seed: int) -> Dataset:
 
 
 def _split(table: Dataset, spec: Data, seed: int) -> tuple[Dataset, Dataset]:
-    """Hold out `eval_fraction` of the prompts with all their rows, so that no prompt stands on both sides.
+    """Hold out `eval_fraction` of the prompts with all their rows, so that no prompt is on both sides.
 
     Seed and prompt alone decide how early a prompt is held out: not the order of the rows, and hardly the other rows.
 

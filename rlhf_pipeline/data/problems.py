@@ -1,4 +1,4 @@
-"""What in a stage's data would spoil its training, and what may: errors and warnings from the numbers of `measure`."""
+"""What in a stage's data would make its training useless, and what may: errors and warnings from `measure`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -120,7 +120,7 @@ def _warnings_of_repetition(numbers: dict[str, Any]) -> Iterator[str]:
         yield f"in {out_of(numbers['equal_pairs'], rows)} pairs the two replies are the same, and teach nothing"
     if both and both["held_out_rows"]:
         share = out_of(both["held_out_rows"], numbers["held_out_rows"])
-        yield f"the prompts of {share} held-out rows are trained on too, so evaluation flatters"
+        yield f"the prompts of {share} held-out rows are trained on too, so evaluation looks too good"
 
 
 def _warnings_of_length(pairs: dict[str, Any]) -> Iterator[str]:

@@ -101,7 +101,7 @@ def recognise(rows: Iterable[Row], wanted: Wanted, chat: bool | None = None, pla
     shape = find(known, chat)
     if shape is None:
         raise InputError(
-            f"the columns ({', '.join(names) or 'none'}) are no {wanted}; they need {_needs(wanted)}",
+            f"the columns ({', '.join(names) or 'none'}) are not {wanted}; those need {_needs(wanted)}",
             place=place,
             hint=_suggested_columns(wanted, list(names)),
         )
@@ -191,7 +191,7 @@ def _prompts(known: Row, chat: bool | None) -> Shape | None:
         return Shape(asked.name, f"{asked.name}: {asked.says}", lambda row: [(to_be_answered(asked.read(row)),)])
     column = _whole(known)
     if column:
-        says = f"{column}: conversations, without the reply that may stand last"
+        says = f"{column}: conversations, without the reply that may come last"
         return Shape(column, says, lambda row: [(before_reply(row, column),)])
     if "rejected" in known and ("chosen" in known or "preferred" in known):
         pairs = _chosen_and_rejected(known, chat, None)
@@ -209,7 +209,7 @@ def _whole(known: Row) -> str | None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Where a row's prompt stands."""
+    """Where a row's prompt is."""
 
     name: str
     says: str

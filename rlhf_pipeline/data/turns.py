@@ -1,4 +1,4 @@
-"""Text, replies and conversations as they stand in a row. No libraries.
+"""Text, replies and conversations as they are in a row. No libraries.
 
 Every function that takes a row or turns raises a RowError where they are not as they should be.
 """
@@ -69,7 +69,7 @@ def turns_of(row: Row, column: str) -> list[dict[str, str]]:
     """The turns of a conversation, as {role, content} or as {from, value}.
 
     Raises:
-        RowError: there are none, or one lacks something or stands where it cannot.
+        RowError: there are none, or one lacks something or is in the wrong place.
     """
     value = row.get(column)
     if not isinstance(value, list) or not value:

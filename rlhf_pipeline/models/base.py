@@ -150,7 +150,7 @@ def check_files(spec: Model) -> None:
         )
     if "adapter_config.json" in names:
         raise InputError(
-            "beside the model stands an adapter, which would become part of it unseen",
+            "there is an adapter beside the model, which would silently become part of it",
             place=place,
             hint="merge it with PEFT's `merge_and_unload` and save the result, or remove it",
         )
@@ -246,7 +246,7 @@ def find_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a causal LM makes of its last hidden states: a function from `[N, hidden]` to logits `[N, vocabulary]`.
 
     For most models that is the output embedding. Some scale or cap its logits; for them the model itself is called,
-    with a backbone that stands in and returns the given states. Which it is, the model's own logits decide.
+    with a replaced backbone that returns the given states. Which it is, the model's own logits decide.
 
     Raises:
         ValueError: neither gives the model's own logits.
@@ -273,7 +273,7 @@ def find_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
         except (AttributeError, RuntimeError, TypeError):
             same = False
     if not same:
-        raise ValueError(f"{type(model).__name__} makes its logits in a way that cannot be told from outside")
+        raise ValueError(f"{type(model).__name__} makes its logits in a way that cannot be found out from outside")
     return with_stand_in
 
 

@@ -41,7 +41,7 @@ class StagedBase:
         self.peft: torch.nn.Module = self.causal_lm
         for name, folder in artifacts.items():
             config = LoraConfig.from_pretrained(str(folder))
-            config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None  # a score head stands apart
+            config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None  # a score head is loaded separately
             if isinstance(self.peft, PeftModel):
                 self.peft.add_adapter(name, config)
             else:

@@ -32,14 +32,14 @@ def load_tokenizer(model: Model | str) -> PreTrainedTokenizerBase:
     `has_default_template`. It is saved with the tokenizer.
 
     Args:
-        model: the recipe's `model`; a folder or hub id alone stands for one with nothing else said.
+        model: the recipe's `model`; a folder or hub id alone means one with all else as by default.
 
     Returns:
         The tokenizer, padding on the left, with `pad_token_id` different from `eos_token_id`.
 
     Raises:
         InputError: the model has no tokenizer, one whose code is not trusted, no EOS, nothing that can serve as
-            padding, or a chat template that is none.
+            padding, or an invalid chat template.
     """
     spec = Model(path=model) if isinstance(model, str) else model
     path = spec.path
@@ -113,7 +113,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> s
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a chat template writes behind an assistant's turn, or None where that cannot be told."""
+    """What a chat template writes behind an assistant's turn, or None where that is not known."""
     content = "An answer."
     turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": content}]
     try:

@@ -1,1 +1,1 @@
-"""PPO on one shared base: our own trainer, which goes on from where TRL dropped its own."""
+"""PPO on one shared base: our own trainer, which continues the one that TRL removed."""

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 class PPOConfig(TrainingArguments):
     r"""The keys of TRL 1.12's `PPOConfig`, with its names and defaults, and further ones; see `docs/ppo.md`.
 
-    TRL's keys that nothing reads here are kept, so that a recipe that sets one is told why it has no effect.
+    TRL's keys that nothing reads here are kept, so that a recipe that sets one gets the reason why it has no effect.
 
     Parameters:
         logging_steps (`float`): log every so many updates, means over them. 1, not TRL's 10: an update is long.

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 class Episodes:
     """B prompts with a reply each, T the longest reply's tokens, L the longest prompt and reply together.
 
-    A reply follows its prompt without a gap, and padding stands on the right alone: then every architecture numbers
+    A reply follows its prompt without a gap, and padding is on the right only: then every architecture numbers
     the positions right by itself, and no column is padding for all rows. Where prompt, reply and padding meet is known
     from lengths, never from token ids, so that a policy may sample any token, and padding may be any token too.
 
@@ -82,7 +82,7 @@ class _SampledLogProbs(LogitsProcessor):
         return scores
 
     def note(self, input_ids: Tensor) -> None:
-        """Take note of the token that now stands last."""
+        """Take note of the token that is now the last one."""
         if self.last is not None:
             chosen = self.last.gather(1, input_ids[:, -1:])[:, 0]
             self.noted.append(chosen - self.last.logsumexp(1))

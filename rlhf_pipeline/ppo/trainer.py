@@ -344,7 +344,7 @@ class PPOTrainer(Trainer):
         Args:
             eval_dataset: rows with `input_ids`; by default those given to the trainer.
             ignore_keys: as in other trainers; nothing is ignored.
-            metric_key_prefix: stands before every name.
+            metric_key_prefix: put before every name.
 
         Returns:
             Means over the replies. Scores are neither normalised nor clipped, so that they compare over time.
@@ -458,7 +458,7 @@ class PPOTrainer(Trainer):
         self._load_rng_state(str(folder))
 
     def _prompts(self, update: int) -> list[list[int]]:
-        """The prompts of an update, counted from 0; they follow from the seed alone, so a resumed run goes on."""
+        """The prompts of an update, counted from 0; they follow from the seed alone, so a resumed run has the same."""
         batch = self.args.batch_size
         taken = shuffled(len(self.train_dataset), update * batch, batch, self.seed, "prompts")
         return self.train_dataset[taken]["input_ids"]

@@ -1,6 +1,6 @@
 """From a path and overrides to a validated recipe, or to messages that name file, line, key and remedy.
 
-`layers` reads the files, `validation` holds them against the schema and the libraries' keys, `resolve` fills in what
+`layers` reads the files, `validation` compares them with the schema and the libraries' keys, `resolve` fills in what
 stages take from one another, `gates` and `paths` look at gates and at the disk. Nothing here imports torch.
 """
 

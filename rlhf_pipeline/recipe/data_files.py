@@ -1,4 +1,4 @@
-"""The files that a recipe's `path` stands for: one, those that match a glob, or those of a folder. No torch."""
+"""The files that a recipe's `path` means: one, those that match a glob, or those of a folder. No torch."""
 
 import glob
 import re
@@ -24,10 +24,10 @@ def is_local(path: str) -> bool:
 
 
 def matching(path: str) -> list[Path]:
-    """The data files that an absolute path stands for, sorted; a folder's are those directly in it.
+    """The data files that an absolute path means, sorted; a folder's are those directly in it.
 
     Returns:
-        Perhaps none. A path that names one file stands for it, whatever its type.
+        Perhaps none. A path that names one file means that file, whatever its type.
     """
     file = Path(path)
     return [file] if file.is_file() else [one for one in _candidates(path) if file_type(one)]

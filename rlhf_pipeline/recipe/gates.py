@@ -75,7 +75,7 @@ def parse(metric: str, text: str) -> Gate:
 
 
 def outcomes(gates: dict[str, str], metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Hold a stage's gates against its final metrics.
+    """Compare a stage's final metrics with its gates.
 
     Returns:
         For each metric that has a gate: `bound`, the condition as written; `value`, None where the stage has no such

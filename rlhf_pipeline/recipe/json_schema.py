@@ -13,7 +13,7 @@ from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 
-# Text that stands for a number or another value: with a variable in it, or a number with underscores.
+# Text in place of a number or another value: with a variable in it, or a number with underscores.
 STANDS_FOR_VALUE = r"\$\{|^[-+]?\d[\d.]*_[\d_.eE+-]*$"
 # What is beside the libraries' own defaults, or narrower than their types.
 OWN_DEFAULTS = ("save_strategy", "save_steps", "save_total_limit")
@@ -38,7 +38,7 @@ def recipe_schema() -> dict[str, Any]:
     trackers["anyOf"] = [{"type": trackers.pop("type"), "items": one}, {"const": "none"}, *one["anyOf"]]
     definitions |= _stages(definitions.pop("Stage"))
     extends = {"type": "string", "minLength": 1, "description": "The recipe that this one builds on: a file, or the "
-               "name of a shipped one. What is said here goes before what it says."}  # fmt: skip
+               "name of a shipped one. Keys set here replace those set there."}  # fmt: skip
     recipe["properties"] = {"name": recipe["properties"].pop("name"), "extends": extends, **recipe["properties"]}
     recipe["properties"]["stages"] |= {
         "properties": {kind: {"$ref": f"#/definitions/StageNamed{kind.title()}"} for kind in NAMES},
@@ -50,7 +50,7 @@ def recipe_schema() -> dict[str, Any]:
         "title": "A recipe for rlhf-pipeline",
         "$comment": "Keys of `trainer` and `lora` have the descriptions of TRL, Transformers and PEFT (Apache-2.0).",
         **recipe,
-        # What must be there, unless another recipe says it.
+        # What must be there, unless another recipe has it.
         "if": {"not": {"required": ["extends"]}},
         "then": {
             "required": ["model", "stages"],
@@ -73,7 +73,7 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
     stage["type"] = ["object", "null"]  # `dpo: null` leaves out a stage of the recipe that is extended
     properties = stage["properties"]
     properties["lora"] |= {"$ref": "#/definitions/Lora"}
-    chosen: dict[str, Any] = {"$ref": "#/definitions/StageOfSomeKind"}  # its kind is said by the recipe it extends
+    chosen: dict[str, Any] = {"$ref": "#/definitions/StageOfSomeKind"}  # the recipe it extends gives its kind
     definitions = {"StageOfSomeKind": {**stage, "properties": dict(properties)}}
     for kind in reversed(NAMES):
         title = kind.title()
@@ -96,7 +96,7 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _object(schema: dict[str, Any]) -> dict[str, Any]:
-    """One of pydantic's objects, tidied; what it requires another recipe may say, see `extends`."""
+    """One of pydantic's objects, tidied; what it requires may be in another recipe, see `extends`."""
     properties = {name: _tidy(value) for name, value in schema["properties"].items()}
     return {
         "description": " ".join(schema["description"].split()),

@@ -16,10 +16,10 @@ from rlhf_pipeline.recipe.yaml import KeyPath, Mark, parse_value, read_document,
 
 DATA_KEYS = ("data", "ptx_data")
 # A new path leaves behind what named a place inside the former one.
-OF_PATH = ("subset", "revision", "split")
-OF_SOURCE = ("path", *OF_PATH, "columns", "limit")
+KEYS_TIED_TO_PATH = ("subset", "revision", "split")
+OF_SOURCE = ("path", *KEYS_TIED_TO_PATH, "columns", "limit")
 EXCLUDED = {
-    "path": ("mix", *OF_PATH),
+    "path": ("mix", *KEYS_TIED_TO_PATH),
     "mix": OF_SOURCE,
     "eval_data": ("eval_fraction",),
     "eval_fraction": ("eval_data",),
@@ -175,7 +175,7 @@ def _leave_behind(base: dict[str, Any], base_origins: Origins, top: dict[str, An
     if _is_data(path):
         excluded = EXCLUDED
     elif path[-1] == "eval_data":
-        excluded = {"path": OF_PATH}
+        excluded = {"path": KEYS_TIED_TO_PATH}
     elif path == ("model",):
         excluded = {"path": ("revision",)}
     for given, others in excluded.items():

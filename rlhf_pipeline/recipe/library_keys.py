@@ -1,7 +1,7 @@
 """The keys that TRL's and PEFT's own config classes take, read from their source files without importing them.
 
 Importing TRL costs seconds and pulls in torch; parsing five files costs milliseconds. What a recipe may not set, and
-why, stands here too: a key that would be ignored is an error, never silence.
+why, is here too: a key that would be ignored is an error, never silence.
 """
 
 import ast
@@ -36,8 +36,8 @@ _DTYPE = "the recipe's `model.dtype` decides the precision of every stage"
 _TOKENIZER = "the pipeline prepares one tokenizer for all stages, so that they read the same tokens"
 _ENCODED = "the pipeline encodes the data itself: loss on the reply only, one EOS at its end, in every stage alike"
 _MODEL = "the pipeline loads one base for all stages; see the recipe's `model`"
-_CHECKPOINTS = "a checkpoint is there to go on from, which a run does by itself"
-_BEST = "a stage's result is what its last step left; no checkpoint is kept for being the best"
+_CHECKPOINTS = "checkpoints are always complete, and a run resumes from them by itself"
+_BEST = "a stage's result is its last step; the best checkpoint is not kept"
 _ONE_GPU = "a stage runs as one process on one device"
 _HUB = "publishing is not part of a run"
 _NO_METRICS = "evaluation measures TRL's own numbers, and this changes nothing about them"
@@ -56,7 +56,7 @@ _DECIDED: dict[str, str] = {
     "save_only_model": _CHECKPOINTS, "resume_from_checkpoint": _CHECKPOINTS, "ignore_data_skip": _CHECKPOINTS,
     "restore_callback_states_from_checkpoint": _CHECKPOINTS, "save_on_each_node": _ONE_GPU,
     "enable_jit_checkpoint": "SIGTERM always leaves a checkpoint",
-    "auto_find_batch_size": "a stage trains with the batch size that its recipe states, before and after a break",
+    "auto_find_batch_size": "a stage trains with the batch size of its recipe, also after it is resumed",
     "prediction_loss_only": _NO_METRICS, "include_for_metrics": _NO_METRICS, "batch_eval_metrics": _NO_METRICS,
     "eval_do_concat_batches": _NO_METRICS, "eval_use_gather_object": _ONE_GPU,
     "length_column_name": "the encoded rows have no column of lengths: they are counted",
@@ -81,7 +81,7 @@ _DECIDED: dict[str, str] = {
 }  # fmt: skip
 
 _BASE_STAYS = "the base is never changed: only adapters are trained"
-_START = "it belongs to an initialisation that changes the base, or starts away from it"
+_START = "it belongs to an initialisation that changes the base's weights, or its output from the start"
 _LORA_DECIDED = {
     "task_type": "each stage sets it", "inference_mode": "each role sets it", "peft_type": "it is always LoRA",
     "auto_mapping": "PEFT sets it", "base_model_name_or_path": "PEFT sets it", "revision": _MODEL,
@@ -114,7 +114,7 @@ WITHOUT_EFFECT_ON_RESULT = {
     "include_num_input_tokens_seen", "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     "skip_memory_metrics", "torch_empty_cache_steps", "debug",
-    # The same numbers in less memory: a stage that ran out of it goes on from its checkpoint.
+    # The same numbers in less memory: a stage that ran out of it resumes from its checkpoint.
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
     "activation_checkpointing", "activation_checkpointing_kwargs", "eval_accumulation_steps",
     "num_sample_generations", "save_strategy", "save_steps", "save_total_limit",
@@ -223,7 +223,7 @@ def documented(config: str) -> str:
     return "peft.LoraConfig" if config == "lora" else kinds.get(config).config.documented
 
 
-def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[str, str]:
+def without_effect(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[str, str]:
     """Keys that would have no effect beside the others.
 
     Args:
@@ -256,7 +256,7 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
     if not own_loop and not holds_out:
         evaluating = ("eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
         useless("without `eval_fraction` or `eval_data` in `data`", *evaluating, "eval_packing")
-    _idle_optimizer_keys(given, useless)
+    _optimizer_keys_without_effect(given, useless)
     if own_loop:
         for key in ("total_episodes", "max_steps"):  # elsewhere `max_steps` is there to end the epochs early
             if isinstance(given.get(key), int) and given[key] > 0:
@@ -265,7 +265,7 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
             useless("without `target_kl`", "kl_horizon")
         return reasons
 
-    _idle_trainer_keys(given, useless)
+    _trainer_keys_without_effect(given, useless)
     if "max_length" in values and values["max_length"] is None:
         useless("without `max_length`", "truncation_mode")
     if "packing" in accepted(config):
@@ -288,7 +288,7 @@ def idle(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[st
     return reasons
 
 
-def _idle_optimizer_keys(given: dict[str, Any], useless: Callable[..., None]) -> None:
+def _optimizer_keys_without_effect(given: dict[str, Any], useless: Callable[..., None]) -> None:
     """Of the keys for optimizer and schedule, those that Transformers passes to neither."""
     optimizer = str(given.get("optim", "adamw_torch"))
     with_it = f"with `optim: {optimizer}`"
@@ -313,7 +313,7 @@ def _idle_optimizer_keys(given: dict[str, Any], useless: Callable[..., None]) ->
         useless(f"with `lr_scheduler_type: {schedule}`", "lr_scheduler_kwargs")
 
 
-def _idle_trainer_keys(given: dict[str, Any], useless: Callable[..., None]) -> None:
+def _trainer_keys_without_effect(given: dict[str, Any], useless: Callable[..., None]) -> None:
     """Of the other keys of Transformers' Trainer, those that need another one."""
     if "activation_checkpointing" in given:
         useless("beside `activation_checkpointing`, its new name", "gradient_checkpointing")
@@ -336,7 +336,7 @@ def _idle_trainer_keys(given: dict[str, Any], useless: Callable[..., None]) -> N
         useless(f"with `train_sampling_strategy: {order}`", "data_seed")
 
 
-# What the names in annotations stand for, beside the choices; the library itself judges what is of any other type.
+# What the names in annotations mean, beside the choices; the library itself checks values of any other type.
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "Literal": Literal,
           "Optional": typing.Optional, "Union": typing.Union, "typing": typing}  # fmt: skip
 

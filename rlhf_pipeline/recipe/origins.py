@@ -55,7 +55,7 @@ class Origins:
             del self.written[one]
 
     def move(self, path: KeyPath, to: KeyPath) -> None:
-        """Note that what was written at a path stands at another one below it."""
+        """Note that what was written at a path is now at another one below it."""
         moved = {(*to, *one[len(path) :]): self.written[one] for one in self.inside(path)}
         above = self.written[path]
         self.forget(path)

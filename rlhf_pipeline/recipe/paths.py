@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.recipe import data_files, schema
-from rlhf_pipeline.recipe.layers import OF_PATH, OF_SOURCE
+from rlhf_pipeline.recipe.layers import KEYS_TIED_TO_PATH, OF_SOURCE
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Data, Recipe
 from rlhf_pipeline.recipe.shipped import TINY
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-RELATIVE = "relative paths start from the folder of the recipe that says them"
+RELATIVE = "relative paths start from the folder of the file that they are written in"
 
 
 def resolve_paths(recipe: Recipe, problems: Problems) -> None:
@@ -42,16 +42,16 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
             )
     if recipe.evaluate:
         all_held_out, as_they_are = "all rows are held out here", "every prompt that is asked is judged"
-        idle = {
+        without_effect = {
             "eval_fraction": all_held_out, "eval_data": all_held_out, "too_long": as_they_are, "bad_rows": as_they_are,
             "max_completion_length": "only prompts are read here",
         }  # fmt: skip
-        _resolve_data(recipe.evaluate.data, ("evaluate", "data"), idle, problems)
+        _resolve_data(recipe.evaluate.data, ("evaluate", "data"), without_effect, problems)
 
 
-def _resolve_data(data: Data, path: KeyPath, idle: dict[str, str], problems: Problems) -> None:
+def _resolve_data(data: Data, path: KeyPath, without_effect: dict[str, str], problems: Problems) -> None:
     """Check the keys of one section of data against each other, and make its paths absolute."""
-    _refuse_idle(data, idle, path, problems)
+    _refuse_without_effect(data, without_effect, path, problems)
     written = problems.origins.written
     if data.path and data.mix:
         problems.add(
@@ -71,7 +71,7 @@ def _resolve_data(data: Data, path: KeyPath, idle: dict[str, str], problems: Pro
             "remove one of them: rows are held out, or come from elsewhere",
             of_key=True,
         )
-    limits = [key for key in ("max_prompt_length", "max_completion_length") if key not in idle]
+    limits = [key for key in ("max_prompt_length", "max_completion_length") if key not in without_effect]
     if data.too_long == "drop" and not any(getattr(data, key) for key in limits):
         problems.add(
             (*path, "too_long"),
@@ -121,13 +121,15 @@ def _resolve_source(source: schema.Source, path: KeyPath, problems: Problems) ->
     source.path = _data_path(source.path, (*path, "path"), problems)
     if data_files.is_local(source.path):
         no = "a data file has no"
-        idle = {"split": f"{no} splits", "revision": f"{no} revisions", "subset": f"{no} subsets"}
-        _refuse_idle(source, {key: idle[key] for key in OF_PATH}, path, problems)
+        without_effect = {"split": f"{no} splits", "revision": f"{no} revisions", "subset": f"{no} subsets"}
+        _refuse_without_effect(source, {key: without_effect[key] for key in KEYS_TIED_TO_PATH}, path, problems)
 
 
-def _refuse_idle(source: schema.Source, idle: dict[str, str], path: KeyPath, problems: Problems) -> None:
+def _refuse_without_effect(
+    source: schema.Source, without_effect: dict[str, str], path: KeyPath, problems: Problems
+) -> None:
     """Refuse what would have no effect, each key for its reason: no setting is ignored in silence."""
-    for key, reason in idle.items():
+    for key, reason in without_effect.items():
         if _is_set(source, key):
             problems.add((*path, key), f"`{key}` has no effect: {reason}", "remove it", of_key=True)
 
@@ -185,7 +187,7 @@ def _template_path(path: str, key: KeyPath, problems: Problems) -> str:
     if not text.strip():
         problems.add(key, f"the chat template {file} is empty", "write a template, or remove `chat_template`")
     elif problem := _template_problem(text):
-        problems.add(key, f"the chat template {file} is no Jinja template: {problem}", "mend the template")
+        problems.add(key, f"the chat template {file} is no Jinja template: {problem}", "correct the template")
     return str(file.resolve())
 
 
@@ -214,7 +216,7 @@ def _template_problem(text: str) -> str | None:
 
 
 def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
-    """What a path stands for: an absolute file, folder or glob, or a hub id; what is wrong is noted."""
+    """What a path means: an absolute file, folder or glob, or a hub id; what is wrong is noted."""
     if path.startswith("tiny:"):
         file = TINY / "data" / f"{path.removeprefix('tiny:')}.jsonl"
         if not file.is_file():
@@ -224,7 +226,7 @@ def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
     folder = problems.origins.folder(key)
     local = folder / Path(path).expanduser()
     if "://" in path:
-        problems.add(key, "an address is not read", "download the file first, or name the hub dataset by its id")
+        problems.add(key, "web addresses are not read", "download the file first, or name the hub dataset by its id")
     elif local.is_file():
         _check_file(local, key, problems)
     elif local.is_dir() or glob.has_magic(path):
@@ -278,12 +280,12 @@ def _check_several(path: str, local: Path, key: KeyPath, problems: Problems) -> 
         what = f"there are no data files in {local}" if is_folder else f"no data file matches {local}"
         hint = _instead(others[0]) if others and others[0].suffix.lower() in data_files.NOT_READ else None
         if below:
-            hint = f"there are some further down: {local.name}/**/*.jsonl would match those of one type"
+            hint = f"there are some in folders below it: {local.name}/**/*.jsonl would match those of one type"
         problems.add(key, what, hint or (RELATIVE if not is_folder else _instead(Path("x"))))
     elif len(types) > 1:
         problems.add(
             key,
-            f"{local} stands for files of several types: {', '.join(types)}",
+            f"{local} has files of several types: {', '.join(types)}",
             f"name those of one type: {local.name if is_folder else '...'}/*{types[-1]}",
         )
     elif is_folder and len(splits) > 1:

@@ -62,7 +62,7 @@ def _resolve_reward(
     if stage.reward is None and len(known) == len(earlier):  # else one of unknown kind may be meant
         problems.add(
             path,
-            f"stage `{name}` needs a reward model, and no `reward` stage stands before it",
+            f"stage `{name}` needs a reward model, and no `reward` stage comes before it",
             "add a stage of kind `reward` before it",
         )
 
@@ -129,7 +129,7 @@ def _require(
         hint = f"did you mean `{near[0]}`?" if near else _earlier(earlier, wanted_kinds)
         problems.add(path, f"stage `{name}` needs stage `{wanted}`, which is not in the recipe", hint)
     elif wanted not in earlier:
-        problems.add(path, f"stage `{name}` needs stage `{wanted}`, which stands after it", "stages run in order")
+        problems.add(path, f"stage `{name}` needs stage `{wanted}`, which comes after it", "stages run in order")
     elif earlier[wanted].kind not in wanted_kinds and not problems.is_broken(("stages", wanted, "kind")):
         problems.add(
             path,

@@ -44,7 +44,7 @@ def _short(name: str, origins: Origins) -> str:
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether a value stands on one line: no mapping with keys, and no list of mappings."""
+    """Whether a value is written on one line: no mapping with keys, and no list of mappings."""
     if isinstance(value, list):
         return not any(isinstance(item, dict) for item in value)
     return not value if isinstance(value, dict) else True

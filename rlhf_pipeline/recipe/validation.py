@@ -1,4 +1,4 @@
-"""A recipe's content held against the schema, and `trainer:` and `lora:` against TRL's and PEFT's own keys."""
+"""A recipe's content compared with the schema, and `trainer:` and `lora:` with TRL's and PEFT's own keys."""
 
 import copy
 import difflib
@@ -34,7 +34,7 @@ PATTERNS = {
     "name": ("letters, digits, _, - and .", "the run directory is named after it; by default it is the file's name"),
     "judge": ("`module:function`", "for example my_judges:is_polite, in a file my_judges.py beside the recipe"),
 }
-# Stand in for what is missing or of no use, so that all else can be checked; the key is broken then.
+# Used in place of what is missing or invalid, so that all else can be checked; the key is broken then.
 STAND_INS: dict[str, Any] = {
     "name": "name", "path": "tiny", "judge": "module:function", "kind": "sft", "model": {"path": "tiny"},
     "data": {"path": "tiny:prompts"}, "stages": {"sft": {"kind": "sft", "data": {"path": "tiny:prompts"}}},
@@ -56,7 +56,7 @@ FOLLOWS_FROM_KIND = ("kind", "init", "reward", "ptx_data", "trainer", "lora", "g
 
 
 def validate(content: dict[str, Any], problems: Problems) -> Recipe:
-    """Make a recipe of its content; what is wrong is noted, and left out or stood in for.
+    """Make a recipe of its content; what is wrong is noted, and left out or replaced.
 
     Args:
         content: of `layers.read`, which is changed.
@@ -91,7 +91,7 @@ def _name_kinds(content: dict[str, Any], problems: Problems) -> None:
             problems.add(
                 path,
                 f"a stage cannot be named `{name}`, which has a meaning of its own",
-                "name it otherwise, and say its `kind:`",
+                "give it another name, and set its `kind:`",
                 of_key=True,
             )
         elif not isinstance(stage, dict):
@@ -127,7 +127,7 @@ def _note(error: ErrorDetails, content: dict[str, Any], problems: Problems) -> N
     """Turn one of pydantic's complaints into ours."""
     path = _path_of(error)
     if path[0] == "report_to" and not isinstance(content.get("report_to", []), list):
-        path = path[:1]  # one word, which stands for a list of one
+        path = path[:1]  # one word, short for a list of one
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if problems.is_broken(path):
         return
@@ -255,7 +255,7 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
 
 
 def _suggest(key: str, above: KeyPath, content: dict[str, Any]) -> tuple[str, str | None]:
-    """A hint on an unknown key of ours, and the key beside it that it stands for."""
+    """A hint on an unknown key of ours, and the key beside it that is probably meant."""
     model = _model_at(above)
     own = list(model.model_fields) if model else []
     if not above:
@@ -263,7 +263,7 @@ def _suggest(key: str, above: KeyPath, content: dict[str, Any]) -> tuple[str, st
     if OTHER_WORDS.get(key) in own:
         return f"did you mean `{OTHER_WORDS[key]}`?", OTHER_WORDS[key]
     if not above and key in NAMES:
-        return "stages stand under `stages`", None
+        return "stages belong under `stages`", None
     others = _elsewhere(above, content)
     for other in (key, OTHER_WORDS.get(key)):
         for where, keys in others:
@@ -312,7 +312,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
 
 
 def check_library_keys(recipe: Recipe, content: dict[str, Any], problems: Problems) -> None:
-    """Hold `trainer:` and every `lora:` against TRL's and PEFT's own classes; what is wrong is taken out.
+    """Compare `trainer:` and every `lora:` with TRL's and PEFT's own classes; what is wrong is taken out.
 
     Args:
         recipe: its stages' `lora` as written, not yet filled in.
@@ -345,14 +345,14 @@ def _check_section(
         elif config == "lora" and key == "init_lora_weights" and value not in (True, "gaussian"):
             problems.add(
                 here,
-                "this initialisation changes the base, or starts away from it",
-                "use true or `gaussian`: an adapter starts as no change to the base, which is never written again",
+                "this initialisation changes the base's weights, or its output from the start",
+                "use true or `gaussian`: then the adapter changes nothing at first; the base itself is never changed",
             )
         if problems.is_broken(here):
             del values[key]
     if written.keys() - known.keys() or without_value:
-        return  # a key may look idle for want of one that is misspelt, or has no value
-    for key, reason in library_keys.idle(config, written, holds_out).items():
+        return  # a key may seem without effect only because another one is misspelt, or has no value
+    for key, reason in library_keys.without_effect(config, written, holds_out).items():
         problems.add((*path, key), f"`{key}` has no effect {reason}", "remove it", of_key=True)
 
 

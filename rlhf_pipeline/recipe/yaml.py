@@ -14,7 +14,7 @@ from rlhf_pipeline.errors import InputError, InputErrors
 
 KeyPath = tuple[str | int, ...]
 Position = tuple[int, int]
-LIMIT = 100_000  # values in a document: aliases of aliases could stand for any number of them
+LIMIT = 100_000  # values in a document: aliases of aliases could expand to any number of them
 VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-[^}]*)?\}|\$\{[^}]*\}?")
 
 
@@ -41,7 +41,7 @@ _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    """A `${` that is meant as it stands must not be looked up when it is read back."""
+    """A `${` that is meant literally must not be looked up when it is read back."""
     return dumper.represent_scalar("tag:yaml.org,2002:str", text.replace("${", "$${"))
 
 
@@ -151,7 +151,7 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, Mark]]:
         The value, and the place of each key path in it.
 
     Raises:
-        InputError: the text is not YAML, a key stands twice in one mapping or is no plain word, a value holds itself,
+        InputError: the text is not YAML, a mapping has a key twice or one that is no plain word, a value contains itself,
             or a variable has no value.
     """
     document = read_document(text, source)
@@ -164,7 +164,7 @@ def read_document(text: str, source: str) -> Document:
     """Read a YAML document as far as it can be read.
 
     Raises:
-        InputError: nothing of it can be read: it is not YAML, a key is no plain word, or a value holds itself.
+        InputError: nothing of it can be read: it is not YAML, a key is no plain word, or a value contains itself.
     """
     try:
         return _Reader(source, look_up=True).read(text)
@@ -199,13 +199,13 @@ def as_error(fault: Fault, source: str) -> InputError:
 
 
 def _before(text: str, mark: yaml.Mark) -> str:
-    """What stands before a mark on its line."""
+    """What is before a mark on its line."""
     lines = text.splitlines()
     return lines[mark.line][: mark.column] if mark.line < len(lines) else ""
 
 
 class _Reader:
-    """Makes values of one document's nodes, and keeps where they stand."""
+    """Makes values of one document's nodes, and keeps their places."""
 
     def __init__(self, source: str, *, look_up: bool) -> None:
         self.source = source
@@ -223,7 +223,7 @@ class _Reader:
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         line, column = _position(node)
         if len(path) > 50 or len(self.document.marks) > LIMIT:
-            holds = "holds itself" if len(path) > 50 else "stands for too many others"
+            holds = "contains itself" if len(path) > 50 else "expands to too many values"
             raise InputError(f"this value {holds}", place=f"{self.source}:{line}:{column}", hint="remove the alias")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
@@ -249,7 +249,7 @@ class _Reader:
                 continue
             if key in result:
                 first = self.document.marks[here].key[0]
-                message = f"the key `{key}` stands twice here, first on line {first}"
+                message = f"the key `{key}` is written twice here, first on line {first}"
                 self.document.faults.append(Fault(here, position, message, "keep one of them"))
                 continue
             self.document.marks[here] = Mark(position, _position(value_node))
@@ -283,12 +283,12 @@ def _position(node: yaml.Node) -> Position:
 
 
 def _looked_up(match: re.Match[str], variables: list[str], problems: list[tuple[str, str]]) -> str:
-    """What stands for one `${...}`; notes its name, and what is wrong with it."""
+    """What replaces one `${...}`; notes its name, and what is wrong with it."""
     if match[0] == "$${":
         return "${"
     name, default = match["name"], match["default"]
     if name is None:
-        hint = "write ${NAME} or ${NAME:-default}; $${ stands for ${ itself"
+        hint = "write ${NAME} or ${NAME:-default}; $${ means ${ itself"
         problems.append((f"`{match[0]}` is not a variable", hint))
         return ""
     variables.append(name)

@@ -1,4 +1,4 @@
-"""Alarms: what in a run's numbers should make a person look twice. No torch."""
+"""Alarms: numbers of a run that a person should check. No torch."""
 
 import math
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def _of_record(stage: Stage) -> Iterator[Alarm]:
     if stage.state == "failed" and not closed:
         yield Alarm("bad", name, f"Failed: {stage.reason}.")
     if stage.state == "partial":
-        yield Alarm("look", name, f"Partial: {stage.reason}. The same command goes on with it.")
+        yield Alarm("look", name, f"Partial: {stage.reason}. The same command resumes it.")
     if stage.state == "stale":
         yield Alarm("look", name, f"Stale: {stage.reason}. The same command trains it again.")
     for metric, gate in closed.items():
@@ -77,7 +77,7 @@ def _of_reward(stage: Stage) -> Iterator[Alarm]:
     held_out = stage.final("eval_accuracy")
     accuracy = held_out if held_out is not None else _now(stage, "accuracy")
     if accuracy is not None and accuracy < GUESSING:
-        yield Alarm("bad", stage.name, f"Accuracy is {short(accuracy)}: the model hardly does better than a coin.")
+        yield Alarm("bad", stage.name, f"Accuracy is {short(accuracy)}: the model is hardly better than guessing.")
     pairs = stage.pairs
     if pairs is None or len(pairs.chosen) < 2 * measures.LEAST_IN_BIN:
         return
@@ -86,7 +86,7 @@ def _of_reward(stage: Stage) -> Iterator[Alarm]:
     if predicted - actual > OVERCONFIDENT:
         yield Alarm(
             "look", stage.name,
-            f"Overconfident: its margins promise {predicted:.0%} right on held-out pairs, and {actual:.0%} are.",
+            f"Overconfident: by its margins {predicted:.0%} of held-out pairs should be right, and {actual:.0%} are.",
         )  # fmt: skip
     if len(pairs.chosen_length):
         groups = measures.by_length(pairs)

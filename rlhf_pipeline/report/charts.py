@@ -1,4 +1,4 @@
-"""Pictures as SVG elements that stand in the page: its font, its colours, light and dark. No torch.
+"""Pictures as SVG elements of the page: its font, its colours, light and dark. No torch.
 
 They are drawn here and not by a plotting library: the page allows no scripts, its colours are CSS variables, and four
 of the ten kinds of pictures are in no library. For the other six Matplotlib, with its import, takes over a second, and
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rlhf_pipeline.report.gather import Numbers, Series
 from rlhf_pipeline.rundir.words import printable, short
 
-WIDTH = 340  # pixels: three stand side by side on a desk, one on a phone
+WIDTH = 340  # pixels: three fit side by side on a desktop, one on a phone
 SERIES = 6  # colours, dashes and marks there are; later ones begin again
 DRAWN = 400  # points of a line; of longer ones the extremes are kept
 DASHES = ["none", "6 2", "1.5 1.8", "7 2 1.5 2", "3 1.5", "10 3"]
@@ -338,7 +338,7 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float, int]], 
 
 
 def spark(title: str, lines: Sequence[tuple[Series, int]]) -> Markup:
-    """A small line without axes, for numbers that stand beside it."""
+    """A small line without axes, for the numbers beside it."""
     axes = Axes(
         2, 34, _range([series.steps for series, _ in lines], 0), _range([series.values for series, _ in lines], 0),
         2, 138,

@@ -54,14 +54,14 @@ CURVES = {
         Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
               "Should fall and level off. Held-out loss that rises again means too many epochs."),
         Curve("Token accuracy", (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held out")),
-              "The share of tokens that the model would have put there itself. Should rise."),
+              "The share of tokens that were the model's first choice. Should rise."),
     ),
     "reward": (
         Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
               "Begins near ln 2 = 0.693, where the model cannot tell the replies apart, and should fall.",
               ((LN_2, "ln 2: a guess"),)),
         Curve("Accuracy", (("accuracy", "training"), ("eval_accuracy", "held out")),
-              "How often the chosen reply has the higher score. Near 1 in training, lower held out: learned by heart.",
+              "How often the chosen reply has the higher score. Near 1 in training, lower held out: overfitted.",
               ((0.5, "a guess"),)),
         Curve("Margin", (("margin", "training"), ("eval_margin", "held out")),
               "How far the chosen reply's score is ahead. Growing without end, it is overconfident.", ((0.0, ""),)),
@@ -74,26 +74,26 @@ CURVES = {
         Curve("KL from the reference", (("objective/kl", "training"), ("eval_objective/kl", "held out")),
               "How far the policy has gone, in nats a reply. Begins at 0; rising without end, it games the reward."),
         Curve("Reply length", (("reply/length", "training"), ("eval_reply/length", "held out")),
-              "In tokens. A steady drift to the limit, or to nothing, is a reward for length and not for sense."),
+              "In tokens. A steady drift to the limit, or to zero, means that length is rewarded, and not content."),
         Curve("Replies that end", (("reply/ended", "training"), ("eval_reply/ended", "held out")),
               "The share that stop by themselves. Low: replies are cut, and scored without their end.",
               ((1.0, ""),)),
         Curve("Diversity", (("reply/distinct_2", "distinct bigrams"), ("reply/unique", "distinct replies")),
-              "Shares within a batch of replies. A fall towards 0 is collapse: the policy says one thing to all."),
+              "Shares within a batch of replies. A fall towards 0 is collapse: the same reply to every prompt."),
         Curve("Entropy", (("policy/entropy_avg", "of the policy"),),
-              "How undecided the policy is at each token. Falls slowly; near 0 there is nothing left to explore."),
+              "How uncertain the policy is at each token. Falls slowly; near 0 there is nothing left to explore."),
         Curve("Clipped updates", (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "value")),
               "The share of tokens whose update was clipped. Much over 0.2 in the policy: lower the learning rate."),
         Curve("Explained variance", (("value/explained_variance", "of the returns"),),
-              "How well the critic foresees the score: 1 is perfectly, 0 not at all. Should rise. Less is drawn at -1.",
+              "How well the value model predicts the score: 1 is perfectly, 0 not at all. Less is drawn at -1.",
               ((0.0, ""),), -1.0),
         Curve("Policy loss", (("loss/policy_avg", "policy"),),
-              "Moves around 0 and says little by itself; leaps say that updates are too large."),
-        Curve("Value loss", (("loss/value_avg", "value"),), "Should fall as the critic learns."),
+              "Moves around 0 and says little by itself; jumps mean that updates are too large."),
+        Curve("Value loss", (("loss/value_avg", "value"),), "Should fall as the value model learns."),
     ),
     "dpo": (
         Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
-              "The plain loss begins at ln 2 = 0.693, where policy and reference are one; others add to it.",
+              "The plain loss begins at ln 2 = 0.693, where policy and reference are the same; sums of losses higher.",
               ((LN_2, "ln 2"),)),
         Curve("Accuracy", (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),
               "How often the chosen reply has gained more than the rejected one. The first is 0: nothing has moved.",
@@ -200,8 +200,8 @@ def _frontier(chosen: Chosen, name: str, several: bool) -> list[Picture]:
     budget = next(iter(budgets([stage for _, _, stage in chosen])), (None, ""))[0]
     svg = charts.frontier(f"{name}: reward over KL", lines, budget)
     caption = (
-        "Each point is a step: how much score the policy has bought with how much KL. Up and to the left is better; "
-        "a path that goes on to the right without rising is distance for nothing."
+        "Each point is a step: the score that the policy reached, and its KL. Up and to the left is better; "
+        "a path to the right that does not rise pays KL for nothing."
     )
     steps = lines[0][1]
     return [
@@ -292,7 +292,7 @@ def _pairs(chosen: Chosen, name: str, several: bool) -> list[Picture]:
         pictures.append(
             Picture(
                 "Accuracy by length",
-                "To the right the chosen reply is the longer one. High there and low on the left: the model goes by "
+                "To the right the chosen reply is the longer one. High there and low on the left: the model judges by "
                 f"length. Right where the chosen reply is {said}.",
                 charts.shares(
                     f"{name}: accuracy by length", groups_by_length, "tokens by which the chosen reply is longer",
@@ -332,7 +332,7 @@ def _rewards(runs: Sequence[Run]) -> list[Picture]:
     svg = charts.distributions("Rewards of replies by policy", groups, "reward model's score")
     caption = (
         "The reward model's scores of all replies to the same prompts. Training should move the whole hill to the "
-        "right; one sharp peak where there was a hill is a policy that found one trick."
+        "right; one sharp peak where there was a hill is a policy that found a single trick."
     ) + _of_their_own(runs)
     return [Picture("Rewards before and after", caption, svg)]
 
@@ -361,9 +361,9 @@ def _win_rates(runs: Sequence[Run]) -> list[Picture]:
         if rows:
             who = "the gold judge" if by == "judge" else "the reward model"
             caption = f"How often {who} prefers the first one's reply to the same prompt; ties count half. " + (
-                "Intervals (95 %) that touch the middle leave it open."
+                "An interval (95 %) that touches the middle decides nothing."
                 if by == "judge"
-                else "The reward model was PPO's own goal, so it is no judge of PPO."
+                else "PPO was trained to please the reward model, so it cannot judge PPO."
             )
             svg = charts.intervals(f"Win rates by {who}", rows[:24], "share of prompts won")
             pictures.append(Picture(f"Win rates, by {who}", caption, svg))

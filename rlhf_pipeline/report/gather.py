@@ -104,7 +104,7 @@ class Stage:
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds that it took; None while it goes on and where it was killed: its record is of when it began."""
+        """Seconds that it took; None while it is running and where it was killed: its record is then from its start."""
         return None if self.record.state == "running" else self.record.wall_s
 
 
@@ -161,7 +161,7 @@ def read_run(folder: Path) -> Run:
     directory = RunDirectory(folder)
     stages = [_stage(directory, stage) for stage in found.stages]
     if not stages:
-        notes.append("No stage has left anything here.")
+        notes.append("No stage has written anything here.")
     comparison: dict[str, Any] = {}
     if (folder / COMPARISON).exists():
         comparison = read_json(folder / COMPARISON) or {}
@@ -171,7 +171,7 @@ def read_run(folder: Path) -> Run:
         other = [name for name, weights in mapping(comparison.get("made_of")).items() if there.get(name) != weights]
         if other:
             notes.append(
-                f"comparison.json is of other weights of {', '.join(other)} than are there now; "
+                f"comparison.json compares other weights of {', '.join(other)} than the current ones; "
                 "`rlhf-pipeline compare` makes it again."
             )
     named = found.recipe.get("name")
@@ -274,7 +274,7 @@ def _rows(file: Path, notes: list[str], last: int | None = None) -> Iterator[dic
         else:
             yield row
     if broken:
-        notes.append(f"{file.name} has {broken:,} line{'s' * (broken != 1)} that cannot be read, and left out.")
+        notes.append(f"{file.name} has {broken:,} line{'s' * (broken != 1)} that cannot be read and are left out.")
 
 
 def _take_columns(stage: Stage, rows: list[dict[str, Any]]) -> None:
@@ -314,7 +314,7 @@ def _pairs(rows: list[dict[str, Any]]) -> Pairs | None:
 
 
 def content(value: Any) -> str:
-    """A text, or what stands for one: turns become their texts."""
+    """A value as text: turns become their texts."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

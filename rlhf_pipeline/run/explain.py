@@ -10,9 +10,9 @@ from pathlib import Path
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
 
-SAFE = "stages that are done stay usable; the same command goes on from here"
-TRAINING_IS_KEPT = "the training is kept; the same command goes on with judging it"
-STARTS_OVER = "with that changed the stage starts over, and stages that are done stay usable"
+SAFE = "stages that are done stay usable; the same command resumes from here"
+TRAINING_IS_KEPT = "the trained adapter is kept; the same command resumes with judging it"
+RETRAINS = "after that change the stage is retrained from the start; stages that are done stay usable"
 _SAY_WHAT_TO_CHANGE = ("optimizer steps in a row had gradients", "over the `kl_budget`")  # PPO's own errors
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -45,9 +45,9 @@ def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Pa
         where = "the GPU's memory" if on_gpu else "the machine's memory"
         return f"{where} ran out ({text})", memory_hint(recipe, name) if name else SAFE
     if kind == "DivergedError":
-        return text, f"lower `learning_rate`, set `max_grad_norm`, or look for odd rows in the data; {STARTS_OVER}"
+        return text, f"lower `learning_rate`, set `max_grad_norm`, or look for odd rows in the data; {RETRAINS}"
     if any(words in text for words in _SAY_WHAT_TO_CHANGE):
-        return text, STARTS_OVER
+        return text, RETRAINS
     if number in _NO_ROOM or any(words in text for words in _FAILED_WRITERS):
         return explain_no_room(recipe, folder, text)
     if number in _READ_ONLY:
@@ -109,7 +109,7 @@ def full_disk(folder: Path) -> Path | None:
 
 
 def memory_hint(recipe: Recipe, name: str) -> str:
-    """Which settings to lower, those first that cost least: time only, then precision, then what is learned from.
+    """Which settings to lower, the cheapest first: those that cost only time, then precision, then training text.
 
     Those that cannot be lowered any more are left out; so is what training takes, once the stage is trained and only
     its judging is to be done.
@@ -126,7 +126,7 @@ def memory_hint(recipe: Recipe, name: str) -> str:
         return f"try, in this order, {', '.join([*judging, 'a judge that takes less memory'])}; {TRAINING_IS_KEPT}"
     steps = []
     if not trainer.get("gradient_checkpointing", True):
-        steps.append("`gradient_checkpointing: true` (costs time only, and the stage goes on from its checkpoint)")
+        steps.append("`gradient_checkpointing: true` (costs time only, and the stage resumes from its checkpoint)")
     if kind.samples and trainer.get("local_rollout_forward_batch_size", 64) > 1:
         steps.append("a lower `local_rollout_forward_batch_size` (costs time only)")
     if trainer.get("per_device_train_batch_size", 8) > 1:
@@ -143,7 +143,7 @@ def memory_hint(recipe: Recipe, name: str) -> str:
         steps.append("a lower `lora.r`")
     steps.append("shorter texts by `response_length`" if kind.samples else "shorter texts by `max_length`")
     tried = f"try, in this order, {', '.join(steps)}"
-    return f"{tried}; what another setting concerns starts over, and the rest stays usable"
+    return f"{tried}; a change of any other setting retrains the stages that use it, and the rest stays usable"
 
 
 def oom_kills() -> int:

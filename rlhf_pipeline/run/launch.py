@@ -66,7 +66,7 @@ def environment() -> dict[str, str]:
 
 
 def _command(module: str, *arguments: str) -> list[str]:
-    # -P: a folder or file of the user's in the current folder must not stand in for a library.
+    # -P: a folder or file of the user's in the current folder must not replace a library.
     return [sys.executable, "-P", "-m", module, *arguments]
 
 

@@ -61,7 +61,7 @@ def run(
         only: run this stage alone.
         force: stages to run even if done.
         trust_versions: keep stages that other versions of the libraries made, from now on.
-        ignore_gates: go on past gates that do not open, and record that.
+        ignore_gates: continue past gates that are closed, and record that.
         compare: at the end, send the same prompts through all policies that are there.
         say: takes one line at a time, about what is going on.
 
@@ -112,7 +112,7 @@ def run(
                 say("check   settings and data of every stage")
                 _check(recipe, to_check, launcher, scratch, say)
             with directory.locked():
-                plans = make_plan(at_work=False)  # another run may have come between; what it did counts
+                plans = make_plan(at_work=False)  # another run may have finished meanwhile; what it did counts
                 durable.write_text(directory.path / RECIPE, redact(to_yaml(recipe)))
                 trained: set[str | None] = set()
                 for name in [stage.name for stage in to_do(plans)]:
@@ -142,7 +142,7 @@ def run(
 
 
 def _settled(recipe: Recipe, name: str, record: Record, trust_versions: bool, ignore_gates: bool) -> Record:
-    """A finished stage's record as its gates, and what the user said of gates and versions, want it."""
+    """A finished stage's record by its gates, and by what the user decided about gates and versions."""
     outcomes = gates.outcomes(recipe.stages[name].gates, record.metrics)
     closed = {metric: outcome["bound"] for metric, outcome in outcomes.items() if not outcome["passed"]}
     before = record.gates_ignored
@@ -164,7 +164,7 @@ def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say
         raise RunError(
             f"stage `{name}`: {record.error}",
             hint=f"its artifact is in {directory.adapter(name)}, to look at; change its settings or its "
-            "gate, or go on with `run --ignore-gates`",
+            "gate, or continue with `run --ignore-gates`",
         )
     if record.gates_ignored:
         say(f"{name:<7} gates ignored: {gates.describe(record.gates)}")
@@ -172,7 +172,7 @@ def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say
 
 @contextlib.contextmanager
 def _stop_on_signals(launcher: Launcher, say: Say) -> Iterator[None]:
-    """Have Ctrl-C, SIGTERM and a closed terminal stop the worker where it can go on, and a second one end it all."""
+    """Have Ctrl-C, SIGTERM and a closed terminal stop the worker where it can resume, and a second one end it all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -240,7 +240,7 @@ def _job(recipe: Recipe, task: str, **details: Any) -> dict[str, Any]:
 def _train(
     recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: Launcher, say: Say, fresh: bool
 ) -> Record:
-    """Run one stage in a worker and publish what it made; it goes on from where it broke off unless `fresh`.
+    """Run one stage in a worker and publish what it made; it resumes where it was interrupted unless `fresh`.
 
     Returns:
         Its record.
@@ -251,7 +251,12 @@ def _train(
     if progress:
         say(f"{stage.name:<7} {progress}")
     else:
-        _make_room(stage, directory, say, "asked for, or built on what was trained again" if fresh else stage.reason)
+        _make_room(
+            stage,
+            directory,
+            say,
+            "asked for, or a stage that it starts from was trained again" if fresh else stage.reason,
+        )
     record = _opening_record(recipe, stage, directory, progress, begun)
     directory.prepare(stage.name, progress)
     scrub(folder / LOG)
@@ -308,10 +313,10 @@ def _train(
 
 
 def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) -> None:
-    """Move what is there of a stage that starts over out of its way, unless there is nothing to keep.
+    """Move aside what is there of a stage that is retrained from the start, unless there is nothing to keep.
 
     Raises:
-        RunError: its record cannot be read, so that nobody can tell what is lost by starting over.
+        RunError: its record cannot be read, so that nobody can tell what retraining would lose.
     """
     unreadable = directory.unreadable(stage.name)
     same = stage.record.fingerprint == stage.fingerprint and stage.state == "failed"
@@ -319,26 +324,26 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) ->
         return
     aside = directory.set_aside(stage.name)
     if aside:
-        say(f"{stage.name:<7} starts over: {why}; the former results are now in {aside.name}/")
+        say(f"{stage.name:<7} is retrained from the start: {why}; the former results are now in {aside.name}/")
     if unreadable:
         raise RunError(
             f"stage `{stage.name}`: {unreadable}, so nothing is known of what it made",
-            hint=f"all of it is now in {aside}: put a sound stage.json in and move it back, or `run` again to train "
-            f"the stage anew; {SAFE}",
+            hint=f"all of it is now in {aside}: put a readable stage.json in and move it back, or `run` again to train "
+            f"the stage again; {SAFE}",
         )
 
 
 def _opening_record(
     recipe: Recipe, stage: StagePlan, directory: RunDirectory, progress: Progress | None, begun: Record
 ) -> Record:
-    """What is known of a stage when it begins or goes on.
+    """What is known of a stage when it begins or resumes.
 
     Args:
         recipe: the recipe.
         stage: its plan.
         directory: the run directory.
-        progress: where it goes on.
-        begun: its record so far, if it goes on.
+        progress: where it resumes.
+        begun: its record so far, if it resumes.
     """
     wall_s = begun.wall_s or 0.0
     if progress and begun.state == "running":
@@ -401,7 +406,7 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
 def _compare(recipe: Recipe, directory: RunDirectory, launcher: Launcher, scratch: Path, say: Say) -> None:
     """Write `comparison.json` where it is not of what is there now. If that fails, or is stopped, a line says so.
 
-    Nothing else depends on it, so the run has come to its good end all the same.
+    Nothing else depends on it, so the run still counts as done.
     """
     log, killed_before = scratch / "compare.log", oom_kills()
     try:
@@ -420,7 +425,7 @@ def _compare(recipe: Recipe, directory: RunDirectory, launcher: Launcher, scratc
         for note in result["comparison"]["notes"]:
             say(f"compare {note}")
     except KeyboardInterrupt:
-        say("warning: there is no new comparison: it was stopped; `run` and `compare` make it up")
+        say("warning: there is no new comparison: it was stopped; the next `run` or `compare` makes it")
     except (RunError, OSError) as error:
         message = error.message.splitlines()[0] if isinstance(error, RunError) else str(error)
         say(f"warning: there is no new comparison: {message}")
@@ -444,7 +449,7 @@ def _failure(
     else:
         cause, hint = result.get("message") or f"exit code {code}", result.get("hint") or SAFE
         if not result and tail:
-            cause += f"; its last words were: {tail[-1]}"
+            cause += f"; the last line of its log: {tail[-1]}"
         if not result and full_disk(log.parent):  # the worker could not write, perhaps not even to its log
             cause, hint = explain_no_room(recipe, log.parent, "its worker could not write")
     shown = [] if result.get("known") else tail  # where the cause is known, it says all that the log does

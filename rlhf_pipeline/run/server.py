@@ -1,4 +1,4 @@
-"""The warm server: imports TRL once, then forks a worker for each job it is told of on standard input.
+"""The warm server: imports TRL once, then forks a worker for each job that it reads from standard input.
 
 One JSON object a line: `{"job": FILE, "log": FILE}` in; `{"worker": PID}` and, when it has ended, `{"exit": CODE}` out.
 Where a fork would not be safe, `{"unsafe": REASON}` comes back instead, and the asker spawns.

@@ -1,6 +1,6 @@
 """TensorBoard, Weights & Biases and Trackio, which Transformers' own callbacks feed. No torch.
 
-What a user's environment says of a tracker counts before what is said here.
+Settings of a tracker in the user's environment go before those made here.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def reporting(names: Sequence[str], recipe: str, stage: Path, started_at: str) -
         names: the recipe's `report_to`.
         recipe: the recipe's name.
         stage: the stage's folder.
-        started_at: when the stage was first started; one that goes on has the same, and so the same W&B run.
+        started_at: when the stage was first started; one that is resumed has the same, and so the same W&B run.
     """
     if not names:
         yield

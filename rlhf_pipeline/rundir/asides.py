@@ -1,4 +1,4 @@
-"""What runs have moved aside: how much of it there is, and how it goes away. No torch."""
+"""What runs have moved aside: its size, and its removal. No torch."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def remove(run: Path, names: list[str]) -> None:
     with directory.locked():
         for name in names:
             if _moved_at(run, name) is None:
-                raise RunError(f"{run / name} is not what was moved aside", hint="nothing was done to it")
+                raise RunError(f"{run / name} was not moved aside by a run", hint="nothing was done to it")
             try:
                 shutil.rmtree(run / name)
             except OSError as error:

@@ -76,7 +76,7 @@ def step(checkpoint: Path) -> int:
 
 
 def newest_sound(work: Path) -> tuple[Path | None, dict[str, str]]:
-    """The checkpoint to go on from, and what is wrong with the later ones, by their names."""
+    """The checkpoint to resume from, and what is wrong with the later ones, by their names."""
     damaged: dict[str, str] = {}
     for checkpoint in newest_first(work):
         problem = damage(checkpoint)
@@ -128,7 +128,7 @@ def remove_others(newest: Path, limit: int | None) -> None:
 
 
 def locate(folder: str, wanted: str | bool | None) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Args:
         folder: where checkpoints are.

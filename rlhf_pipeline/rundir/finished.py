@@ -1,4 +1,4 @@
-"""What a run has to use: its stages that are done, and the model that they stand on. No torch."""
+"""What a run has to use: its stages that are done, and the base model under them. No torch."""
 
 from pathlib import Path
 

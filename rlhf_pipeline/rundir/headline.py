@@ -1,4 +1,4 @@
-"""The few numbers that say what came of a stage: the same ones, under the same names, wherever a run is shown."""
+"""The few numbers that sum up a stage: the same ones, under the same names, wherever a run is shown."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +41,7 @@ def headline(
     Args:
         kind: the stage's; one that this version does not know has none of these numbers.
         metrics: `metrics` of its `stage.json`.
-        logged: from `series`; without it nothing is said of where a number began, the judge's apart.
+        logged: from `series`; without it `before` is None, except for the judge's number.
         judged_before: the final judge's mean of the stage that it started from, if it is a number.
     """
     known, found = kinds.find(kind), []

@@ -35,10 +35,10 @@ PROGRESS = "progress.json"  # what it is doing just now, for those who watch
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage that broke off has come.
+    """How far a stage that was interrupted has come.
 
     Attributes:
-        point: a run goes on from a `checkpoint`; or it was `trained` and is to be judged; or it was `finished` and is
+        point: it resumes from a `checkpoint`; or it was `trained` and is to be judged; or it was `finished` and is
             to be published.
         step: of the checkpoint.
         of: how many steps there are.
@@ -55,7 +55,7 @@ class Progress:
             return "trained, to be judged" if self.point == "trained" else "trained, to be published"
         steps = f"step {self.step}" + (f" of {self.of}" if self.of else "")
         return "; ".join(
-            [f"goes on from {steps}", *(f"{name} is damaged: {why}" for name, why in self.damaged.items())]
+            [f"resumes from {steps}", *(f"{name} is damaged: {why}" for name, why in self.damaged.items())]
         )
 
 
@@ -89,7 +89,7 @@ class RunDirectory:
     def record(self, name: str) -> Record | None:
         """A stage's `stage.json`; where it cannot be read, what the stage was started with; None where it never was.
 
-        So a spoilt record of a stage that broke off costs nothing.
+        So nothing is lost where the record of an interrupted stage is damaged.
         """
         content = read_json(self.stage(name) / RECORD)
         if content is None:
@@ -113,7 +113,7 @@ class RunDirectory:
         durable.write_text(self.stage(name) / RECORD, text + "\n")
 
     def progress(self, name: str) -> Progress | None:
-        """Where a stage that broke off can go on; None where it has to start over."""
+        """Where a stage that was interrupted can resume; None where it has to be retrained from the start."""
         work = self.work(name)
         note = read_json(work / TRAINED) or {}
         files = note.get("files")
@@ -129,7 +129,7 @@ class RunDirectory:
         return Progress("checkpoint", durable.step(checkpoint), state.get("max_steps"), damaged)
 
     def prepare(self, name: str, progress: Progress | None) -> None:
-        """Leave in a stage's `work/` what it goes on from, and nothing else that it could be taken for."""
+        """Leave in a stage's `work/` what it resumes from, and remove everything that could be mistaken for it."""
         work = self.work(name)
         if progress is None:
             shutil.rmtree(work, ignore_errors=True)

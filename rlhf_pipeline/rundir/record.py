@@ -22,7 +22,7 @@ class Record(BaseModel):
     """What is known of a stage: written when it begins, when it ends, and when it is judged again.
 
     Every field may be absent, as most are until the stage is done. A value of another type than the field's counts as
-    absent, and of a mapping only the items that are wrong are left out: a spoilt record is read as far as it goes.
+    absent, and of a mapping only the items that are wrong are left out: a damaged record is read as far as possible.
     Keys that are not known here are kept as they are.
     """
 
@@ -91,10 +91,10 @@ class Record(BaseModel):
     """Of each gate its `bound`, the metric's `value`, and whether it `passed`."""
 
     gates_ignored: dict[str, str] = {}
-    """The bounds of closed gates that a run was told to ignore."""
+    """The bounds of closed gates that `--ignore-gates` passed over."""
 
     trusted_versions: dict[str, str] = {}
-    """The versions of the libraries that were said to do as well as those that made it."""
+    """The versions of the libraries that `--trust-versions` accepted in place of those that made it."""
 
     @property
     def weights(self) -> str | None:

@@ -24,9 +24,9 @@ class StageState:
         name: the stage's.
         kind: what it does.
         parents: the stage, or `base`, that it has in each role, as its kind needs: `init`, `reward`.
-        state: `done` needs nothing; `stale` was made, or begun, of other inputs; `partial` broke off and can be
-            resumed; `failed` broke off and starts over, or does not pass its gates; `missing` never ran; `blocked`
-            waits for a stage that is partial or failed; `running` is at work now.
+        state: `done` needs nothing; `stale` was made, or begun, with other inputs; `partial` was interrupted and can be
+            resumed; `failed` was interrupted and has to be retrained from the start, or does not pass its gates;
+            `missing` never ran; `blocked` waits for a stage that is partial or failed; `running` is at work now.
         reason: why it is in that state, as old → new values where something changed.
         record: its record; an empty one where there is none.
         is_current: its artifact is whole and was built on the weights that are there now, whatever its gates say.
@@ -63,7 +63,7 @@ class RunState:
 
     @property
     def state(self) -> Literal["running", "failed", "done", "unfinished"]:
-        """How the run as a whole stands."""
+        """The state of the run as a whole."""
         states = {stage.state for stage in self.stages}
         if self.is_locked:
             return "running"
@@ -216,9 +216,9 @@ def _of_finished(
     rerun = [parent.name for parent in parents if not parent.is_current]
     if rerun:
         return "stale", f"{' and '.join(rerun)} will run again"
-    other = _re_ran(stage.record, parents)
+    other = _ran_again(stage.record, parents)
     if other:
-        return "stale", f"{' and '.join(other)} re-ran"
+        return "stale", f"{' and '.join(other)} ran again"
     return "done", "up to date"
 
 
@@ -235,7 +235,7 @@ def _of_unfinished(
         return ("blocked", waiting) if waiting else ("missing", "has not run yet")
     happened = "stopped" if record.stopped else record.error or "the run ended before the stage did"
     changes = [*changes, *(f"{parent.name} will run again" for parent in parents if not parent.is_current)]
-    changes += [f"{name} re-ran" for name in _re_ran(record, parents)]
+    changes += [f"{name} ran again" for name in _ran_again(record, parents)]
     if changes:
         return "stale", "; ".join([*changes, f"before that, {happened}"])
     stage.progress = directory.progress(stage.name)
@@ -245,7 +245,7 @@ def _of_unfinished(
     return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
 
 
-def _re_ran(record: Record, parents: Sequence[StageState]) -> list[str]:
+def _ran_again(record: Record, parents: Sequence[StageState]) -> list[str]:
     """The parents whose weights are no longer those that a stage was built on."""
     return [
         parent.name

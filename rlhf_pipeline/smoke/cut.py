@@ -46,7 +46,7 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
         tokenizer: see `smoke`.
 
     Returns:
-        The recipe; which path of it stands in for which of the original; and what that leaves untested.
+        The recipe; which path of it replaces which of the original; and what that leaves untested.
     """
     cut = recipe.model_copy(deep=True)
     notes: list[str] = []
@@ -80,14 +80,14 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
         if missing.get(name):
             if wanted == "heldout":
                 cut.evaluate = None
-                notes.append(f"{path} cannot be had ({missing[name]}): the judge is not tested")
+                notes.append(f"{path} is not available ({missing[name]}): the judge is not tested")
                 continue
             with (TINY / "data" / f"{wanted}.jsonl").open(encoding="utf-8") as ours:
                 file.write_text("".join(line for line, _ in zip(ours, range(n), strict=False)), encoding="utf-8")
             source.columns = {}
             notes.append(
-                f"{path} cannot be had ({missing[name]}): rows of the tiny world stand in; its shape and its "
-                "`columns` are not tested"
+                f"{path} is not available ({missing[name]}): rows of the tiny world are used instead; its "
+                "shape and its `columns` are not tested"
             )
         elif found is not None:
             file = _write(found, file, source)
@@ -184,21 +184,23 @@ def _tell_of_model(recipe: Recipe, answer: dict[str, Any], tokenizer: str | None
             "the shipped tokenizer" if str(TINY) in answer["tokenizer"] else f"the tokenizer of {answer['tokenizer']}"
         )
         own = "its own architecture is" if answer["tokenizer"] == path else "its own architecture and tokenizer are"
-        notes.append(f"{path} cannot be had ({answer['missing']}): {words} and a Llama stand in; {own} not tested")
+        notes.append(
+            f"{path} is not available ({answer['missing']}): {words} and a Llama are used instead; {own} not tested"
+        )
         changed = [_fit_llama(lora) for lora in _loras(recipe)]
         if any(changed):
-            notes.append("`lora` names modules of its own architecture: `all-linear` stands in")
+            notes.append("`lora` names modules of its own architecture: `all-linear` is used instead")
     elif tokenizer:
-        notes.append(f"the tokenizer of {tokenizer} stands in; that of {path} is not tested")
+        notes.append(f"the tokenizer of {tokenizer} is used instead; that of {path} is not tested")
     notes += [f"{path}: {note}" for note in answer["notes"]]
     if answer["missing"] or tokenizer:
         for stage in recipe.stages.values():
             if stage.trainer.pop("stop_token_id", None) is not None:
                 stage.trainer["stop_token"] = "eos"
-                notes.append("`stop_token_id` is of its own tokenizer: EOS stands in")
+                notes.append("`stop_token_id` belongs to the model's own tokenizer: EOS is used instead")
     if spec.dtype == "float16":
         spec.dtype = "bfloat16"
-        notes.append("`dtype: float16` needs a GPU: bfloat16 stands in")
+        notes.append("`dtype: float16` needs a GPU: bfloat16 is used instead")
     spec.path, spec.revision, spec.trust_remote_code = str(Path(recipe.output_dir).with_name("model")), None, False
 
 
@@ -230,7 +232,7 @@ def _cut_settings(recipe: Recipe, notes: list[str]) -> None:
         if stage.ptx_data:
             _cut_data(stage.ptx_data, replies=True)
     if left_out:
-        notes.append(f"{', '.join(f'`{key}`' for key in left_out)}: left out, since a CPU does without")
+        notes.append(f"{', '.join(f'`{key}`' for key in left_out)}: left out, since a CPU does not use them")
     if recipe.evaluate:
         _cut_data(recipe.evaluate.data, replies=False)
         recipe.evaluate.n = min(recipe.evaluate.n, BATCH)

@@ -1,6 +1,6 @@
 """A recipe proved without a GPU: its stages on a tiny checkpoint and a few rows, in a temporary directory. No torch.
 
-What is changed of the recipe stands in `cut`; all else is as in a run.
+`cut` changes the recipe; all else is as in a run.
 """
 
 import contextlib
@@ -191,7 +191,7 @@ def _environment(folder: Path) -> Iterator[None]:
 
 
 def _in_their_words(error: InputError, origins: dict[str, str]) -> InputError:
-    """An error with the paths of what stands in replaced by those of the recipe."""
+    """An error in which the paths of replacements are again those of the recipe."""
     ours = [
         InputError(
             _replaced(one.message, origins),

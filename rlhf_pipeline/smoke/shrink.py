@@ -70,7 +70,7 @@ def shrink(spec: Model, out: Path, tokenizer: str | None = None, *, all_layers: 
         What differs from the model beside its size, in sentences.
 
     Raises:
-        InputError: model or tokenizer cannot be had, the model brings its own code, or it cannot be made small.
+        InputError: model or tokenizer is not available, the model brings its own code, or it cannot be made small.
     """
     refuse_full(out)
     config = load_config(spec)
@@ -86,7 +86,7 @@ def shrink(spec: Model, out: Path, tokenizer: str | None = None, *, all_layers: 
     notes = []
     if getattr(small, "quantization_config", None) is not None:
         del small.quantization_config
-        notes.append("the checkpoint's weights are quantized already; those of its small stand-in are not")
+        notes.append("the checkpoint's weights are quantized already; those of the small one are not")
     _fit_vocabulary(small, words, own=tokenizer is None)
     model = _build(small, spec.path)
     _save(model, words, out)
@@ -95,7 +95,7 @@ def shrink(spec: Model, out: Path, tokenizer: str | None = None, *, all_layers: 
 
 
 def stand_in(out: Path, tokenizer: str) -> None:
-    """Write a tiny random Llama with a given tokenizer, for a model that cannot be had.
+    """Write a tiny random Llama with a given tokenizer, for a model that is not available.
 
     Args:
         out: the folder to write.
@@ -107,7 +107,7 @@ def stand_in(out: Path, tokenizer: str) -> None:
     words = _tokenizer(Model(path=tokenizer))
     config = smaller(LlamaConfig(num_key_value_heads=8, bos_token_id=None, eos_token_id=None))
     _fit_vocabulary(config, words, own=False)
-    _save(_build(config, "the stand-in"), words, out)
+    _save(_build(config, "the replacement"), words, out)
 
 
 def refuse_full(out: Path) -> None:

@@ -52,10 +52,10 @@ def main(job_file: str) -> int:
 
 
 def make_model(spec: Model, out: Path, tokenizer: str | None, all_layers: bool) -> dict[str, Any]:
-    """Shrink a model, or write a stand-in where it cannot be had.
+    """Shrink a model, or write a replacement where it is not available.
 
     Returns:
-        `missing`: why it could not be had, else None; `notes`: what else differs from it.
+        `missing`: why it was not available, else None; `notes`: what else differs from it.
 
     Raises:
         InputError: see `shrink.shrink`.
@@ -74,7 +74,7 @@ def make_model(spec: Model, out: Path, tokenizer: str | None, all_layers: bool) 
 
 
 def why_missing(spec: Model) -> str | None:
-    """Why a model's configuration cannot be had; None where it can, or where the hub says what is wrong with it.
+    """Why a model's configuration is not available; None where it is, or where the hub says what is wrong with it.
 
     From the first time that the hub does not answer on, only the local cache is asked.
     """
@@ -111,7 +111,7 @@ def write_rows(source: Source, file: Path, n: int) -> str | None:
     """Write the first rows of a hub dataset as JSON Lines.
 
     Returns:
-        Why they cannot be had; None where they can.
+        Why they are not available; None where they are.
 
     Raises:
         InputError: the hub says that there is no such dataset, subset or split.
@@ -153,7 +153,7 @@ def _first_rows(source: Source, n: int) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _deadline(seconds: int) -> Iterator[None]:
-    """Break off with a TimeoutError."""
+    """Raise a TimeoutError."""
 
     def late(_number: int, _frame: FrameType | None) -> None:
         raise TimeoutError(f"no answer in {seconds} s")

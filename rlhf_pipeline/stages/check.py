@@ -38,7 +38,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
         Warnings: what may be as it should, and is worth a look.
 
     Raises:
-        InputError: for all that is wrong, as far as it can be told while other things are.
+        InputError: for all that is wrong, as far as that is known while other things are wrong.
     """
     reader = Reader(recipe)
     config = reader.config

@@ -39,7 +39,7 @@ def prepare(job: Job) -> Inputs:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, evaluate, save the adapter and judge it; returns the final metrics. Goes on from the last checkpoint.
+    """Train, evaluate, save the adapter and judge it; returns the final metrics. Resumes from the last checkpoint.
 
     The adapter is loaded under the name `default`, of which TRL makes a frozen copy, `ref`: the reference is what the
     stage starts from, not the bare base.

@@ -1,4 +1,4 @@
-"""What a stage is told: its settings, and where things are."""
+"""What a stage gets: its settings, and where things are."""
 
 import json
 from collections.abc import Callable
@@ -171,7 +171,7 @@ class Job:
         return Checkpoints(None if decided else SECONDS_BETWEEN)
 
     def last_checkpoint(self) -> str | None:
-        """The checkpoint that the stage goes on from; the runner has put away what cannot be trusted."""
+        """The checkpoint that the stage resumes from; the runner has put away what cannot be trusted."""
         return next((str(path) for path in durable.newest_first(self.work)), None)
 
     def trained(self, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The judge: replies of a policy to held-out prompts, scored by a function that knows better than any loss."""
+"""The judge: replies of a policy to held-out prompts, scored by a function of the user's."""
 
 import importlib
 import json

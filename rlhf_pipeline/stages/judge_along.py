@@ -1,4 +1,4 @@
-"""What the judge says of the policy while PPO moves it: whether it likes better what the reward model likes better."""
+"""The judge's scores of the policy while PPO trains it: do they rise with the reward model's?"""
 
 import traceback
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class GoldAlong(TrainerCallback):
         self.prompts = encode_prompts(trainer.processing_class, spec.data, [prompt for prompt, _ in asked])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Judge the start, unless training goes on from later."""
+        """Judge the start, unless training resumes from later."""
         if state.global_step == 0:
             self.measure()
 

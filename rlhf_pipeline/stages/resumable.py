@@ -1,4 +1,4 @@
-"""What TRL's SFT, reward and DPO trainers lack to be stopped anywhere and go on to the same end."""
+"""What TRL's SFT, reward and DPO trainers lack to be stopped anywhere and resumed to the same end."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ EPOCH_START = "epoch_start.pt"
 
 
 class Resumable(Trainer):
-    """To stand before a TRL trainer among a class's bases: exact checkpoints, and an end to training on NaN.
+    """A base class to put before a TRL trainer: exact checkpoints, and an end to training on NaN.
 
     Transformers writes a checkpoint file by file into its final place, forgets the sums behind the next logged means
-    and behind `train_loss`, and draws an epoch's order anew when it resumes within one. Here a checkpoint is there
-    whole or not at all, and training that goes on from it computes and logs what it would have without a break. The
+    and behind `train_loss`, and draws a new order when it resumes within an epoch. Here a checkpoint is there
+    whole or not at all, and training that resumes from it computes and logs what it would have without a break. The
     adapter `default` lies in it as PEFT would load it.
     """
 

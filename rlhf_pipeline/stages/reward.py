@@ -37,7 +37,7 @@ def prepare(job: Job) -> Inputs:
 def run(job: Job) -> dict[str, Any]:
     """Train, evaluate on the held-out pairs and save the adapter with its score head; returns the final metrics.
 
-    Goes on from the last checkpoint.
+    Resumes from the last checkpoint.
     """
     job.progress.tell("loading")
     args, tokenizer, pairs, _ = prepare(job)

@@ -35,7 +35,7 @@ def prepare(job: Job) -> Inputs:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, evaluate, save the adapter and judge it; returns the final metrics. Goes on from the last checkpoint."""
+    """Train, evaluate, save the adapter and judge it; returns the final metrics. Resumes from the last checkpoint."""
     job.progress.tell("loading")
     args, tokenizer, data, _ = prepare(job)
     set_seed(job.recipe.seed)

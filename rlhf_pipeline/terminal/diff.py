@@ -14,7 +14,7 @@ DIGEST = re.compile(r"(.+)@([0-9a-f]{32,})")
 
 
 def show(difference: dict[str, Any], console: Console) -> None:
-    """Print a comparison; what is the same difference in every stage that both runs have stands once, at the top."""
+    """Print a comparison; a difference that is the same in every common stage is shown once, at the top."""
     for side in SIDES:
         console.print(f"{side.upper()}  {escape(difference['runs'][side])}", highlight=False, soft_wrap=True)
     console.print()

@@ -70,7 +70,9 @@ def following(
         while not over.wait(REFRESH_S):
             try:
                 shown.refresh()
-            except Exception:  # a disk or a terminal that is gone, or a fault of ours: the run goes on without it
+            except (
+                Exception
+            ):  # a disk or a terminal that is gone, or a fault of ours: the run continues without the display
                 shown.close()
                 return
 
@@ -85,12 +87,12 @@ def following(
 
 
 def watch(run: Path, say: Say, console: Console, *, verbose: bool = False) -> None:
-    """Show a run that another process, perhaps of another machine, is at, until it ends; then where it stands.
+    """Show a run that another process, perhaps on another machine, is working on, until it ends; then its final state.
 
     Args:
         run: the run directory.
         say: takes a line, for standard error.
-        console: takes where it stands.
+        console: where to print the final state.
         verbose: stream what the stages log instead.
     """
     lock = _Held(RunDirectory(run))
@@ -101,7 +103,7 @@ def watch(run: Path, say: Say, console: Console, *, verbose: bool = False) -> No
                 while lock():
                     time.sleep(0.1)
         except KeyboardInterrupt:
-            say("no longer watching; the run goes on")
+            say("no longer watching; the run continues")
             return
     view = RunView(run, locked=lambda: False)
     view.refresh()
@@ -359,7 +361,7 @@ def _how_far(stage: StageView, unknown: str | None = None) -> str:
 
     Args:
         stage: at work.
-        unknown: stands for the time before there is a pace to tell it by; None to leave it out.
+        unknown: shown until the pace is known; None to leave it out.
     """
     if stage.phase in ("starting", "loading"):
         return stage.phase

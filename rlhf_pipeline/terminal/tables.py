@@ -140,7 +140,7 @@ def intentions(
         for source in shapes[plan.name]:
             key = "" if source["key"] == "data" else f"{source['key']}: "
             path = str(source["path"])
-            known = source["shape"] or "what its columns say, once it is downloaded"
+            known = source["shape"] or "known once it is downloaded"
             read.add_row(
                 plan.name, escape(key + (Path(path).name if Path(path).is_absolute() else path)), escape(known)
             )

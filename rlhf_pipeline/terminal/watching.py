@@ -1,4 +1,4 @@
-"""What a run is doing, read again and again from its directory while that grows. No torch."""
+"""What a run is doing, read again and again from its growing directory. No torch."""
 
 import os
 import time
@@ -39,14 +39,14 @@ class Growing:
             with self.file.open("rb") as file:
                 return self._read(file)
         except OSError:
-            began_anew = self._offset > 0
+            is_new_file = self._offset > 0
             self._offset, self._mark = 0, b""
-            return [], began_anew
+            return [], is_new_file
 
     def _read(self, file: IO[bytes]) -> tuple[list[dict[str, Any]], bool]:
         file.seek(self._offset - len(self._mark))
-        began_anew = file.read(len(self._mark)) != self._mark
-        if began_anew:
+        is_new_file = file.read(len(self._mark)) != self._mark
+        if is_new_file:
             self._offset, self._mark = 0, b""
         size = os.fstat(file.fileno()).st_size
         start = max(self._offset, size - MOST_BYTES)
@@ -54,13 +54,13 @@ class Growing:
         content = file.read(MOST_BYTES)
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
-            return [], began_anew
+            return [], is_new_file
         lines = whole.split(b"\n")[:-1]
         if start > self._offset:
             del lines[0]  # of which the beginning is missing
         self._offset, self._mark = start + len(whole), whole[-64:]
         rows = (parse(line.decode("utf-8", "replace")) for line in lines)
-        return [row for row in rows if row is not None], began_anew
+        return [row for row in rows if row is not None], is_new_file
 
 
 class Pace:
@@ -70,7 +70,7 @@ class Pace:
         self.marks: deque[tuple[float, int]] = deque()
 
     def note(self, at: float, step: int) -> None:
-        """Note that a step was reached, in Unix seconds; what is no news is passed over."""
+        """Note that a step was reached, in Unix seconds; a step that is not later than the last one is ignored."""
         if self.marks and (step <= self.marks[-1][1] or at < self.marks[-1][0]):
             return
         self.marks.append((at, step))
@@ -78,7 +78,7 @@ class Pace:
             self.marks.popleft()
 
     def seconds_left(self, of: int | None, now: float) -> float | None:
-        """How long the rest will take if it goes on like this; None where that cannot be known yet."""
+        """How long the rest will take at this pace; None where that cannot be known yet."""
         if of is None or len(self.marks) < 2:
             return None
         (first, first_step), (last, last_step) = self.marks[0], self.marks[-1]
@@ -103,7 +103,7 @@ class StageView:
         values: the last values of its numbers, by their short names.
         samples: of the latest step that has some.
         elapsed: seconds that it has worked, in all.
-        left: seconds that its phase will go on; None where that cannot be known yet.
+        left: seconds until its phase ends; None where that cannot be known yet.
     """
 
     def __init__(self, directory: RunDirectory, name: str, kind: str) -> None:
@@ -116,9 +116,9 @@ class StageView:
         self._began: float | None = None
         self.values: dict[str, deque[float]] = {}
         self.samples: deque[dict[str, Any]] = deque(maxlen=16)
-        self._start_over()
+        self._reset()
 
-    def _start_over(self) -> None:
+    def _reset(self) -> None:
         self.phase, self.step = "starting", 0
         self.of: int | None = None
         self.pace, self.pace_of_phase = Pace(), Pace()
@@ -127,7 +127,7 @@ class StageView:
 
     @property
     def bound_of_kl(self) -> float | None:
-        """The KL that PPO's settings want: its budget, or what it is steered to."""
+        """The KL that PPO's settings ask for: its budget, or its target."""
         bounds = (self.record.inputs.get(f"trainer.{key}") for key in ("kl_budget", "target_kl"))
         return next((bound for bound in bounds if isinstance(bound, (int, float))), None)
 
@@ -143,7 +143,7 @@ class StageView:
         return {number.name: number.logged for number in known.numbers if number.logged} if known else {}
 
     def read_work(self, now: float) -> None:
-        """Read what a stage at work tells.
+        """Read what a stage at work has written.
 
         Args:
             now: Unix seconds.
@@ -152,17 +152,17 @@ class StageView:
         began = _changed(work / JOB)
         if began != self._began:  # another worker
             self._began = began
-            self._start_over()
-        rows, began_anew = self._metrics.read()
-        if began_anew:
+            self._reset()
+        rows, is_new_file = self._metrics.read()
+        if is_new_file:
             self.values.clear()
         for row in rows:
             self._take(row)
         self._read_samples()
-        told = read_json(work / PROGRESS) or {}
+        progress = read_json(work / PROGRESS) or {}
         if began is None or (_changed(work / PROGRESS) or 0.0) < began:
-            told = {}  # of an earlier worker
-        phase, step, of, at = (told.get(key) for key in ("phase", "step", "of", "time"))
+            progress = {}  # of an earlier worker
+        phase, step, of, at = (progress.get(key) for key in ("phase", "step", "of", "time"))
         if isinstance(phase, str) and isinstance(step, int) and is_number(at):
             if phase != self.phase or step < self.step:
                 self.pace_of_phase = Pace()
@@ -183,8 +183,8 @@ class StageView:
                 self.values.setdefault(name, deque(maxlen=VALUES)).append(row[key])
 
     def _read_samples(self) -> None:
-        rows, began_anew = self._samples.read()
-        if began_anew:
+        rows, is_new_file = self._samples.read()
+        if is_new_file:
             self.samples.clear()
         for row in rows:
             if self.samples and self.samples[-1].get("step") != row.get("step"):
@@ -267,7 +267,7 @@ class RunView:
 
 
 def _written(file: Path) -> Written | None:
-    """What is other once a file has been replaced; None where there is none."""
+    """Changes when a file is written or replaced; None where there is no file."""
     try:
         status = file.stat()
     except OSError:

@@ -1,1 +1,1 @@
-"""What a finished run is good for: talk to it, score with it, compare its stages, export one."""
+"""Using a finished run: chat with it, score with it, compare its stages, export one."""

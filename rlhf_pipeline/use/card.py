@@ -192,5 +192,5 @@ def _plain(text: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """Text to stand between backticks."""
+    """Text for between backticks."""
     return "".join(character if character.isprintable() and character != "`" else " " for character in str(text))

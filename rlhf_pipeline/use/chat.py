@@ -76,7 +76,7 @@ class Chat:
         """Say who answers, and how what is typed becomes a prompt."""
         self.say(f"`{self.stage}` of {self.run} answers; /help lists commands")
         if not self.is_chat:
-            self.say("its prompts are plain text: each line is a whole prompt, and \\n in it stands for a line break")
+            self.say("its prompts are plain text: each line is a whole prompt, and \\n in it means a line break")
             if isinstance(self.example, str):
                 self.say("the first one of its data: " + printable(self.example.replace("\n", "\\n")))
 

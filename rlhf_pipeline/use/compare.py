@@ -29,7 +29,7 @@ def compare(
         texts: further prompts. Without file and texts, prompts are those of `comparison.default_data`.
         stages: names of policies with commas between them; None for all.
         changes: settings that differ from `comparison.default_settings`, None where they do not.
-        quiet: a context in which torch and what stands on it is imported and used.
+        quiet: a context in which torch and what needs it is imported and used.
         say: takes a line.
 
     Returns:

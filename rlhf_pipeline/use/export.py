@@ -168,7 +168,7 @@ def _license(recipe: Recipe) -> dict[str, str]:
 
 
 def _refuse_push(repo: str, recipe: Recipe, merge: bool) -> None:
-    """See, before any work, that a push can succeed as far as that can be told here.
+    """See, before any work, that a push can succeed as far as that is known here.
 
     Raises:
         InputError: it cannot.

@@ -253,7 +253,7 @@ def test_training_that_nobody_stops_ends_as_it_should():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "saves"), [*((kind, {}) for kind in KINDS), ("sft", {"save_steps": 3})])
-def test_a_stage_stops_after_the_step_with_a_checkpoint_and_goes_on_from_there(train, monkeypatch, kind, saves):
+def test_a_stage_stops_after_the_step_with_a_checkpoint_and_resumes_from_there(train, monkeypatch, kind, saves):
     """Asked in the middle of the second step, whatever its settings say of checkpoints."""
 
     def ask_at_the_second(self: Checkpoints, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

@@ -82,7 +82,7 @@ def test_what_is_built_on_weights_that_are_gone_is_not_compared(run: Path) -> No
     (run / "reward" / "adapter" / short_run.WEIGHTS).write_bytes(b"others")
     edit(run / "reward" / "stage.json", artifact_files=durable.contents(run / "reward" / "adapter"))
     assert [(stage.name, stage.state, stage.reason) for stage in wanted.left_out(run, recipe)] == [
-        ("ppo", "stale", "reward re-ran")
+        ("ppo", "stale", "reward ran again")
     ]
     assert list(wanted.weights(run, recipe)) == ["sft", "reward", "dpo"]
     assert wanted.due(run, recipe)[1] == ["base", "sft", "dpo"]
@@ -97,14 +97,14 @@ def test_reference_and_reward_are_those_of_ppo_where_they_are_there(tiny_run: Pa
     recipe = recipes.of_run(tiny_run)
     recipe.stages = {"first": recipe.stages["sft"], "other": recipe.stages["reward"], **recipe.stages}
     made = list(recipe.stages)
-    assert wanted.cast(recipe, made) == (["base", "first", "sft", "ppo", "dpo"], "sft", "reward")
-    assert wanted.cast(recipe, ["first", "other"]) == (["base", "first"], "base", "other")
+    assert wanted.roles(recipe, made) == (["base", "first", "sft", "ppo", "dpo"], "sft", "reward")
+    assert wanted.roles(recipe, ["first", "other"]) == (["base", "first"], "base", "other")
     recipe.stages["ppo"].init = "first"
     recipe.stages["ppo"].reward = "other"
-    assert wanted.cast(recipe, made)[1:] == ("first", "other")
+    assert wanted.roles(recipe, made)[1:] == ("first", "other")
     del recipe.stages["ppo"]
-    assert wanted.cast(recipe, [name for name in made if name != "ppo"])[1:] == ("sft", "reward")
-    assert wanted.cast(recipe, ["sft"]) == (["base", "sft"], "sft", None)
+    assert wanted.roles(recipe, [name for name in made if name != "ppo"])[1:] == ("sft", "reward")
+    assert wanted.roles(recipe, ["sft"]) == (["base", "sft"], "sft", None)
 
 
 def test_without_evaluate_it_samples_as_ppo_does(tiny_run: Path) -> None:
@@ -188,7 +188,7 @@ def test_neither_a_failure_nor_a_stop_of_the_comparison_fails_the_run(
         line, "warning: there is no new comparison: making it failed: its worker was ended by signal 9, from outside"
     ]  # fmt: skip
     assert again()[-2:] == [
-        line, "warning: there is no new comparison: it was stopped; `run` and `compare` make it up"
+        line, "warning: there is no new comparison: it was stopped; the next `run` or `compare` makes it"
     ]  # fmt: skip
     assert not file.exists()
     assert again() == [line]

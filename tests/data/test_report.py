@@ -372,7 +372,7 @@ class TestWarnings:
         seen = data(pairs(3))
         _, warnings = found(measure("dpo", spec.model_copy(update={"eval_data": seen})))
         assert warnings == [
-            "stages.x.data: the prompts of 3 of 3 (100%) held-out rows are trained on too, so evaluation flatters"
+            "stages.x.data: the prompts of 3 of 3 (100%) held-out rows are trained on too, so evaluation looks too good"
         ]
 
     def test_fewer_rows_than_a_batch(self, data, measure):

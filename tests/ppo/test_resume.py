@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint ends exactly as one that never stopped, however it was stopped."""
+"""A run that resumes from a checkpoint ends exactly as one that never stopped, however it was stopped."""
 
 import json
 import math
@@ -288,7 +288,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_is_made_good_by_another(
     assert_goes_on_as_if_nothing_happened(processes, artifacts, folder, uninterrupted)
 
 
-# What cannot be gone on from
+# What cannot be resumed from
 
 
 @pytest.mark.parametrize("role", ["reference", "reward", "reward head"])

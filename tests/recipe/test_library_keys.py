@@ -130,12 +130,12 @@ def test_the_keys_people_set_can_be_set(config, key):
         ("ppo", "bf16", "model.dtype"),
         ("ppo", "mini_batch_size", "computed"),
         ("ppo", "neftune_noise_alpha", "does not read"),
-        *((kind, "auto_find_batch_size", "the batch size that its recipe states") for kind in ("sft", "reward", "dpo")),
+        *((kind, "auto_find_batch_size", "the batch size of its recipe") for kind in ("sft", "reward", "dpo")),
         *((kind, "logging_nan_inf_filter", "not finite ends the stage") for kind in ("sft", "reward", "ppo", "dpo")),
-        *((kind, "load_best_model_at_end", "no checkpoint is kept") for kind in ("sft", "reward", "dpo")),
-        ("dpo", "resume_from_checkpoint", "which a run does by itself"),
+        *((kind, "load_best_model_at_end", "the best checkpoint is not kept") for kind in ("sft", "reward", "dpo")),
+        ("dpo", "resume_from_checkpoint", "a run resumes from them by itself"),
         ("lora", "modules_to_save", "only adapters are trained"),
-        ("lora", "eva_config", "starts away from it"),
+        ("lora", "eva_config", "its output from the start"),
         ("reward", "label_smoothing_factor", "does not read it"),
         ("dpo", "label_smoothing_factor", "`label_smoothing`"),
         ("dpo", "dataset_num_proc", "nothing left to process"),
@@ -269,13 +269,15 @@ def optimizer_settings(tmp_path: Path, **settings) -> dict:
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_an_optimizers_idle_keys_are_those_it_is_not_passed(optim, tmp_path):
+def test_an_optimizers_keys_without_effect_are_those_it_is_not_passed(optim, tmp_path):
     """Of all optimizers that need no further package."""
     changed = {"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5, "optim_args": OPTIONS.get(optim, "alpha=7")}
     plain = optimizer_settings(tmp_path, optim=optim)
-    idle = {key for key, value in changed.items() if optimizer_settings(tmp_path, optim=optim, **{key: value}) == plain}
-    found = library_keys.idle("sft", {"optim": optim, **changed})
-    assert set(found) == idle
+    without_effect = {
+        key for key, value in changed.items() if optimizer_settings(tmp_path, optim=optim, **{key: value}) == plain
+    }
+    found = library_keys.without_effect("sft", {"optim": optim, **changed})
+    assert set(found) == without_effect
     assert all(reason == f"with `optim: {optim}`" for reason in found.values())
 
 
@@ -288,8 +290,8 @@ def test_options_that_an_optimizer_does_not_read_are_found(optim, tmp_path):
         value = "true" if option in ("nesterov", "centered") else "0.25"
         settings = {"optim": optim, "optim_args": f"{option}={value}"}
         assert (optimizer_settings(tmp_path, **settings) != plain) == (option in read), option
-        assert ("optim_args" in library_keys.idle("sft", settings)) == (option not in read), option
-    reason = library_keys.idle("ppo", {"optim": optim, "optim_args": "weight_decay=0.1"})["optim_args"]
+        assert ("optim_args" in library_keys.without_effect("sft", settings)) == (option not in read), option
+    reason = library_keys.without_effect("ppo", {"optim": optim, "optim_args": "weight_decay=0.1"})["optim_args"]
     assert reason.startswith(f"with `weight_decay`: `{optim}` reads ")
 
 
@@ -298,13 +300,15 @@ def test_every_optimizer_is_known_to_read_its_options_or_not():
     for optim in OptimizerNames:
         handler = inspect.getsource(trainer_optimizer._OPTIMIZER_HANDLERS[optim])
         if "optim_args" not in handler:
-            assert "optim_args" in library_keys.idle("dpo", {"optim": optim.value, "optim_args": "a=1"}), optim
+            assert "optim_args" in library_keys.without_effect("dpo", {"optim": optim.value, "optim_args": "a=1"}), (
+                optim
+            )
         if not any(word in handler for word in ("adam_kwargs", "adam_beta1")):
-            assert "adam_beta1" in library_keys.idle("dpo", {"optim": optim.value, "adam_beta1": 0.5}), optim
+            assert "adam_beta1" in library_keys.without_effect("dpo", {"optim": optim.value, "adam_beta1": 0.5}), optim
 
 
 @pytest.mark.parametrize("schedule", [one.value for one in SchedulerType if "plateau" not in one and one != "greedy"])
-def test_a_schedules_idle_keys_are_those_it_does_not_read(schedule):
+def test_a_schedules_keys_without_effect_are_those_it_does_not_read(schedule):
     """`reduce_lr_on_plateau` and `greedy` follow the loss, and read no warm-up either."""
     needed = {
         "cosine_with_min_lr": {"min_lr": 0.1},
@@ -327,7 +331,9 @@ def test_a_schedules_idle_keys_are_those_it_does_not_read(schedule):
         rates(3, an_option_that_no_schedule_has=1)
     except TypeError:
         reads_options = True
-    found = library_keys.idle("sft", {"lr_scheduler_type": schedule, "warmup_steps": 3, "lr_scheduler_kwargs": {}})
+    found = library_keys.without_effect(
+        "sft", {"lr_scheduler_type": schedule, "warmup_steps": 3, "lr_scheduler_kwargs": {}}
+    )
     assert ("warmup_steps" in found) == (rates(0) == rates(3))
     assert ("lr_scheduler_kwargs" in found) == (not reads_options)
 
@@ -378,7 +384,7 @@ OF_TRAINER = ("sft", "reward", "dpo")
 def test_a_key_without_effect_beside_the_others_is_found(kinds, values, key, reason):
     for kind in kinds:
         assert set(values) <= set(library_keys.settable(kind)), kind
-        assert library_keys.idle(kind, values) == {key: reason}, kind
+        assert library_keys.without_effect(kind, values) == {key: reason}, kind
 
 
 @pytest.mark.parametrize(
@@ -403,22 +409,22 @@ def test_a_key_without_effect_beside_the_others_is_found(kinds, values, key, rea
     ],
 )
 def test_keys_with_an_effect_are_left_alone(kind, values):
-    assert library_keys.idle(kind, values) == {}
+    assert library_keys.without_effect(kind, values) == {}
 
 
 @pytest.mark.parametrize("given", [{}, {"loss_type": "chunked_nll"}, {"loss_type": "nll"}])
 def test_labels_are_smoothed_where_trl_resolves_the_loss_to_the_one_that_reads_it(given, tmp_path):
     """In TRL 1.12 the default loss does not read it; later that is `nll`, of which `chunked_nll` is another name."""
     resolved = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **given).loss_type
-    found = library_keys.idle("sft", {"label_smoothing_factor": 0.1, **given})
+    found = library_keys.without_effect("sft", {"label_smoothing_factor": 0.1, **given})
     assert (found == {}) == (resolved == "nll")
 
 
 def test_what_only_evaluation_reads_needs_rows_to_evaluate_on():
     values = {"per_device_eval_batch_size": 2, "eval_accumulation_steps": 2, "eval_on_start": True}
     for kind in OF_TRAINER:
-        assert library_keys.idle(kind, values, holds_out=True) == {}
-        found = library_keys.idle(kind, values, holds_out=False)
+        assert library_keys.without_effect(kind, values, holds_out=True) == {}
+        found = library_keys.without_effect(kind, values, holds_out=False)
         assert found == dict.fromkeys(values, "without `eval_fraction` or `eval_data` in `data`")
 
 
@@ -426,7 +432,7 @@ def test_values_of_a_wrong_type_are_left_to_the_check_of_types():
     values = {"max_steps": "many", "num_train_epochs": 1, "loss_type": "sigmoid", "label_smoothing": 0.1, "optim": 3,
               "optim_args": 5, "lr_scheduler_type": ["constant"], "warmup_steps": {}, "eval_strategy": 1}  # fmt: skip
     for kind in ALL:
-        library_keys.idle(kind, values)
+        library_keys.without_effect(kind, values)
 
 
 @pytest.mark.parametrize("name", recipe.shipped())
@@ -434,4 +440,4 @@ def test_no_shipped_recipe_sets_a_key_without_effect(name, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     loaded = recipe.load(name)
     for stage in loaded.stages.values():
-        assert library_keys.idle(stage.kind, stage.trainer, stage.data.holds_out) == {}
+        assert library_keys.without_effect(stage.kind, stage.trainer, stage.data.holds_out) == {}

@@ -145,8 +145,8 @@ def test_the_rest_is_checked_past_a_section_that_is_of_no_use(problems, old, new
 def test_duplicate_keys_are_reported_beside_the_rest(problems):
     found = problems("name: t\nname: u\nmodel: {path: tiny, path: tiny}\nstages: {sft: {data: tiny:prompts, x: 1}}\n")
     assert found == [
-        ("r.yaml:2:1: name", "the key `name` stands twice here, first on line 1", "keep one of them"),
-        ("r.yaml:3:21: model.path", "the key `path` stands twice here, first on line 3", "keep one of them"),
+        ("r.yaml:2:1: name", "the key `name` is written twice here, first on line 1", "keep one of them"),
+        ("r.yaml:3:21: model.path", "the key `path` is written twice here, first on line 3", "keep one of them"),
         ("r.yaml:4:36: stages.sft.x", "unknown key `x`", found[2][2]),
     ]
 
@@ -170,7 +170,7 @@ def test_duplicate_keys_are_reported_beside_the_rest(problems):
         ("stages:", "quantization: nf4\nstages:", "it belongs under `model`"),
         ("stages:", "data: x\nstages:", "it belongs under a stage"),
         ("stages:", "learning_rate: 1e-4\nstages:", "it belongs under the `trainer` of a stage"),
-        ("stages:", "sft: {}\nstages:", "stages stand under `stages`"),
+        ("stages:", "sft: {}\nstages:", "stages belong under `stages`"),
         ("path: tiny,", "path: tiny, r: 8,", "it belongs under `lora`"),
         ("path: tiny,", "path: tiny, model_name_or_path: x,", "did you mean `path`?"),
         ("data: tiny:prompts", "data: {mix: [{path: tiny:prompts, eval_fraction: 0.1}]}", "it belongs beside `mix`"),

@@ -266,5 +266,5 @@ def test_aliases_of_aliases_end():
     """Ten levels of ten are ten thousand million values."""
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
-    with pytest.raises(InputError, match="stands for too many others"):
+    with pytest.raises(InputError, match="expands to too many values"):
         parse_document("\n".join(levels), "r.yaml")

@@ -91,7 +91,7 @@ def run(made_up, tmp_path) -> Path:
 
 @pytest.fixture
 def small(run) -> Path:
-    """A copy of which little is left to draw: the run broke off while its last stage was PPO."""
+    """A copy of which little is left to draw: the run was interrupted while its last stage was PPO."""
     for stage in ("sft", "reward", "dpo"):
         shutil.rmtree(run / stage)
     (run / "comparison.json").unlink()
@@ -332,7 +332,7 @@ def test_a_sound_run_has_no_alarms(run):
         ("dpo", {"state": "failed", "artifact": None, "stopped": True}, [], "bad dpo Failed: stopped"),
         ("sft", {"gates": {"loss": {"bound": "<= 0.1", "passed": False}}}, [], "bad sft A gate is closed: loss"),
         ("sft", {"gates_ignored": {"loss": "<= 0.1"}}, [], "look sft A closed gate was ignored: loss"),
-        ("ppo", {"built_on": {"sft": "other"}}, [], "look ppo Stale: sft re-ran"),
+        ("ppo", {"built_on": {"sft": "other"}}, [], "look ppo Stale: sft ran again"),
         ("ppo", {"versions": {"trl": "2"}}, [], "look the run Stages were made with different versions"),
         ("ppo", {"inputs": {"trainer.kl_budget": 2.5}}, [], "bad ppo KL is over its budget of 2.5: it reached 3"),
         ("ppo", {}, [{"reply/ended": 0.2}] * 5, "bad ppo Only 20% of the replies end"),
@@ -389,7 +389,7 @@ def test_a_comparison_of_other_weights_is_said(run):
     for weights, rings in ((report_run.sha_of("ppo"), False), ("sha-of-another", True)):
         comparison = report_run.comparison(1) | {"made_of": {"sft": report_run.sha_of("sft"), "ppo": weights}}
         (run / "comparison.json").write_text(json.dumps(comparison))
-        assert ("look the run comparison.json is of other weights of ppo than" in alarms_of(run)) == rings
+        assert ("look the run comparison.json compares other weights of ppo than" in alarms_of(run)) == rings
 
 
 # Runs that are not whole
@@ -398,7 +398,7 @@ def test_a_comparison_of_other_weights_is_said(run):
 def test_a_run_that_has_only_just_begun(tmp_path):
     (tmp_path / "run").mkdir()
     page = page_of(tmp_path / "run", to=tmp_path / "report.html")
-    assert "No stage has left anything" in page.text and "recipe.yaml is missing" in page.text
+    assert "No stage has written anything" in page.text and "recipe.yaml is missing" in page.text
 
 
 def test_a_run_made_elsewhere_and_killed(small, tmp_path):

@@ -303,7 +303,7 @@ def test_a_stage_whose_worker_was_killed_goes_on_and_ends_as_if_it_was_not(
     ]
     runs = [folder / "runs" / "longer" for folder in (resumed, forced, changed)]
 
-    assert "ppo     goes on from step " in said[0] and "former results" not in said[0]
+    assert "ppo     resumes from step " in said[0] and "former results" not in said[0]
     assert not list(runs[0].glob("ppo.*"))
     after = (runs[0] / "ppo" / "log.txt").read_text()
     assert after.startswith(log) and len(after) > len(log)
@@ -337,7 +337,7 @@ def test_a_stage_whose_record_still_says_running_goes_on_too(
     (run / "ppo" / "work" / "adapter" / "half").write_text("of an adapter")
     (run / "ppo" / "work" / "result.json").write_text('{"metrics": {"half": 1}}')
     said = finish(warm_server, folder)
-    assert "ppo     goes on from step " in said
+    assert "ppo     resumes from step " in said
     assert [row["step"] for row in rows(run / "ppo" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert not (run / "ppo" / "adapter" / "half").exists()
     assert "half" not in json.loads((run / "ppo" / "stage.json").read_text())["metrics"]

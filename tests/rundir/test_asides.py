@@ -139,7 +139,7 @@ def test_a_name_that_is_not_exactly_one_is_neither_found_nor_removed(run: Path, 
         aside(run, name)
     (run / name / "precious").touch()
     assert len(prune.find(run)) == 1
-    with pytest.raises(RunError, match="not what was moved aside"):
+    with pytest.raises(RunError, match="not moved aside by a run"):
         prune.remove(run, [name])
     assert (run / name / "precious").exists()
 
@@ -147,7 +147,7 @@ def test_a_name_that_is_not_exactly_one_is_neither_found_nor_removed(run: Path, 
 @pytest.mark.parametrize("name", ["../outside.20250102-030405", "reward/in.20250102-030405/../../reward"])
 def test_a_path_is_not_a_name(run: Path, name: str):
     target = aside(run, name)
-    with pytest.raises(RunError, match="not what was moved aside"):
+    with pytest.raises(RunError, match="not moved aside by a run"):
         prune.remove(run, [name])
     assert target.is_dir()
 
@@ -161,7 +161,7 @@ def test_links_are_neither_followed_nor_counted(run: Path, tmp_path: Path):
     (run / former["name"] / "folder").symlink_to(elsewhere)
     (former,) = prune.find(run)
     assert former["bytes"] - before < 1000
-    with pytest.raises(RunError, match="not what was moved aside"):
+    with pytest.raises(RunError, match="not moved aside by a run"):
         prune.remove(run, ["sft.20250102-030405"])
     prune.remove(run, [former["name"]])
     assert (elsewhere / "adapter" / "weights").stat().st_size == 5000

@@ -181,7 +181,7 @@ def test_a_stage_that_only_one_has_and_a_state_are_shown(runs):
     def change(records):
         records["dpo"] = records.pop("ppo") | {"kind": "dpo"}
         records["sft"] |= {"state": "failed"}
-        del records["sft"]["metrics"]  # of a stage that broke off: nothing to compare
+        del records["sft"]["metrics"]  # of a stage that was interrupted: nothing to compare
 
     difference = diff.compare(*runs(change))
     shown = [(stage["name"], stage["only_in"], stage["state"], stage["metrics"]) for stage in difference["stages"]]

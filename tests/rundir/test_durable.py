@@ -172,7 +172,7 @@ def test_the_latest_checkpoints_by_number_are_kept(tmp_path: Path, limit: int | 
 
 
 def test_the_checkpoint_just_written_stays_beside_later_ones(tmp_path: Path) -> None:
-    """As after going on from an early one."""
+    """As after resuming from an early one."""
     for number in (3, 8, 9):
         durable.write_folder(tmp_path / f"checkpoint-{number}", writer(str(number)))
     durable.remove_others(tmp_path / "checkpoint-3", 2)

@@ -1,4 +1,4 @@
-"""The run directory: the old truth or the new one, nothing lost, and where a stage that broke off goes on."""
+"""The run directory: the old truth or the new one, nothing lost, and where a stage that was interrupted goes on."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def test_a_stage_that_left_nothing_has_no_progress(directory, work):
     assert directory.progress("dpo") is None
 
 
-@pytest.mark.parametrize(("of", "said"), [(9, "goes on from step 6 of 9"), (None, "goes on from step 6")])
+@pytest.mark.parametrize(("of", "said"), [(9, "resumes from step 6 of 9"), (None, "resumes from step 6")])
 def test_progress_is_the_newest_sound_checkpoint(directory, work, of, said):
     for step in (2, 4, 6):
         save(work, step, of)
@@ -326,7 +326,7 @@ def digest(path: Path) -> str:
     ids=["adapter", "result", "note"],
 )
 def test_what_was_published_and_not_recorded_makes_room_if_it_cannot_be_trusted(directory, work, harm):
-    """The stage goes on from its checkpoint, and must be able to publish again."""
+    """The stage resumes from its checkpoint, and must be able to publish again."""
     save(work, 6)
     finish(work)
     directory.publish("sft")

@@ -76,20 +76,20 @@ def harmed(recorded: Path) -> Path:
 
 
 WORDS = {"sft": "done", "reward": "done", "ppo": "stale", "dpo": "failed"}
-STALE, KILLED = "stale: sft re-ran", "failed: the run ended before the stage did"
+STALE, KILLED = "stale: sft ran again", "failed: the run ended before the stage did"
 
 
 def test_status_watch_report_and_diff_say_the_same_word(recorded, harmed, command, tmp_path):
     assert from_status(command, harmed) == WORDS
     watched = command("watch", harmed).out.splitlines()
     assert {line.split()[1]: line.split()[2] for line in watched if line.split()[1:2]} == WORDS
-    assert any("sft re-ran" in line for line in watched)
+    assert any("sft ran again" in line for line in watched)
 
     assert command("report", harmed).code == 0
     page = (harmed / "report.html").read_text(encoding="utf-8")
     badges = re.findall(r'<bdi>(\w+)</bdi></th>\s*<td><span class="badge (\w+)">(\w+)<', page)
     assert {name: word for name, _, word in badges} == WORDS and all(look == word for _, look, word in badges)
-    assert "2 of 4 stages done" in page and "Stale: sft re-ran" in page
+    assert "2 of 4 stages done" in page and "Stale: sft ran again" in page
 
     whole = shutil.copytree(harmed, tmp_path / "whole")
     for stage in ("ppo", "dpo"):

@@ -141,7 +141,7 @@ class TestFourStages:
         ]  # fmt: skip
         assert all(stage["first"] is not None and stage["seconds"] > 0 for stage in report["stages"])
         assert report["notes"] == [
-            "`dtype: float16` needs a GPU: bfloat16 stands in", "`tf32`: left out, since a CPU does without"
+            "`dtype: float16` needs a GPU: bfloat16 is used instead", "`tf32`: left out, since a CPU does not use them"
         ]  # fmt: skip
         assert report["seconds"] < 120
 
@@ -205,10 +205,10 @@ stages:
     assert lines[1:] == ["dpo      not run"]
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 3
-    assert "nobody/no-such-model-7b cannot be had" in notes[0]
-    assert "the shipped tokenizer and a Llama stand in" in notes[0]
-    assert "`all-linear` stands in" in notes[1]
-    assert "rows of the tiny world stand in" in notes[2]
+    assert "nobody/no-such-model-7b is not available" in notes[0]
+    assert "the shipped tokenizer and a Llama are used instead" in notes[0]
+    assert "`all-linear` is used instead" in notes[1]
+    assert "rows of the tiny world are used instead" in notes[2]
     assert "Traceback" not in done.stderr and str(tmp_path / "tmp") not in done.stderr
     assert "hint: `--keep FOLDER` keeps the whole log" in done.stderr
     assert tree(folder) == before
@@ -219,7 +219,7 @@ stages:
 @pytest.mark.slow
 @pytest.mark.parametrize(("second", "said"), [
     ('{"prompt": "a", "completion"', ":2: this line is not JSON"),
-    ('{"prompt": "a", "answered": "b"}', ": the columns (prompt, answered) are no demonstrations"),
+    ('{"prompt": "a", "answered": "b"}', ": the columns (prompt, answered) are not demonstrations"),
 ])  # fmt: skip
 def test_bad_rows_are_a_fault_of_the_recipe(tmp_path, second, said):
     """Exit code 2, with the user's own file, as `run` says it: found in that file, or in the rows taken from it."""

@@ -1,4 +1,4 @@
-"""SFT, reward and DPO that go on from any of their checkpoints end exactly as those that never stopped."""
+"""SFT, reward and DPO that resume from any of their checkpoints end exactly as those that never stopped."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reward": ("reward", ()),
     "dpo": ("dpo", ()),
 }
-# Those to go on from: amid the first pass, at its end, after a step that was logged, and the last. What differs between
+# To resume from: amid the first pass, at its end, after a step that was logged, and the last. What differs between
 # the trainers is what they remember of steps not logged yet; what does not is tried on the first alone.
 CHECKPOINTS = {"sft": (1, 2, 3, 4), "sft, nf4": (1,), "sft, amid a pass": (3,), "reward": (1, 3), "dpo": (1, 3)}
 pytestmark = pytest.mark.slow

@@ -81,7 +81,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 @pytest.fixture
 def folder(prepared: tuple[Path, dict], tmp_path: Path) -> Path:
-    """A copy of the prepared folder, to go on from."""
+    """A copy of the prepared folder, to resume from."""
     return Path(shutil.copytree(prepared[0], tmp_path / "copy"))
 
 

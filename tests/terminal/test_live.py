@@ -181,7 +181,7 @@ def test_states_are_honest(run):
     assert killed.split() == ["✗", "ppo", "failed", *["the", "run", "ended", "before", "the", "stage", "did"]]
     finish(run, "dpo", init="sft", parent_weights={"sft": "those of then"})
     (dpo,) = (line for line in frame(seen(run)) if "dpo" in line)
-    assert dpo.split() == ["✗", "dpo", "stale", "16", "s", "sft", "re-ran"]
+    assert dpo.split() == ["✗", "dpo", "stale", "16", "s", "sft", "ran", "again"]
     (run / "ppo" / "stage.json").write_text('{"kind": "ppo", "state": "failed", "error": "stopped"}')
     stopped = seen(run)
     assert (stopped.stages[2].state, stopped.stages[2].reason) == ("failed", "stopped")

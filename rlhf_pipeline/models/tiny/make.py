@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 def corpus(seed: int, n: int) -> Iterator[str]:
     """`n` short documents: facts stated and asked, and small talk that shows every phrase of the world in use.
 
-    Answers are right and stand without courtesy or rudeness: error and manners are left to the later stages.
+    Answers are right, and neither polite nor rude: errors and manners are left to the later stages.
     """
     rng = random.Random(seed)
     all_facts = world.facts()

@@ -144,7 +144,7 @@ def split(seed: int) -> tuple[list[Question], list[Question]]:
     rng = random.Random(seed)
     train, held_out = [], []
     everything = questions()
-    for start in range(0, len(everything), 5):  # five wordings of one fact stand together
+    for start in range(0, len(everything), 5):  # five wordings of one fact are together
         wordings = everything[start : start + 5]
         held_out.append(wordings.pop(rng.randrange(len(wordings))))
         train.extend(wordings)
