@@ -151,7 +151,7 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, Mark]]:
         The value, and the place of each key path in it.
 
     Raises:
-        InputError: the text is not YAML, a mapping has a key twice or one that is no plain word, a value contains itself,
+        InputError: the text is not YAML, a mapping has a key twice or one that is no word, a value contains itself,
             or a variable has no value.
     """
     document = read_document(text, source)
