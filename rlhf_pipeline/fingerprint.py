@@ -2,13 +2,11 @@
 
 import hashlib
 import importlib
-import os
-import re
 import sys
 from glob import has_magic
 from pathlib import Path
-from typing import Literal
 
+from rlhf_pipeline import hub
 from rlhf_pipeline.recipe import Data, Model, Recipe
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.schema import Source
@@ -16,7 +14,6 @@ from rlhf_pipeline.rundir.file_digests import FileDigests
 
 # Files of a model folder that decide what is loaded: weights, configuration, tokenizer.
 MODEL_FILES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".txt")
-HUB_TIMEOUT_S = 5.0
 
 
 class Digests(FileDigests):
@@ -91,7 +88,7 @@ def pin(recipe: Recipe) -> None:
     So all stages load the same, and the resolved recipe says what that was. The hub is asked at most once for each;
     where it does not answer, the commit that the local cache holds counts; where that has none, nothing changes.
     """
-    specs: list[tuple[Literal["model", "dataset"], Model | Source]] = [("model", recipe.model)]
+    specs: list[tuple[hub.Kind, Model | Source]] = [("model", recipe.model)]
     everywhere = [data for stage in recipe.stages.values() for data in (stage.data, stage.ptx_data) if data]
     if recipe.evaluate:
         everywhere.append(recipe.evaluate.data)
@@ -100,33 +97,11 @@ def pin(recipe: Recipe) -> None:
     commits: dict[tuple[str, str, str | None], str | None] = {}
     for kind, spec in specs:
         local = Path(spec.path).is_absolute() or Path(spec.path).exists()
-        if not local and not _is_commit(spec.revision):
+        if not local and not hub.is_commit(spec.revision):
             key = (kind, spec.path, spec.revision)
             if key not in commits:
-                commits[key] = _commit(*key)
+                commits[key] = hub.commit(*key)
             spec.revision = commits[key] or spec.revision
-
-
-def _commit(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str | None:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
-    from huggingface_hub import HfApi, constants
-
-    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    try:
-        commit = ask(name, revision=revision, timeout=HUB_TIMEOUT_S, expand=["sha"]).sha
-    except Exception:  # offline, unreachable, no such repository, no access: the cache may know all the same
-        commit = None
-    if not _is_commit(commit):
-        branch = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs" / (revision or "main")
-        try:
-            commit = branch.read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            return None
-    return commit if _is_commit(commit) else None
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def short_hash(content: bytes) -> str:

@@ -488,7 +488,7 @@ class TestWithoutTheHub:
 
 
 def test_a_hub_that_does_not_answer_is_waited_for_only_shortly(tmp_path, monkeypatch, load):
-    monkeypatch.setattr(fingerprint, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("rlhf_pipeline.hub.TIMEOUT_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from transformers import (
@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.fingerprint import HUB_TIMEOUT_S
 from rlhf_pipeline.recipe import PICKLE_SUFFIXES
 from rlhf_pipeline.recipe.schema import Model
 
@@ -162,8 +162,7 @@ def _file_names(spec: Model) -> list[str]:
     if folder.is_dir():
         return [file.name for file in folder.iterdir()]
     try:
-        # One short question: the library's own downloads try for half a minute before they give up.
-        found = HfApi().model_info(spec.path, revision=spec.revision, timeout=HUB_TIMEOUT_S)
+        found = hub.ask("model", spec.path, spec.revision)
         return [file.rfilename for file in found.siblings or []]
     except HfHubHTTPError:
         return []  # it answers; what is wrong, loading says better
@@ -173,7 +172,7 @@ def _file_names(spec: Model) -> list[str]:
         if not isinstance(try_to_load_from_cache(spec.path, "config.json", revision=spec.revision), str):
             raise _unreachable(spec, error) from None
         # From here on the cache alone: for each file that may not even exist, the library would try as long.
-        constants.HF_HUB_OFFLINE = True
+        hub.go_offline()
         return []
 
 

@@ -19,11 +19,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library 
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
+from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.fingerprint import HUB_TIMEOUT_S
 from rlhf_pipeline.recipe.schema import Model, Source
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import RESULT
@@ -81,7 +81,7 @@ def why_missing(spec: Model) -> str | None:
     if Path(spec.path).is_dir():
         return None
     try:
-        HfApi().model_info(spec.path, revision=spec.revision, timeout=HUB_TIMEOUT_S)
+        hub.ask("model", spec.path, spec.revision)
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code < 500:
             return None
@@ -90,7 +90,7 @@ def why_missing(spec: Model) -> str | None:
         reason = UNREACHABLE
     else:
         return None
-    constants.HF_HUB_OFFLINE = True
+    hub.go_offline()
     cached = isinstance(try_to_load_from_cache(spec.path, "config.json", revision=spec.revision), str)
     return None if cached else reason
 
@@ -132,13 +132,13 @@ def write_rows(source: Source, file: Path, n: int) -> str | None:
 def _first_rows(source: Source, n: int) -> list[dict[str, Any]]:
     if not constants.HF_HUB_OFFLINE:
         try:
-            HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_TIMEOUT_S)
+            hub.ask("dataset", source.path, source.revision)
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code in (401, 404):
                 hint = "check the spelling and the network; relative paths start from the recipe's folder"
                 raise InputError("there is no such data file or hub dataset", place=source.path, hint=hint) from None
         except Exception:  # offline in one of many ways
-            constants.HF_HUB_OFFLINE = True
+            hub.go_offline()
     import datasets  # a second, which a smoke without hub datasets is spared
 
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = constants.HF_HUB_OFFLINE

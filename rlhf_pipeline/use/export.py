@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from rlhf_pipeline import kinds
+from rlhf_pipeline import hub, kinds
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, RunError
-from rlhf_pipeline.fingerprint import HUB_TIMEOUT_S, Digests
+from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.finished import warning
@@ -158,10 +158,8 @@ def _license(recipe: Recipe) -> dict[str, str]:
             if head := re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL):
                 found = yaml.safe_load(head[1])
     else:
-        from huggingface_hub import HfApi
-
         with contextlib.suppress(Exception):  # offline, unreachable, no access: then it is not known
-            about = HfApi().model_info(recipe.model.path, revision=recipe.model.revision, timeout=HUB_TIMEOUT_S)
+            about = hub.ask("model", recipe.model.path, recipe.model.revision)
             found = about.card_data.to_dict() if about.card_data else {}
     keys = ("license", "license_name", "license_link")
     return {key: found[key] for key in keys if isinstance(found, dict) and isinstance(found.get(key), str)}
