@@ -1,14 +1,17 @@
-"""What files and hub repositories hold, as digests and commits that the plan compares. No torch."""
+"""What decides a stage's result: its settings, and what files and hub repositories hold. No torch."""
 
 import hashlib
 import importlib
 import sys
+from collections.abc import Set
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
 from rlhf_pipeline import hub
-from rlhf_pipeline.recipe import Data, Model, Recipe
+from rlhf_pipeline.recipe import BASE, Data, Model, Recipe
 from rlhf_pipeline.recipe.data_files import is_local, matching
+from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir.file_digests import FileDigests
 
@@ -102,6 +105,66 @@ def pin(recipe: Recipe) -> None:
             if key not in commits:
                 commits[key] = hub.commit(*key)
             spec.revision = commits[key] or spec.revision
+
+
+def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any]:
+    """Everything that decides a stage's result, as flat keys; where and how often things are written is left out.
+
+    Args:
+        recipe: the recipe.
+        name: the stage's.
+        earlier: the fingerprints of the stages before it.
+        digests: tells what files and hub repositories hold.
+    """
+    stage = recipe.stages[name]
+    inputs: dict[str, Any] = {
+        "kind": stage.kind,
+        "seed": recipe.seed,
+        "model": digests.of_model(recipe.model),
+        "model.quantization": recipe.model.quantization,
+        "model.dtype": recipe.model.dtype,
+    }
+    for role, parent in stage.parents.items():
+        inputs[role] = earlier.get(parent, BASE)
+    if recipe.model.trust_remote_code:
+        inputs["model.trust_remote_code"] = True
+    if recipe.model.chat_template:
+        template = Path(recipe.model.chat_template)
+        inputs["model.chat_template"] = f"{template.name}@{digests.of_file(template)}"
+    inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
+    inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
+    inputs |= data_inputs("data", stage.data, digests)
+    if stage.ptx_data:
+        inputs |= data_inputs("ptx_data", stage.ptx_data, digests)
+    return inputs
+
+
+def judging_inputs(recipe: Recipe, name: str, digests: Digests) -> dict[str, Any] | None:
+    """What decides `judge_mean` beside the weights; None for a stage that is not judged.
+
+    Apart from the other inputs: when only these change, a stage is judged again, not trained again.
+    """
+    if recipe.evaluate is None or not recipe.stages[name].facts.is_policy:
+        return None
+    settings = recipe.evaluate.model_dump(exclude={"data", "batch_size", "along"})
+    settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
+    return settings | data_inputs("data", recipe.evaluate.data, digests)
+
+
+def data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:
+    """What decides which rows a stage gets: their content, and every setting that is not as by default."""
+    inputs = {prefix: digests.of_data(data)} | _not_default(prefix, data, {"mix", "eval_data"})
+    for i, source in enumerate(data.mix):
+        inputs |= _not_default(f"{prefix}.mix.{i}", source)
+    if data.eval_data:
+        name = f"{prefix}.eval_data"
+        inputs |= {name: digests.of_source(data.eval_data)} | _not_default(name, data.eval_data)
+    return inputs
+
+
+def _not_default(prefix: str, source: Source, apart: Set[str] = frozenset()) -> dict[str, Any]:
+    settings = source.model_dump(exclude={"path", "revision", *apart}, exclude_defaults=True)
+    return {f"{prefix}.{key}": value for key, value in settings.items()}
 
 
 def short_hash(content: bytes) -> str:

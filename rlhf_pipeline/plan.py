@@ -2,19 +2,16 @@
 
 import importlib.metadata
 import json
-from collections.abc import Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.data.shapes import Wanted, recognise
 from rlhf_pipeline.errors import InputError, InputErrors
-from rlhf_pipeline.fingerprint import Digests, pin, short_hash
-from rlhf_pipeline.recipe import BASE, Data, Recipe, gates
-from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
-from rlhf_pipeline.recipe.schema import Source, Stage
+from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, stage_inputs
+from rlhf_pipeline.recipe import Data, Recipe, gates
+from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.state import StageState, State, find_state, stage_at_work
@@ -83,10 +80,10 @@ def make(
     plans: dict[str, StagePlan] = {}
     for name, stage in recipe.stages.items():
         record = directory.record(name) or Record()
-        plan = StagePlan(name, stage.kind, parents_of(stage), record=record)
-        plan.inputs = stage_inputs(recipe, name, plans, digests)
+        plan = StagePlan(name, stage.kind, stage.parents, record=record)
+        plan.inputs = stage_inputs(recipe, name, {other: plans[other].fingerprint for other in plans}, digests)
         plan.fingerprint = short_hash(json.dumps(plan.inputs, sort_keys=True).encode())
-        plan.judging = judging_inputs(recipe, stage.kind, digests)
+        plan.judging = judging_inputs(recipe, name, digests)
         parents = [plans[parent] for parent in plan.parents.values() if parent in plans]
         changed = (
             [*_changes(record.inputs, plan), *other_versions(record, installed)] if record.model_fields_set else []
@@ -98,64 +95,6 @@ def make(
             plan.state, plan.reason = _apply_gates(plan, stage.gates, ignore_gates)
         plans[name] = plan
     return list(plans.values())
-
-
-def parents_of(stage: Stage) -> dict[str, str]:
-    """The stage, or `base`, that a stage of a recipe has in each role that its kind needs."""
-    return {parent.role: getattr(stage, parent.role) or BASE for parent in kinds.get(stage.kind).parents}
-
-
-def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, StagePlan], digests: Digests) -> dict[str, Any]:
-    """Everything that decides a stage's result, as flat keys; where and how often things are written is left out."""
-    stage = recipe.stages[name]
-    inputs: dict[str, Any] = {
-        "kind": stage.kind,
-        "seed": recipe.seed,
-        "model": digests.of_model(recipe.model),
-        "model.quantization": recipe.model.quantization,
-        "model.dtype": recipe.model.dtype,
-    }
-    for role, parent in parents_of(stage).items():
-        inputs[role] = earlier[parent].fingerprint if parent in earlier else BASE
-    if recipe.model.trust_remote_code:
-        inputs["model.trust_remote_code"] = True
-    if recipe.model.chat_template:
-        template = Path(recipe.model.chat_template)
-        inputs["model.chat_template"] = f"{template.name}@{digests.of_file(template)}"
-    inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
-    inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
-    inputs |= data_inputs("data", stage.data, digests)
-    if stage.ptx_data:
-        inputs |= data_inputs("ptx_data", stage.ptx_data, digests)
-    return inputs
-
-
-def judging_inputs(recipe: Recipe, kind: str, digests: Digests) -> dict[str, Any] | None:
-    """What decides `judge_mean` beside the weights; None for a stage that is not judged.
-
-    Apart from the other inputs: when only these change, a stage is judged again, not trained again.
-    """
-    if recipe.evaluate is None or not kinds.get(kind).is_policy:
-        return None
-    settings = recipe.evaluate.model_dump(exclude={"data", "batch_size", "along"})
-    settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
-    return settings | data_inputs("data", recipe.evaluate.data, digests)
-
-
-def data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:
-    """What decides which rows a stage gets: their content, and every setting that is not as by default."""
-    inputs = {prefix: digests.of_data(data)} | _not_default(prefix, data, {"mix", "eval_data"})
-    for i, source in enumerate(data.mix):
-        inputs |= _not_default(f"{prefix}.mix.{i}", source)
-    if data.eval_data:
-        name = f"{prefix}.eval_data"
-        inputs |= {name: digests.of_source(data.eval_data)} | _not_default(name, data.eval_data)
-    return inputs
-
-
-def _not_default(prefix: str, source: Source, apart: Set[str] = frozenset()) -> dict[str, Any]:
-    settings = source.model_dump(exclude={"path", "revision", *apart}, exclude_defaults=True)
-    return {f"{prefix}.{key}": value for key, value in settings.items()}
 
 
 def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_pipeline import plan
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.fingerprint import Digests, short_hash
+from rlhf_pipeline.fingerprint import Digests, data_inputs, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.rundir import durable, state
@@ -93,7 +92,7 @@ def _digest(recipe: Recipe, data: Data) -> str | None:
         return None
     digests = Digests()
     try:
-        content: dict[str, Any] = plan.data_inputs("data", data, digests)
+        content: dict[str, Any] = data_inputs("data", data, digests)
     except InputError:
         return None
     if recipe.evaluate:

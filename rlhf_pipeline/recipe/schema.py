@@ -184,6 +184,11 @@ class Stage(_Strict):
         """What a stage of this kind is."""
         return get(self.kind)
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """The stage, or `base`, that it has in each role that its kind needs."""
+        return {parent.role: getattr(self, parent.role) or BASE for parent in self.facts.parents}
+
 
 def _list_of_trackers(value: Any) -> Any:
     """`report_to: wandb` is short for `report_to: [wandb]`, and `none` for no tracker."""
