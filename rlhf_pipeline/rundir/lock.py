@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Literal, NoReturn
 
 from rlhf_pipeline.errors import RunError
 
 BEAT_S = 15.0  # how often the holder shows that it is alive
 SILENT_S = 120.0  # a holder on another machine that has shown nothing for so long is taken for dead
+
+Kernel = Literal["granted", "refused", "unsupported"]  # its answer when it is asked for a lock; not all disks have one
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Lock:
     The kernel's lock goes with its process, however that ends, so on one machine nothing is ever left behind. Between
     machines that share a disk it may not be passed on, or may outlive its machine; there the heartbeat, the file's
     time of change, decides.
+
+    `filelock.SoftFileLease` does without the kernel's lock, and so cannot tell that a process is dead while its parent
+    has not collected it, or when it was in another container; a run could not start again at once.
 
     Args:
         folder: the run directory.
@@ -74,14 +79,7 @@ class Lock:
         except OSError:  # there is none, or it is somebody else's, and then a run will say that it cannot be written to
             return False
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    return not self._is_silent(time.time())
-                if self._lives_here(time.time()):
-                    return True
-        return self._is_held_elsewhere(time.time())
+            return self._holder_lives(_flock(file, fcntl.LOCK_SH), time.time())
 
     def refuse_if_held(self) -> None:
         """Raise `RunError`, naming the holder, if a run is going on here."""
@@ -99,89 +97,71 @@ class Lock:
         deadline = time.monotonic() + 1.0  # someone else may be only looking; see `is_held`
         while True:
             file = self.file.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    dead = self._is_silent(self._time_there()) and self._is_still(file)
-                    file.close()
-                    if dead:
-                        self.file.unlink(missing_ok=True)  # the lock outlived its machine: it stays with the old file
-                    elif time.monotonic() > deadline:
-                        self._refuse()
-                    else:
-                        time.sleep(0.02)
-                    continue
-                if self._lives_here(self._time_there()):  # no locks on this file system: the holder's word has to do
-                    file.close()
+            kernel = _flock(file, fcntl.LOCK_EX)
+            lives = self._holder_lives(kernel, self._disk_time())
+            if not self._is_current(file):  # another process has replaced it since we opened it
+                file.close()
+            elif lives:
+                file.close()
+                if kernel != "refused" or time.monotonic() > deadline:
                     self._refuse()
-            if not self._is_still(file):
+                time.sleep(0.02)
+            elif kernel == "refused":
                 file.close()
-                continue
-            if self._is_held_elsewhere(self._time_there()):
-                file.close()
-                self._refuse()
-            file.truncate(0)
-            file.write(
-                json.dumps(asdict(Holder(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"))))
-            )
-            file.flush()
-            return file
+                self.file.unlink(missing_ok=True)  # the lock outlived its machine: it stays with the old file
+            else:
+                holder = Holder(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"))
+                file.truncate(0)
+                file.write(json.dumps(asdict(holder)))
+                file.flush()
+                return file
 
     def _beat(self, file: IO[str], over: threading.Event) -> None:
         """Touch the file now and then; end this process if another machine has taken the directory over."""
         while not over.wait(BEAT_S):
-            if not self._is_still(file):
+            try:
+                if self._is_current(file):
+                    os.utime(file.fileno())
+                    continue
+            except OSError:  # a disk that fails for once is no reason to end
+                continue
+            with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"error: another run has taken over {self.folder}; this one ends", file=sys.stderr, flush=True)
-                os._exit(1)
-            with contextlib.suppress(OSError):
-                os.utime(file.fileno())
+            os._exit(1)
 
-    def _is_still(self, file: IO[str]) -> bool:
+    def _is_current(self, file: IO[str]) -> bool:
         """Whether an open file is the lock that others see."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), self.file.stat())
         except FileNotFoundError:
             return False
 
-    def _is_held_elsewhere(self, now: float) -> bool:
-        """Whether a process of another machine shows that it is alive."""
-        holder = self.holder()
-        return holder is not None and holder.host != socket.gethostname() and not self._is_silent(now)
+    def _holder_lives(self, kernel: Kernel, now: float) -> bool:
+        """Whether the process that the file names is alive, as far as can be told from here.
 
-    def _is_silent(self, now: float) -> bool:
-        """Whether the holder is on another machine and has shown nothing for long."""
+        Args:
+            kernel: what the kernel answered to our wish for its lock.
+            now: the time that the heartbeat is compared with, in seconds since 1970.
+        """
         holder = self.holder()
-        if holder is None or holder.host == socket.gethostname():
-            return False
+        if holder is None:  # the file is empty, or someone is just writing it
+            return kernel == "refused"
+        here = holder.host == socket.gethostname()
+        if here and kernel != "unsupported":  # on one machine the kernel knows
+            return kernel == "refused"
         try:
-            return now - self.file.stat().st_mtime > SILENT_S
+            is_silent = now - self.file.stat().st_mtime > SILENT_S
         except FileNotFoundError:
             return False
+        return not is_silent and (not here or _is_running(holder.pid))
 
-    def _lives_here(self, now: float) -> bool:
-        """Whether the holder is a process of this machine that is there and shows that it is alive."""
-        holder = self.holder()
-        if holder is None or holder.host != socket.gethostname():
-            return False
-        try:
-            os.kill(holder.pid, 0)
-            return now - self.file.stat().st_mtime <= SILENT_S
-        except PermissionError:
-            return True
-        except OSError:
-            return False
+    def _disk_time(self) -> float:
+        """The time by the clock of the disk, which all machines share, in seconds since 1970."""
+        import tempfile  # only a run needs it, and `--help` and `status` are to answer at once
 
-    def _time_there(self) -> float:
-        """The time by the clock of the disk, which all machines share."""
-        probe = self.folder / f".clock-{socket.gethostname()}-{os.getpid()}"
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        except FileNotFoundError:  # whoever takes the lock clears such files away
-            return time.time()
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            os.utime(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
 
     def _refuse(self) -> NoReturn:
         holder = self.holder()
@@ -189,3 +169,23 @@ class Lock:
         if holder is not None and holder.host != socket.gethostname():
             hint += f"; if it died, its hold ends {SILENT_S:.0f} s after its last sign of life"
         raise RunError(f"{self.folder} is in use by {holder or 'another process'}", hint=hint)
+
+
+def _flock(file: IO[str], kind: int) -> Kernel:
+    """Ask the kernel for a lock on an open file, without waiting."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return "refused" if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else "unsupported"
+    return "granted"
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # there is, and it is another user's
+        return True
+    except OSError:
+        return False
+    return True

@@ -151,6 +151,26 @@ def test_it_goes_with_a_killed_process(lock, start):
     assert lock.holder() is None
 
 
+def test_it_goes_with_a_killed_process_that_its_parent_has_not_collected(lock, start):
+    """As in a container whose first process collects nobody: the process number is still taken."""
+    process = start()
+    assert process.says() == "held"
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(process.pid, 0)  # it still has its number
+    assert not lock.is_held()
+    with lock.held():
+        pass
+
+
+def test_a_dead_process_whose_number_another_one_has_keeps_nobody_out(lock):
+    """As in a container that was started again: its run has the same number each time."""
+    leave(lock, socket.gethostname(), 0, os.getppid())
+    assert not lock.is_held()
+    with lock.held():
+        assert lock.holder().pid == os.getpid()
+
+
 def test_it_goes_with_a_killed_process_that_had_children(lock, start, tmp_path):
     """As the runner has its worker; a child that outlives it must not hold what it never asked for."""
     code = HOLD.replace('print("held"', 'import subprocess; child = subprocess.Popen(["sleep", "60"]); print(child.pid')
@@ -277,8 +297,9 @@ def test_a_holder_whose_directory_is_gone_ends(lock, start):
     assert process.process.wait(timeout=20) == 1
 
 
-def test_the_heart_goes_on_where_it_cannot_be_shown(lock, monkeypatch):
-    """A disk that fails to note the time for once is no reason to end a run."""
+@pytest.mark.parametrize("call", ["utime", "fstat"])
+def test_the_heart_goes_on_where_it_cannot_be_shown(lock, monkeypatch, call):
+    """A disk that fails for once is no reason to end a run, or to stop showing that it is alive."""
     third = threading.Event()
     beats: list[object] = []
 
@@ -289,8 +310,8 @@ def test_the_heart_goes_on_where_it_cannot_be_shown(lock, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("rlhf_pipeline.rundir.lock.BEAT_S", 0.01)
-    with lock.held():
-        monkeypatch.setattr(os, "utime", fail)
+    with lock.held(), monkeypatch.context() as disk:
+        disk.setattr(os, call, fail)
         assert third.wait(5)
 
 
