@@ -55,6 +55,11 @@ def is_there(command: Command, stage: str, what: str) -> bool:
     return (work / {"saving": "adapter", "trained": "trained.json", "result": "result.json"}[what]).exists()
 
 
+def step_of(progress: str) -> int:
+    """The step in `resumes from step 4 of 7`."""
+    return int(progress.partition(" step ")[2].split()[0])
+
+
 def is_writing_checkpoint(work: Path) -> bool:
     return any(name.startswith(".new-checkpoint-") for name in _names(work))
 
@@ -136,7 +141,7 @@ class Attempts:
         assert code == 0
         for stage, progress in before.items():
             if progress is None or "step" in progress:
-                step = int(progress.split()[4]) if progress else None
+                step = step_of(progress) if progress else None
                 assert short_run.read(self.run / stage / "stage.json")["resumed_from_step"] == step
         assert set(short_run.states(self.folder).values()) == {"done"}
         assert short_run.ask(self.folder, "status", "tiny", *short_run.OVERRIDES, "-q").code == 0
@@ -156,7 +161,7 @@ class Attempts:
             else:
                 assert lines[0] == progress, said
             if any(line.startswith("training, from ") for line in lines):
-                step = int(progress.split()[4]) if progress and "step" in progress else None
+                step = step_of(progress) if progress and "step" in progress else None
                 assert short_run.read(self.run / stage / "stage.json")["resumed_from_step"] == step
 
     def _tells_the_truth(self) -> None:
@@ -171,7 +176,7 @@ class Attempts:
             progress = short_run.expected_progress(self.run / stage) if stage not in done else None
             step = short_run.STEPS + 1 if progress and progress.startswith("trained") else None
             if progress and step is None:
-                step = int(progress.split()[4])
+                step = step_of(progress)
             reached = short_run.STEPS + 2 if stage in done else step or 0
             assert reached >= self.reached.get(stage, 0), f"{stage} lost progress"
             self.reached[stage] = reached

@@ -309,7 +309,7 @@ def test_a_stage_whose_worker_was_killed_goes_on_and_ends_as_if_it_was_not(
     assert after.startswith(log) and len(after) > len(log)
 
     for text, run in zip(said[1:], runs[1:], strict=True):
-        assert "ppo     goes on" not in text and "the former results are now in ppo." in text
+        assert "ppo     resumes" not in text and "the former results are now in ppo." in text
         (aside,) = run.glob("ppo.*")
         assert (aside / "work" / "checkpoint-1").is_dir() and (aside / "log.txt").read_text() == log
     assert [row["step"] for row in rows(runs[2] / "ppo" / "metrics.jsonl")] == [1]

@@ -488,7 +488,7 @@ def test_watch_shows_a_run_of_another_process_until_it_ends(real, plain_environm
             shown = drain(ours, shown, until="121/312")
             drain(other, until="121/312")
             left.send_signal(signal.SIGINT)
-            drain(other, until="the run goes on")
+            drain(other, until="the run continues")
             assert left.wait(30) == 0
             finish(real, "ppo", wall_s=42.0, metrics={"judge_mean": 0.97})
             assert watching.poll() is None
