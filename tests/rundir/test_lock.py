@@ -310,10 +310,9 @@ def test_the_heart_goes_on_where_it_cannot_be_shown(lock, monkeypatch, call):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("rlhf_pipeline.rundir.lock.BEAT_S", 0.01)
-    with lock.held():
-        with monkeypatch.context() as disk:
-            disk.setattr(os, call, fail)
-            assert third.wait(5)
+    with lock.held(), monkeypatch.context() as disk:
+        disk.setattr(os, call, fail)
+        assert third.wait(5)
 
 
 # Where the file system has no locks
