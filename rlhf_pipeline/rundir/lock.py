@@ -79,7 +79,8 @@ class Lock:
         except OSError:  # there is none, or it is somebody else's, and then a run will say that it cannot be written to
             return False
         with file:
-            return self._holder_lives(_flock(file, fcntl.LOCK_SH), time.time())
+            kernel = _flock(file, fcntl.LOCK_SH)
+        return self._holder_lives(kernel, time.time())  # without our lock: a run that starts now would wait for it
 
     def refuse_if_held(self) -> None:
         """Raise `RunError`, naming the holder, if a run is going on here."""
