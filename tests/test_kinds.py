@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +180,28 @@ def test_a_new_kind_is_one_entry(tiny_run, monkeypatch, plans):
     assert page._summary(run, stage)["numbers"]
     run.stages[-1] = stage
     assert "Made up" in page.render([run])
+
+
+@pytest.mark.slow
+def test_a_recipe_with_a_new_kind_loads_and_plans(tmp_path):
+    """In a process of its own: the schema lists the kinds when it is imported."""
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: tiny, quantization: none}\n"
+        "stages:\n"
+        "  sft: {data: tiny:demonstrations}\n"
+        '  later: {kind: made_up, data: tiny:preferences, trainer: {beta: 0.2}, gates: {rewards/margins: "> 0"}}\n'
+    )
+    program = (
+        "import dataclasses\n"
+        "from rlhf_pipeline import kinds\n"
+        "kinds.KINDS += (dataclasses.replace(kinds.get('dpo'), name='made_up'),)\n"
+        "kinds.NAMES += ('made_up',)\n"
+        "from rlhf_pipeline import cli\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "-c", program, "plan", "r.yaml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, later = json.loads(done.stdout)["stages"]
+    assert (later["kind"], later["init"], later["state"], later["will_run"]) == ("made_up", "sft", "missing", True)
+    assert later["data"][0]["shape"].startswith("prompt/chosen/rejected")
