@@ -34,7 +34,8 @@ quick: .venv/ready
 # the equality with TRL's own PPO, which is to be had there alone.
 floor: .venv-floor/ready
 	OMP_NUM_THREADS=1 $(FLOOR)/python -m pytest --numprocesses auto --dist worksteal \
-		tests/ppo/test_same_as_trl.py tests/ppo/test_config.py tests/ppo/test_former.py tests/ppo/test_keys.py tests/stages tests/recipe/test_library_keys.py
+		tests/ppo/test_same_as_trl.py tests/ppo/test_config.py tests/ppo/test_former.py tests/ppo/test_keys.py \
+		tests/stages tests/recipe/test_library_keys.py
 
 # Every shipped recipe for two steps a stage, on a tiny checkpoint of its model: docs/ci.md says what that shows.
 smoke: .venv/ready
