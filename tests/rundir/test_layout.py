@@ -374,7 +374,7 @@ def test_a_record_that_names_no_files_wants_the_weights_alone(directory, work):
     assert directory.artifact_problem("sft", Record(), FileDigests()) == "its adapter is gone"
 
 
-# The lock, of which tests/run/test_lock.py says more
+# The lock, of which tests/rundir/test_lock.py says more
 
 
 def test_the_directory_is_made_and_locked(directory):
