@@ -84,6 +84,7 @@ class Kind:
         own_loop: the training loop is ours, not TRL's.
         further_data: keys of the stage with more rows, each with the kind that reads such rows.
         unread: keys of `data:` that have no effect, each with the reason.
+        learning_rate: the usual one with LoRA, as `docs/<name>.md` has it with its source.
         config: the keys of `trainer:`.
         batch_metrics: what its trainer logs as means over batches; in evaluation with `eval_` before it.
         numbers: those that matter, the first one most.
@@ -105,6 +106,7 @@ class Kind:
     own_loop: bool
     further_data: Mapping[str, str]
     unread: Mapping[str, str]
+    learning_rate: str
     config: Config
     batch_metrics: frozenset[str]
     numbers: tuple[Number, ...]
@@ -144,6 +146,7 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         further_data={},
         unread={},
+        learning_rate="2e-4 up to 13B, 1e-4 above",
         config=Config(
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/sft_config.py", "SFTConfig")), "trl.SFTConfig", reads=None,
             refused={},
@@ -173,6 +176,7 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         further_data={},
         unread={},
+        learning_rate="1e-4 with LoRA",
         config=Config(
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")), "trl.RewardConfig", reads=None,
             refused={"label_smoothing_factor": "TRL's reward loss does not read it"},
@@ -203,12 +207,13 @@ KINDS: tuple[Kind, ...] = (
         own_loop=True,
         further_data={"ptx_data": "sft"},
         unread={"max_completion_length": "only prompts are read here"},
+        learning_rate="3e-6; with LoRA up to ten times that",
         config=Config(
             (
                 ("transformers", "training_args.py", "TrainingArguments"),
                 ("rlhf_pipeline", "ppo/config.py", "PPOConfig"),
             ),
-            "docs/ppo.md",
+            "`rlhf-pipeline docs ppo`",
             reads=frozenset({
                 "learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
                 "optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
@@ -262,6 +267,7 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         further_data={},
         unread={},
+        learning_rate="5e-6 to 1e-5",
         config=Config(
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/dpo_config.py", "DPOConfig")), "trl.DPOConfig", reads=None,
             refused={

@@ -23,11 +23,13 @@ import trl
 import typer
 import yaml
 
-from rlhf_pipeline import cli, recipe
+from rlhf_pipeline import cli, kinds, recipe
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import TINY, gates, library_keys
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.run.launch import Launcher
+from rlhf_pipeline.stages.check import check
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -282,6 +284,44 @@ def test_a_recipe_that_is_shown_loads(name, i, block, tmp_path):
         (tmp_path / content["extends"]).write_text(json.dumps(runnable(parse_document(below, name)[0])))
     (tmp_path / "shown.yaml").write_text(json.dumps(runnable(content)))
     recipe.load(str(tmp_path / "shown.yaml"))
+
+
+def test_the_recipe_on_the_front_page_works_as_printed_with_one_file_of_pairs(tmp_path):
+    """But for its model, which is on the hub; no stage is left to a learning rate for full fine-tuning."""
+    (block,) = (block for block in blocks("README.md", "yaml") if block.startswith("# support-bot.yaml"))
+    (tmp_path / "support-bot.yaml").write_text(block, encoding="utf-8")
+    shutil.copy(TINY / "data" / "preferences.jsonl", tmp_path / "preferences.jsonl")
+    loaded = recipe.load(str(tmp_path / "support-bot.yaml"), ["model.path=tiny", "model.quantization=none"])
+    warnings = check(loaded, list(loaded.stages))
+    assert list(loaded.stages) == list(KINDS)
+    assert [line for line in warnings if "learning_rate" in line] == []
+
+
+def test_every_page_that_the_package_names_is_there_and_printed(capsys):
+    """Texts name a page by the command that prints it: docs/ travels in the package, and has no address of its own."""
+    named = set()
+    for file in (ROOT / "rlhf_pipeline").rglob("*.py"):
+        named |= set(re.findall(r"`rlhf-pipeline docs (\w+)", file.read_text(encoding="utf-8")))
+    assert {"json", "data", "ppo"} <= named
+    for page in named:
+        GROUP.main(["docs", page], standalone_mode=False)
+        assert capsys.readouterr().out == text_of(f"docs/{page}.md")
+    with pytest.raises(InputError, match="has no page `pppo`") as error:
+        GROUP.main(["docs", "pppo"], standalone_mode=False)
+    assert error.value.hint == "did you mean `ppo`?"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_usual_learning_rate_is_the_one_on_the_stages_page(kind):
+    (table,) = (one for one in tables(f"docs/{kind}.md") if one[0][:2] == ["key", "TRL's default"])
+    (row,) = (row for row in table if row[0] == "`learning_rate`")
+    assert kinds.get(kind).learning_rate == row[2]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "CONTRIBUTING.md"])
+def test_nobody_is_told_to_install_what_has_our_name_on_the_index(name):
+    """The project is not there, and anyone may take the name."""
+    assert not re.search(r"(pip|uv|pipx)[\w -]* install[^\n`]* [\"']?rlhf-pipeline(\[|[\"'\s`]|==|$)", text_of(name))
 
 
 # Links

@@ -54,6 +54,15 @@ def test_the_wheel_holds_every_recipe_and_their_schema(unpacked: Path, tmp_path:
     assert hint.endswith(f"$schema={(recipes / 'recipe.schema.json').as_uri()}")
 
 
+def test_the_wheel_holds_the_documentation_and_prints_it(unpacked: Path, tmp_path: Path) -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages == {path.name for path in (unpacked / "rlhf_pipeline" / "docs").glob("*.md")}
+    command = [sys.executable, "-P", "-m", "rlhf_pipeline", "docs", "json"]
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout == (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+
+
 def test_the_wheel_holds_every_template(unpacked: Path) -> None:
     templates = {str(file.relative_to(ROOT)): file.read_bytes() for file in (ROOT / "rlhf_pipeline").rglob("*.jinja")}
     assert {Path(name).name for name in templates} == {"card.md.jinja", "chat_template.jinja", "page.html.jinja"}

@@ -30,7 +30,7 @@ SCHEMA_HINT = "# yaml-language-server: $schema="  # where editors look for a rec
     epilog=examples(
         ("plan my-recipe.yaml", "what `run` would do, stage by stage, and why"),
         ("plan tiny ppo.trainer.kl_coef=0.1", "what a changed setting would make necessary"),
-        ("plan my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+        ("plan my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
 def plan(
@@ -89,14 +89,15 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     epilog=examples(
         ("show my-recipe.yaml", "every setting that counts, and where each was written"),
         ("show tiny sft.trainer.learning_rate=1e-3", "with a setting of the command line"),
-        ("show tiny --json", "the same for scripts; see docs/json.md"),
+        ("show tiny --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
 def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the resolved recipe, and where each value was written.
 
     It is YAML that loads to the same recipe. The origin of a value, in the comment beside it, is a line of a file, an
-    override, a default, a variable of the environment, or another stage.
+    override, a default, a variable of the environment, or another stage. What is left to the libraries stands in
+    comments, with their defaults.
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.recipe import show as shows
@@ -114,7 +115,7 @@ def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = 
         ("data my-recipe.yaml", "rows, lengths, what is cut, and an example, for every stage"),
         ("data my-recipe.yaml reward", "for one stage, or some"),
         ("data tiny ppo ppo.data.max_prompt_length=8", "with another setting"),
-        ("data my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+        ("data my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
 def data(
@@ -249,6 +250,21 @@ def shrink(
         for note in shrinking.shrink(Model(path=path), out, tokenizer):
             say(f"note: {note}")
     typer.echo(str(out))
+
+
+@app.command(
+    epilog=examples(
+        ("docs", "the list of pages"),
+        ("docs ppo | less", "PPO: its keys, its numbers and what is healthy"),
+    )
+)
+def docs(
+    page: Annotated[str, typer.Argument(help="A page, as it is called in docs/.", show_default=False)] = "README",
+) -> None:
+    """Print a page of the documentation, which comes with the package."""
+    from rlhf_pipeline.recipe.shipped import documentation
+
+    typer.echo(documentation(page.removeprefix("docs/").removesuffix(".md")).read_text(encoding="utf-8"), nl=False)
 
 
 @app.command(

@@ -56,7 +56,7 @@ def report(
     epilog=examples(
         ("diff runs/first runs/second", "settings, data, versions and final numbers that differ"),
         ("diff first.yaml second.yaml", "the runs of two recipes"),
-        ("diff runs/first runs/second --json", "the same for scripts; see docs/json.md"),
+        ("diff runs/first runs/second --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
 def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> None:
@@ -82,7 +82,7 @@ def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> Non
         ("compare my-recipe.yaml", "base, SFT, PPO and DPO on the prompts of `evaluate`"),
         ("compare runs/my-recipe --prompts questions.jsonl --n 200", "on prompts of your own"),
         ('compare my-recipe.yaml -p "Who are you?" --temperature 0', "on one, greedily"),
-        ("compare my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+        ("compare my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
 def compare(

@@ -95,7 +95,7 @@ def watch(run: RunArgument, verbose: Verbose = False) -> None:
 @app.command(
     epilog=examples(
         ("status my-recipe.yaml", "state, time and final numbers of every stage"),
-        ("status my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+        ("status my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
         ("status my-recipe.yaml -q && echo done", "only whether every stage is done"),
     )
 )
@@ -129,7 +129,7 @@ def status(
     epilog=examples(
         ("prune my-recipe.yaml", "list them, and ask whether to remove them"),
         ("prune runs/my-recipe --yes", "remove them without asking"),
-        ("prune runs/my-recipe --json", "list them for scripts; never asks; see docs/json.md"),
+        ("prune runs/my-recipe --json", "list them for scripts; never asks; see `rlhf-pipeline docs json`"),
     )
 )
 def prune(
@@ -171,7 +171,7 @@ def prune(
         ("smoke my-recipe.yaml", "every stage for two steps, without a GPU and in about a minute"),
         ("smoke my-recipe.yaml --tokenizer my-tokenizer", "with a tokenizer at hand, where there is no network"),
         ("smoke my-recipe.yaml --keep smoke", "leave all that it made in a folder, to look at"),
-        ("smoke my-recipe.yaml --json", "the same for scripts; see docs/json.md"),
+        ("smoke my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
 def smoke(

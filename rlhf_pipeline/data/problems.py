@@ -58,7 +58,7 @@ def _errors(numbers: dict[str, Any], place: str) -> Iterator[InputError]:
     if numbers["equal_pairs"] == rows:
         yield InputError(f"in all {rows:,} pairs the two replies are the same", place=place)
     doubles = numbers["duplicates"]["rows"]
-    if doubles > TOO_MANY_DUPLICATES * rows:
+    if kinds.get(numbers["kind"]).reads != "prompts" and doubles > TOO_MANY_DUPLICATES * rows:
         yield InputError(
             f"{out_of(doubles, rows)} rows repeat an earlier one",
             place=place,
@@ -114,7 +114,11 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
 
 def _warnings_of_repetition(numbers: dict[str, Any]) -> Iterator[str]:
     rows, doubles, both = numbers["rows"], numbers["duplicates"]["rows"], numbers["both_sides"]
-    if MANY_DUPLICATES * rows < doubles <= TOO_MANY_DUPLICATES * rows:
+    if kinds.get(numbers["kind"]).reads == "prompts":  # those of preferences have one row for each pair
+        if doubles > MANY_DUPLICATES * rows:
+            often = out_of(doubles, rows)
+            yield f"{often} prompts repeat an earlier one, so they are asked more often; if not meant, remove them"
+    elif MANY_DUPLICATES * rows < doubles <= TOO_MANY_DUPLICATES * rows:
         yield f"{out_of(doubles, rows)} rows repeat an earlier one"
     if numbers["equal_pairs"] and numbers["equal_pairs"] < rows:
         yield f"in {out_of(numbers['equal_pairs'], rows)} pairs the two replies are the same, and teach nothing"
@@ -157,7 +161,10 @@ def across(stages: dict[str, dict[str, Any]]) -> list[str]:
             "true` in `data` if they are a user's turns, and `chat: false` if not"
         )
     if turns and default:
-        warnings.append("the model has no chat template, so turns are written in a plain default; see docs/data.md")
+        warnings.append(
+            "the model has no chat template, so turns are written in a plain default: set `model.chat_template` to "
+            "have another one (`rlhf-pipeline docs data`)"
+        )
     if turns and end and not end.startswith(eos):
         warnings.append(
             f"the chat template ends the assistant's turns in {end!r}, and the replies that are trained end in EOS, "

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -133,6 +133,9 @@ class Key(NamedTuple):
     default: Any
     """Its default; `...` where the file alone does not show it."""
 
+    package: str
+    """The package that decides the default, such as `trl`."""
+
 
 @functools.cache
 def keys(config: str) -> dict[str, Key]:
@@ -157,7 +160,7 @@ def keys(config: str) -> dict[str, Key]:
                 if choices := _literal(details.get("choices"), []):
                     annotation = f"Literal[{', '.join(map(repr, choices))}]{' | None' * ('None' in annotation)}"
                 text = " ".join(str(_literal(details.get("help"), "")).replace("%%", "%").split())
-                found[name] = Key(annotation, text, _literal(details.get("default"), ...))
+                found[name] = Key(annotation, text, _literal(details.get("default"), ...), package)
     return {name: key for name, key in found.items() if not name.startswith("_")}
 
 
@@ -216,6 +219,27 @@ def refusal(config: str, key: str) -> str | None:
         return None
     otherwise = None if kind.config.reads is None else f"{kind.title} does not read it"
     return (_DECIDED | dict(kind.config.refused)).get(key, otherwise)
+
+
+def defaults(config: str, given: Collection[str], holds_out: bool = True) -> dict[str, Key]:
+    """The keys that a recipe may set, has not set, and whose default decides the result; sorted.
+
+    Left out are those whose default is null, would have no effect beside the other defaults, or is computed by the
+    library.
+
+    Args:
+        config: the name of a kind, or `lora`.
+        given: the keys that are set.
+        holds_out: whether there are rows to evaluate on.
+    """
+    found = keys(config)
+    rest = {name: found[name] for name in settable(config) if name not in given}
+    useless = without_effect(config, {name: key.default for name, key in rest.items()}, holds_out)
+    return {
+        name: key
+        for name, key in rest.items()
+        if key.default not in (None, ...) and name not in useless and name not in WITHOUT_EFFECT_ON_RESULT
+    }
 
 
 def documented(config: str) -> str:

@@ -1,4 +1,4 @@
-"""Where recipes are found: at a path, or among those that ship with the package."""
+"""Where recipes are found: at a path, or among those that ship with the package. Its documentation ships, too."""
 
 import difflib
 import importlib.resources
@@ -10,10 +10,24 @@ PACKAGE = Path(str(importlib.resources.files("rlhf_pipeline")))
 TINY = PACKAGE / "models" / "tiny"
 
 
-def shipped_folder() -> Path:
-    """Where the shipped recipes are: inside the installed package, or beside it in a checkout."""
-    inside = PACKAGE / "recipes"
-    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+def shipped_folder(name: str = "recipes") -> Path:
+    """Where the shipped recipes, or `docs`, are: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent / name
+
+
+def documentation(page: str) -> Path:
+    """The file of a page of the documentation, which ships with the package; `README` is its list of pages.
+
+    Raises:
+        InputError: there is no such page.
+    """
+    pages = {path.stem: path for path in sorted(shipped_folder("docs").glob("*.md"))}
+    if page not in pages:
+        near = difflib.get_close_matches(page, pages, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(name for name in pages)}"
+        raise InputError(f"the documentation has no page `{page}`", hint=hint)
+    return pages[page]
 
 
 def shipped() -> dict[str, Path]:

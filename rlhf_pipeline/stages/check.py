@@ -63,7 +63,18 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     found += wrong
     if found:
         raise InputErrors(found)
-    return report["warnings"]
+    return [*default_learning_rates(recipe, names), *report["warnings"]]
+
+
+def default_learning_rates(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """A line for each stage without a learning rate of its own: the library's default, and the usual one with LoRA."""
+    return [
+        f"stages.{name}.trainer.learning_rate is not set, so the library's default is used: "
+        f"{stages.BY_KIND[recipe.stages[name].kind].CONFIG.learning_rate:g}; usual is "
+        f"{recipe.stages[name].facts.learning_rate} (`rlhf-pipeline docs {recipe.stages[name].kind}`): set it"
+        for name in names
+        if "learning_rate" not in recipe.stages[name].trainer
+    ]
 
 
 def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> None:

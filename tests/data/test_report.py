@@ -282,10 +282,16 @@ class TestErrors:
             assert errors == [f"1 of 10 (10%) {what} are empty"]
 
     def test_more_than_half_duplicates(self, data, measure):
-        for kind in ("sft", "reward", "ppo", "dpo"):
+        for kind in ("sft", "reward", "dpo"):
             assert found(measure(kind, data(pairs(10) * 2)))[0] == []
             errors, _ = found(measure(kind, data([*pairs(10) * 2, *pairs(1)])))
             assert errors == ["11 of 21 (52%) rows repeat an earlier one"]
+
+    def test_prompts_of_several_pairs_are_no_error(self, data, measure):
+        """Four replies to a prompt make six pairs, and PPO may read its prompts from there."""
+        errors, warnings = found(measure("ppo", data(pairs(5) * 6)))
+        assert errors == []
+        assert len([warning for warning in warnings if "25 of 30 (83%) prompts repeat an earlier one" in warning]) == 1
 
     def test_all_pairs_equal(self, data, measure):
         rows = [{"prompt": f"Q {i}:", "chosen": " so", "rejected": " so"} for i in range(10)]

@@ -1,5 +1,6 @@
 """`show`: the resolved recipe as a recipe again, and where each value comes from."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
 
 from rlhf_pipeline import recipe
 from rlhf_pipeline.recipe import show
@@ -99,10 +101,35 @@ def test_the_output_says_the_same_and_is_a_recipe(mine, tmp_path):
 
 
 def test_every_line_with_a_value_has_an_origin_and_they_are_aligned(mine):
-    lines = [line for line in shown(mine).splitlines() if line and not line.endswith(":")]
+    lines = [line for line in shown(mine).splitlines() if line.partition("#")[0].strip() and not line.endswith(":")]
     assert all("  # " in line for line in lines)
     columns = {line.rindex("  # ") for line in lines if len(line.partition("  # ")[0].rstrip()) <= show.WIDEST}
     assert len(columns) == 1
+
+
+def test_what_the_recipe_leaves_to_the_libraries_is_shown_with_their_defaults(mine):
+    """Beside what is set, what decides the result: TRL's value where TRL has another one than Transformers."""
+    text, loaded = shown(mine), recipe.load(mine)
+    reward = text.partition("\n  reward:\n")[2].partition("\n  ppo:\n")[0]
+    comments = re.sub(r"\n +# {3}", " ", reward)  # joins the lines of one paragraph
+    (trl_line,) = re.findall(r"# default in TRL: (.*)", comments)
+    (transformers_line,) = re.findall(r"# default in Transformers: (.*)", comments)
+    assert f"learning_rate: {trl.RewardConfig.learning_rate:.1e}".replace("1.0e-04", "0.0001") in trl_line
+    assert "num_train_epochs: 3.0" in transformers_line and "seed" not in transformers_line
+    assert "logging_steps" not in comments  # it decides nothing about the result
+    defaults = show.as_json(*recipe.load_with_origins(mine))["library_defaults"]
+    assert "stages.sft.trainer.learning_rate" not in defaults  # the recipe sets it
+    for kind, config in (("sft", trl.SFTConfig), ("reward", trl.RewardConfig), ("dpo", trl.DPOConfig)):
+        fields = {field.name: field for field in dataclasses.fields(config)}
+        of_stage = {path: said for path, said in defaults.items() if path.startswith(f"stages.{kind}.")}
+        assert len(of_stage) > 15
+        for path, said in of_stage.items():
+            field = fields[path.rpartition(".")[2]]
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            assert said["value"] == getattr(default, "value", default), path
+            assert path.rpartition(".")[2] not in loaded.stages[kind].trainer
+    assert defaults["stages.ppo.trainer.kl_coef"] == {"value": 0.05, "from": "rlhf_pipeline"}
+    assert defaults["lora.lora_dropout"] == {"value": 0.0, "from": "peft"}
 
 
 @pytest.mark.parametrize("name", recipe.shipped())

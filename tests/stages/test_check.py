@@ -95,3 +95,10 @@ def test_the_tokenizer_is_loaded_and_hashed_once(load, opened, monkeypatch):
     recipe = load()
     check(recipe, list(recipe.stages))
     assert calls == {"loaded": 1, "hashed": 1}
+
+
+def test_a_stage_without_a_learning_rate_is_told_the_default_and_the_usual_one(load):
+    warnings = check(load("dpo.trainer={beta: 0.3}"), ["sft", "dpo"])
+    (warning,) = (line for line in warnings if "learning_rate" in line)
+    assert warning.startswith("stages.dpo.trainer.learning_rate is not set")
+    assert "default is used: 1e-06; usual is 5e-6 to 1e-5 (`rlhf-pipeline docs dpo`)" in warning
