@@ -255,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.01, 0.1, 1.0])
+    parser.add_argument("--episodes", type=int, default=SETTINGS["per_device_train_batch_size"], help="of an update")
     arguments = parser.parse_args()
     rows, good = [], True
     print("| β | seed | reward ours | reward exact | KL ours | KL exact | CPU seconds | updates |\n" + "|---" * 8 + "|")
@@ -267,7 +268,10 @@ def main() -> None:
                 f"seed {seed}: the reference says a word with {words.min():.3f} to {words.max():.3f} (1/12 is 0.083), "
                 f"anything else with at most {others.max():.4f}"
             )
-            measured = {beta: task.train(beta) for beta in sorted(arguments.betas)}
+            sizes = dict.fromkeys(
+                ("per_device_train_batch_size", "local_rollout_forward_batch_size"), arguments.episodes
+            )
+            measured = {beta: task.train(beta, **sizes) for beta in sorted(arguments.betas)}
         for beta, one in measured.items():
             (reward, kl), (best_reward, best_kl) = one.ours, one.exact
             print(
