@@ -7,6 +7,7 @@ Overrides may follow, for example `model.quantization=nf4`.
 import argparse
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,11 @@ def main() -> None:
         if len(rows) == 1:
             print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
         print("| " + " | ".join(f"{value:.3g}" for value in rows[-1].values()) + " |", flush=True)
+    if len(rows) > 1:
+        for name, of in (("mean", statistics.mean), ("deviation", statistics.stdev), ("least", min), ("most", max)):
+            print(
+                f"| {name} | " + " | ".join(f"{of([row[key] for row in rows]):.3g}" for key in list(rows[0])[1:]) + " |"
+            )
     print(json.dumps(rows))
     trivial = all(row["reward accuracy"] == 1.0 for row in rows)
     sys.exit(0 if all(holds(row) for row in rows) and not trivial else 1)
