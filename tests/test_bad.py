@@ -120,11 +120,11 @@ def test_one_broken_line_among_very_many_is_named(check, tmp_path):
     row = '{"prompt": "Q: What is the capital of Peru?", "completion": " It is Lima."}\n'
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt", compresslevel=1) as file:
         for _ in range(2):
-            file.write(row * 100_000)
+            file.write(row * 20_000)
         file.write(row.replace('"}', "}"))
-        file.write(row * 100_000)
+        file.write(row * 20_000)
     said = check(recipe_of(tmp_path, "sft: {data: rows.jsonl.gz}"))
-    assert said.startswith("error: rows.jsonl.gz:200001: this line is not JSON: ")
+    assert said.startswith("error: rows.jsonl.gz:40001: this line is not JSON: ")
 
 
 def test_a_tokenizer_without_eos_is_refused(check, tmp_path):
