@@ -169,11 +169,13 @@ WRONG = {
     "show": ("gone.yaml",), "data": ("gone.yaml",), "smoke": ("gone.yaml",), "cp": ("gone",), "diff": ("a", "b"),
     "prune": ("gone",), "compare": ("gone",), "report": ("gone",), "shrink": ("./gone", "out"),
     "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),
+    "docs": ("gone",),
     "schema": ("too", "many"), "chat": ("gone",), "score": ("gone", "rows.jsonl"), "watch": ("gone",),
 }  # fmt: skip
 RIGHT = {
     "plan": ("first.yaml",), "status": ("first.yaml",), "show": ("first.yaml",), "ls": (), "cp": ("tiny",), "env": (),
     "diff": ("runs/first", "runs/second"), "report": ("runs/first",), "prune": ("runs/first", "--yes"), "schema": (),
+    "docs": (),
 }  # fmt: skip
 
 
