@@ -22,7 +22,7 @@ LAYERS = [
     ["fingerprint"],
     ["rundir"],
     ["recipe"],
-    ["hub", "kinds"],
+    ["hub", "kinds", "shares"],
     ["errors"],
     ["__init__"],
 ]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -24,12 +23,12 @@ from rlhf_pipeline.ppo.rollout import Episodes, sample
 from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
 from rlhf_pipeline.rundir.secrets import redact
+from rlhf_pipeline.shares import interval
 from rlhf_pipeline.stages.judge import ask, load_judge
 
 Asked = list[tuple[Prompt, dict[str, Any]]]
 MEASURES = ("reward", "judge", "kl", "tokens", "ended")
 BATCH_SIZE = 16  # replies at once, where no `evaluate` says how many
-RESAMPLES = 10_000  # of the bootstrap
 
 
 def default_prompts(recipe: Recipe, n: int) -> tuple[Asked, Data]:
@@ -249,9 +248,8 @@ def _win_rates(policies: list[str], replies: dict[str, list[dict[str, Any]]]) ->
 def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict[str, float] | None:
     """How often one policy's reply is better than another's to the same prompt, a tie counting half.
 
-    The interval holds 95 % of what comes out when prompts are drawn anew, with replacement, from those there are
-    (the percentile bootstrap): the prompts are what was drawn from a wider world, each with its two replies. Drawing
-    them is drawing how many of them are won, tied and lost.
+    The interval is of the share of prompts, which were drawn from a wider world, each with its two replies; see
+    `shares.interval`.
 
     Args:
         ours: a score for each prompt; higher is better.
@@ -263,16 +261,9 @@ def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> di
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     if not pairs:
         return None
-    outcomes = np.array([sum(a > b for a, b in pairs), sum(a == b for a, b in pairs), sum(a < b for a, b in pairs)])
-    worth = np.array([1.0, 0.5, 0.0]) / len(pairs)
-    drawn = np.random.default_rng(0).multinomial(len(pairs), outcomes / len(pairs), RESAMPLES) @ worth
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {
-        "win_rate": float(outcomes @ worth),
-        "low": float(low),
-        "high": float(high),
-        "ties": float(outcomes[1] / len(pairs)),
-    }
+    wins, ties = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
+    low, high = interval(wins + ties / 2, len(pairs))
+    return {"win_rate": (wins + ties / 2) / len(pairs), "low": low, "high": high, "ties": ties / len(pairs)}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

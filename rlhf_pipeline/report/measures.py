@@ -1,24 +1,13 @@
 """What a reward model's held-out pairs say of it. No torch."""
 
-import math
-
 import numpy as np
 
 from rlhf_pipeline.report.charts import Share
 from rlhf_pipeline.report.gather import Numbers, Pairs
+from rlhf_pipeline.shares import interval
 
 MOST_BINS = 10
 LEAST_IN_BIN = 20  # fewer pairs say little: an interval of 20 is about 0.4 wide
-
-
-def interval(successes: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share; a tie may count as half a success."""
-    z = 1.959964
-    share = successes / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    whole = 1 + z * z / count
-    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
 def right(pairs: Pairs) -> Numbers:

@@ -69,7 +69,7 @@ def _show_win_rates(win_rates: list[dict[str, Any]], prompts: int, console: Cons
         table.add_row(f"{a} beats {b}", *(Text(cell) for cell in cells))
     console.print(table)
     over = f"over the {prompts} prompts" if prompts > 1 else "over one prompt, which says nothing"
-    console.print(Text(f"ties count half; in brackets the 95 % bootstrap interval {over}", style="dim"))
+    console.print(Text(f"ties count half; in brackets the 95 % interval {over}", style="dim"))
 
 
 def _show_replies(row: dict[str, Any], policies: list[str], console: Console) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import report_run
 
-from rlhf_pipeline import cli, report
+from rlhf_pipeline import cli, report, shares
 from rlhf_pipeline.recipe.yaml import dump, parse_document
 from rlhf_pipeline.report import alarms, charts, gather, measures
 from rlhf_pipeline.report.gather import Series
@@ -226,12 +226,22 @@ def test_equal_values_are_in_one_bin_and_ties_are_half_right():
 
 
 def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
-    """Wilson's: at 20 draws of 0.9 it covers the truth in about 95 % of cases, where the plain one is at 88 %."""
-    chances = [math.comb(20, k) * 0.9**k * 0.1 ** (20 - k) for k in range(21)]
-    low_high = [measures.interval(k, 20) for k in range(21)]
-    covered = sum(chance for chance, (low, high) in zip(chances, low_high, strict=True) if low <= 0.9 <= high)
-    assert 0.93 < covered < 0.98
-    assert measures.interval(20, 20)[1] == 1.0 and measures.interval(0, 20)[0] == 0.0
+    """Exactly, for whatever share: at 20 draws of 0.9 the plain one covers it in 88 %."""
+    low_high = [shares.interval(k, 20) for k in range(21)]
+    for share in np.linspace(0.01, 0.99, 197):
+        chances = [math.comb(20, k) * share**k * (1 - share) ** (20 - k) for k in range(21)]
+        covered = sum(chance for chance, (low, high) in zip(chances, low_high, strict=True) if low <= share <= high)
+        assert covered > 0.95
+    # Newcombe's own examples, table I of his paper.
+    examples = {
+        (81, 263): (0.2535, 0.3682),
+        (15, 148): (0.0598, 0.1644),
+        (0, 20): (0, 0.2005),
+        (1, 29): (0.0018, 0.1963),
+    }
+    for (successes, count), expected in examples.items():
+        assert shares.interval(successes, count) == pytest.approx(expected, abs=6e-5)
+    assert shares.interval(20, 20)[1] == 1.0 and shares.interval(0, 20)[0] == 0.0
 
 
 def test_thinning_keeps_every_extreme_and_both_ends():
