@@ -10,6 +10,9 @@ from typing import Literal
 Rows = Literal["demonstrations", "preferences", "prompts"]
 Makes = Literal["policy", "reward"]
 Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts"]
+# What a number of an evaluation is over: all rows, all tokens of replies, or those of one of the two replies. Else it is
+# the least, the most or the last of what its batches have.
+Over = Literal["rows", "tokens", "chosen tokens", "rejected tokens", "least", "most", "last"]
 JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
 
 
@@ -86,7 +89,9 @@ class Kind:
         unread: keys of `data:` that have no effect, each with the reason.
         learning_rate: the usual one with LoRA, as `docs/<name>.md` has it with its source.
         config: the keys of `trainer:`.
-        batch_metrics: what its trainer logs as means over batches; in evaluation with `eval_` before it.
+        batch_metrics: what its trainer logs of batches, the `loss` among it, each with what it is over. In evaluation,
+            with `eval_` before it, it is of all held-out rows.
+        accuracy: which of these is the share of pairs that are told apart rightly; None where there is none.
         numbers: those that matter, the first one most.
         example: what the data report says above the first row.
         color: the number of its colour in the report.
@@ -108,7 +113,8 @@ class Kind:
     unread: Mapping[str, str]
     learning_rate: str
     config: Config
-    batch_metrics: frozenset[str]
+    batch_metrics: Mapping[str, Over]
+    accuracy: str | None
     numbers: tuple[Number, ...]
     example: str
     color: int
@@ -151,7 +157,10 @@ KINDS: tuple[Kind, ...] = (
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/sft_config.py", "SFTConfig")), "trl.SFTConfig", reads=None,
             refused={},
         ),
-        batch_metrics=frozenset({"entropy", "mean_token_accuracy", "num_tokens"}),
+        batch_metrics={
+            "loss": "tokens", "entropy": "tokens", "mean_token_accuracy": "tokens", "num_tokens": "last",
+        },
+        accuracy=None,
         numbers=(
             Number("loss", "loss", logged="loss", changes=True),
             Number("token accuracy", "mean_token_accuracy", logged="mean_token_accuracy", changes=True),
@@ -181,7 +190,11 @@ KINDS: tuple[Kind, ...] = (
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")), "trl.RewardConfig", reads=None,
             refused={"label_smoothing_factor": "TRL's reward loss does not read it"},
         ),
-        batch_metrics=frozenset({"accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens"}),
+        batch_metrics={
+            "loss": "rows", "accuracy": "rows", "margin": "rows", "min_reward": "least", "mean_reward": "rows",
+            "max_reward": "most", "num_tokens": "last",
+        },
+        accuracy="accuracy",
         numbers=(
             Number("held-out accuracy", "eval_accuracy", logged=None, changes=False),
             Number("held-out margin", "eval_margin", logged=None, changes=False),
@@ -241,7 +254,8 @@ KINDS: tuple[Kind, ...] = (
                 "tf32": "the recipe's `model.dtype` decides the precision of every stage",
             },
         ),
-        batch_metrics=frozenset(),
+        batch_metrics={},
+        accuracy=None,
         numbers=(
             Number("score", "objective/scores", logged="objective/scores", changes=True),
             Number("KL", "objective/kl", logged="objective/kl", changes=True),
@@ -275,10 +289,13 @@ KINDS: tuple[Kind, ...] = (
                 "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
             },
         ),
-        batch_metrics=frozenset({
-            "entropy", "mean_token_accuracy", "num_tokens", "logits/chosen", "logits/rejected", "logps/chosen",
-            "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-        }),
+        batch_metrics={
+            "loss": "rows", "rewards/chosen": "rows", "rewards/rejected": "rows", "rewards/accuracies": "rows",
+            "rewards/margins": "rows", "logps/chosen": "rows", "logps/rejected": "rows", "entropy": "tokens",
+            "mean_token_accuracy": "chosen tokens", "logits/chosen": "chosen tokens",
+            "logits/rejected": "rejected tokens", "num_tokens": "last",
+        },
+        accuracy="rewards/accuracies",
         numbers=(
             Number("held-out accuracy", "eval_rewards/accuracies", logged=None, changes=False),
             Number("loss", "loss", logged="loss", changes=True),

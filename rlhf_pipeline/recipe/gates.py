@@ -155,7 +155,7 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     """The metrics of TRL's SFT, reward and DPO trainers: those that are certain, and those that are possible."""
     kind = stage.facts
     given, certain, possible = stage.trainer, {"train_loss"}, set()
-    batches = set(kind.batch_metrics)
+    batches = set(kind.batch_metrics) - {"loss"}
     if given.get("use_liger_kernel") and kind.is_policy:  # some versions of TRL do not have them then
         unsure = batches & {"entropy", "mean_token_accuracy"}
         batches -= unsure
@@ -173,6 +173,8 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
         possible |= {"aux_loss"} | ({"eval_aux_loss"} if held_out else set())
     if kind.reads == "preferences":
         certain.add("dropped_pairs")
+        if held_out:
+            certain |= {"eval_pairs", f"eval_{kind.accuracy}_se"}
     if given.get("include_num_input_tokens_seen", "no") not in ("no", False):
         certain.add("num_input_tokens_seen")
     if given.get("skip_memory_metrics") is False:

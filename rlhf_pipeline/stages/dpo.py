@@ -1,13 +1,17 @@
 """Direct preference optimization: TRL's DPOTrainer on preference pairs, the start as its reference."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
+from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.rundir.layout import METRICS
@@ -21,6 +25,14 @@ read = rows.preferences  # the rows of such a stage
 
 class EncodedDPOTrainer(Resumable, DPOTrainer):
     """TRL's DPOTrainer, from exact checkpoints, for encoded rows, which TRL's other trainers take and it does not."""
+
+    kind = kinds.get("dpo")
+
+    def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
+        """The pairs, and the tokens of their replies; chosen ones are the first half of a batch."""
+        chosen, rejected = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
+        tokens = {"chosen tokens": chosen.sum().item(), "rejected tokens": rejected.sum().item()}
+        return {"rows": len(chosen), "tokens": sum(tokens.values()), **tokens}
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
         limit = args.max_length

@@ -1,12 +1,16 @@
 """What TRL's SFT, reward and DPO trainers lack to be stopped anywhere and resumed to the same end."""
 
 import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline.kinds import Kind, Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
 from rlhf_pipeline.rundir import durable
@@ -16,13 +20,22 @@ EPOCH_START = "epoch_start.pt"
 
 
 class Resumable(Trainer):
-    """A base class to put before a TRL trainer: exact checkpoints, and an end to training on NaN.
+    """A base class to put before a TRL trainer: exact checkpoints, evaluation over rows, and an end to training on NaN.
 
     Transformers writes a checkpoint file by file into its final place, forgets the sums behind the next logged means
     and behind `train_loss`, and draws a new order when it resumes within an epoch. Here a checkpoint is there
     whole or not at all, and training that resumes from it computes and logs what it would have without a break. The
     adapter `default` lies in it as PEFT would load it.
+
+    What TRL and Transformers call a number of an evaluation is the mean of its batches, of which the last may be
+    smaller. Here it is over all held-out rows, or tokens, as `Kind.batch_metrics` says.
     """
+
+    kind: Kind
+
+    def counts(self, inputs: Mapping[str, torch.Tensor]) -> dict[Over, float]:
+        """How many rows or tokens the numbers of a batch are over."""
+        raise NotImplementedError
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,6 +53,34 @@ class Resumable(Trainer):
         if not torch.isfinite(loss):
             raise DivergedError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate on one batch, and keep its numbers with what they are over."""
+        counts, means = self.counts(inputs), self._metrics["eval"]
+        before = {name: len(values) for name, values in means.items()}
+        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        new = {name: values[-1] for name, values in means.items() if len(values) > before.get(name, 0)}
+        for name, value in ({"loss": loss.item()} | new).items():
+            over = self.kind.batch_metrics.get(name, "rows")
+            self._evaluated[name].append((value, counts.get(over, 1)))
+        return loss, *rest
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate on all batches. The standard error of the accuracy is that of a share of so many pairs."""
+        self._evaluated: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        output = super().evaluation_loop(*args, **kwargs)
+        numbers = {
+            name: _over_all(self.kind.batch_metrics.get(name, "rows"), batches)
+            for name, batches in self._evaluated.items()
+        }
+        output.metrics["eval_loss"] = numbers.pop("loss")
+        self._metrics["eval"].update({name: [value] for name, value in numbers.items()})
+        if self.kind.accuracy:
+            pairs = sum(count for _, count in self._evaluated["loss"])
+            share = numbers[self.kind.accuracy]
+            error = math.sqrt(share * (1 - share) / pairs)
+            output.metrics.update({"eval_pairs": int(pairs), f"eval_{self.kind.accuracy}_se": error})
+        return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         durable.write_checkpoint(
@@ -95,6 +136,15 @@ class Resumable(Trainer):
             torch.set_rng_state(torch.load(Path(resumed) / EPOCH_START, weights_only=True))
         self._epoch_start = torch.get_rng_state()
         super()._run_epoch(*args, **kwargs)
+
+
+def _over_all(over: Over, batches: list[tuple[float, float]]) -> float:
+    """One number of all batches, from each one's and what that is over."""
+    values = [value for value, _ in batches]
+    if over in ("least", "most", "last"):
+        return {"least": min(values), "most": max(values), "last": values[-1]}[over]
+    whole = sum(count for _, count in batches)
+    return sum(value * count for value, count in batches) / whole if whole else 0.0
 
 
 class _Remember(TrainerCallback):

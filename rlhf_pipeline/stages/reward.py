@@ -1,15 +1,19 @@
 """Reward modelling: TRL's RewardTrainer (Bradley-Terry) on preference pairs, from the SFT adapter."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
+from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.rundir import durable
@@ -24,6 +28,12 @@ MOST_PAIRS = 2000  # of the held-out ones, whose scores are written down
 
 class ResumableRewardTrainer(Resumable, RewardTrainer):
     """TRL's RewardTrainer, from exact checkpoints."""
+
+    kind = kinds.get("reward")
+
+    def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
+        """The pairs; chosen replies are the first half of a batch."""
+        return {"rows": len(inputs["input_ids"]) // 2}
 
 
 def prepare(job: Job) -> Inputs:

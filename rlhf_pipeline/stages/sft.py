@@ -1,12 +1,16 @@
 """Supervised fine-tuning: TRL's SFTTrainer on demonstrations, loss on the reply only."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
+from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir.layout import METRICS
@@ -20,6 +24,12 @@ read = rows.demonstrations  # the rows of such a stage
 
 class ResumableSFTTrainer(Resumable, SFTTrainer):
     """TRL's SFTTrainer, from exact checkpoints."""
+
+    kind = kinds.get("sft")
+
+    def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
+        """The tokens with loss; the first of a row has none before it that could say it."""
+        return {"rows": len(inputs["input_ids"]), "tokens": (inputs["labels"][:, 1:] != -100).sum().item()}
 
 
 def prepare(job: Job) -> Inputs:
