@@ -362,8 +362,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     resumes_from: int | None,
 ) -> None:
     folder = Path(shutil.copytree(broken_off, tmp_path / "copy"))
+    stage = folder / "runs" / "short" / "sft"
     for step, (harm, file, _) in damages.items():
-        harm(folder / "runs" / "short" / "sft" / "work" / f"checkpoint-{step}" / file)
+        harm(stage / "work" / f"checkpoint-{step}" / file)
+    with (stage / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b'\xff\n{"step": 3, "lo\n\0\0\0\n[3]\n\n\0\0')
     code, said = command(folder, "--until", "sft")
     print(said)
     assert code == 0
@@ -372,6 +375,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert (
         f"resumes from step {resumes_from} of 4; " if resumes_from else "sft     is retrained from the start: "
     ) in said
+    if resumes_from:
+        assert "sft     4 lines of metrics.jsonl cannot be read: now in metrics.jsonl.damaged\n" in said
+        assert (stage / "metrics.jsonl.damaged").read_bytes() == b'\xff\n{"step": 3, "lo\n\0\0\0\n[3]\n'
     assert_same_end(folder, unbroken)
 
 
@@ -573,10 +579,12 @@ def in_read_only_folders(disk: Path, unbroken: Path, command: Command, plant: Pl
 
     run.chmod(0o555)
     fails(run, None)
-    plant(ROWS.format("sft", 1), f"os.chmod({str(run / 'sft' / 'metrics.jsonl')!r}, 0o444)")
-    fails(run / "sft" / "metrics.jsonl", None)
-    plant('path.endswith(".new-checkpoint-2")', f"os.chmod({str(work)!r}, 0o555)")
-    fails(work, "resumes from step 1 of 4")
+    # That a log takes no more lines ends nothing; that no checkpoint can be written does.
+    log = ROWS.format("sft", 1)
+    plant(f'path.endswith(".new-checkpoint-2") or {log}', f"os.chmod(path if {log} else {str(work)!r}, 0o555)")
+    fails(work, None)
+    assert "warning: metrics.jsonl cannot be written to (Permission denied)" in (run / "sft" / "log.txt").read_text()
+    assert [row["step"] for row in rows(run / "sft" / "metrics.jsonl")] == [1]
     plant("False", "pass")
     (run / "sft").chmod(0o555)
     fails(run / "sft", "resumes from step 1 of 4")

@@ -1,30 +1,42 @@
 """Numbers written down as training logs them."""
 
-import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.jsonl import whole_lines
+from rlhf_pipeline.rundir import jsonl
 
 
 class MetricsLog(TrainerCallback):
     """Append each logged step to `metrics.jsonl`: TRL's own metric names, plus `step` and `time` (Unix seconds).
 
     Args:
-        file: the file to append to; every line is written at once and whole.
+        file: the file to append to; every line is written at once and whole. See `rundir.jsonl` for what happens where
+            it cannot be read or written.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what an interrupted run wrote after the checkpoint that this one resumes from."""
-        _rewrite(self.file, whole_lines(self.file)[: len(state.log_history)])
+        """Drop what an interrupted run wrote after the checkpoint that this one resumes from.
+
+        By the steps that the checkpoint knows of, not by the number of lines: some may have been lost.
+        """
+        known = Counter(entry.get("step") for entry in state.log_history)
+
+        def is_known(row: dict[str, Any]) -> bool:
+            step = row.get("step")
+            if not isinstance(step, int) or not known[step]:
+                return False
+            known[step] -= 1
+            return True
+
+        jsonl.rewrite(self.file, is_known)
 
     def on_log(
         self,
@@ -36,19 +48,12 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         """Write one line."""
         row = {"step": state.global_step, "time": round(time.time(), 3), **numbers(logs or {})}
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+        jsonl.append(self.file, [row])
 
 
 def keep_until(file: Path, step: int) -> None:
     """Drop the rows of a `.jsonl` file whose `step` is later, and a last line that was not written whole."""
-    _rewrite(file, [line for line in whole_lines(file) if json.loads(line).get("step", 0) <= step])
-
-
-def _rewrite(file: Path, lines: list[str]) -> None:
-    """Replace a file's lines in one step; a file that is not there is not made."""
-    if file.is_file():
-        durable.write_text(file, "".join(lines))
+    jsonl.rewrite(file, lambda row: not isinstance(row.get("step"), int) or row["step"] <= step)
 
 
 def numbers(logs: dict[str, Any]) -> dict[str, float | int | None]:

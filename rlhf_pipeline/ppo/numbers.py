@@ -1,7 +1,6 @@
 """The numbers of PPO: what an update and an evaluation are logged as, and the replies that are written down."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.ppo.advantages import explained_variance, masked_mean
 from rlhf_pipeline.ppo.rollout import Episodes, diversity
+from rlhf_pipeline.rundir import jsonl
 
 SAMPLES = 4  # episodes that are written down at a time
 LATEST = {"objective/kl_coef", "skipped_steps", "lr", "lr_value", "episode"}  # what only counts, or is set
@@ -129,11 +129,12 @@ def write_samples(
     Its keys: `step`, `split`, `prompt` and `completion` as text, `score`, the reply's `kl` in nats, and `ended`.
     """
     episodes = scored.episodes
-    with file.open("a", encoding="utf-8") as lines:
-        for row in range(min(SAMPLES, len(episodes))):
-            ids, start = episodes.ids[row].tolist(), int(episodes.prompt_lengths[row])
-            end = start + int(episodes.reply_lengths[row])
-            written = {
+    written = []
+    for row in range(min(SAMPLES, len(episodes))):
+        ids, start = episodes.ids[row].tolist(), int(episodes.prompt_lengths[row])
+        end = start + int(episodes.reply_lengths[row])
+        written.append(
+            {
                 "step": step,
                 "split": split,
                 "prompt": tokenizer.decode(ids[:start], skip_special_tokens=True),
@@ -142,4 +143,5 @@ def write_samples(
                 "kl": scored.kl[row].sum().item(),
                 "ended": bool(ended[row]),
             }
-            lines.write(json.dumps(written, ensure_ascii=False) + "\n")
+        )
+    jsonl.append(file, written)

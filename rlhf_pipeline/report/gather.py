@@ -1,7 +1,7 @@
 """What a run directory holds, as plain data; what is missing or broken is noted, never raised. No torch."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -245,36 +245,31 @@ def _stage(directory: RunDirectory, found: StageState) -> Stage:
     )  # fmt: skip
     if directory.unreadable(found.name):
         stage.notes.append(f"{RECORD} cannot be read, so its settings and final numbers are not shown.")
-    rows = list(_rows(folder / METRICS, stage.notes))
+    rows = _rows(folder / METRICS, stage.notes)
     _take_columns(stage, rows)
     if stage.state != "running" and folder.is_dir() and not rows:
         stage.notes.append(f"{METRICS} has no rows, so there are no curves.")
-    stage.samples = list(_rows(folder / SAMPLES, stage.notes, MOST_SAMPLES))
-    stage.pairs = _pairs(list(_rows(folder / PAIRS, stage.notes)))
+    stage.samples = _rows(folder / SAMPLES, stage.notes, MOST_SAMPLES)
+    stage.pairs = _pairs(_rows(folder / PAIRS, stage.notes))
     if stage.state == "running":
         stage.progress = read_json(directory.work(found.name) / PROGRESS) or {}
     return stage
 
 
-def _rows(file: Path, notes: list[str], last: int | None = None) -> Iterator[dict[str, Any]]:
+def _rows(file: Path, notes: list[str], last: int | None = None) -> list[dict[str, Any]]:
     """The objects in a .jsonl file, whatever bytes it holds."""
-    if not file.exists():
-        return
+    aside = file.with_name(file.name + jsonl.DAMAGED)
+    if aside.exists():
+        notes.append(f"Lines of {file.name} that could not be read are in {aside.name}, and are left out.")
     try:
-        lines = file.read_bytes().decode("utf-8", "replace").split("\n")
+        lines, damaged = jsonl.read(file, last)
     except OSError:
         notes.append(f"{file.name} cannot be read.")
-        return
-    lines.pop()  # empty, or half a line that is being written
-    broken = 0
-    for line in lines[-last:] if last else lines:
-        row = jsonl.parse(line)
-        if row is None:
-            broken += bool(line.strip())
-        else:
-            yield row
-    if broken:
+        return []
+    if damaged:
+        broken = len(damaged)
         notes.append(f"{file.name} has {broken:,} line{'s' * (broken != 1)} that cannot be read and are left out.")
+    return [line.row for line in lines]
 
 
 def _take_columns(stage: Stage, rows: list[dict[str, Any]]) -> None:

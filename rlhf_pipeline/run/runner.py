@@ -24,13 +24,15 @@ from rlhf_pipeline.recipe import Recipe, gates, to_yaml
 from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
-from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir import durable, jsonl
 from rlhf_pipeline.rundir.layout import (
     ADAPTER,
     JOB,
     LOG,
+    METRICS,
     RECIPE,
     RESULT,
+    SAMPLES,
     TRAINED,
     Progress,
     RunDirectory,
@@ -259,6 +261,7 @@ def _train(
         )
     record = _opening_record(recipe, stage, directory, progress, begun)
     directory.prepare(stage.name, progress)
+    _put_damage_aside(stage.name, directory, say)
     scrub(folder / LOG)
     directory.write_record(stage.name, record)
     began = time.perf_counter()
@@ -331,6 +334,14 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) ->
             hint=f"all of it is now in {aside}: put a readable stage.json in and move it back, or `run` again to train "
             f"the stage again; {SAFE}",
         )
+
+
+def _put_damage_aside(name: str, directory: RunDirectory, say: Say) -> None:
+    """See that a stage's logs, which its worker will add to, can be read; a power cut may have spoilt some lines."""
+    for file in (METRICS, SAMPLES):
+        damage = jsonl.put_damage_aside(directory.stage(name) / file)
+        if damage:
+            say(f"{name:<7} {damage}")
 
 
 def _opening_record(

@@ -1,7 +1,6 @@
 """The judge: replies of a policy to held-out prompts, scored by a function of the user's."""
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,7 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Evaluate
-from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.jsonl import whole_lines
+from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.stages.job import Job
 
@@ -91,14 +89,11 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         model, tokenizer, spec, prompts, job.recipe.seed, lambda done: job.progress.tell("judging", done, len(prompts))
     )
     scores = ask(judge, asked, replies)
-    samples = job.folder / SAMPLES
-    of_training = [line for line in whole_lines(samples) if "judge" not in json.loads(line)]
     judged = (
         {"prompt": prompt, "completion": reply, "judge": score}
         for prompt, reply, score in zip(prompts, replies, scores, strict=True)
     )
-    lines = [*of_training, *(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)]
-    durable.write_text(samples, "".join(lines))
+    jsonl.rewrite(job.folder / SAMPLES, lambda row: "judge" not in row, judged)
     return {"judge_mean": sum(scores) / len(scores)}
 
 

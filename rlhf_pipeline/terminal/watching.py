@@ -59,8 +59,7 @@ class Growing:
         if start > self._offset:
             del lines[0]  # of which the beginning is missing
         self._offset, self._mark = start + len(whole), whole[-64:]
-        rows = (parse(line.decode("utf-8", "replace")) for line in lines)
-        return [row for row in rows if row is not None], is_new_file
+        return [row for row in map(parse, lines) if row is not None], is_new_file
 
 
 class Pace:

@@ -53,6 +53,21 @@ def test_going_on_from_a_checkpoint_drops_what_was_logged_after_it(tmp_path: Pat
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+def test_a_checkpoint_is_resumed_whatever_became_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A power cut has spoilt the first step's line; the others are told apart by their steps, not by their places.
+
+    The second line of the third step came after the checkpoint, as that of an evaluation at the end may.
+    """
+    file = tmp_path / "metrics.jsonl"
+    steps = [b'{"step": %d, "loss": %d.0}\n' % (step, step) for step in (2, 2, 3, 3, 4)]
+    file.write_bytes(b'{"step": 1, "lo\0\0\0\n' + b"".join(steps) + b'{"step": [1]}\n{"step": 5')
+    history = [{"loss": 1.0, "step": step} for step in (1, 2, 2, 3)]
+    MetricsLog(file).on_train_begin(None, TrainerState(global_step=3, log_history=history), None)
+    assert file.read_bytes() == b"".join(steps[:3])
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b'{"step": 1, "lo\0\0\0\n'
+    assert "1 line of metrics.jsonl cannot be read: now in metrics.jsonl.damaged" in capsys.readouterr().err
+
+
 def test_a_run_from_the_start_needs_no_file_and_keeps_nothing_of_one(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     MetricsLog(file).on_train_begin(None, TrainerState(), None)

@@ -177,8 +177,11 @@ def test_going_on_from_any_checkpoint_ends_the_same(
 
 
 def test_going_on_from_a_finished_run_repeats_nothing(artifacts, uninterrupted: Finished, tmp_path: Path) -> None:
-    """As after a kill between the last checkpoint and the end of the stage."""
+    """As after a power cut between the last checkpoint and the end of the stage, which has spoilt lines of its logs."""
     folder = Path(shutil.copytree(uninterrupted.folder, tmp_path / "copy"))
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        before = (folder / file).read_bytes()
+        (folder / file).write_bytes(b"\0\0\n" + before + b'{"step": "three", \xff\n\n[]\n{"st')
     trainer = build(artifacts, folder)
     elsewhere()
     trainer.train(resume_from_checkpoint=True)
@@ -186,6 +189,7 @@ def test_going_on_from_a_finished_run_repeats_nothing(artifacts, uninterrupted: 
     assert without_times(trainer.state.log_history) == uninterrupted.history
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert lines(folder / file) == lines(uninterrupted.folder / file)
+        assert (folder / f"{file}.damaged").read_bytes() == b'\0\0\n{"step": "three", \xff\n[]\n'
 
 
 @pytest.mark.slow
