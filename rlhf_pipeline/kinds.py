@@ -10,8 +10,8 @@ from typing import Literal
 Rows = Literal["demonstrations", "preferences", "prompts"]
 Makes = Literal["policy", "reward"]
 Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts"]
-# What a number of an evaluation is over: all rows, all tokens of replies, or those of one of the two replies. Else it is
-# the least, the most or the last of what its batches have.
+# What a number of an evaluation is over: all rows, all tokens of replies, or those of one of the two replies; else it
+# is the least, the most or the last of what its batches have.
 Over = Literal["rows", "tokens", "chosen tokens", "rejected tokens", "least", "most", "last"]
 JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
 

@@ -13,8 +13,8 @@ from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, 
 from rlhf_pipeline.recipe import Data, Recipe, gates
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir.layout import RunDirectory
-from rlhf_pipeline.rundir.record import Record
-from rlhf_pipeline.rundir.state import StageState, State, find_state, stage_at_work
+from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
+from rlhf_pipeline.rundir.state import DONE, StageState, State, find_state, stage_at_work
 
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
 # Another minor version of these may change what a stage makes; patch versions fix bugs and change no results.
@@ -42,7 +42,7 @@ class StagePlan(StageState):
 
     def summary(self) -> dict[str, Any]:
         """The stage as `plan --json` and `status --json` show it."""
-        record = self.record if self.is_current or self.state in ("done", "stale") else Record()
+        record = self.record if self.is_current or self.state in (*DONE, "stale") else Record()
         return {
             **{key: getattr(self, key) for key in ("name", "kind", "state", "reason")},
             **{role: self.parents.get(role) for role in kinds.ROLES},
@@ -89,9 +89,9 @@ def make(
             [*_changes(record.inputs, plan), *other_versions(record, installed)] if record.model_fields_set else []
         )
         find_state(plan, parents, directory, digests, running, changed)
-        if plan.needs_judging:
-            plan.reason = "`evaluate` changed: it will be judged again"
-        elif plan.is_current:
+        if plan.state == "done" and plan.needs_judging:
+            plan.state, plan.reason = "done, to be judged again", _judging_changes(plan)
+        elif plan.state == "done":
             plan.state, plan.reason = _apply_gates(plan, stage.gates, ignore_gates)
         plans[name] = plan
     return list(plans.values())
@@ -141,7 +141,7 @@ def _apply_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> 
     if not closed:
         return plan.state, plan.reason
     said = gates.describe(outcomes)
-    return ("done", f"gates ignored: {said}") if passed_over else ("failed", f"a gate is closed: {said}")
+    return ("done", f"gates ignored: {said}") if passed_over else (GATE_CLOSED, said)
 
 
 def other_versions(record: Record, installed: dict[str, str] | None) -> list[str]:
@@ -177,9 +177,18 @@ def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
     return changes
 
 
+def _judging_changes(plan: StagePlan) -> str:
+    """What differs between the settings that a stage was judged by and the current ones."""
+    old, new = plan.record.judging, plan.judging or {}
+    if old is None:
+        return "it has not been judged"
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return "; ".join(f"evaluate.{key} {_named(old.get(key))} → {_named(new.get(key))}" for key in changed)
+
+
 def _named(identity: Any) -> str:
     path, at, digest = str(identity).rpartition("@")
-    return f"{path} ({digest[:8]})" if at else str(identity)
+    return f"{path} ({digest[:8]})" if at else _shown(identity)
 
 
 def _shown(value: Any) -> str:
@@ -187,7 +196,7 @@ def _shown(value: Any) -> str:
 
 
 def select(plans: list[StagePlan], until: str | None, only: str | None, force: list[str]) -> list[StagePlan]:
-    """The stages that a run shall execute, in order. One that is current, but whose gate is closed, ends the run.
+    """The stages that a run shall train, in order; none after one whose gate is closed, which is not among them.
 
     Args:
         plans: from `make`.
@@ -196,7 +205,7 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
         force: stages to run even if done; those that depend on them follow.
 
     Raises:
-        InputError: a name is no stage of the recipe, or `only` needs a stage that is not done.
+        InputError: a name is no stage of the recipe, or `only` needs a stage that is not done, or whose gate is closed.
     """
     names = [plan.name for plan in plans]
     for option, given in (("--until", until), ("--only", only), *(("--force", name) for name in force)):
@@ -205,20 +214,18 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
     chosen: list[StagePlan] = []
     for plan in plans:
         parent_runs = any(other.name in plan.parents.values() for other in chosen)
-        if plan.state != "done" or plan.name in force or parent_runs:
+        if plan.state not in DONE or plan.name in force or parent_runs:
             chosen.append(plan)
-        if plan.name == until or (plan.is_current and plan.state == "failed" and plan.name not in force):
+        if plan.name == until or (plan.state == GATE_CLOSED and plan not in chosen and only is None):
             break
     if only is None:
         return chosen
     by_name = {plan.name: plan for plan in plans}
     for needed in by_name[only].parents.values():
-        if needed in by_name and by_name[needed].state != "done":
-            raise InputError(
-                f"stage `{only}` needs `{needed}`, which is {by_name[needed].state}",
-                place="--only",
-                hint=f"run `--until {only}` instead",
-            )
+        state = by_name[needed].state if needed in by_name else "done"
+        if state not in DONE or state == GATE_CLOSED:
+            hint = "`--ignore-gates` continues" if state == GATE_CLOSED else f"run `--until {only}` instead"
+            raise InputError(f"stage `{only}` needs `{needed}`, which is {state}", place="--only", hint=hint)
     return [plan for plan in chosen if plan.name == only]
 
 

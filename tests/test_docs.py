@@ -235,7 +235,7 @@ def test_the_tutorial_from_top_to_bottom(tmp_path, tiny_run, warm_server):
     assert "shorter in 100%" in said[next(text for text in said if text.startswith("rlhf-pipeline data"))].out
     changed = said["rlhf-pipeline plan brisk.yaml ppo.trainer.learning_rate=2e-3"].out
     assert "0.001 → 0.002" in " ".join(changed.split())
-    assert re.findall(r" (yes|no) ", changed) == ["no", "no", "yes", "no"]
+    assert re.findall(r" (nothing|train) ", changed) == ["nothing", "nothing", "train", "nothing"]
 
 
 def states(run: Path) -> list[dict[str, Any]]:

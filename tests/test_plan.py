@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline import plan, recipe
+from rlhf_pipeline import cli, plan, recipe
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.run import to_do
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import WEIGHTS, Progress, RunDirectory
 from rlhf_pipeline.rundir.record import Record
@@ -537,6 +538,7 @@ def test_a_stage_that_broke_off_under_other_versions_starts_over_unless_they_are
 
 # Gates
 
+CLOSED = "done, gate closed"
 GATED = RECIPE.replace(
     "learning_rate: 1e-3}}", "learning_rate: 1e-3, logging_steps: 1}, gates: {train_loss: '<= 0.5', loss: '> 0'}}"
 )
@@ -552,24 +554,28 @@ def gated(folder):
 
 def test_a_closed_gate_blocks_what_needs_the_stage(gated):
     plans = make(gated)
-    assert states(plans) == {"sft": "failed", "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
-    assert plans["sft"].reason == "a gate is closed: train_loss is 1, not <= 0.5"
-    assert plans["sft"].is_current  # nothing has to be trained
-    assert plans["dpo"].reason == "waits for sft"
+    assert states(plans) == {"sft": CLOSED, "reward": "blocked", "ppo": "blocked", "dpo": "blocked"}
+    assert plans["sft"].reason == "train_loss is 1, not <= 0.5"
+    assert all(stage.is_current for stage in plans.values())  # nothing has to be trained
+    assert plans["dpo"].reason == "waits for sft, whose gate is closed"
+    assert plans["ppo"].reason == "waits for sft, whose gate is closed"
+    break_off(gated, "dpo", 3)
+    assert (make(gated)["dpo"].state, make(gated)["dpo"].is_current) == ("blocked", False)
+    assert make(gated, ignore_gates=True)["dpo"].state == "partial"
 
 
-@pytest.mark.parametrize(("bound", "state"), [("<= 1.0", "done"), ("<= 2", "done"), ("< 1", "failed")])
+@pytest.mark.parametrize(("bound", "state"), [("<= 1.0", "done"), ("<= 2", "done"), ("< 1", "done, gate closed")])
 def test_another_bound_opens_it_or_not(gated, bound, state):
     plans = make(gated, f"sft.gates.train_loss='{bound}'")
     assert plans["sft"].state == state
-    assert set(states(plans).values()) == ({"done"} if state == "done" else {"failed", "blocked"})
+    assert set(states(plans).values()) == ({"done"} if state == "done" else {CLOSED, "blocked"})
 
 
 def test_a_gate_that_came_later_counts(folder):
     finish(folder, metrics={"train_loss": 1.0})
     assert states(make(folder)) == ALL_DONE
     plans = make(folder, "reward.gates={train_loss: '< 0.5'}")
-    assert states(plans) == {"sft": "done", "reward": "failed", "ppo": "blocked", "dpo": "done"}
+    assert states(plans) == {"sft": "done", "reward": CLOSED, "ppo": "blocked", "dpo": "done"}
 
 
 def test_a_gate_can_be_ignored(gated):
@@ -585,8 +591,8 @@ def test_a_gate_that_was_ignored_stays_so_for_its_bound_alone(gated):
     plans = make(gated)
     assert states(plans) == ALL_DONE
     assert plans["sft"].reason == "gates ignored: train_loss is 1, not <= 0.5"
-    assert make(gated, "sft.gates.train_loss='<= 0.4'")["sft"].state == "failed"
-    assert make(gated, "sft.gates.loss='> 3'")["sft"].state == "failed"  # another one was not ignored
+    assert make(gated, "sft.gates.train_loss='<= 0.4'")["sft"].state == CLOSED
+    assert make(gated, "sft.gates.loss='> 3'")["sft"].state == CLOSED  # another one was not ignored
     assert make(gated, "sft.gates.train_loss='<= 3'")["sft"].reason == "up to date"
 
 
@@ -708,9 +714,10 @@ def test_a_changed_evaluation_judges_again_and_trains_nothing(folder):
     finish(folder)
     assert not any(stage.needs_judging for stage in make(folder).values())
     plans = make(folder, "evaluate.n=5")
-    assert states(plans) == ALL_DONE
+    judged = dict.fromkeys(("sft", "ppo", "dpo"), "done, to be judged again")
+    assert states(plans) == judged | {"reward": "done"}
     assert {name for name, stage in plans.items() if stage.needs_judging} == {"sft", "ppo", "dpo"}
-    assert "judged again" in plans["dpo"].reason
+    assert plans["dpo"].reason == "evaluate.n 3 → 5"
     assert plan.select(list(plans.values()), None, None, []) == []
 
 
@@ -773,11 +780,73 @@ def test_a_blocked_stage_runs_with_the_failed_one_it_waits_for(folder):
 
 def test_a_closed_gate_ends_the_run_unless_its_stage_is_forced(gated):
     """Nothing behind it is trained, though the stage itself has nothing to do."""
-    assert chosen(gated) == ["sft"]
+    assert chosen(gated) == []
     assert chosen(gated, force=["sft"]) == ["sft", "reward", "ppo", "dpo"]
-    assert chosen(gated, force=["dpo"]) == ["sft"]
-    with pytest.raises(InputError, match="`dpo` needs `sft`, which is failed"):
+    assert chosen(gated, force=["dpo"]) == []
+    with pytest.raises(InputError, match="`dpo` needs `sft`, which is done, gate closed") as caught:
         chosen(gated, only="dpo")
+    assert "--ignore-gates" in str(caught.value.hint)
+
+
+LEFT_BY_A_KILL = "work/ is left"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "expected"),
+    [
+        ((), {}, {}),
+        (("evaluate.n=5",), {}, dict.fromkeys(("sft", "ppo", "dpo"), "judge again")),
+        (("evaluate.n=5",), {"only": "dpo"}, {"dpo": "judge again"}),
+        (("evaluate.n=5", "dpo.trainer.beta=0.5"), {"until": "reward"}, {"sft": "judge again"}),
+        (("evaluate.n=5", "dpo.trainer.beta=0.5"), {"only": "dpo"}, {"dpo": "train"}),
+        (("dpo.gates={train_loss: '< 2'}",), {}, {"dpo": "update record"}),
+        (("reward.gates={train_loss: '< 1'}",), {}, {"reward": "stop: gate closed"}),
+        (("reward.gates={train_loss: '< 1'}",), {"only": "dpo"}, {}),
+        (("reward.gates={train_loss: '< 1'}",), {"ignore_gates": True}, {"reward": "update record"}),
+        (("seed=2", "reward.gates={train_loss: '< 1'}"), {}, dict.fromkeys(ALL_DONE, "train")),
+        ((), {"force": ["reward"]}, {"reward": "train", "ppo": "train"}),
+        ((LEFT_BY_A_KILL,), {}, {"ppo": "remove checkpoints"}),
+        ((LEFT_BY_A_KILL, "keep_checkpoints=true"), {}, {}),
+    ],
+)
+def test_plan_run_and_status_agree_on_what_is_to_do(folder, overrides, options, expected, monkeypatch, capsys):
+    (folder / "r.yaml").write_text(EVALUATE + RECIPE)
+    finish(folder)
+    if LEFT_BY_A_KILL in overrides:
+        run_of(folder).work("ppo").mkdir()
+    overrides = [one for one in overrides if one != LEFT_BY_A_KILL]
+    loaded = recipe.load(str(folder / "r.yaml"), overrides)
+    plans = plan.make(loaded, ignore_gates=options.get("ignore_gates", False))
+    found = to_do.find(loaded, plans, **options)
+    assert found.stages == expected
+    assert found.compares == ("stop: gate closed" not in expected.values())  # there is no comparison yet
+
+    def command(name: str, *more: str) -> int:
+        monkeypatch.setattr("sys.argv", ["rlhf-pipeline", name, str(folder / "r.yaml"), *overrides, *more])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    given = [
+        "--ignore-gates" if name is True else f"--{option}={name}"
+        for option, names in options.items()
+        for name in (names if isinstance(names, list) else [names])
+    ]
+    assert command("plan", "--json", *given) == 0
+    shown = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert {name: stage["will"] for name, stage in shown.items() if stage["will"]} == expected
+    assert {name for name, stage in shown.items() if stage["will_run"]} == {
+        name for name, task in expected.items() if task in ("train", "judge again")
+    }
+    quiet = command("status", "-q")
+    capsys.readouterr()
+    command("status", "--json")
+    words = {stage["state"] for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert quiet == (words != {"done"})
+    if not options:
+        assert quiet == any(task not in ("update record", "remove checkpoints") for task in expected.values())
 
 
 def test_only_what_is_true_of_the_present_is_shown(folder):

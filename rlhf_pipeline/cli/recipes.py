@@ -48,25 +48,32 @@ def plan(
 
     from rlhf_pipeline import plan as plans
     from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.run import to_do
     from rlhf_pipeline.terminal import tables
 
     loaded = recipes.load(recipe, overrides or [])
     shapes = plans.shapes(loaded)
     stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates)
-    chosen = [
-        stage
-        for stage in plans.select(stages, until, only, force or [])
-        if not stage.is_current or stage.state == "done"  # else its gate is closed, which ends the run
-    ]
+    wanted = to_do.find(
+        loaded,
+        stages,
+        until=until,
+        only=only,
+        force=force or [],
+        trust_versions=trust_versions,
+        ignore_gates=ignore_gates,
+    )
     if as_json:
-        object_ = tables.as_json(loaded.run, stages) | {"trust_remote_code": loaded.model.trust_remote_code}
+        object_ = tables.as_json(loaded.run, stages)
+        object_ |= {"trust_remote_code": loaded.model.trust_remote_code, "will_compare": wanted.compares}
         for stage in object_["stages"]:
-            stage["will_run"] = stage["name"] in {plan.name for plan in chosen}
+            stage["will"] = wanted.stages.get(stage["name"])
+            stage["will_run"] = stage["will"] in to_do.RUNS
             stage["data"] = shapes[stage["name"]]
         typer.echo(json.dumps(object_, indent=2))
     else:
         remote_code = loaded.model.path if loaded.model.trust_remote_code else None
-        tables.intentions(stages, chosen, shapes, remote_code, Console())
+        tables.intentions(stages, wanted, shapes, remote_code, Console())
 
 
 @app.command(

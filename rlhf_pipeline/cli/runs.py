@@ -118,7 +118,7 @@ def status(
     loaded = recipes.load(recipe, overrides or [])
     stages = plans.make(loaded, trust_versions=trust_versions)
     if quiet:
-        raise typer.Exit(0 if all(stage.state == "done" and not stage.needs_judging for stage in stages) else 1)
+        raise typer.Exit(0 if all(stage.state == "done" for stage in stages) else 1)
     if as_json:
         typer.echo(json.dumps(tables.as_json(loaded.run, stages), indent=2))
     else:

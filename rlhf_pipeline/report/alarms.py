@@ -9,6 +9,7 @@ import numpy as np
 from rlhf_pipeline import kinds
 from rlhf_pipeline.report import measures
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Series, Stage, mapping, number
+from rlhf_pipeline.rundir.state import DONE
 from rlhf_pipeline.rundir.words import short
 
 # Thresholds. None is a law; each is where experience, or arithmetic, says that a look is worth the time.
@@ -154,7 +155,7 @@ def _of_dpo(stage: Stage) -> Iterator[Alarm]:
     # At the first step nothing has moved, and the accuracy is 0 whatever the data are.
     latest = stage.series.get("rewards/accuracies", EMPTY).values[1:][-LATEST:]
     accuracy = held_out if held_out is not None else float(latest.mean()) if len(latest) else None
-    if accuracy is not None and stage.state == "done" and accuracy < GUESSING:
+    if accuracy is not None and stage.state in DONE and accuracy < GUESSING:
         yield Alarm("look", stage.name, f"Accuracy is {short(accuracy)}: the policy hardly tells the replies apart.")
 
 

@@ -382,7 +382,7 @@ def lineage(title: str, nodes: Sequence[tuple[str, str, str]], edges: Sequence[t
     for name, word, state in nodes:
         x, y = place[name]
         parts.append(
-            f'<g class="node {"done" if state == "done" else "not-done"}">'
+            f'<g class="node {"done" if state.startswith("done") else "not-done"}">'
             f"<title>{escape(printable(f'{name}: {word}, {state}'))}</title>"
             f'<rect x="{x:.0f}" y="{y:.0f}" width="{wide}" height="{high}" rx="7"/>'
             f"{_text(x + wide / 2, y + 18, _clipped(name, 12))}"

@@ -11,6 +11,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.report import charts, measures
 from rlhf_pipeline.report.charts import Line, Panel
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Stage, number, policies, reply_numbers
+from rlhf_pipeline.rundir.state import DONE
 from rlhf_pipeline.rundir.words import duration, short
 
 LN_2 = float(np.log(2))
@@ -399,7 +400,7 @@ def of_lineage(run: Run) -> Markup | None:
     nodes, edges = [("base", "pretrained", "done")], []
     for stage in run.stages:
         took = duration(stage.wall_s)
-        word = stage.kind if stage.kind != stage.name else took if stage.state == "done" else stage.state
+        word = stage.kind if stage.kind != stage.name else took if stage.state in DONE else stage.state
         nodes.append((stage.name, word or "unknown kind", stage.state))
         init, reward = (stage.parents.get(role, "") for role in ("init", "reward"))
         edges.append((init if init in names else "base", stage.name, "weights"))

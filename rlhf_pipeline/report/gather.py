@@ -115,7 +115,7 @@ class Run:
     Attributes:
         path: where it is.
         label: its name, made unique among those of a report.
-        state: `running`, `failed`, `done`, or `unfinished`.
+        state: `running`, `failed`, `gate closed`, `done`, or `unfinished`.
         recipe: the resolved recipe as it is written, or nothing.
         stages: in the order of the recipe.
         comparison: the content of comparison.json, or nothing.

@@ -18,6 +18,7 @@ from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import headline, order
 from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.state import DONE
 from rlhf_pipeline.rundir.words import duration, memory, printable, short
 
 MOST_PROMPTS = 50  # samples side by side
@@ -101,7 +102,7 @@ def _header(run: Run) -> dict[str, Any]:
         ("peak memory", memory(max(peaks)) if peaks else None),
         ("device", ", ".join(devices) or None),
     ]
-    done = sum(stage.state == "done" for stage in run.stages)
+    done = sum(stage.state in DONE for stage in run.stages)
     return {
         "label": run.label,
         "path": str(run.path.absolute()),

@@ -21,9 +21,10 @@ from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, gates, to_yaml
-from rlhf_pipeline.run import trackers
+from rlhf_pipeline.run import to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
+from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import durable, jsonl
 from rlhf_pipeline.rundir.layout import (
     ADAPTER,
@@ -81,35 +82,27 @@ def run(
     def make_plan(at_work: bool | None = None) -> list[StagePlan]:
         return plan.make(recipe, at_work, trust_versions=trust_versions, ignore_gates=ignore_gates)
 
-    def settled(name: str, record: Record) -> Record:
-        return _settled(recipe, name, record, trust_versions, ignore_gates)
-
-    def to_do(plans: list[StagePlan]) -> list[StagePlan]:
-        """The stages to train, to judge again, or to write a decision down for."""
-        names = [stage.name for stage in plans]
-        asked = [only] if only else names[: names.index(until) + 1] if until in names else names
-        chosen = {stage.name for stage in plan.select(plans, until, only, force or [])}
-        for stage in plans:
-            if stage.is_current and stage.name in asked:
-                unsettled = stage.needs_judging or settled(stage.name, stage.record) != stage.record
-                # Killed between its end and the end of its checkpoints.
-                untidy = not recipe.keep_checkpoints and directory.work(stage.name).exists()
-                chosen |= {stage.name} if unsettled or untidy else set()
-        return [stage for stage in plans if stage.name in chosen]
+    def find_to_do(plans: list[StagePlan]) -> ToDo:
+        return to_do.find(
+            recipe,
+            plans,
+            until=until,
+            only=only,
+            force=force or [],
+            trust_versions=trust_versions,
+            ignore_gates=ignore_gates,
+        )
 
     plans = make_plan()
-    if not to_do(plans) and not (compare and comparison.due(recipe.run, recipe)):
+    wanted = find_to_do(plans)
+    if not wanted.stages and not (compare and wanted.compares):
         return plans
     directory.refuse_if_locked()
     trackers.require(recipe.report_to)
     plan.shapes(recipe)  # what the first rows show needs no worker
     try:
         with _scratch() as scratch, Launcher(scratch / "server.log") as launcher, _stop_on_signals(launcher, say):
-            to_check = [
-                stage
-                for stage in to_do(plans)
-                if not stage.is_current or stage.needs_judging or stage.name in (force or [])
-            ]
+            to_check = [stage for stage in plans if wanted.stages.get(stage.name) in to_do.RUNS]
             if to_check:
                 say("check   settings and data of every stage")
                 _check(recipe, to_check, launcher, scratch, say)
@@ -117,7 +110,7 @@ def run(
                 plans = make_plan(at_work=False)  # another run may have finished meanwhile; what it did counts
                 durable.write_text(directory.path / RECIPE, redact(to_yaml(recipe)))
                 trained: set[str | None] = set()
-                for name in [stage.name for stage in to_do(plans)]:
+                for name in find_to_do(plans).stages:
                     # Its data may have changed since the run began, days ago perhaps.
                     stage = next(stage for stage in make_plan(at_work=False) if stage.name == name)
                     fresh = stage.name in (force or []) or bool(trained.intersection(stage.parents.values()))
@@ -128,7 +121,7 @@ def run(
                         record = _judge(recipe, stage, launcher, scratch, say)
                     else:
                         record = stage.record
-                    record = settled(stage.name, record)
+                    record = to_do.settled(recipe, stage.name, record, trust_versions, ignore_gates)
                     directory.write_record(stage.name, record)
                     if not recipe.keep_checkpoints:
                         directory.clear(stage.name)
@@ -143,28 +136,15 @@ def run(
     return make_plan()
 
 
-def _settled(recipe: Recipe, name: str, record: Record, trust_versions: bool, ignore_gates: bool) -> Record:
-    """A finished stage's record by its gates, and by what the user decided about gates and versions."""
-    outcomes = gates.outcomes(recipe.stages[name].gates, record.metrics)
-    closed = {metric: outcome["bound"] for metric, outcome in outcomes.items() if not outcome["passed"]}
-    before = record.gates_ignored
-    ignored = {metric: bound for metric, bound in closed.items() if ignore_gates or before.get(metric) == bound}
-    error = None if ignored == closed else f"a gate is closed: {gates.describe(outcomes)}"
-    settled = {"state": "failed" if error else "done", "error": error, "gates": outcomes, "gates_ignored": ignored}
-    if trust_versions and plan.other_versions(record, plan.versions()):
-        settled["trusted_versions"] = plan.versions()
-    return record.updated(**settled)
-
-
 def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say: Say) -> None:
     """End the run where a stage does not pass its gates.
 
     Raises:
         RunError: it does not.
     """
-    if record.error:
+    if record.closed_gate:
         raise RunError(
-            f"stage `{name}`: {record.error}",
+            f"stage `{name}`: a gate is closed: {record.closed_gate}",
             hint=f"its artifact is in {directory.adapter(name)}, to look at; change its settings or its "
             "gate, or continue with `run --ignore-gates`",
         )

@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.state import DONE
 
 ASIDE = re.compile(r"(?P<stage>\w[\w-]*)\.(?P<stamp>[0-9]{8}-[0-9]{6})(-([2-9]|[1-9][0-9]+))?")
 
@@ -64,7 +65,7 @@ def remove(run: Path, names: list[str]) -> None:
 
 def _state(record: Record) -> str:
     """A stage's state, now that no run resumes it any more."""
-    return "done" if record.state == "done" else "failed"
+    return record.state if record.state in DONE else "failed"
 
 
 def _moved_at(run: Path, name: str) -> float | None:

@@ -20,7 +20,7 @@ def done(run: Path, recipe: Recipe, makes: Makes) -> list[str]:
         name
         for name, stage in recipe.stages.items()
         if stage.facts.makes == makes
-        and (directory.record(name) or Record()).state == "done"
+        and (directory.record(name) or Record()).is_finished
         and (directory.adapter(name) / WEIGHTS).is_file()
     ]
 
@@ -30,7 +30,8 @@ def warning(run: Path, name: str) -> str | None:
     stage = state.read(run).stage(name)
     if stage is None or stage.state == "done":
         return None
-    return f"warning: stage `{name}` is {stage.state}: {stage.reason}; `rlhf-pipeline run` brings it up to date"
+    remedy = "" if stage.is_current else "; `rlhf-pipeline run` brings it up to date"
+    return f"warning: stage `{name}` is {stage.state}: {stage.reason}{remedy}"
 
 
 def choose(run: Path, recipe: Recipe, makes: Makes, wanted: str | None) -> str:

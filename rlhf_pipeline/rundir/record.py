@@ -16,6 +16,7 @@ from pydantic import (
 from rlhf_pipeline import kinds
 
 WEIGHTS = "adapter_model.safetensors"
+GATE_CLOSED = "done, gate closed"
 
 
 class Record(BaseModel):
@@ -31,7 +32,7 @@ class Record(BaseModel):
     name: str = ""
     kind: str = ""
 
-    state: Literal["running", "done", "failed"] | None = None
+    state: Literal["running", "done", "done, gate closed", "failed"] | None = None
     """As it was written; what it means now, `rundir.state` says."""
 
     stopped: bool = False
@@ -109,7 +110,14 @@ class Record(BaseModel):
     @property
     def is_finished(self) -> bool:
         """Whether the stage was trained to its end."""
-        return self.artifact is not None or self.state == "done"
+        return self.artifact is not None or self.state in ("done", GATE_CLOSED)
+
+    @property
+    def closed_gate(self) -> str | None:
+        """What a stage that was trained to its end does not pass, in one line; None where its gates are open."""
+        if self.state != GATE_CLOSED:
+            return None
+        return (self.error or "it does not pass its gates").removeprefix("a gate is closed: ")
 
     def as_json(self) -> dict[str, Any]:
         """What to write: every key that was ever given a value."""
@@ -128,6 +136,8 @@ class Record(BaseModel):
             content["parent_weights"] = content.pop("built_on")
         if content.get("error") == "stopped" and "stopped" not in content:
             content |= {"error": None, "stopped": True}
+        if content.get("state") == "failed" and content.get("artifact") is not None:
+            content["state"] = GATE_CLOSED
         return content
 
     @field_validator("*", mode="wrap")

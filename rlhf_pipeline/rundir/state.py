@@ -11,9 +11,13 @@ from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.layout import RECIPE, RECORD, Progress, RunDirectory
-from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 
-State = Literal["done", "stale", "partial", "failed", "missing", "blocked", "running"]
+State = Literal[
+    "done", "done, gate closed", "done, to be judged again",
+    "stale", "partial", "failed", "missing", "blocked", "running",
+]  # fmt: skip
+DONE = ("done", GATE_CLOSED, "done, to be judged again")  # those in which nothing is to be trained
 
 
 @dataclass
@@ -24,12 +28,15 @@ class StageState:
         name: the stage's.
         kind: what it does.
         parents: the stage, or `base`, that it has in each role, as its kind needs: `init`, `reward`.
-        state: `done` needs nothing; `stale` was made, or begun, with other inputs; `partial` was interrupted and can be
-            resumed; `failed` was interrupted and has to be retrained from the start, or does not pass its gates;
-            `missing` never ran; `blocked` waits for a stage that is partial or failed; `running` is at work now.
+        state: `done` needs nothing; `done, gate closed` was trained to its end and does not pass its gates;
+            `done, to be judged again` was judged by other settings than the recipe's, which only a plan knows; `stale`
+            was made, or begun, with other inputs; `partial` was interrupted and can be resumed; `failed` was
+            interrupted and has to be retrained from the start; `missing` never ran; `blocked` waits for a stage that is
+            partial or failed, or whose gate is closed; `running` is at work now.
         reason: why it is in that state, as old → new values where something changed.
         record: its record; an empty one where there is none.
-        is_current: its artifact is whole and was built on the weights that are there now, whatever its gates say.
+        is_current: its artifact is whole and was built on the weights that are there now, whatever its gates, and those
+            of the stages that it needs, say.
         progress: from where it can be resumed, if it is partial.
     """
 
@@ -62,13 +69,15 @@ class RunState:
     recipe_problem: str | None
 
     @property
-    def state(self) -> Literal["running", "failed", "done", "unfinished"]:
+    def state(self) -> Literal["running", "failed", "gate closed", "done", "unfinished"]:
         """The state of the run as a whole."""
         states = {stage.state for stage in self.stages}
         if self.is_locked:
             return "running"
         if "failed" in states:
             return "failed"
+        if GATE_CLOSED in states:
+            return "gate closed"
         return "done" if states == {"done"} else "unfinished"
 
     def stage(self, name: str) -> StageState | None:
@@ -149,8 +158,8 @@ def read_stages(
             find_state(stage, parents, directory, digests, at_work, gone)
         except InputError as error:
             stage.state, stage.reason = "failed", str(error)
-        if stage.is_current and stage.record.state == "failed":
-            stage.state, stage.reason = "failed", stage.record.error or "it does not pass its gates"
+        if stage.state == "done" and stage.record.closed_gate:
+            stage.state, stage.reason = GATE_CLOSED, stage.record.closed_gate
         found[name] = stage
 
     for name in names:
@@ -195,6 +204,9 @@ def find_state(
         stage.is_current = stage.state == "done"
     else:
         stage.state, stage.reason = _of_unfinished(stage, parents, directory, changes)
+    held_up = _held_up(parents)
+    if held_up and stage.state not in ("running", "failed"):
+        stage.state, stage.reason, stage.progress = "blocked", held_up, None
 
 
 def _of_finished(
@@ -255,5 +267,18 @@ def _ran_again(record: Record, parents: Sequence[StageState]) -> list[str]:
 
 
 def _waiting_for(parents: Sequence[StageState]) -> str | None:
-    names = [parent.name for parent in parents if parent.state in ("partial", "failed", "blocked")]
+    names = [
+        parent.name
+        for parent in parents
+        if parent.state in ("partial", "failed") or (parent.state == "blocked" and not parent.is_current)
+    ]
+    return f"waits for {' and '.join(names)}" if names else None
+
+
+def _held_up(parents: Sequence[StageState]) -> str | None:
+    """The parents that are whole, but after which no run goes on, as a gate of theirs or of one before is closed."""
+    closed = [parent.name for parent in parents if parent.state == GATE_CLOSED]
+    if closed:
+        return f"waits for {' and '.join(closed)}, whose gate is closed"
+    names = [parent.name for parent in parents if parent.state == "blocked" and parent.is_current]
     return f"waits for {' and '.join(names)}" if names else None

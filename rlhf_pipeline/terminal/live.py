@@ -289,7 +289,7 @@ class Display:
         names = max(len(one.name) for one in self.view.stages)
         line.append(f"{signs.of_state(stage.state, current)} ", style=style)
         line.append(f"{signs.fit(stage.name, min(names, 24)):<{min(names, 24)}}  ", style="bold" if current else "")
-        line.append(f"{word:<11}", style=style)
+        line.append(f"{word:<{max(9, *(len(self.view.word(one)) for one in self.view.stages))}}  ", style=style)
         time_of = "" if wall_s is None else duration(wall_s)
         line.append(f"{time_of:>12}   ")
         about = ""

@@ -12,14 +12,16 @@ from rich.text import Text
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
 from rlhf_pipeline.rundir.layout import METRICS
-from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 from rlhf_pipeline.rundir.words import duration, memory
 
 STYLES = {
-    "done": "green", "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
+    "done": "green", GATE_CLOSED: "red", "done, to be judged again": "yellow",
+    "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
 }  # fmt: skip
 
 
@@ -43,6 +45,8 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         numbers = "  ".join(f"{number.name} {number.after:.3g}" for number in headline(plan.kind, summary["metrics"]))
         unremarkable = plan.state == "done" and numbers and not plan.record.gates_ignored
         about = numbers if unremarkable else escape(plan.reason)
+        if plan.is_current and plan.state != "done" and numbers:
+            about += "\n" + numbers
         time = "" if wall_s is None else duration(wall_s)
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
     console.print(table)
@@ -63,7 +67,7 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
         if isinstance(metrics.get(kinds.JUDGED), (int, float)):
             judged[plan.name] = metrics[kinds.JUDGED]
         about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
-        if plan.state == "done" and record.gates_ignored:
+        if record.gates_ignored or plan.state != "done":
             about = "\n".join([*changes, escape(plan.reason)])
         wall_s, peak = record.wall_s, record.peak_memory_bytes
         table.add_row(
@@ -90,7 +94,7 @@ def _changes(plan: StagePlan, run: Path, metrics: dict[str, Any], judged: float 
 
 def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
     """The commands that make sense for what a run has made, each with what it does."""
-    done = [plan for plan in plans if plan.state == "done"]
+    done = [plan for plan in plans if plan.is_current]
     policies = [plan.name for plan in done if kinds.get(plan.kind).is_policy]
     short = min(str(run), os.path.relpath(run), key=len)
     path = shlex.quote(short)
@@ -108,7 +112,7 @@ def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
 
 def intentions(
     plans: list[StagePlan],
-    chosen: list[StagePlan],
+    wanted: ToDo,
     shapes: dict[str, list[dict[str, str | None]]],
     remote_code: str | None,
     console: Console,
@@ -117,20 +121,22 @@ def intentions(
 
     Args:
         plans: every stage.
-        chosen: those that would run.
+        wanted: what `run` would do.
         shapes: from `plan.shapes`.
         remote_code: the model whose own code would be run; None where none would.
         console: where to.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("stage", "kind", "from", "state", "will run", "why"):
+    for column in ("stage", "kind", "from", "state", "run will", "why"):
         table.add_column(column, overflow="fold")
-    names = {plan.name for plan in chosen}
     for plan in plans:
         start = " + ".join(plan.parents.values())
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
-        table.add_row(plan.name, plan.kind, start, state, "yes" if plan.name in names else "no", escape(plan.reason))
+        task = wanted.stages.get(plan.name, "nothing")
+        table.add_row(plan.name, plan.kind, start, state, task, escape(plan.reason))
     console.print(table)
+    if wanted.compares:
+        console.print("afterwards `run` compares the policies on the same prompts", soft_wrap=True)
     console.print()
     read = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     read.add_column("stage", no_wrap=True)

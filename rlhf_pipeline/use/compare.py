@@ -9,6 +9,7 @@ from rlhf_pipeline.comparison import wanted
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.recipe import of_run
 from rlhf_pipeline.run.explain import recognise
+from rlhf_pipeline.rundir.finished import warning
 
 
 def compare(
@@ -47,6 +48,10 @@ def compare(
         )
     weights = wanted.weights(run, recipe)
     policies = wanted.choose(run, recipe, list(weights), stages)
+    for name in weights:
+        about = warning(run, name) if name in (*policies, wanted.roles(recipe, list(weights)).reward) else None
+        if about:
+            say(about)
     usual = wanted.default_settings(recipe)
     settings = usual | {name: value for name, value in changes.items() if value is not None}
     if file is not None and not file.exists():

@@ -88,12 +88,12 @@ def _record(run: Path, stage: str, recipe: Recipe) -> Record:
         )
     found = state.read(run).stage(stage)
     record = found.record if found else Record()
-    if found and record.state != "done":
+    if found and not record.is_finished:
         why = ": it has not run yet" if found.state == "missing" else f" but {found.state}: {found.reason}"
         raise InputError(
             f"stage `{stage}` is not done{why}",
             place=str(run),
-            hint="`rlhf-pipeline run` makes it" + (", `--ignore-gates` past its gates" if record.gates else ""),
+            hint="`rlhf-pipeline run` makes it",
         )
     digests = Digests()
     problem = directory.artifact_problem(stage, record, digests)

@@ -151,7 +151,7 @@ def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
             run(closed)
         assert "--ignore-gates" in str(error.value.hint) and str(adapter.parent) in str(error.value.hint)
         assert any("training" in line for line in said) == (attempt == 0)
-        assert record("sft")["state"] == "failed" and record("sft")["gates"]["judge_mean"]["value"] == 1.0
+        assert record("sft")["state"] == "done, gate closed" and record("sft")["gates"]["judge_mean"]["value"] == 1.0
         assert not (tmp_path / "runs" / "short" / "dpo").exists()
     trained = adapter.stat().st_mtime_ns
 

@@ -1,10 +1,13 @@
 """A run directory that the version before `rundir/record.py` has left (commit cb05b3b)."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.recipe import TINY
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -27,4 +30,15 @@ def recorded(tmp_path: Path) -> Path:
     (run / "recipe.yaml").write_text(text, encoding="utf-8")
     for adapter in run.glob("*/adapter"):
         shutil.copy(TINY / "checkpoint" / "tokenizer.json", adapter)
+    _judged_by_the_code_that_is_here(run)
     return run
+
+
+def _judged_by_the_code_that_is_here(run: Path) -> None:
+    """Note the judge's code of today in the records, as it has changed since: else all is to be judged again."""
+    recipe = recipes.of_run(run)
+    for file in run.glob("*/stage.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["judging"]:
+            content["judging"]["judge_source"] = Digests().of_judge(content["judging"]["judge"], recipe.folder)
+            file.write_text(json.dumps(content), encoding="utf-8")

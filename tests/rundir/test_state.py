@@ -182,10 +182,45 @@ def test_a_running_record_is_believed_while_a_run_goes_on(recorded):
         assert (found.state, words_of(recorded)["sft"], words_of(recorded)["dpo"]) == ("running", "failed", "running")
 
 
-def test_a_closed_gate_fails_a_stage_that_is_current(recorded):
-    edit(recorded, "dpo", state="failed", error="a gate is closed: loss is 1, not < 1")
-    dpo = state.read(recorded).stage("dpo")
-    assert (dpo.state, dpo.reason, dpo.is_current) == ("failed", "a gate is closed: loss is 1, not < 1", True)
+CLOSED = "done, gate closed"
+
+
+@pytest.mark.parametrize("written", [CLOSED, "failed"])  # the second is what earlier versions wrote
+def test_a_closed_gate_is_one_word_and_keeps_a_stage_current(recorded, written):
+    edit(recorded, "sft", state=written, error="a gate is closed: loss is 1, not < 1")
+    found = state.read(recorded)
+    sft, reward, ppo = (found.stage(name) for name in ("sft", "reward", "ppo"))
+    assert (sft.state, sft.reason, sft.is_current) == (CLOSED, "loss is 1, not < 1", True)
+    assert (reward.state, reward.reason) == ("blocked", "waits for sft, whose gate is closed")
+    assert (ppo.state, ppo.is_current, found.state) == ("blocked", True, "gate closed")
+    edit(recorded, "ppo", state="failed", artifact=None, error="no memory")
+    ppo = state.read(recorded).stage("ppo")
+    assert (ppo.state, ppo.reason, ppo.is_current) == ("failed", "no memory", False)
+
+
+def test_a_stage_whose_gate_is_closed_can_be_looked_at_with_one_warning(recorded, command, tmp_path):
+    closed = {"state": CLOSED, "error": "a gate is closed: x is 1, not < 1"}
+    closed["gates"] = {"x": {"bound": "< 1", "value": 1.0, "passed": False}}
+    edit(recorded, "reward", **closed)
+    edit(recorded, "dpo", **closed)
+    warning = "warning: stage `{}` is done, gate closed: x is 1, not < 1\n"
+    short = ("-p", "Q: Hi\nA:", "--max-new-tokens", 2)
+    said = command("chat", recorded, *short)
+    assert (said.code, said.err) == (0, warning.format("dpo")) and said.out
+    said = command("export", recorded, "dpo", tmp_path / "out")
+    assert (said.code, said.err.count(warning.format("dpo"))) == (0, 1), said.err
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Q: Hi", "completion": " Yes."}\n', encoding="utf-8")
+    said = command("score", recorded, tmp_path / "rows.jsonl", "-o", tmp_path / "scores.jsonl")
+    assert (said.code, said.err.count(warning.format("reward"))) == (0, 1), said.err
+    said = command("compare", recorded, *short, "--json")
+    assert json.loads(said.out)["policies"] == ["base", "sft", "ppo", "dpo"]
+    assert [said.err.count(warning.format(stage)) for stage in ("reward", "dpo")] == [1, 1], said.err
+    words = {"sft": "done", "reward": CLOSED, "ppo": "blocked", "dpo": CLOSED}
+    watched = command("watch", recorded).out
+    assert all(re.search(rf"\b{name} +{word} ", watched) for name, word in words.items()), watched
+    command("report", recorded)
+    page = (recorded / "report.html").read_text(encoding="utf-8")
+    assert page.count(f'<span class="badge {CLOSED}">{CLOSED}</span>') == 2 and "3 of 4 stages done" in page
 
 
 # What the version before has left

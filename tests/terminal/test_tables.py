@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rlhf_pipeline import cli
 from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.words import duration
 from rlhf_pipeline.terminal import tables
@@ -58,6 +59,7 @@ def test_results_show_the_reason_where_a_stage_is_not_done(state):
     assert "0.9" not in text
 
 
+NOTHING = ToDo({}, compares=False)
 NO_DATA: dict[str, list] = {"sft": [], "ppo": [], "dpo": []}
 
 
@@ -69,7 +71,7 @@ def test_intentions_say_what_the_data_are_read_as():
     ]
     lines = [
         line.rstrip()
-        for line in printed(tables.intentions, [stage("sft")], [], {"sft": sources}, None, width=160).splitlines()
+        for line in printed(tables.intentions, [stage("sft")], NOTHING, {"sft": sources}, None, width=160).splitlines()
     ]
     assert lines[-2].split(maxsplit=2) == ["sft", "a[1].jsonl", says]
     assert lines[-1].split(maxsplit=3)[:3] == ["sft", "data.eval_data:", "someone/questions"]
@@ -78,17 +80,19 @@ def test_intentions_say_what_the_data_are_read_as():
 
 def test_intentions_show_what_will_run_from_where_and_why():
     ppo = stage("ppo", "stale", init="sft", reward="reward", reason="trainer.kl_coef 0.1 → 0.2")
-    lines = printed(tables.intentions, [stage("sft"), ppo], [ppo], NO_DATA, None).splitlines()
-    assert lines[1].split() == ["sft", "sft", "base", "done", "no", "up", "to", "date"]
-    assert lines[2].split()[:7] == ["ppo", "ppo", "sft", "+", "reward", "stale", "yes"]
-    assert lines[2].endswith("trainer.kl_coef 0.1 → 0.2")
+    wanted = ToDo({"ppo": "train"}, compares=True)
+    lines = printed(tables.intentions, [stage("sft"), ppo], wanted, NO_DATA, None).splitlines()
+    assert lines[1].split() == ["sft", "sft", "base", "done", "nothing", "up", "to", "date"]
+    assert lines[2].split()[:7] == ["ppo", "ppo", "sft", "+", "reward", "stale", "train"]
+    assert lines[2].rstrip().endswith("trainer.kl_coef 0.1 → 0.2")
+    assert "compares the policies" in lines[3]
 
 
 def test_intentions_name_the_model_whose_own_code_would_run():
     assert "code that comes with a/model will be run" in printed(
-        tables.intentions, [stage("sft")], [], NO_DATA, "a/model"
+        tables.intentions, [stage("sft")], NOTHING, NO_DATA, "a/model"
     )
-    assert "will be run" not in printed(tables.intentions, [stage("sft")], [], NO_DATA, None)
+    assert "will be run" not in printed(tables.intentions, [stage("sft")], NOTHING, NO_DATA, None)
 
 
 def test_a_gate_that_was_ignored_is_not_passed_over_in_silence():
@@ -99,20 +103,20 @@ def test_a_gate_that_was_ignored_is_not_passed_over_in_silence():
 
 
 def test_a_stage_whose_gate_is_closed_keeps_its_numbers_in_json():
-    closed = stage("reward", "failed", metrics={"eval_accuracy": 0.75}, is_current=True)
+    closed = stage("reward", "done, gate closed", metrics={"eval_accuracy": 0.75}, is_current=True)
     assert closed.summary()["metrics"] == {"eval_accuracy": 0.75}
 
 
 def test_a_reason_with_brackets_is_shown_as_it_is():
     """A reason quotes recipes and errors; its brackets are text, not styling."""
     reason = "trainer.loss_type [sigmoid] → [ipo]"
-    assert reason in printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [], NO_DATA, None)
+    assert reason in printed(tables.intentions, [stage("dpo", "stale", reason=reason)], NOTHING, NO_DATA, None)
     assert reason in printed(tables.results, Path("r"), [stage("dpo", "stale", reason=reason)])
 
 
 def test_a_narrow_terminal_loses_no_word():
     reason = "trainer.learning_rate 0.001 → 0.002; trainer.max_steps default → 5"
-    text = printed(tables.intentions, [stage("dpo", "stale", reason=reason)], [], NO_DATA, None, width=60)
+    text = printed(tables.intentions, [stage("dpo", "stale", reason=reason)], NOTHING, NO_DATA, None, width=60)
     assert "…" not in text
     assert "".join(text.split()).find("0.002;") > 0
 
