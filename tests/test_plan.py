@@ -801,6 +801,7 @@ LEFT_BY_A_KILL = "work/ is left"
         (("evaluate.n=5", "dpo.trainer.beta=0.5"), {"only": "dpo"}, {"dpo": "train"}),
         (("dpo.gates={train_loss: '< 2'}",), {}, {"dpo": "update record"}),
         (("reward.gates={train_loss: '< 1'}",), {}, {"reward": "stop: gate closed"}),
+        (("reward.gates={train_loss: '< 1'}", "dpo.gates={train_loss: '< 2'}"), {}, {"reward": "stop: gate closed"}),
         (("reward.gates={train_loss: '< 1'}",), {"only": "dpo"}, {}),
         (("reward.gates={train_loss: '< 1'}",), {"ignore_gates": True}, {"reward": "update record"}),
         (("seed=2", "reward.gates={train_loss: '< 1'}"), {}, dict.fromkeys(ALL_DONE, "train")),
