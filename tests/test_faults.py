@@ -268,6 +268,8 @@ def test_a_judge_that_fails_costs_no_training(folder: Path, unbroken: Path, comm
         ("raise ValueError('no opinion')", "ValueError: no opinion"),
         ("bytearray(10**14)", "the machine's memory ran out (MemoryError)"),
         ("import torch; torch.ones(10**14)", "the machine's memory ran out ("),
+        ("import sys; sys.exit(3)", "the judge called sys.exit(3)"),
+        ("import os; os._exit(0)", "its worker ended without a result, with exit code 0"),
     ):
         (folder / "my_judge.py").write_text(f"def judge(prompts, completions, **columns):\n    {fails}\n")
         code, said = command(folder, "--until", "sft")

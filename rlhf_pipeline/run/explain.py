@@ -46,6 +46,8 @@ def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Pa
         return f"{where} ran out ({text})", memory_hint(recipe, name) if name else SAFE
     if kind == "DivergedError":
         return text, f"lower `learning_rate`, set `max_grad_norm`, or look for odd rows in the data; {RETRAINS}"
+    if kind == "JudgeError":
+        return text, f"correct the function that `evaluate.judge` names; {safe}"
     if any(words in text for words in _SAY_WHAT_TO_CHANGE):
         return text, RETRAINS
     if number in _NO_ROOM or any(words in text for words in _FAILED_WRITERS):
@@ -78,6 +80,22 @@ def explain_signal(number: int, memory_ran_out: bool, recipe: Recipe, name: str 
         return "its worker was ended by signal 9, from outside", SAFE
     hint = memory_hint(recipe, name) if name else SAFE
     return "the kernel killed its worker, because the machine's memory ran out", hint
+
+
+def explain_vanished(code: int, last_line: str | None, recipe: Recipe, name: str | None) -> tuple[str, str]:
+    """A message and a hint for a worker that ended by itself and left no result, whatever its exit code.
+
+    Args:
+        code: its exit code.
+        last_line: of its log, if there is one.
+        recipe: the recipe.
+        name: the stage; None for the check before the first one, and for the comparison.
+    """
+    said = f"; the last line of its log: {last_line}" if last_line else ""
+    safe = TRAINING_IS_KEPT if _is_trained(recipe, name) else SAFE
+    return f"its worker ended without a result, with exit code {code}{said}", (
+        f"a judge that calls `os._exit`, or a library that does, ends its worker so; {safe}"
+    )
 
 
 def explain_no_room(recipe: Recipe, folder: Path, said: str) -> tuple[str, str]:

@@ -18,12 +18,12 @@ from typing import Any
 
 from rlhf_pipeline import plan
 from rlhf_pipeline.comparison import wanted as comparison
-from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError
+from rlhf_pipeline.errors import Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, gates, to_yaml
-from rlhf_pipeline.run import to_do, trackers
-from rlhf_pipeline.run.explain import SAFE, explain, explain_no_room, explain_signal, full_disk, oom_kills
-from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
+from rlhf_pipeline.run import jobs, to_do, trackers
+from rlhf_pipeline.run.explain import SAFE, explain
+from rlhf_pipeline.run.launch import STOP_SIGNAL, Launcher
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import durable, jsonl
 from rlhf_pipeline.rundir.layout import (
@@ -200,23 +200,14 @@ def _scratch() -> Iterator[Path]:
 
 
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, say: Say) -> None:
-    job = _job(recipe, "check", stages=[stage.name for stage in stages])
-    log, killed_before = scratch / "check.log", oom_kills()
-    code = launcher.run(job, scratch / "check.json", log)
-    result = read_json(scratch / RESULT) or {}
-    if code == 2:
-        raise InputErrors([InputError(**problem) for problem in result["problems"]])
-    if code == STOPPED or launcher.stopping:
+    result, _ = jobs.do(
+        recipe, launcher, "check", scratch / "check.json", scratch / "check.log", "the check of settings and data",
+        stages=[stage.name for stage in stages],
+    )  # fmt: skip
+    if launcher.stopping:
         raise Interrupted("stopped before anything was trained")
-    if code != 0:
-        what = "the check of settings and data"
-        raise _failure(what, code, result, log, killed_before, recipe, None, keep_log=False)
     for warning in result["warnings"]:
         say(f"warning: {warning}")
-
-
-def _job(recipe: Recipe, task: str, **details: Any) -> dict[str, Any]:
-    return {"task": task, "recipe": recipe.model_dump(), "folder": str(recipe.folder), **details}
 
 
 def _train(
@@ -254,16 +245,14 @@ def _train(
             reward = f", with the reward of {stage.parents['reward']}" if "reward" in stage.parents else ""
             say(f"{stage.name:<7} training, from {stage.parents['init']}{reward}")
         if progress is None or progress.point != "finished":
-            killed_before = oom_kills()
-            job = _job(recipe, "train", stage=stage.name, record=record.as_json())
-            code = launcher.run(job, work / JOB, folder / LOG)
-            scrub(folder / LOG)
-            answer = read_json(work / RESULT) or {}
-            if code == STOPPED or (launcher.stopping and code == -STOP_SIGNAL):
+            answer, stopped = jobs.do(
+                recipe, launcher, "train", work / JOB, folder / LOG, f"stage `{stage.name}`",
+                stage=stage.name, record=record.as_json(),
+            )  # fmt: skip
+            if stopped:
                 raise Interrupted(_stopped_at(stage.name, answer.get("step"), directory))
-            if code != 0:
-                raise _failure(f"stage `{stage.name}`", code, answer, folder / LOG, killed_before, recipe, stage.name)
-        answer = read_json(work / RESULT) or {}
+        else:
+            answer = read_json(work / RESULT) or {}
         files = directory.publish(stage.name)
         done = record.updated(
             state="done",
@@ -381,14 +370,12 @@ def _stopped_at(name: str, step: int | None, directory: RunDirectory) -> str:
 
 def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, say: Say) -> Record:
     """Judge a stage that is done by the recipe's new `evaluate`; returns its record."""
-    log, killed_before = scratch / "judge.log", oom_kills()
-    code = launcher.run(_job(recipe, "judge", stage=stage.name), scratch / "judge.json", log)
-    result = read_json(scratch / RESULT) or {}
-    if code == STOPPED or (launcher.stopping and code != 0):
+    result, stopped = jobs.do(
+        recipe, launcher, "judge", scratch / "judge.json", scratch / "judge.log", f"judging stage `{stage.name}`",
+        stage=stage.name,
+    )  # fmt: skip
+    if stopped:
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
-    if code != 0:
-        what = f"judging stage `{stage.name}`"
-        raise _failure(what, code, result, log, killed_before, recipe, stage.name, keep_log=False)
     metrics = stage.record.metrics | result["metrics"]
     say(f"{stage.name:<7} judged again, judge_mean {metrics['judge_mean']:.3f}")
     return stage.record.updated(metrics=metrics, judging=stage.judging)
@@ -399,19 +386,16 @@ def _compare(recipe: Recipe, directory: RunDirectory, launcher: Launcher, scratc
 
     Nothing else depends on it, so the run still counts as done.
     """
-    log, killed_before = scratch / "compare.log", oom_kills()
     try:
         wanted = comparison.due(directory.path, recipe)
         if wanted is None:
             return
         settings, policies = wanted
         say(f"compare {settings['n']} prompts through {', '.join(policies[:-1])} and {policies[-1]}")
-        code = launcher.run(_job(recipe, "compare", settings=settings), scratch / "compare.json", log)
-        result = read_json(scratch / RESULT) or {}
-        if code == STOPPED or launcher.stopping:
+        file, log = scratch / "compare.json", scratch / "compare.log"
+        result, stopped = jobs.do(recipe, launcher, "compare", file, log, "making it", settings=settings)
+        if stopped:
             raise KeyboardInterrupt
-        if code != 0:
-            raise _failure("making it", code, result, log, killed_before, recipe, None, keep_log=False)
         comparison.write(directory.path, result["comparison"])
         for note in result["comparison"]["notes"]:
             say(f"compare {note}")
@@ -420,34 +404,6 @@ def _compare(recipe: Recipe, directory: RunDirectory, launcher: Launcher, scratc
     except (RunError, OSError) as error:
         message = error.message.splitlines()[0] if isinstance(error, RunError) else str(error)
         say(f"warning: there is no new comparison: {message}")
-
-
-def _failure(
-    what: str,
-    code: int,
-    result: dict[str, Any],
-    log: Path,
-    killed_before: int,
-    recipe: Recipe,
-    name: str | None,
-    keep_log: bool = True,
-) -> RunError:
-    """Say what failed, with the end of the log where that may tell more."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    tail = [line for line in text.splitlines() if line.strip()][-8:]
-    if code < 0:
-        cause, hint = explain_signal(-code, oom_kills() > killed_before, recipe, name)
-    else:
-        cause, hint = result.get("message") or f"exit code {code}", result.get("hint") or SAFE
-        if not result and tail:
-            cause += f"; the last line of its log: {tail[-1]}"
-        if not result and full_disk(log.parent):  # the worker could not write, perhaps not even to its log
-            cause, hint = explain_no_room(recipe, log.parent, "its worker could not write")
-    shown = [] if result.get("known") else tail  # where the cause is known, it says all that the log does
-    lines = [f"{what} failed: {cause}", *(f"  | {line[:200]}" for line in shown)]
-    if keep_log:
-        lines.append(f"  the whole log: {log}")
-    return RunError(redact("\n".join(lines)), hint=hint)
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -166,10 +166,10 @@ def _ask_worker(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         code = subprocess.run(
             command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         ).returncode
-    result: dict[str, Any] = read_json(folder / RESULT) or {}
-    if code == 2 and result:
+    result = read_json(folder / RESULT)
+    if code == 2 and result is not None:
         raise InputError(result["message"], place=result["place"], hint=result["hint"])
-    if code:
+    if code or result is None:
         tail = "".join(f"\n  | {line[:200]}" for line in log.read_text(errors="replace").splitlines()[-8:])
         raise RunError(f"no tiny checkpoint of the model could be made{tail}")
     shutil.rmtree(folder)

@@ -24,6 +24,10 @@ from rlhf_pipeline.stages.job import Job
 Judge = Callable[..., Sequence[float]]
 
 
+class JudgeError(Exception):
+    """A judge did, or gave, what no judge may; the message says so in one sentence."""
+
+
 def load_judge(name: str, folders: Sequence[Path]) -> Judge:
     """Import `module:function`, looking in `folders` after the installed packages.
 
@@ -37,9 +41,9 @@ def load_judge(name: str, folders: Sequence[Path]) -> Judge:
     place = "evaluate.judge"
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way
         raise InputError(
-            f"`{module_name}` cannot be imported: {type(error).__name__}: {error}",
+            f"`{module_name}` cannot be imported: {said(error)}",
             place=place,
             hint="put the module beside the recipe, in the current folder, or install it",
         ) from None
@@ -78,7 +82,7 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         `judge_mean`, or nothing where the recipe has no `evaluate`.
 
     Raises:
-        ValueError: see `ask`.
+        JudgeError, Exception: see `ask`.
     """
     prepared = prepare(job)
     if prepared is None:
@@ -106,7 +110,8 @@ def ask(judge: Judge, asked: Sequence[tuple[Prompt, dict[str, Any]]], replies: S
         replies: one to each.
 
     Raises:
-        ValueError: it returned something other than one number per reply.
+        JudgeError: it returned something other than one number per reply, or called `sys.exit`.
+        Exception: what it raises.
     """
     prompts = [prompt for prompt, _ in asked]
     completions = [
@@ -115,10 +120,20 @@ def ask(judge: Judge, asked: Sequence[tuple[Prompt, dict[str, Any]]], replies: S
     ]
     names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion"))
     others = {name: [row.get(name) for _, row in asked] for name in names}
-    scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
+    try:
+        scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
+    except SystemExit as error:
+        raise JudgeError(f"the judge called {said(error)}") from None
     if len(scores) != len(prompts):
-        raise ValueError(f"the judge returned {len(scores)} scores for {len(prompts)} replies")
+        raise JudgeError(f"the judge returned {len(scores)} scores for {len(prompts)} replies")
     return scores
+
+
+def said(error: BaseException) -> str:
+    """What a user's code raised, in a few words; of `sys.exit`, the call."""
+    if isinstance(error, SystemExit):
+        return f"sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {error}"
 
 
 def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:

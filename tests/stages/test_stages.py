@@ -24,7 +24,7 @@ from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.judge import judge_policy
+from rlhf_pipeline.stages.judge import JudgeError, judge_policy
 from rlhf_pipeline.stages.ppo import check_weights
 
 pytestmark = pytest.mark.slow
@@ -340,5 +340,5 @@ def test_a_judge_sees_conversations_as_turns(judged: Callable[[str], dict[str, f
 
 
 def test_a_judge_that_loses_count_is_an_error(judged: Callable[[str], dict[str, float]]) -> None:
-    with pytest.raises(ValueError, match="returned 1 scores for 3 replies"):
+    with pytest.raises(JudgeError, match="returned 1 scores for 3 replies"):
         judged("def judge(prompts, completions, **_):\n    return [1.0]\n")

@@ -1,0 +1,85 @@
+"""One job in a worker, and what became of it: its result, or in one sentence why there is none. No torch."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_pipeline.errors import InputError, InputErrors, RunError
+from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.run.explain import SAFE, explain_no_room, explain_signal, explain_vanished, full_disk, oom_kills
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
+from rlhf_pipeline.rundir.layout import RESULT, read_json
+from rlhf_pipeline.rundir.secrets import redact, scrub
+
+
+class Ended(NamedTuple):
+    """How a job ended that did not fail.
+
+    Attributes:
+        result: what the worker handed back.
+        stopped: it was asked to stop and has, so that the result has no more than the `step` of a checkpoint.
+    """
+
+    result: dict[str, Any]
+    stopped: bool
+
+
+def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path, what: str, **details: Any) -> Ended:
+    """Have a worker do a job, and read its result. A result that an earlier job has left there is removed first.
+
+    Args:
+        recipe: the recipe.
+        launcher: starts the worker.
+        task: `check`, `train`, `judge` or `compare`.
+        job_file: where to write the job down; the result comes to be beside it.
+        log: takes what the worker prints.
+        what: the job in words, as the subject of `… failed`.
+        details: what else the task needs; see `rlhf_pipeline.run.worker`.
+
+    Raises:
+        InputError: the check found something wrong.
+        RunError: the job failed, or its worker ended without a result, with whatever exit code.
+        OSError: the job cannot be written down.
+    """
+    file, killed_before = job_file.with_name(RESULT), oom_kills()
+    file.unlink(missing_ok=True)
+    job = {"task": task, "recipe": recipe.model_dump(), "folder": str(recipe.folder), **details}
+    code = launcher.run(job, job_file, log)
+    scrub(log)
+    result = read_json(file)
+    if code == 0 and result is not None:
+        return Ended(result, stopped=False)
+    if code == 2 and task == "check" and result is not None:
+        raise InputErrors([InputError(**problem) for problem in result["problems"]])
+    # Without a result and without having been asked, a worker that ends with this code was ended by somebody's code.
+    stopped = code == STOPPED and (result is not None or launcher.stopping)
+    if stopped or (launcher.stopping and (code == -STOP_SIGNAL or task != "train")):
+        return Ended(result or {}, stopped=True)
+    raise _failure(recipe, what, code, result, log, oom_kills() > killed_before, details.get("stage"), task == "train")
+
+
+def _failure(
+    recipe: Recipe,
+    what: str,
+    code: int,
+    result: dict[str, Any] | None,
+    log: Path,
+    memory_ran_out: bool,
+    name: str | None,
+    keep_log: bool,
+) -> RunError:
+    """Say what failed, with the end of the log where that may tell more."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    tail = [line for line in text.splitlines() if line.strip()][-8:]
+    if code < 0:
+        cause, hint = explain_signal(-code, memory_ran_out, recipe, name)
+    elif result is not None and "message" in result:
+        cause, hint = result["message"], result["hint"] or SAFE
+    elif full_disk(log.parent):  # the worker could not write, perhaps not even to its log
+        cause, hint = explain_no_room(recipe, log.parent, "its worker could not write")
+    else:
+        cause, hint = explain_vanished(code, tail[-1] if tail else None, recipe, name)
+    shown = [] if result and result.get("known") else tail  # where the cause is known, it says all that the log does
+    lines = [f"{what} failed: {cause}", *(f"  | {line[:200]}" for line in shown)]
+    if keep_log:
+        lines.append(f"  the whole log: {log}")
+    return RunError(redact("\n".join(lines)), hint=hint)

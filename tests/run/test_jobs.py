@@ -1,0 +1,86 @@
+"""What becomes of a job, by how its worker ends and what it leaves. The process itself is played here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.run import jobs
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
+
+TASKS = ("check", "train", "judge", "compare")
+
+
+class Played:
+    """A launcher whose worker leaves `result` and ends with `code`."""
+
+    def __init__(self, code: int, result: dict[str, Any] | None = None, stopping: bool = False) -> None:
+        self.code, self.result, self.stopping = code, result, stopping
+
+    def run(self, job: dict[str, Any], job_file: Path, log: Path) -> int:
+        log.write_text("it began\nthe last thing it did\n")
+        if self.result is not None:
+            job_file.with_name("result.json").write_text(json.dumps(self.result))
+        return self.code
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return recipes.load("tiny")
+
+
+@pytest.fixture
+def do(tmp_path: Path, recipe: Recipe) -> Any:
+    """A function that has a task done, where an earlier job has left its result."""
+
+    def done(task: str, played: Played) -> jobs.Ended:
+        (tmp_path / "result.json").write_text('{"metrics": {"judge_mean": 1}, "warnings": ["of an earlier job"]}')
+        stage = {"stage": "sft"} if task in ("train", "judge") else {}
+        return jobs.do(recipe, played, task, tmp_path / "job.json", tmp_path / "log.txt", "the work", **stage)
+
+    return done
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("code", [0, 1, 2, STOPPED, 113])
+def test_a_worker_that_ends_without_a_result_is_one_sentence_whatever_its_exit_code(
+    do: Any, task: str, code: int
+) -> None:
+    with pytest.raises(RunError) as caught:
+        do(task, Played(code))
+    first, *rest = caught.value.message.splitlines()
+    assert first == (
+        f"the work failed: its worker ended without a result, with exit code {code}; "
+        "the last line of its log: the last thing it did"
+    )
+    assert rest[:2] == ["  | it began", "  | the last thing it did"] and "os._exit" in str(caught.value.hint)
+    assert any("the whole log" in line for line in rest) == (task == "train")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_result_is_the_one_of_this_job_and_a_stop_is_no_failure(do: Any, task: str) -> None:
+    assert do(task, Played(0, {"warnings": []})) == ({"warnings": []}, False)
+    assert do(task, Played(STOPPED, {"step": 4})) == ({"step": 4}, True)
+    assert do(task, Played(STOPPED, stopping=True)) == ({}, True)  # asked before its job began
+    assert do(task, Played(-STOP_SIGNAL, stopping=True)) == ({}, True)  # or before it listened
+
+
+def test_a_worker_that_says_what_is_wrong_is_believed(do: Any) -> None:
+    fault = {"message": "no such file", "place": "stages.sft.data", "hint": None}
+    said = {"message": "stages.sft.data: no such file", "hint": None, "problems": [fault]}
+    with pytest.raises(InputError) as wrong:
+        do("check", Played(2, said))
+    assert (wrong.value.message, wrong.value.place) == ("no such file", "stages.sft.data")
+    for task in TASKS[1:]:
+        with pytest.raises(RunError, match=r"failed: stages\.sft\.data: no such file") as failed:
+            do(task, Played(2, said))
+        assert failed.value.hint
+    # A checkpoint that could not be written is a failure, though the stage was asked to stop.
+    with pytest.raises(RunError, match="failed: no room"):
+        do("train", Played(1, {"message": "no room", "hint": "free some", "known": True}, stopping=True))
+    with pytest.raises(RunError, match="ended by signal 11"):
+        do("judge", Played(-11))
