@@ -252,3 +252,41 @@ def test_a_report_is_written_again_where_something_is_newer_and_only_there(tiny_
     assert "warning: there is no new report" in capsys.readouterr().err
     cli.runs._report(tmp_path / "never began")
     assert not (tmp_path / "never began").exists()
+
+
+# What is not ours cannot steer the terminal
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ebackwards\u2066\u061c"
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
+
+
+def test_an_error_cannot_steer_the_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the recipe, of data, and of a fault that nobody expected, whatever raised it."""
+    (folder / "recipe.yaml").write_text(RECIPE.replace("sft:", json.dumps(EVIL) + ":"))
+    (folder / "data.yaml").write_text(RECIPE.replace("tiny:demonstrations", "rows.jsonl"))
+    (folder / "rows.jsonl").write_text(json.dumps({EVIL: 1}) + "\n")
+    said = [run(folder, "plan", "recipe.yaml"), run(folder, "plan", "data.yaml")]
+    assert [done.returncode for done in said] == [2, 2]
+
+    def fail() -> None:
+        raise ValueError(EVIL)
+
+    monkeypatch.setattr(cli, "app", fail)
+    said.append(run(folder, "ls"))
+    assert said[-1].returncode == 1 and "Traceback" in said[-1].stderr
+    for done in said:
+        assert "backwards" in done.stderr and not STEERS.search(done.stdout + done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "plan", "diff"])
+def test_a_record_cannot_steer_the_terminal(folder: Path, command: str) -> None:
+    """The error of a stage is what somebody's judge raised."""
+    stage = folder / "runs" / "t" / "sft"
+    stage.mkdir(parents=True)
+    failed = {"name": "sft", "kind": "sft", "state": "failed", "error": EVIL, "inputs": {"seed": EVIL}}
+    (stage / "stage.json").write_text(json.dumps(failed))
+    shutil.copytree(stage.parent, folder / "runs" / "u")
+    (folder / "runs" / "u" / "sft" / "stage.json").write_text(json.dumps(failed | {"inputs": {"seed": 1}}))
+    done = run(folder, command, *(("runs/t", "runs/u") if command == "diff" else ("r.yaml",)))
+    assert done.returncode == 0, done.stderr
+    assert "backwards" in done.stdout.replace("\n", "") and not STEERS.search(done.stdout)

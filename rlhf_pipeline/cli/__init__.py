@@ -1,6 +1,7 @@
 """The command line: commands that parse, call and print. Data go to standard output, all else to standard error."""
 
 import sys
+import traceback
 
 from rlhf_pipeline.cli import runs, recipes, results  # isort: skip  the order of their commands in the help
 from rlhf_pipeline.cli.shared import app, say
@@ -13,6 +14,11 @@ def _complain(message: str, hint: str | None) -> None:
     say(f"error: {message}")
     if hint:
         say(f"hint: {hint}")
+
+
+def _show_fault() -> None:
+    """Show a traceback, of a fault of ours or of a library; its words may hold anything, and must not steer either."""
+    say(traceback.format_exc().rstrip())
 
 
 def main() -> None:
@@ -28,10 +34,14 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:  # of a file that the command itself writes, or of standard output
         if error.errno is None:
-            raise
-        _complain(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}", None)
+            _show_fault()
+        else:
+            _complain(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}", None)
         sys.exit(1)
     except Interrupted as stop:
         say(stop.message)
         say("the same command resumes from here")
         sys.exit(130)
+    except Exception:
+        _show_fault()
+        sys.exit(1)

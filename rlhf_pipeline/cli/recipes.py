@@ -44,12 +44,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show which stages would run, and why; takes what `run` takes."""
-    from rich.console import Console
-
     from rlhf_pipeline import plan as plans
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.run import to_do
     from rlhf_pipeline.terminal import tables
+    from rlhf_pipeline.terminal.console import Console
 
     loaded = recipes.load(recipe, overrides or [])
     shapes = plans.shapes(loaded)
@@ -137,10 +136,9 @@ def data(
 
     And what is wrong with it: what would spoil training is an error, lesser things are warnings.
     """
-    from rich.console import Console
-
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.terminal import data as reports
+    from rlhf_pipeline.terminal.console import Console
 
     given = stage_and_overrides or []
     chosen = [one for one in given if "=" not in one]

@@ -64,11 +64,10 @@ def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> Non
 
     Settings, data, versions of the libraries, and final numbers.
     """
-    from rich.console import Console
-
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.rundir import diff as diffs
     from rlhf_pipeline.terminal import diff as shown
+    from rlhf_pipeline.terminal.console import Console
 
     difference = diffs.compare(recipes.run_directory(run_a), recipes.run_directory(run_b))
     if as_json:
@@ -114,10 +113,9 @@ def compare(
     the default settings it shows what `run` has left in comparison.json. A prompt given by -p is a user's turn where
     the recipe's prompts are conversations, else text as the model reads it.
     """
-    from rich.console import Console
-
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.terminal import comparison as reports
+    from rlhf_pipeline.terminal.console import Console
     from rlhf_pipeline.use import compare as comparing
 
     changes = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}

@@ -46,11 +46,10 @@ def run(
     A stage that was interrupted is resumed. Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same
     command resumes from there. A second one stops at once.
     """
-    from rich.console import Console
-
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.run import runner
     from rlhf_pipeline.terminal import live, tables
+    from rlhf_pipeline.terminal.console import Console
 
     loaded = recipes.load(recipe, overrides or [])
     try:
@@ -84,10 +83,9 @@ def watch(run: RunArgument, verbose: Verbose = False) -> None:
 
     In another terminal, or on another machine that shares the disk. Ends with the run, and then shows its final state.
     """
-    from rich.console import Console
-
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.terminal import live
+    from rlhf_pipeline.terminal.console import Console
 
     live.watch(recipes.run_directory(run), say, Console(), verbose=verbose)
 
@@ -109,11 +107,10 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show what each stage made: state, time and final numbers."""
-    from rich.console import Console
-
     from rlhf_pipeline import plan as plans
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.terminal import tables
+    from rlhf_pipeline.terminal.console import Console
 
     loaded = recipes.load(recipe, overrides or [])
     stages = plans.make(loaded, trust_versions=trust_versions)
@@ -138,11 +135,10 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """List what later runs moved aside, and remove it if you confirm."""
-    from rich.console import Console
-
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.rundir import asides as pruning
     from rlhf_pipeline.terminal import asides as shown
+    from rlhf_pipeline.terminal.console import Console
 
     directory = recipes.run_directory(run)
     asides = pruning.find(directory)

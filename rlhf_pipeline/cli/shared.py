@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from rlhf_pipeline import __version__
+from rlhf_pipeline.rundir.words import printable
 
 
 def examples(*examples: tuple[str, str]) -> str:
@@ -77,6 +78,6 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print a line on standard error."""
+    """Print a line on standard error; it cannot steer the terminal, whatever an error or data may have put into it."""
     with contextlib.suppress(OSError):  # a terminal that was closed must not end a run
-        typer.echo(line, err=True)
+        typer.echo(printable(line), err=True)

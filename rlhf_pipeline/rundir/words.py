@@ -7,7 +7,7 @@ from collections.abc import Sequence
 # What becomes of letters that steer a terminal or a page: of control characters but line breaks and tabs, of spaces and
 # marks without width, and of what turns the direction of writing or is half of a surrogate pair.
 SHOWN: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
-SHOWN |= {0x7F: "\N{SYMBOL FOR DELETE}"} | dict.fromkeys((0x200B, 0x200E, 0x200F))
+SHOWN |= {0x7F: "\N{SYMBOL FOR DELETE}"} | dict.fromkeys((0x061C, 0x200B, 0x200E, 0x200F))
 SHOWN |= dict.fromkeys(
     (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)),
     "\N{REPLACEMENT CHARACTER}",

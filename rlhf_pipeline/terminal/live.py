@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.text import Text
 
@@ -18,6 +18,7 @@ from rlhf_pipeline.rundir.headline import is_number
 from rlhf_pipeline.rundir.layout import LOG, RunDirectory
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.rundir.words import duration, one_line, printable
+from rlhf_pipeline.terminal.console import Console
 from rlhf_pipeline.terminal.tables import STYLES
 from rlhf_pipeline.terminal.watching import RunView, StageView
 

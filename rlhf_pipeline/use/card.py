@@ -18,6 +18,7 @@ from rlhf_pipeline.rundir.jsonl import rows
 from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
+from rlhf_pipeline.rundir.words import one_line
 
 # Of the machine or of the moment, not of the model.
 BOOKKEEPING = re.compile(r"seconds$|^eps$|^lr|^learning_rate$|^episode$|num_tokens$|^total_flos$")
@@ -187,10 +188,9 @@ def _value(value: Any) -> str:
 def _plain(text: Any) -> str:
     """Text as Markdown that shows it as it is, on one line, and without the folders of a path."""
     text = re.sub(r"(?<![\w.:/])/(?:[^\s/,:'\"]+/)+([^\s/,'\"]*)", r"\1", str(text))
-    text = "".join(character if character.isprintable() else " " for character in text)
-    return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|<>#&~]", r"\\\g<0>", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|<>#&~]", r"\\\g<0>", one_line(text))
 
 
 def _code(text: str) -> str:
     """Text for between backticks."""
-    return "".join(character if character.isprintable() and character != "`" else " " for character in str(text))
+    return one_line(str(text)).replace("`", " ")
