@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline import kinds
@@ -12,6 +13,7 @@ from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, stage_inputs
 from rlhf_pipeline.recipe import Data, Recipe, gates
 from rlhf_pipeline.recipe.schema import Source
+from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 from rlhf_pipeline.rundir.state import DONE, StageState, State, find_state, stage_at_work
@@ -95,6 +97,15 @@ def make(
             plan.state, plan.reason = _apply_gates(plan, stage.gates, ignore_gates)
         plans[name] = plan
     return list(plans.values())
+
+
+def of_run(run: Path) -> list[StagePlan]:
+    """The stages as a run directory alone shows them, for where its recipe, or its data, cannot be read."""
+    found = state.read(run).stages
+    return [
+        StagePlan(**vars(stage), inputs=stage.record.inputs, fingerprint=stage.record.fingerprint or "")
+        for stage in found
+    ]
 
 
 def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:

@@ -20,7 +20,7 @@ from rlhf_pipeline.cli.shared import (
     examples,
     say,
 )
-from rlhf_pipeline.errors import Interrupted, RunError
+from rlhf_pipeline.errors import InputError, Interrupted, RunError
 
 
 @app.command(
@@ -81,18 +81,20 @@ def run(
 def watch(run: RunArgument, verbose: Verbose = False) -> None:
     """Watch a run that was started elsewhere.
 
-    In another terminal, or on another machine that shares the disk. Ends with the run, and then shows its final state.
+    In another terminal, or on another machine that shares the disk. Waits for a run that has not begun. Ends with the
+    run, and then shows its final state.
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.terminal import live
     from rlhf_pipeline.terminal.console import Console
 
-    live.watch(recipes.run_directory(run), say, Console(), verbose=verbose)
+    live.watch(recipes.run_to_watch(run), say, Console(), verbose=verbose)
 
 
 @app.command(
     epilog=examples(
         ("status my-recipe.yaml", "state, time and final numbers of every stage"),
+        ("status runs/my-recipe", "by the settings that the run was started with"),
         ("status my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
         ("status my-recipe.yaml -q && echo done", "only whether every stage is done"),
     )
@@ -106,20 +108,29 @@ def status(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what each stage made: state, time and final numbers."""
+    """Show what each stage made: state, time and final numbers.
+
+    Of a recipe, by what it says now; of a run directory, by the settings that `run` was started with.
+    """
     from rlhf_pipeline import plan as plans
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.terminal import tables
     from rlhf_pipeline.terminal.console import Console
 
-    loaded = recipes.load(recipe, overrides or [])
-    stages = plans.make(loaded, trust_versions=trust_versions)
+    try:
+        loaded = recipes.load(recipe, overrides or [])
+        run, stages = loaded.run, plans.make(loaded, trust_versions=trust_versions)
+    except InputError as error:
+        if overrides or not recipes.is_run(Path(recipe)):
+            raise
+        say(f"note: this is what the run directory alone says, because its recipe does not hold here: {error}")
+        run, stages = Path(recipe), plans.of_run(Path(recipe))
     if quiet:
         raise typer.Exit(0 if all(stage.state == "done" for stage in stages) else 1)
     if as_json:
-        typer.echo(json.dumps(tables.as_json(loaded.run, stages), indent=2))
+        typer.echo(json.dumps(tables.as_json(run, stages), indent=2))
     else:
-        tables.results(loaded.run, stages, Console())
+        tables.results(run, stages, Console())
 
 
 @app.command(

@@ -34,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe's path, or the name of a shipped one.", show_default=False)
+    str, typer.Argument(help="A recipe's path, the name of a shipped one, or a run directory.", show_default=False)
 ]
 RunArgument = Annotated[
     str, typer.Argument(help="A run directory, or the recipe it was made with.", show_default=False)

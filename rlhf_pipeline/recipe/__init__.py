@@ -35,10 +35,12 @@ __all__ = [
     "Stage",
     "content_of",
     "find",
+    "is_run",
     "load",
     "load_with_origins",
     "of_run",
     "run_directory",
+    "run_to_watch",
     "shipped",
     "shipped_folder",
     "to_yaml",
@@ -49,7 +51,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override, resolve and check a recipe.
 
     Args:
-        recipe: a path, or the name of a shipped recipe.
+        recipe: a path, or the name of a shipped recipe, or a run directory, for the recipe that `run` has left there.
         overrides: `key=value` strings; a key may start at the top (`model.dtype`) or with a stage (`ppo.trainer.lam`).
 
     Returns:
@@ -64,8 +66,11 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_with_origins(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Origins]:
     """As `load`, with the origin of each value."""
-    file, folder = find(recipe)
+    run = Path(recipe) if recipe not in shipped() and is_run(Path(recipe)) else None
+    file, folder = _file_of_run(run) if run else find(recipe)
     content, origins, problems = read(file, folder, overrides)
+    if run and not any(override.partition("=")[0] in ("name", "output_dir") for override in overrides):
+        content |= {"name": run.absolute().name, "output_dir": str(run.absolute().parent)}  # it may have been moved
     if "name" not in content:
         content["name"] = file.stem
         origins.derived["name",] = "from the file's name"
@@ -85,14 +90,32 @@ def run_directory(text: str) -> Path:
         InputError: there is none, or the recipe is wrong.
     """
     path = Path(text)
-    if path.is_dir() and (text not in shipped() or _is_run(path)):
-        if not _is_run(path):
+    if path.is_dir() and (text not in shipped() or is_run(path)):
+        if not is_run(path):
             raise InputError("this folder is not a run directory", place=text, hint="name a folder that `run` has made")
         return path
     run = load(text).run
-    if not _is_run(run):
+    if not is_run(run):
         raise InputError(f"there is no run of it at {run}", place=text, hint=f"`rlhf-pipeline run {text}` makes one")
     return run
+
+
+def run_to_watch(text: str) -> Path:
+    """The run directory that is meant, as in `run_directory`, which a run may be about to make.
+
+    Raises:
+        InputError: it is neither that of a recipe nor in a folder that is there, or the recipe is wrong.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return path if not any(path.iterdir()) else run_directory(text)
+    if text in shipped() or path.is_file() or path.suffix in (".yaml", ".yml"):
+        return load(text).run
+    if path.parent == Path():
+        return run_directory(text)  # which says what is wrong
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent}", place=text, hint="name the recipe to wait for its run")
+    return path
 
 
 def of_run(run: Path) -> Recipe:
@@ -113,13 +136,27 @@ def of_run(run: Path) -> Recipe:
         raise InputError(
             "this is no recipe that `run` has written", place=f"{file}: {key}", hint="another version may have made it"
         ) from None
-    for record in run.glob("*/stage.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            recipe._folder = Path(json.loads(record.read_text(encoding="utf-8"))["recipe_folder"])
+    recipe._folder = _folder_of_run(run) or recipe._folder
     return recipe
 
 
-def _is_run(folder: Path) -> bool:
+def _file_of_run(run: Path) -> tuple[Path, Path]:
+    """The recipe that `run` left in a run directory, and the folder that relative paths started from."""
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise InputError("there is no recipe in this run directory yet", place=str(file), hint="name the recipe itself")
+    return file, _folder_of_run(run) or run.resolve()
+
+
+def _folder_of_run(run: Path) -> Path | None:
+    """The folder of the recipe that a run was made with, as its records have it; None where none does."""
+    for record in run.glob("*/stage.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return Path(json.loads(record.read_text(encoding="utf-8"))["recipe_folder"])
+    return None
+
+
+def is_run(folder: Path) -> bool:
     """Whether a run was ever started in a folder."""
     return (folder / ".lock").is_file() or any(folder.glob("*/stage.json"))
 

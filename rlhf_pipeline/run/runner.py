@@ -101,35 +101,43 @@ def run(
     trackers.require(recipe.report_to)
     plan.shapes(recipe)  # what the first rows show needs no worker
     try:
-        with _scratch() as scratch, Launcher(scratch / "server.log") as launcher, _stop_on_signals(launcher, say):
+        with (
+            _scratch() as scratch,
+            Launcher(scratch / "server.log") as launcher,
+            _stop_on_signals(launcher, say),
+            directory.locked(),
+        ):
+            plans = make_plan(at_work=False)  # another run may have finished meanwhile; what it did counts
+            wanted = find_to_do(plans)
             to_check = [stage for stage in plans if wanted.stages.get(stage.name) in to_do.RUNS]
             if to_check:
+                directory.note("checking settings and data")
                 say("check   settings and data of every stage")
                 _check(recipe, to_check, launcher, scratch, say)
-            with directory.locked():
-                plans = make_plan(at_work=False)  # another run may have finished meanwhile; what it did counts
-                durable.write_text(directory.path / RECIPE, redact(to_yaml(recipe)))
-                trained: set[str | None] = set()
-                for name in find_to_do(plans).stages:
-                    # Its data may have changed since the run began, days ago perhaps.
-                    stage = next(stage for stage in make_plan(at_work=False) if stage.name == name)
-                    fresh = stage.name in (force or []) or bool(trained.intersection(stage.parents.values()))
-                    if not stage.is_current or fresh:
-                        record = _train(recipe, stage, directory, launcher, say, fresh)
-                        trained.add(stage.name)
-                    elif stage.needs_judging:
-                        record = _judge(recipe, stage, launcher, scratch, say)
-                    else:
-                        record = stage.record
-                    record = to_do.settled(recipe, stage.name, record, trust_versions, ignore_gates)
-                    directory.write_record(stage.name, record)
-                    if not recipe.keep_checkpoints:
-                        directory.clear(stage.name)
-                    _refuse_closed_gates(stage.name, record, directory, say)
-                    if launcher.stopping:
-                        raise Interrupted(f"stopped after stage `{stage.name}`, which is done")
-                if compare:
-                    _compare(recipe, directory, launcher, scratch, say)
+            durable.write_text(directory.path / RECIPE, redact(to_yaml(recipe)))
+            trained: set[str | None] = set()
+            for name in wanted.stages:
+                # Its data may have changed since the run began, days ago perhaps.
+                stage = next(stage for stage in make_plan(at_work=False) if stage.name == name)
+                fresh = stage.name in (force or []) or bool(trained.intersection(stage.parents.values()))
+                if not stage.is_current or fresh:
+                    record = _train(recipe, stage, directory, launcher, say, fresh)
+                    trained.add(stage.name)
+                elif stage.needs_judging:
+                    directory.note(f"judging {stage.name} again")
+                    record = _judge(recipe, stage, launcher, scratch, say)
+                else:
+                    record = stage.record
+                record = to_do.settled(recipe, stage.name, record, trust_versions, ignore_gates)
+                directory.write_record(stage.name, record)
+                if not recipe.keep_checkpoints:
+                    directory.clear(stage.name)
+                _refuse_closed_gates(stage.name, record, directory, say)
+                if launcher.stopping:
+                    raise Interrupted(f"stopped after stage `{stage.name}`, which is done")
+            if compare:
+                directory.note("comparing the policies")
+                _compare(recipe, directory, launcher, scratch, say)
     except OSError as error:  # the runner's own; a worker explains its own
         message, hint = explain(error, recipe, None, directory.path)
         raise RunError(message, hint=hint) from None

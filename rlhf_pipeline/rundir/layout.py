@@ -31,6 +31,8 @@ JOB = "job.json"  # what its worker is to do
 TRAINED = "trained.json"  # its numbers and its artifact's digests, once training is over
 RESULT = "result.json"  # what the worker hands back, once there is nothing left to do
 PROGRESS = "progress.json"  # what it is doing just now, for those who watch
+# In a run directory while a run goes on:
+DOING = ".doing"  # what the run does where no stage is at work, one line
 
 
 @dataclass(frozen=True)
@@ -192,14 +194,35 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run directory; see `Lock`.
+        """Hold the run directory; see `Lock`. One that is made for it, and stays empty, is removed in the end.
 
         Raises:
             RunError: another process holds it.
         """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.lock.held():
-            yield
+        try:
+            with self.lock.held(keep=not made):
+                try:
+                    yield
+                finally:
+                    (self.path / DOING).unlink(missing_ok=True)
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    def note(self, doing: str) -> None:
+        """Tell those who watch what the run does, for as long as no stage is at work."""
+        with contextlib.suppress(OSError):  # a disk that is full is no matter here
+            durable.write_text(self.path / DOING, doing)
+
+    def doing(self) -> str | None:
+        """What the run does that goes on here, if no stage is at work; None where nobody knows."""
+        try:
+            return (self.path / DOING).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
 
     def refuse_if_locked(self) -> None:
         """Raise `RunError`, naming the process, if a run is going on here."""

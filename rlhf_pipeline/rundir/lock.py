@@ -54,8 +54,11 @@ class Lock:
         self.file = folder / ".lock"
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, keep: bool = True) -> Iterator[None]:
         """Hold the lock.
+
+        Args:
+            keep: leave the file; else it is removed in the end if there is nothing beside it.
 
         Raises:
             RunError: another process holds it.
@@ -71,6 +74,8 @@ class Lock:
             beat.join()
             with file:
                 file.truncate(0)
+                if not keep and list(self.folder.iterdir()) == [self.file]:
+                    self.file.unlink()
 
     def is_held(self) -> bool:
         """Whether a run is going on here."""

@@ -91,12 +91,20 @@ def watch(run: Path, say: Say, console: Console, *, verbose: bool = False) -> No
     """Show a run that another process, perhaps on another machine, is working on, until it ends; then its final state.
 
     Args:
-        run: the run directory.
+        run: the run directory; where it is not there yet, the run is waited for.
         say: takes a line, for standard error.
         console: where to print the final state.
         verbose: stream what the stages log instead.
     """
-    lock = _Held(RunDirectory(run))
+    directory = RunDirectory(run)
+    try:
+        if not directory.lock.file.exists() and not directory.begun():
+            say(f"there is no run in {run} yet: waiting for one to begin; Ctrl-C leaves")
+            while not directory.is_locked():
+                time.sleep(0.1)
+    except KeyboardInterrupt:
+        return
+    lock = _Held(directory)
     watched = lock()
     if watched:
         try:
@@ -170,9 +178,13 @@ class _Plain:
         self.stage: StageView | None = None
         self.due = 0.0
         self.last: tuple[str, int] | None = None
+        self.doing: str | None = None
 
     def refresh(self) -> None:
         self.view.refresh()
+        if self.view.doing not in (None, self.doing):
+            self.say(one_line(str(self.view.doing)))
+        self.doing = self.view.doing
         now, stage = time.monotonic(), self.view.at_work
         if stage is not self.stage:
             self.stage, self.due, self.last = stage, now + PLAIN_EVERY_S, None
@@ -270,7 +282,10 @@ class Display:
         stage = self.view.at_work
         stages = [self._stage(one, width, signs) for one in self.view.stages]
         if stage is None:
-            return _around(stages, 0, height, signs)
+            doing = (
+                [Text(), Text("  ").append(signs.fit(one_line(self.view.doing), width - 2))] if self.view.doing else []
+            )
+            return [*_around(stages, 0, height - len(doing), signs), *doing][: max(height, 1)]
         work = [_bar(stage, width, signs), *_trends(stage, width, signs)]
         sample = _sample(stage, width, signs, self.now)
         if height < len(work) + 3:

@@ -203,12 +203,15 @@ class RunView:
     Attributes:
         stages: in the recipe's order.
         at_work: the stage that is, if one is.
+        doing: what the run does where no stage is at work, as it checks or compares; None where nobody knows, and of a
+            run of this process.
     """
 
     def __init__(self, run: Path, recipe: Recipe | None = None, locked: Callable[[], bool] | None = None) -> None:
         self.directory = RunDirectory(run)
         self.stages: list[StageView] = []
         self.at_work: StageView | None = None
+        self.doing: str | None = None
         self._recipe = {"stages": recipe.model_dump()["stages"]} if recipe else {}
         self._locked, self._follows_recipe = locked, recipe is None
         self._recipe_written: Written | None = None
@@ -223,11 +226,14 @@ class RunView:
             now: Unix seconds.
         """
         name = None
-        if self._locked is None or self._locked():
+        goes_on = self._locked is None or self._locked()
+        if goes_on:
             written = self._written()
             name = stage_at_work(self.directory, [name for name in written if self._is_of_this_run(name, written)])
         self._read_stages(name)
         self.at_work = next((stage for stage in self.stages if stage.name == name), None)
+        watched = goes_on and self._locked is not None
+        self.doing = self.directory.doing() if watched and self.at_work is None else None
         if self.at_work:
             self.at_work.read_work(time.time() if now is None else now)
 

@@ -40,6 +40,21 @@ def problem(path: str, *overrides: str) -> InputError:
     return caught.value
 
 
+def test_the_run_to_watch_need_not_be_there_yet(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe.run_to_watch(write(FULL)) == tmp_path / "runs" / "my"
+    assert recipe.run_to_watch("tiny") == tmp_path / "runs" / "tiny"
+    for wrong, message in (("tinny", "no such recipe"), ("runs/my", "no folder runs"), ("gone.yaml", "no such recipe")):
+        with pytest.raises(InputError, match=message):
+            recipe.run_to_watch(wrong)
+    (tmp_path / "runs").mkdir()
+    assert recipe.run_to_watch("runs/my") == Path("runs/my")
+    assert recipe.run_to_watch("runs/") == Path("runs")  # empty: it may become one
+    (tmp_path / "runs" / "my").mkdir()
+    with pytest.raises(InputError, match="not a run directory"):
+        recipe.run_to_watch("runs")
+
+
 def test_every_default_is_filled_in(write, tmp_path):
     loaded = recipe.load(write(FULL))
     assert loaded.name == "my"

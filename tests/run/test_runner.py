@@ -178,10 +178,13 @@ def test_a_worker_that_is_killed_is_reported_with_its_signal(tmp_path: Path) -> 
 def test_a_fault_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path: Path) -> None:
     recipe = write(tmp_path, FINE)
     recipe.stages["dpo"].trainer["lr_scheduler_type"] = "zigzag"
+    directory = RunDirectory(recipe.run)
+    seen: list[tuple[bool, str | None]] = []  # by those who watch, while it is checked
     with pytest.raises(InputError) as error:
-        runner.run(recipe, say=lambda line: None)
+        runner.run(recipe, say=lambda line: seen.append((directory.is_locked(), directory.doing())))
     assert error.value.place == "stages.dpo.trainer" and "zigzag" in error.value.message
-    assert not recipe.run.exists()
+    assert seen == [(True, "checking settings and data")]
+    assert not recipe.run.parent.exists()
 
 
 def start_a_thread() -> None:

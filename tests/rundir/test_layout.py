@@ -384,4 +384,12 @@ def test_the_directory_is_made_and_locked(directory):
         assert directory.is_locked()
         assert [path.name for path in directory.path.iterdir()] == [".lock"]
     assert not directory.is_locked()
+    assert not directory.path.exists()  # nothing came into it
+    with directory.locked():
+        (directory.path / "something").touch()
+        directory.note("comparing")
+    assert {path.name for path in directory.path.iterdir()} == {".lock", "something"}
+    with directory.locked():
+        (directory.path / "something").unlink()
+    assert [path.name for path in directory.path.iterdir()] == [".lock"]  # it was there before
     directory.refuse_if_locked()

@@ -223,6 +223,31 @@ def test_a_stage_whose_gate_is_closed_can_be_looked_at_with_one_warning(recorded
     assert page.count(f'<span class="badge {CLOSED}">{CLOSED}</span>') == 2 and "3 of 4 stages done" in page
 
 
+# A run directory in place of a recipe
+
+
+def test_a_run_directory_stands_for_the_recipe_that_it_was_made_with(recorded, command, tmp_path):
+    moved = recorded.rename(tmp_path / "moved")
+    said = command("status", moved, "--trust-versions", "--json")
+    assert json.loads(said.out)["run"] == str(moved)
+    assert {stage["state"] for stage in json.loads(said.out)["stages"]} == {"done"}
+    assert command("status", moved, "--trust-versions", "-q").code == 0
+    said = command("plan", moved, "--trust-versions", "ppo.trainer.kl_coef=0.123", "--json")
+    assert [stage["will_run"] for stage in json.loads(said.out)["stages"]] == [False, False, True, False]
+    said = command("plan", moved, "--trust-versions", "name=another", "--json")
+    assert {stage["state"] for stage in json.loads(said.out)["stages"]} == {"missing"}
+
+
+def test_status_of_a_run_whose_data_are_gone_says_what_its_directory_says(recorded, command, tmp_path):
+    shutil.rmtree(tmp_path / "data")
+    edit(recorded, "dpo", state="running", artifact=None)
+    said = command("status", recorded, "--json")
+    assert {stage["name"]: stage["state"] for stage in json.loads(said.out)["stages"]} == WORDS | {"ppo": "done"}
+    assert said.err.startswith("note: this is what the run directory alone says") and "data" in said.err
+    assert command("status", recorded, "-q").code == 1
+    assert command("status", recorded / "recipe.yaml").code == 2
+
+
 # What the version before has left
 
 

@@ -507,6 +507,43 @@ def test_watch_where_nothing_runs_shows_where_it_stands(run, monkeypatch, capfd)
     assert f"nothing is running in {run}" in said.err
 
 
+def test_watch_waits_for_a_run_and_shows_its_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "REFRESH_S", 0.05)
+    directory, said, output = RunDirectory(tmp_path / "x"), [], io.StringIO()
+    console = Console(file=output, width=80)
+    watching = threading.Thread(target=live.watch, args=(directory.path, said.append, console), daemon=True)
+    watching.start()
+
+    def wait_for(lines: int) -> None:
+        until = time.monotonic() + 20
+        while len(said) < lines and time.monotonic() < until:
+            time.sleep(0.02)
+
+    wait_for(1)
+    with directory.locked():
+        directory.note("checking settings and data")
+        wait_for(2)
+        assert watching.is_alive()
+        put_to_work(directory.path, "sft", time.time())
+        finish(directory.path, "sft")
+    watching.join(20)
+    assert said == [
+        f"there is no run in {directory.path} yet: waiting for one to begin; Ctrl-C leaves",
+        "checking settings and data",
+        f"the run in {directory.path} has ended",
+    ]
+    assert output.getvalue().split()[:3] == ["✓", "sft", "done"]
+
+
+def test_the_display_says_what_a_run_does_while_no_stage_is_at_work(run):
+    put_to_work(run, "ppo", NOW)
+    finish(run, "ppo")
+    RunDirectory(run).note("comparing the policies")
+    assert frame(seen(run))[-2:] == ["", "  comparing the policies"]
+    assert "comparing" in frame(seen(run), height=3)[-1]
+    assert "comparing" not in "".join(frame(seen(run, going_on=False)))
+
+
 def test_run_on_a_terminal_shows_the_stage_at_work_and_leaves_its_lines(
     tmp_path, warm_server: Launcher, monkeypatch, plain_environment, capsys
 ):
