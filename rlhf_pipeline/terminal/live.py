@@ -282,10 +282,10 @@ class Display:
         stage = self.view.at_work
         stages = [self._stage(one, width, signs) for one in self.view.stages]
         if stage is None:
-            doing = (
-                [Text(), Text("  ").append(signs.fit(one_line(self.view.doing), width - 2))] if self.view.doing else []
-            )
-            return [*_around(stages, 0, height - len(doing), signs), *doing][: max(height, 1)]
+            if not self.view.doing:
+                return _around(stages, 0, height, signs)
+            doing = Text(signs.fit(f"  {one_line(self.view.doing)}", width))
+            return [*_around(stages, 0, height - 1, signs), doing] if height > 1 and stages else [doing]
         work = [_bar(stage, width, signs), *_trends(stage, width, signs)]
         sample = _sample(stage, width, signs, self.now)
         if height < len(work) + 3:

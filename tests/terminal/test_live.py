@@ -539,8 +539,8 @@ def test_the_display_says_what_a_run_does_while_no_stage_is_at_work(run):
     put_to_work(run, "ppo", NOW)
     finish(run, "ppo")
     RunDirectory(run).note("comparing the policies")
-    assert frame(seen(run))[-2:] == ["", "  comparing the policies"]
-    assert "comparing" in frame(seen(run), height=3)[-1]
+    assert frame(seen(run))[-1] == "  comparing the policies"
+    assert [line.split()[1] for line in frame(seen(run), height=3)] == ["sft", "the"]
     assert "comparing" not in "".join(frame(seen(run, going_on=False)))
 
 
