@@ -146,7 +146,10 @@ def judging_inputs(recipe: Recipe, name: str, digests: Digests) -> dict[str, Any
     """
     if recipe.evaluate is None or not recipe.stages[name].facts.is_policy:
         return None
-    settings = recipe.evaluate.model_dump(exclude={"data", "batch_size", "along"})
+    settings = recipe.evaluate.model_dump(exclude={"data", "batch_size", "along", "samples"})
+    if recipe.evaluate.samples > 1:
+        settings["samples"] = recipe.evaluate.samples
+    settings["judge_gets"] = "text"  # it got TRL's turns before: what was judged so is judged again
     settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
     return settings | data_inputs("data", recipe.evaluate.data, digests)
 

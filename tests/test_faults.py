@@ -271,7 +271,8 @@ def test_a_judge_that_fails_costs_no_training(folder: Path, unbroken: Path, comm
         ("import sys; sys.exit(3)", "the judge called sys.exit(3)"),
         ("import os; os._exit(0)", "its worker ended without a result, with exit code 0"),
     ):
-        (folder / "my_judge.py").write_text(f"def judge(prompts, completions, **columns):\n    {fails}\n")
+        gives_up = f"def judge(prompts):\n    if len(prompts) < 3:  # the check's\n        return [0, 1]\n    {fails}\n"
+        (folder / "my_judge.py").write_text(gives_up)
         code, said = command(folder, "--until", "sft")
         assert code == 1 and said.count("sft     trained, to be judged\n") == bool(before), said
         error, hint = the_sentence(said)

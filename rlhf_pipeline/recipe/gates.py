@@ -18,7 +18,8 @@ from rlhf_pipeline.recipe.schema import Recipe, Stage
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
-CONDITION = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.ASCII)
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+CONDITION = re.compile(rf"(>=|<=|>|<)\s*([-+]?{NUMBER})(?:\s*([-+])\s*({NUMBER})\s*se)?", re.ASCII)
 
 OF_STEPS = {"loss", "grad_norm", "learning_rate"}
 OF_MEMORY = {
@@ -51,19 +52,29 @@ class Gate:
         metric: its name among a stage's final metrics.
         operator: `>=`, `<=`, `>` or `<`.
         bound: what the metric is compared with.
+        margin: how many standard errors are added to that.
     """
 
     metric: str
     operator: str
     bound: float
+    margin: float = 0.0
 
-    def holds(self, value: float | None) -> bool:
-        """Whether a value passes; one that is missing or not finite never does."""
-        return value is not None and math.isfinite(value) and OPERATORS[self.operator](value, self.bound)
+    @property
+    def needs_error(self) -> bool:
+        """Whether it is to hold beyond the noise, and the metric's standard error is needed."""
+        return self.margin != 0
+
+    def holds(self, value: float | None, error: float | None = None) -> bool:
+        """Whether a value passes, with its standard error; what is missing or not finite never does."""
+        error = error if self.needs_error else 0.0
+        if value is None or error is None or not math.isfinite(value) or not math.isfinite(error):
+            return False
+        return OPERATORS[self.operator](value, self.bound + self.margin * error)
 
 
 def parse(metric: str, text: str) -> Gate:
-    """Read a condition such as `>= 0.65`.
+    """Read a condition such as `>= 0.65`, or `>= 0.65 + 2 se`: by two standard errors.
 
     Raises:
         ValueError: it is not one.
@@ -71,7 +82,8 @@ def parse(metric: str, text: str) -> Gate:
     condition = CONDITION.fullmatch(text.strip())
     if condition is None or not math.isfinite(float(condition[2])):
         raise ValueError(f"{text!r} is not a condition on `{metric}`: an operator and a number, such as `>= 0.65`")
-    return Gate(metric, condition[1], float(condition[2]))
+    margin = float(f"{condition[3]}{condition[4]}") if condition[3] else 0.0
+    return Gate(metric, condition[1], float(condition[2]), margin)
 
 
 def outcomes(gates: dict[str, str], metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -79,17 +91,23 @@ def outcomes(gates: dict[str, str], metrics: dict[str, Any]) -> dict[str, dict[s
 
     Returns:
         For each metric that has a gate: `bound`, the condition as written; `value`, None where the stage has no such
-        number; and `passed`.
+        number; where the condition asks for it, the standard error `se`; and `passed`.
 
     Raises:
         ValueError: a gate is not a condition.
     """
     result = {}
     for metric, text in gates.items():
-        value = metrics.get(metric)
-        value = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-        result[metric] = {"bound": text.strip(), "value": value, "passed": parse(metric, text).holds(value)}
+        gate, value, error = parse(metric, text), _number(metrics, metric), _number(metrics, f"{metric}_se")
+        result[metric] = {"bound": text.strip(), "value": value, "passed": gate.holds(value, error)}
+        if gate.needs_error:
+            result[metric]["se"] = error
     return result
+
+
+def _number(metrics: dict[str, Any], name: str) -> float | None:
+    value = metrics.get(name)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def describe(outcomes: dict[str, dict[str, Any]]) -> str:
@@ -99,12 +117,15 @@ def describe(outcomes: dict[str, dict[str, Any]]) -> str:
 
 
 def _said(metric: str, outcome: dict[str, Any]) -> str:
-    value = outcome["value"]
+    value, gate = outcome["value"], parse(metric, outcome["bound"])
     if value is None:
         return "has no value"
+    if gate.needs_error and outcome.get("se") is None:
+        return "has no standard error"
+    error = f" (se {outcome['se']:.2g})" if gate.needs_error else ""
     rounded = f"{value:.4g}"
     # Rounded, a value just beyond the bound could look as if it held.
-    return f"is {value!r}" if parse(metric, outcome["bound"]).holds(float(rounded)) else f"is {rounded}"
+    return f"is {value!r}{error}" if gate.holds(float(rounded), outcome.get("se")) else f"is {rounded}{error}"
 
 
 def check(recipe: Recipe, problems: Problems) -> None:
@@ -121,15 +142,24 @@ def check(recipe: Recipe, problems: Problems) -> None:
         for metric, text in stage.gates.items():
             path = ("stages", name, "gates", metric)
             try:
-                parse(metric, text)
+                gate = parse(metric, text)
             except ValueError as error:
                 hint = f"the operators are {', '.join(OPERATORS)}; for example {metric}: '>= 0.65'"
                 problems.add(path, str(error), hint)
                 continue
-            if known and metric not in known_metrics(recipe, name) | possible_metrics(recipe, name):
+            metrics = known_metrics(recipe, name) | possible_metrics(recipe, name) if known else set()
+            if known and metric not in metrics:
                 problems.add(
                     path, f"stage `{name}` will have no metric `{metric}`", _hint(recipe, name, metric), of_key=True
                 )
+            elif known and gate.needs_error and f"{metric}_se" not in metrics:
+                with_error = sorted(one.removesuffix("_se") for one in metrics if one.endswith("_se"))
+                hint = (
+                    f"those that have one are {', '.join(with_error)}"
+                    if with_error
+                    else f'write it as `{metric}: "{gate.operator} {gate.bound:g}"`'
+                )
+                problems.add(path, f"`{metric}` has no standard error that a gate could add", hint)
 
 
 def known_metrics(recipe: Recipe, name: str) -> set[str]:
@@ -147,8 +177,10 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
     stage = recipe.stages[name]
     held_out = stage.data.holds_out
     certain, possible = _of_ppo(stage, held_out) if stage.facts.own_loop else _of_trl(stage, held_out)
-    judged = recipe.evaluate and stage.facts.is_policy
-    return certain | ({kinds.JUDGED} if judged else set()), possible
+    if recipe.evaluate and stage.facts.is_policy:
+        certain |= {kinds.JUDGED, "judge_replies"}
+        (certain if recipe.evaluate.n > 1 else possible).add(f"{kinds.JUDGED}_se")
+    return certain, possible
 
 
 def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:

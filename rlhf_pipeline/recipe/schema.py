@@ -128,14 +128,17 @@ class Evaluate(_Strict):
     """After every policy stage: replies to held-out prompts, judged by a function of yours."""
 
     data: DataField
-    """Rows with prompts; their other columns reach the judge as keywords."""
+    """Rows with prompts; the judge gets their other columns as keywords."""
 
     judge: str = Field(pattern=r"^[\w.]+:\w+$")
-    """`module:function` with the signature of TRL's GRPO reward functions: lists of `prompts` and `completions`, every
-    other column of the data as a keyword, a list of floats back."""
+    """`module:function`: gets lists of texts, `prompts` and `completions`, of the turns, `messages`, and of every other
+    column of the data, as keywords; returns a list of floats, None where it has no opinion."""
 
     n: int = Field(default=100, ge=1)
     """How many prompts are asked: the first ones."""
+
+    samples: int = Field(default=1, ge=1)
+    """How often each prompt is answered and judged: more make `judge_mean` steadier."""
 
     max_new_tokens: int = Field(default=128, ge=1)
     """In tokens: where a reply is cut."""

@@ -43,6 +43,7 @@ from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact, scrub
 
 Say = Callable[[str], None]
+SAME_TO_ALL = 10  # replies with one and the same number, from which a judge is doubted
 
 
 def run(
@@ -286,10 +287,21 @@ def _train(
             with contextlib.suppress(OSError):  # a disk that is full stays so; the record of the start is there
                 directory.write_record(stage.name, record.updated(**ended))
         raise
-    judged = answer["metrics"].get("judge_mean")
-    said = f"{stage.name:<7} done in {took:.0f} s"
-    say(said + (f", judge_mean {judged:.3f}" if judged is not None else ""))
+    say(f"{stage.name:<7} done in {took:.0f} s" + _judged(stage.name, answer["metrics"], say))
     return done
+
+
+def _judged(name: str, metrics: dict[str, Any], say: Say) -> str:
+    """The judge's number, for the end of a line; a judge that says the same of everything is warned of."""
+    if "judge_mean" not in metrics:
+        return ""
+    mean, error, replies = metrics["judge_mean"], metrics.get("judge_mean_se"), metrics["judge_replies"]
+    if error == 0 and replies >= SAME_TO_ALL:
+        say(
+            f"warning: the judge gave all {replies} replies of `{name}` the same number, {mean:g}: look at them in "
+            f"{name}/samples.jsonl, and at what it reads"
+        )
+    return f", judge_mean {mean:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
 def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) -> None:
@@ -385,7 +397,7 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
     if stopped:
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
     metrics = stage.record.metrics | result["metrics"]
-    say(f"{stage.name:<7} judged again, judge_mean {metrics['judge_mean']:.3f}")
+    say(f"{stage.name:<7} judged again" + _judged(stage.name, result["metrics"], say))
     return stage.record.updated(metrics=metrics, judging=stage.judging)
 
 

@@ -59,6 +59,8 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
         attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
     policies = [job for job in jobs if job.stage.facts.is_policy]
     judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
+    if judging:
+        attempt(lambda: judge.try_judge(policies[0]))
     report, wrong = data_report(recipe, names, reader, judging[2] if judging else [])
     found += wrong
     if found:

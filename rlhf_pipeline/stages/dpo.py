@@ -31,7 +31,7 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
     def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
         """The pairs, and the tokens of their replies; chosen ones are the first half of a batch."""
         chosen, rejected = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
-        tokens = {"chosen tokens": chosen.sum().item(), "rejected tokens": rejected.sum().item()}
+        tokens: dict[Over, float] = {"chosen tokens": chosen.sum().item(), "rejected tokens": rejected.sum().item()}
         return {"rows": len(chosen), "tokens": sum(tokens.values()), **tokens}
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:

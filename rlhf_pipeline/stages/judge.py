@@ -1,6 +1,9 @@
 """The judge: replies of a policy to held-out prompts, scored by a function of the user's."""
 
 import importlib
+import inspect
+import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +24,11 @@ from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.stages.job import Job
 
-Judge = Callable[..., Sequence[float]]
+Judge = Callable[..., Sequence[float | None]]
+Asked = Sequence[tuple[Prompt, dict[str, Any]]]  # prompts, each with its row, whose other columns the judge gets
+# What a judge gets beside the columns of the data; a column of such a name is not given.
+GIVEN = ("prompts", "completions", "messages")
+REPLY_COLUMNS = ("completion", "response", "answer", "chosen", "output")  # where a row may have a reply to try it on
 
 
 class JudgeError(Exception):
@@ -55,7 +62,7 @@ def load_judge(name: str, folders: Sequence[Path]) -> Judge:
     return function
 
 
-def prepare(job: Job) -> tuple[Evaluate, Judge, list[tuple[Prompt, dict[str, Any]]]] | None:
+def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
     """The judge and the first `n` prompts, each with its row; None where the recipe has no `evaluate`.
 
     Raises:
@@ -66,6 +73,34 @@ def prepare(job: Job) -> tuple[Evaluate, Judge, list[tuple[Prompt, dict[str, Any
         return None
     judge = load_judge(spec.judge, [Path(job.recipe.folder), Path.cwd()])
     return spec, judge, first_prompts(spec.data, spec.n)
+
+
+def try_judge(job: Job) -> None:
+    """Call the judge on two rows of its data, as it will be called after training.
+
+    The replies are those of the rows where they have some, else made up.
+
+    Raises:
+        InputError: it fails, or returns something other than two numbers.
+    """
+    prepared = prepare(job)
+    if prepared is None:
+        return
+    spec, judge, asked = prepared
+    replies = [
+        next((row[name] for name in REPLY_COLUMNS if isinstance(row.get(name), str)), "A reply.")
+        for _, row in asked[:2]
+    ]
+    try:
+        ask(judge, asked[:2], replies)
+    except Exception as error:  # a user's function may fail in any way
+        said = str(error) if isinstance(error, JudgeError) else f"it raised {type(error).__name__}: {error}"
+        raise InputError(
+            f"`{spec.judge}` fails on the first rows of `evaluate.data`: {said}",
+            place="evaluate.judge",
+            hint="it gets lists of texts, `prompts` and `completions`, of turns, `messages`, and all other columns; it "
+            "returns a number for each reply",
+        ) from None
 
 
 def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
@@ -79,15 +114,17 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         tokenizer: the stage's tokenizer.
 
     Returns:
-        `judge_mean`, or nothing where the recipe has no `evaluate`.
+        What `summary` says, or nothing where the recipe has no `evaluate`.
 
     Raises:
-        JudgeError, Exception: see `ask`.
+        JudgeError: see `ask`.
     """
     prepared = prepare(job)
     if prepared is None:
         return {}
     spec, judge, asked = prepared
+    times = spec.samples
+    asked = [one for _ in range(times) for one in asked]
     prompts = [prompt for prompt, _ in asked]
     replies = sample_replies(
         model, tokenizer, spec, prompts, job.recipe.seed, lambda done: job.progress.tell("judging", done, len(prompts))
@@ -98,35 +135,124 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         for prompt, reply, score in zip(prompts, replies, scores, strict=True)
     )
     jsonl.rewrite(job.folder / SAMPLES, lambda row: "judge" not in row, judged)
-    return {"judge_mean": sum(scores) / len(scores)}
+    return summary(scores, times)
 
 
-def ask(judge: Judge, asked: Sequence[tuple[Prompt, dict[str, Any]]], replies: Sequence[str]) -> list[float]:
+def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:
+    """The numbers of a judgement.
+
+    Args:
+        scores: of replies, all prompts once, then all once more, and so on; None where the judge had no opinion.
+        times: how often each prompt was answered.
+
+    Returns:
+        `judge_mean`, the mean over prompts; `judge_mean_se`, its standard error, which is that of drawing prompts: the
+        deviation of their means over √prompts; nothing where there is but one; and `judge_replies`, how many replies
+        have a score.
+
+    Raises:
+        JudgeError: none has.
+    """
+    prompts = len(scores) // times
+    by_prompt = [[score for score in scores[prompt::prompts] if score is not None] for prompt in range(prompts)]
+    means = [statistics.fmean(own) for own in by_prompt if own]
+    if not means:
+        raise JudgeError("the judge has no opinion on any reply: it returned None for all")
+    numbers: dict[str, float] = {"judge_mean": sum(means) / len(means), "judge_replies": sum(map(len, by_prompt))}
+    if len(means) > 1:
+        numbers["judge_mean_se"] = statistics.stdev(means) / math.sqrt(len(means))
+    return numbers
+
+
+def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None]:
     """Have replies judged.
+
+    The judge gets texts: `prompts` and `completions`; under `messages`, of each the turns, the reply the last one; and
+    every other column of the data, all as keywords, as far as it takes them. A prompt that is a conversation is, as
+    text, the user's turn, or of several turns all, each after its role.
 
     Args:
         judge: from `load_judge`.
-        asked: prompts, each with its row, whose other columns the judge gets.
+        asked: the prompts.
         replies: one to each.
 
+    Returns:
+        A finite number for each reply, or None where the judge has no opinion.
+
     Raises:
-        JudgeError: it returned something other than one number per reply, or called `sys.exit`.
-        Exception: what it raises.
+        JudgeError: it returned something else, wants a column that the data do not have, or called `sys.exit`.
     """
-    prompts = [prompt for prompt, _ in asked]
-    completions = [
-        [{"role": "assistant", "content": reply}] if isinstance(prompt, list) else reply
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
-    names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion"))
-    others = {name: [row.get(name) for _, row in asked] for name in names}
+    names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion", *GIVEN))
+    given: dict[str, Any] = {name: [row.get(name) for _, row in asked] for name in names}
+    given |= {
+        "prompts": [as_text(prompt) for prompt, _ in asked],
+        "completions": list(replies),
+        "messages": [
+            [*as_turns(prompt), {"role": "assistant", "content": reply}]
+            for (prompt, _), reply in zip(asked, replies, strict=True)
+        ],
+    }
+    given = _taken(judge, given)
     try:
-        scores = [float(score) for score in judge(prompts=prompts, completions=completions, **others)]
-    except SystemExit as error:
-        raise JudgeError(f"the judge called {said(error)}") from None
-    if len(scores) != len(prompts):
-        raise JudgeError(f"the judge returned {len(scores)} scores for {len(prompts)} replies")
-    return scores
+        returned = judge(**given)
+    except SystemExit as end:
+        raise JudgeError(f"the judge called sys.exit({end.code!r})") from end
+    try:
+        scores = list(returned)
+    except TypeError:
+        raise JudgeError(f"the judge returned {returned!r}, not a list of numbers") from None
+    if len(scores) != len(replies):
+        raise JudgeError(f"the judge returned {len(scores)} scores for {len(replies)} replies")
+    return [_score(score, row, asked[row][0]) for row, score in enumerate(scores)]
+
+
+def _taken(judge: Judge, given: dict[str, Any]) -> dict[str, Any]:
+    """Of what there is for a judge, what its parameters take.
+
+    Raises:
+        JudgeError: it wants more.
+    """
+    try:
+        parameters = inspect.signature(judge).parameters.values()
+    except (TypeError, ValueError):  # of something that is called and has none, as some built in C
+        return given
+    named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    lacking = [one.name for one in named if one.default is one.empty and one.name not in given]
+    if lacking:
+        raise JudgeError(f"the judge wants `{'`, `'.join(lacking)}`, and the data have no such column")
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return given
+    return {one.name: given[one.name] for one in named if one.name in given}
+
+
+def _score(score: Any, row: int, prompt: Prompt) -> float | None:
+    """A judge's score of one reply.
+
+    Raises:
+        JudgeError: it is no finite number, nor None.
+    """
+    try:
+        number = None if score is None else float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        begin = as_text(prompt)[:60]
+        raise JudgeError(f"the judge returned {score!r} for reply {row + 1}, to the prompt {begin!r}: it is no number")
+    return number
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt as a judge reads it: of a conversation the user's turn, of a longer one all turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def as_turns(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt as turns; text is a user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
 
 
 def said(error: BaseException) -> str:

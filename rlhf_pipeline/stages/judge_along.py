@@ -1,26 +1,25 @@
 """The judge's scores of the policy while PPO trains it: do they rise with the reward model's?"""
 
 import traceback
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_pipeline.data.encode import encode_prompts
-from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Evaluate
-from rlhf_pipeline.stages.judge import Judge, ask
+from rlhf_pipeline.stages.judge import Asked, Judge, ask, summary
 
 
 class GoldAlong(TrainerCallback):
     """Judges the policy before the first update and `evaluate.along` times on its way, the last time at its end.
 
     Each time it replies to the same prompts with the same random numbers, none of training's. Logged are
-    `gold/judge_mean`, the judge's mean; `gold/score_mean`, the reward model's of the same replies; and `gold/kl`, the
-    mean KL of a whole reply from the reference in nats, both at `evaluate.temperature` (at 1 where that is 0). A judge
-    that fails leaves a gap, and its traceback in the log: training must not end for a picture.
+    `gold/judge_mean`, the judge's mean, and `gold/judge_mean_se`, its standard error; `gold/score_mean`, the reward
+    model's of the same replies; and `gold/kl`, the mean KL of a whole reply from the reference in nats, both at
+    `evaluate.temperature` (at 1 where that is 0). A judge that fails leaves a gap, and its traceback in the log:
+    training must not end for a picture.
 
     Args:
         trainer: whose policy is judged.
@@ -29,11 +28,10 @@ class GoldAlong(TrainerCallback):
         asked: prompts, each with its row.
     """
 
-    def __init__(
-        self, trainer: PPOTrainer, spec: Evaluate, judge: Judge, asked: Sequence[tuple[Prompt, dict[str, Any]]]
-    ) -> None:
-        self.trainer, self.spec, self.judge, self.asked = trainer, spec, judge, asked
-        self.prompts = encode_prompts(trainer.processing_class, spec.data, [prompt for prompt, _ in asked])
+    def __init__(self, trainer: PPOTrainer, spec: Evaluate, judge: Judge, asked: Asked) -> None:
+        self.trainer, self.spec, self.judge = trainer, spec, judge
+        self.asked = [one for _ in range(spec.samples) for one in asked]
+        self.prompts = encode_prompts(trainer.processing_class, spec.data, [prompt for prompt, _ in self.asked])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Judge the start, unless training resumes from later."""
@@ -67,13 +65,13 @@ class GoldAlong(TrainerCallback):
                     skip_special_tokens=True,
                 )
         try:
-            judged = ask(self.judge, self.asked, replies)
+            judged = summary(ask(self.judge, self.asked, replies), spec.samples)
         except Exception:  # a user's function may fail in any way
             traceback.print_exc()
             return
         trainer.log(
             {
-                "gold/judge_mean": sum(judged) / len(judged),
+                **{f"gold/{name}": value for name, value in judged.items() if name != "judge_replies"},
                 "gold/score_mean": sum(scores) / len(scores),
                 "gold/kl": sum(kls) / len(kls),
             }

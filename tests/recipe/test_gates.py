@@ -104,6 +104,29 @@ def test_a_value_just_beyond_its_bound_is_not_rounded_onto_it():
     assert describe(outcomes({"m": "<= 10"}, {"m": 12.3456789})) == "m is 12.35, not <= 10"
 
 
+def test_a_margin_beyond_the_noise_is_added_to_the_bound():
+    """By two standard errors of 0.05 more than 0.6, 0.69 is too little and 0.71 is enough."""
+    gates = {"judge_mean": ">= 0.6 + 2 se"}
+    assert parse("judge_mean", gates["judge_mean"]) == Gate("judge_mean", ">=", 0.6, 2.0)
+    assert parse("judge_mean", "<=0.2-1.5se") == Gate("judge_mean", "<=", 0.2, -1.5)
+    assert outcomes(gates, {"judge_mean": 0.71, "judge_mean_se": 0.05})["judge_mean"]["passed"]
+    closed = outcomes(gates, {"judge_mean": 0.69, "judge_mean_se": 0.05})
+    assert closed["judge_mean"] == {"bound": ">= 0.6 + 2 se", "value": 0.69, "se": 0.05, "passed": False}
+    assert describe(closed) == "judge_mean is 0.69 (se 0.05), not >= 0.6 + 2 se"
+    unknown = outcomes(gates, {"judge_mean": 0.99})
+    assert not unknown["judge_mean"]["passed"]
+    assert describe(unknown) == "judge_mean has no standard error, not >= 0.6 + 2 se"
+
+
+def test_a_margin_needs_a_metric_with_a_standard_error(load):
+    held_out = "reward.data.eval_fraction=0.5"
+    assert load("eval_accuracy", '">= 0.6 + 2 se"', held_out).stages["reward"].gates
+    with pytest.raises(InputError, match="`eval_loss` has no standard error") as caught:
+        load("eval_loss", '"<= 0.6 - 2 se"', held_out)
+    assert caught.value.hint == "those that have one are eval_accuracy"
+    assert f"{caught.value.place}".endswith("r.yaml:8:18: stages.reward.gates.eval_loss")
+
+
 def test_a_gate_of_a_recipe_is_kept_in_the_resolved_one(load, tmp_path: Path):
     recipe = load("accuracy", '">= 0.5"')
     assert recipe.stages["reward"].gates == {"accuracy": ">= 0.5"}

@@ -94,15 +94,23 @@ FINE = """
 FAILS_AFTER_SFT = """
     def judge(prompts, completions, **columns):
         stop = os.path.join(os.path.dirname(__file__), "stop")
+        if len(prompts) < 3:  # the check's
+            return [0.5, 0.5]
         if os.path.exists(stop):
             print("the judge is about to give up")
             raise ValueError("no opinion")
         open(stop, "w").close()
         return [0.5 for _ in prompts]
 """
-KILLS_ITS_PROCESS = """
-    def judge(prompts, completions, **columns):
-        os.kill(os.getpid(), signal.SIGKILL)
+ENDS_ITS_PROCESS = """
+    def judge(prompts):
+        if len(prompts) < 3:  # the check's
+            return [0.5, 0.5]
+        {}
+"""
+SAYS_THE_SAME = """
+    def judge(prompts):
+        return [2] * len(prompts)
 """
 
 
@@ -167,11 +175,43 @@ def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
 
 
 @pytest.mark.usefixtures("warm")
-def test_a_worker_that_is_killed_is_reported_with_its_signal(tmp_path: Path) -> None:
-    recipe = write(tmp_path, KILLS_ITS_PROCESS)
-    with pytest.raises(RunError, match="stage `sft` failed: its worker was ended by signal 9"):
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "stage `sft` failed: its worker was ended by signal 9"),
+        ("os._exit(0)", "stage `sft` failed: its process ended without an answer, with exit code 0"),
+        ("os._exit(2)", "stage `sft` failed: its process ended without an answer, with exit code 2"),
+        ("raise SystemExit", r"stage `sft` failed: the judge called sys.exit\(None\)"),
+    ],
+)
+def test_a_worker_that_vanishes_is_one_sentence_however_it_ended(tmp_path: Path, ends: str, said: str) -> None:
+    """And nothing that was trained is lost."""
+    recipe = write(tmp_path, ENDS_ITS_PROCESS.format(ends))
+    with pytest.raises(RunError, match=said):
         runner.run(recipe, say=lambda line: None)
-    assert json.loads((recipe.run / "sft" / "stage.json").read_text())["state"] == "failed"
+    record = RunDirectory(recipe.run).record("sft")
+    assert record.state == "failed" and "failed" in record.error
+    assert plan.make(recipe)[0].reason.endswith("trained, to be judged")
+
+
+@pytest.mark.usefixtures("warm")
+def test_an_answer_to_an_earlier_job_does_not_pass_for_that_of_a_worker_that_vanished(tmp_path: Path) -> None:
+    """The check, and what is judged again, have one folder."""
+    recipe = write(tmp_path, FINE)
+    runner.run(recipe, only="sft", say=lambda line: None)
+    write(tmp_path, ENDS_ITS_PROCESS.format("os._exit(0)"))
+    with pytest.raises(RunError, match="judging stage `sft` failed: its process ended without an answer"):
+        runner.run(recipe, only="sft", say=lambda line: None)
+
+
+@pytest.mark.usefixtures("warm")
+def test_a_judge_that_says_the_same_of_all_replies_is_warned_of(tmp_path: Path) -> None:
+    recipe = write(tmp_path, SAYS_THE_SAME)
+    recipe.evaluate.n = 12
+    said: list[str] = []
+    runner.run(recipe, only="sft", say=said.append)
+    (warning,) = (line for line in said if line.startswith("warning: the judge"))
+    assert "gave all 12 replies of `sft` the same number, 2: " in warning
 
 
 @pytest.mark.usefixtures("warm")

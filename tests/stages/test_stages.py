@@ -4,9 +4,13 @@ import contextlib
 import json
 import math
 import shutil
+import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,8 +27,9 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.stages.check import check
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.judge import JudgeError, judge_policy
+from rlhf_pipeline.stages.judge import JudgeError, ask, judge_policy, summary
 from rlhf_pipeline.stages.ppo import check_weights
 
 pytestmark = pytest.mark.slow
@@ -325,20 +330,111 @@ def test_the_judge_gets_prompts_replies_and_columns_and_its_mean_is_the_metric(
         "    assert all(isinstance(reply, str) for reply in completions)\n"
         "    return weight\n"
     )
-    assert metrics == {"judge_mean": 3.0}
+    assert metrics == {"judge_mean": 3.0, "judge_replies": 3, "judge_mean_se": pytest.approx(1.0)}
     samples = [json.loads(line) for line in (folder / "runs/short/sft/samples.jsonl").read_text().splitlines()]
     assert [sample["judge"] for sample in samples] == [2.0, 2.0, 5.0]
 
 
-def test_a_judge_sees_conversations_as_turns(judged: Callable[[str], dict[str, float]]) -> None:
+def test_a_judge_of_chats_gets_texts_and_the_turns_under_messages(judged: Callable[[str], dict[str, float]]) -> None:
+    """Of TRL's turns, `len(completion) < 200` would be true of a reply of any length."""
     metrics = judged(
-        "def judge(prompts, completions, **_):  # a chat\n"
-        "    assert prompts[0][0]['role'] == 'user' and completions[0][0]['role'] == 'assistant'\n"
-        "    return [1]\n"
+        "def judge(prompts, completions, messages):  # a chat\n"
+        "    assert prompts == ['What color is a lemon?']\n"
+        "    assert isinstance(completions[0], str)\n"
+        "    turns = [{'role': 'user', 'content': prompts[0]}, {'role': 'assistant', 'content': completions[0]}]\n"
+        "    assert messages == [turns]\n"
+        "    return [len(completions[0])]\n"
     )
-    assert metrics == {"judge_mean": 1.0}
+    assert metrics["judge_mean"] > 1
 
 
-def test_a_judge_that_loses_count_is_an_error(judged: Callable[[str], dict[str, float]]) -> None:
-    with pytest.raises(JudgeError, match="returned 1 scores for 3 replies"):
-        judged("def judge(prompts, completions, **_):\n    return [1.0]\n")
+ROWS: list[tuple[Any, dict[str, Any]]] = [("a", {"weight": 1}), ("b", {"weight": 2, "messages": "of the data"})]
+
+
+@pytest.mark.parametrize(
+    ("judge", "scores"),
+    [
+        (lambda completions: [len(reply) for reply in completions], [1.0, 2.0]),
+        (lambda weight, **_: weight, [1.0, 2.0]),
+        (lambda *_, prompts, missing=3: [missing, None], [3.0, None]),
+        (lambda messages, **others: [len(others), messages[1][0]["content"] == "b"], [3.0, 1.0]),
+        (lambda **given: numpy.float32([0.5, True]), [0.5, 1.0]),
+    ],
+)
+def test_a_judge_takes_what_it_names(judge: Callable, scores: list[float | None]) -> None:
+    assert ask(judge, ROWS, ["x", "yy"]) == scores
+
+
+def ends(**_: Any) -> list[float]:
+    sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (lambda prompts, answer: [], "the judge wants `answer`, and the data have no such column"),
+        (lambda **_: [1.0], "the judge returned 1 scores for 2 replies"),
+        (lambda **_: None, "the judge returned None, not a list of numbers"),
+        (lambda **_: [1.0, math.nan], "the judge returned nan for reply 2, to the prompt 'b': it is no number"),
+        (lambda **_: [math.inf, 1.0], "the judge returned inf for reply 1, to the prompt 'a': it is no number"),
+        (lambda **_: [1.0, "good"], "the judge returned 'good' for reply 2, to the prompt 'b': it is no number"),
+        (ends, r"the judge called sys.exit\(3\)"),
+    ],
+)
+def test_what_a_judge_must_not_do_is_said(judge: Callable, said: str) -> None:
+    with pytest.raises(JudgeError, match=f"^{said}$"):
+        ask(judge, ROWS, ["x", "yy"])
+
+
+def test_the_mean_of_a_judge_and_its_standard_error() -> None:
+    """Two replies to each of four prompts; those of one prompt are no independent evidence."""
+    scores = [1.0, 0.0, 1.0, None, 1.0, 1.0, 0.0, None]
+    means = [1.0, 0.5, 0.5]
+    expected = {"judge_mean": 2 / 3, "judge_replies": 6, "judge_mean_se": statistics.stdev(means) / math.sqrt(3)}
+    assert summary(scores, 2) == pytest.approx(expected)
+    assert summary([0.5], 1) == {"judge_mean": 0.5, "judge_replies": 1}
+    with pytest.raises(JudgeError, match="no opinion on any reply"):
+        summary([None, None], 1)
+
+
+def test_several_replies_to_each_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of them are those of `samples: 1`, and each is another draw."""
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"prompt": f"Q: {i}?\nA:"}) + "\n" for i in range(3)))
+    (folder / "length_judge.py").write_text("def judge(completions):\n    return [len(one) for one in completions]\n")
+    found = []
+    for samples in (1, 3):
+        settings = "evaluate={data: asked.jsonl, judge: 'length_judge:judge', max_new_tokens: 6, batch_size: 3}"
+        recipe = recipes.load(str(folder / "recipe.yaml"), [settings, f"evaluate.samples={samples}"])
+        tokenizer = load_tokenizer(recipe.model.path)
+        metrics = judge_policy(Job(recipe, "sft", recipe.run), load_base(recipe.model, tokenizer), tokenizer)
+        rows = [json.loads(line) for line in (folder / "runs/short/sft/samples.jsonl").read_text().splitlines()]
+        assert metrics["judge_replies"] == len(rows) == 3 * samples
+        found.append(rows)
+    once, thrice = found
+    assert thrice[:3] == once
+    assert [row["prompt"] for row in thrice] == [row["prompt"] for row in once] * 3
+    assert len({tuple(row["completion"] for row in thrice[i : i + 3]) for i in (0, 3, 6)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def judge(prompts, completions, answer):\n    return [1.0, 1.0]\n", "the judge wants `answer`"),
+        ("def judge(completions):\n    return completions[0]['content']\n", "it raised TypeError: string indices"),
+        ("def judge(completions):\n    raise SystemExit(1)\n", r"called sys.exit\(1\)"),
+    ],
+)
+def test_the_check_calls_the_judge_on_two_rows(
+    source: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "asked.jsonl").write_text('{"prompt": "Q: What?\\nA:", "completion": " so"}\n' * 5)
+    (folder / "tried_judge.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "tried_judge", raising=False)
+    recipe = recipes.load(
+        str(folder / "recipe.yaml"), ["evaluate={data: asked.jsonl, judge: 'tried_judge:judge', n: 5}"]
+    )
+    with pytest.raises(InputError, match=said) as error:
+        check(recipe, ["sft"])
+    assert error.value.place == "evaluate.judge" and "`tried_judge:judge` fails on the first rows" in str(error.value)

@@ -236,7 +236,7 @@ _FACT_OF = {question.prompt: question.fact for question in questions()}
 def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """The gold judge: 1.0 for a reply that is both right and polite, else 0.0.
 
-    The signature is that of TRL's GRPO reward functions, so any such function can be a recipe's judge.
+    Its signature is that of any judge: lists of texts, and what else there is as keywords.
 
     Raises:
         KeyError: a prompt is none of this world's questions.
