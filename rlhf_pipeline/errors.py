@@ -27,6 +27,14 @@ class InputError(Exception):
         return [self]
 
 
+class ColumnsError(InputError):
+    """The columns of data are not those that are needed; the place is a file, or what else the rows come from."""
+
+    def in_recipe(self, place: str) -> InputError:
+        """The same with the place in a recipe that the data are for."""
+        return InputError(f"{self.place}: {self.message}", place=place, hint=self.hint)
+
+
 class InputErrors(InputError):  # noqa: N818  it is several
     """Several things are wrong; the first one is used where only one can be shown.
 

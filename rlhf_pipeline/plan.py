@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.data.shapes import Wanted, recognise
-from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, stage_inputs
 from rlhf_pipeline.recipe import Data, Recipe, gates
 from rlhf_pipeline.recipe.schema import Source
@@ -134,8 +134,10 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
         for key, wanted, data, source in used:
             try:
                 rows = first_rows(source)
-                shape = None if rows is None else recognise(rows, wanted, data.chat, source.path).says
-                found[name].append({"key": key, "path": source.path, "shape": shape})
+                shape = recognise(rows, wanted, data.chat, source.path, source.columns) if rows else None
+                found[name].append({"key": key, "path": source.path, "shape": shape.says if shape else None})
+            except ColumnsError as error:  # what they lack depends on the stage
+                problems.append(error.in_recipe(recipe.place("stages", name, *key.split("."))))
             except InputError as error:
                 problems.append(error)
     if problems:

@@ -320,7 +320,9 @@ def test_all_data_that_do_not_fit_their_stage_are_refused_at_once(folder):
     (folder / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError) as caught:
         shapes(folder, "reward.data=rows.jsonl", "dpo.data=rows.jsonl", "ppo.data=empty.jsonl")
-    assert [one.place for one in caught.value.all] == [str(folder / "rows.jsonl"), str(folder / "empty.jsonl")]
+    places = ["override `reward.data=rows.jsonl`", str(folder / "empty.jsonl"), "override `dpo.data=rows.jsonl`"]
+    assert [one.place for one in caught.value.all] == places
+    assert caught.value.all[0].message.startswith(f"{folder / 'rows.jsonl'}: the columns (")
 
 
 def everything_in(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -90,7 +90,10 @@ def compare(
         Path | None, typer.Option(help="A file with prompts, in any shape that recipes read.", show_default=False)
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="A prompt, \\n for a line break; may be given several times."
+        ),
     ] = None,
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="The first so many prompts.", show_default="evaluate's, at most 64")

@@ -13,7 +13,7 @@ from rlhf_pipeline import stages
 from rlhf_pipeline.comparison import wanted
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import column, first_prompts
-from rlhf_pipeline.data.turns import Prompt
+from rlhf_pipeline.data.turns import Prompt, typed
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts
@@ -58,7 +58,7 @@ def given_prompts(recipe: Recipe, file: Path | None, texts: Sequence[str], n: in
     """Prompts of a file, in any shape that recipes read, and texts, which are read as the recipe's own prompts are.
 
     Where those are conversations, a text is a user's turn, which goes through the chat template; else it is text as
-    the model reads it.
+    the model reads it; see `typed`.
 
     Args:
         recipe: the run's.
@@ -80,7 +80,7 @@ def given_prompts(recipe: Recipe, file: Path | None, texts: Sequence[str], n: in
             turns = isinstance(first_prompts(like, 1)[0][0], list)
         except InputError:  # the run may have been made elsewhere
             turns = bool(like.chat)
-        asked += [([{"role": "user", "content": text}] if turns else text, {}) for text in texts]
+        asked += [(typed(text, turns), {}) for text in texts]
     return asked, spec
 
 

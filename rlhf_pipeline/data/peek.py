@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.errors import ColumnsError, InputError
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import Source
 
@@ -38,7 +38,7 @@ def renamed(rows: Iterator[Located], source: Source) -> Iterator[Located]:
     names = column_names([one.row for one in first])
     for expected, theirs in source.columns.items():
         if theirs not in names:
-            raise InputError(
+            raise ColumnsError(
                 f"there is no column `{theirs}` to use as `{expected}`",
                 place=source.path,
                 hint=f"its columns are {', '.join(names)}",

@@ -9,10 +9,11 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.data.turns import (
     Prompt,
     Record,
@@ -32,7 +33,7 @@ from rlhf_pipeline.data.turns import (
     with_system,
     without_reply,
 )
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.errors import ColumnsError
 
 Wanted = Literal["demonstrations", "preferences", "prompts"]
 Scored = list[tuple[str, float]]  # replies to one prompt, each with its score
@@ -57,6 +58,8 @@ OTHER_NAMES = {
     "chosen": ("preferred", "better", "winner", "accepted", "positive", "good"),
     "rejected": ("dispreferred", "worse", "loser", "negative", "bad"),
 }
+# Under which names each is read without `columns`.
+READ_AS_IT_IS = {"prompt": ASKED, "completion": REPLY, "chosen": ("chosen", "preferred"), "rejected": ("rejected",)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,13 @@ class Shape:
     labelled: bool = False
 
 
-def recognise(rows: Iterable[Row], wanted: Wanted, chat: bool | None = None, place: str | None = None) -> Shape:
+def recognise(
+    rows: Iterable[Row],
+    wanted: Wanted,
+    chat: bool | None = None,
+    place: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Shape:
     """Tell a shape from the first rows.
 
     Args:
@@ -87,9 +96,10 @@ def recognise(rows: Iterable[Row], wanted: Wanted, chat: bool | None = None, pla
         wanted: what a stage needs.
         chat: the recipe's `data.chat`.
         place: what to name in an error.
+        columns: what the recipe has renamed already: yours by expected.
 
     Raises:
-        InputError: these columns are none of the shapes.
+        ColumnsError: these columns are none of the shapes.
     """
     names: Row = {}
     for row in rows:
@@ -97,13 +107,15 @@ def recognise(rows: Iterable[Row], wanted: Wanted, chat: bool | None = None, pla
             if names.get(name) is None:
                 names[name] = value
     known = {name: value for name, value in names.items() if value is not None}
-    find = {"demonstrations": _demonstrations, "preferences": _preferences, "prompts": _prompts}[wanted]
-    shape = find(known, chat)
+    find: dict[Wanted, Callable[[Row, bool | None], Shape | None]]
+    find = {"demonstrations": _demonstrations, "preferences": _preferences, "prompts": _prompts}
+    shape = find[wanted](known, chat)
     if shape is None:
-        raise InputError(
+        others = [other for other in find if find[other](known, chat)]
+        raise ColumnsError(
             f"the columns ({', '.join(names) or 'none'}) are not {wanted}; those need {_needs(wanted)}",
             place=place,
-            hint=_suggested_columns(wanted, list(names)),
+            hint=_advice(wanted, list(names), [name for name in names if name not in known], columns or {}, others),
         )
     return shape
 
@@ -118,18 +130,39 @@ def _needs(wanted: Wanted) -> str:
     }[wanted]
 
 
-def _suggested_columns(wanted: Wanted, names: list[str]) -> str:
+def _advice(
+    wanted: Wanted, names: list[str], empty: list[str], columns: Mapping[str, str], others: list[Wanted]
+) -> str:
+    """What to do about columns that do not fit; never to rename what is read under its own name.
+
+    Args:
+        wanted: what they should be.
+        names: of all columns, after the recipe's `columns`.
+        empty: those that are null in all rows.
+        columns: what the recipe renames already.
+        others: what the rows are instead.
+    """
     found: dict[str, str] = {}
-    for expected in PLAINEST[wanted]:
-        left = {name.lower(): name for name in names if name not in found.values()}
+    missing = [expected for expected in PLAINEST[wanted] if not any(name in names for name in READ_AS_IT_IS[expected])]
+    for expected in missing:
+        left = {name.lower(): name for name in names if name not in (*found.values(), *PLAINEST[wanted])}
         same = next((left[other] for other in (expected, *OTHER_NAMES[expected]) if other in left), None)
         near = difflib.get_close_matches(expected, left, n=1, cutoff=0.7)
         if same or near:
             found[expected] = same or left[near[0]]
-    renamed = {expected: name for expected, name in found.items() if expected != name}
-    if len(found) < len(PLAINEST[wanted]) or not renamed:
-        return "`columns: {expected: yours}` gives your columns the names that are expected"
-    return f"perhaps `columns: {{{', '.join(f'{expected}: {name}' for expected, name in renamed.items())}}}`"
+    lacking = [name for name in empty if any(name in READ_AS_IT_IS[expected] for expected in PLAINEST[wanted])]
+    if lacking:
+        return f"`{lacking[0]}` is null in the first rows: fill it in, or give `columns` another one to take for it"
+    if missing and len(found) == len(missing):
+        renames = {**columns, **found}
+        return f"perhaps `columns: {{{', '.join(f'{expected}: {name}' for expected, name in renames.items())}}}`"
+    if others:
+        return f"they are {others[0]}, which a stage of kind {' or '.join(_kinds_that_read(others[0]))} takes"
+    return "`columns: {expected: yours}` gives your columns the names that are expected"
+
+
+def _kinds_that_read(rows: Wanted) -> list[str]:
+    return [name for name in kinds.NAMES if kinds.get(name).reads == rows]
 
 
 # Which shape

@@ -44,11 +44,11 @@ def open_source(
             read in another way, as the rows are read.
     """
     if hub is not None:
-        rows, shape, _ = _recognised(renamed(_rows_of_hub(hub, source.path), source), wanted, chat, source.path)
+        rows, shape, _ = _recognised(renamed(_rows_of_hub(hub, source.path), source), wanted, chat, source)
         return rows, shape
     files = local_files(source)
     if len(files) == 1:
-        rows, shape, _ = _recognised(renamed(rows_of_file(files[0]), source), wanted, chat, source.path)
+        rows, shape, _ = _recognised(renamed(rows_of_file(files[0]), source), wanted, chat, source)
         return rows, shape
     rows, shape, names = _of_file(files[0], source, wanted, chat)
     rows = itertools.chain(rows, _of_later_files(files, source, wanted, chat, shape, names))
@@ -56,11 +56,11 @@ def open_source(
 
 
 def _recognised(
-    rows: Iterator[Located], wanted: Wanted, chat: bool | None, place: str
+    rows: Iterator[Located], wanted: Wanted, chat: bool | None, source: Source
 ) -> tuple[Iterator[Located], Shape, list[str]]:
     """Rows, their shape, and the columns of the first ones."""
     first = list(itertools.islice(rows, SAMPLE))
-    shape = recognise((one.row for one in first), wanted, chat, place)
+    shape = recognise((one.row for one in first), wanted, chat, source.path, source.columns)
     return itertools.chain(first, rows), shape, column_names([one.row for one in first])
 
 
@@ -69,7 +69,7 @@ def _of_file(
 ) -> tuple[Iterator[Located], Shape, list[str]]:
     """The same of one of several files."""
     alone = Source(path=str(file), columns=source.columns)
-    return _recognised(renamed(rows_of_file(file), alone), wanted, chat, str(file))
+    return _recognised(renamed(rows_of_file(file), alone), wanted, chat, alone)
 
 
 def _of_later_files(

@@ -158,6 +158,11 @@ def framed(text: str, row: Row, as_turn: bool) -> Prompt:
     return f"{system}\n\n{text}" if system else text
 
 
+def typed(text: str, as_turn: bool) -> Prompt:
+    r"""What somebody types as a prompt: a user's turn, or text as the model reads it, in which `\n` is a line break."""
+    return [{"role": "user", "content": text}] if as_turn else text.replace("\\n", "\n")
+
+
 def with_system(turns: list[dict[str, str]], row: Row) -> list[dict[str, str]]:
     """A conversation that begins with the row's `system`, where it has one."""
     system = _system(row)

@@ -80,6 +80,7 @@ def load_with_origins(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recip
     gates.check(loaded, problems)
     resolve_paths(loaded, problems)
     problems.raise_if_any()
+    loaded._place = origins.place
     return loaded, origins
 
 

@@ -80,6 +80,14 @@ _DECIDED: dict[str, str] = {
     "ref_model_sync_steps": "the reference is a frozen copy of the adapter that the stage starts from",
 }  # fmt: skip
 
+# What of the recipe decides instead.
+_INSTEAD = {
+    "output_dir": "output_dir", "seed": "seed", "report_to": "report_to", "run_name": "name", "project": "name",
+    "bf16": "model.dtype: bfloat16", "bf16_full_eval": "model.dtype: bfloat16",
+    "fp16": "model.dtype: float16", "fp16_full_eval": "model.dtype: float16", "tf32": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code", "chat_template_path": "model.chat_template",
+}  # fmt: skip
+
 _BASE_STAYS = "the base is never changed: only adapters are trained"
 _START = "it belongs to an initialisation that changes the base's weights, or its output from the start"
 _LORA_DECIDED = {
@@ -219,6 +227,20 @@ def refusal(config: str, key: str) -> str | None:
         return None
     otherwise = None if kind.config.reads is None else f"{kind.title} does not read it"
     return (_DECIDED | dict(kind.config.refused)).get(key, otherwise)
+
+
+def instead(config: str, key: str, value: Any) -> str:
+    """What to do about a key that a recipe may not set: which one of the recipe to set, if there is one.
+
+    Args:
+        config: the name of a kind, or `lora`.
+        key: a key that `refusal` refuses.
+        value: what it is set to; nothing is put in the place of `bf16: false`.
+    """
+    own = None if config == "lora" or value in (None, False) else _INSTEAD.get(key)
+    if own is None:
+        return "remove it"
+    return f"set `{own}` instead" if "." in own else f"set `{own}` at the top of the recipe instead"
 
 
 def defaults(config: str, given: Collection[str], holds_out: bool = True) -> dict[str, Key]:

@@ -3,13 +3,14 @@
 The text under each key is its description in the JSON Schema that editors read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from rlhf_pipeline.kinds import NAMES, Kind, get
+from rlhf_pipeline.recipe.yaml import KeyPath
 
 BASE = "base"  # as a value of `init`: start from the bare base
 
@@ -229,11 +230,16 @@ class Recipe(_Strict):
     """The stages by name, in the order in which they run."""
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _place: Callable[[KeyPath], str] | None = PrivateAttr(None)
 
     @property
     def folder(self) -> Path:
         """The folder that relative paths start from, and a judge's module is looked for in."""
         return self._folder
+
+    def place(self, *path: str) -> str:
+        """Where a value was written, as messages show it; its key path alone in a worker, which does not know more."""
+        return self._place(path) if self._place else ".".join(path)
 
     @property
     def run(self) -> Path:

@@ -18,6 +18,8 @@ from rlhf_pipeline.recipe.yaml import KeyPath, parse_value, shown
 OTHER_WORDS = {
     "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "steps": "max_steps",
     "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
+    "per_gpu_batch_size": "per_device_train_batch_size", "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
     "max_new_tokens": "response_length", "max_seq_length": "max_length", "rank": "r", "lora_r": "r",
     "alpha": "lora_alpha", "dropout": "lora_dropout", "modules": "target_modules", "type": "kind", "dataset": "data",
     "file": "path", "files": "path", "name_or_path": "path", "model_name_or_path": "path", "id": "path",
@@ -338,7 +340,8 @@ def _check_section(
         if key not in known:
             problems.add(here, f"unknown key `{key}`", _suggest_library_key(key, config, path, content), of_key=True)
         elif reason := library_keys.refusal(config, key):
-            problems.add(here, f"`{key}` cannot be set: {reason}", "remove it", of_key=True)
+            advice = library_keys.instead(config, key, value)
+            problems.add(here, f"`{key}` cannot be set: {reason}", advice, of_key=True)
         elif errors := library_keys.type_errors(known[key], value):
             _note_type(errors, value, here, f"see {owner}", problems)
             problems.break_(here)
@@ -384,4 +387,6 @@ def _suggest_library_key(key: str, config: str, path: KeyPath, content: dict[str
     if kinds:
         return f"it is a key of {' and '.join(kinds)}, and this stage is of kind `{config}`"
     near = difflib.get_close_matches(key, own, n=1)
+    if near and "eval" not in key and (training := near[0].replace("_eval_", "_train_")) in own:
+        near = [training]  # of a pair of keys, the one that a stage cannot do without
     return f"did you mean `{near[0]}`?" if near else f"the keys are those of {library_keys.documented(config)}"

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -171,7 +172,8 @@ class Lock:
 
     def _refuse(self) -> NoReturn:
         holder = self.holder()
-        hint = "wait for it, or give this recipe another `name`"
+        watch = f"`rlhf-pipeline watch {shlex.quote(str(self.folder))}` shows it"
+        hint = f"{watch}; wait for it, or give this recipe another `name`"
         if holder is not None and holder.host != socket.gethostname():
             hint += f"; if it died, its hold ends {SILENT_S:.0f} s after its last sign of life"
         raise RunError(f"{self.folder} is in use by {holder or 'another process'}", hint=hint)

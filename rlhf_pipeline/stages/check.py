@@ -17,7 +17,7 @@ from rlhf_pipeline.data.encode import hash_of
 from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt
-from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import require_head, without_weights
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
@@ -190,6 +190,9 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
     for key, kind, spec, seen_by in _tables(stage, trainer):
         try:
             prepared = job.reader.read(stages.BY_KIND[kind].read, spec)
+        except ColumnsError as error:
+            errors.append(error.in_recipe(job.recipe.place("stages", job.name, key)))
+            continue
         except InputError as error:
             errors += error.all
             continue

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from rlhf_pipeline.data.encode import encode_prompts
+from rlhf_pipeline.data.turns import typed
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import has_default_template
@@ -110,7 +111,8 @@ class Chat:
 
     def _encode(self, turns: list[dict[str, str]]) -> list[int]:
         try:
-            return encode_prompts(self.tokenizer, Data(), [turns if self.is_chat else turns[-1]["content"]])[0]
+            prompt = turns if self.is_chat else typed(turns[-1]["content"], as_turn=False)
+            return encode_prompts(self.tokenizer, Data(), [prompt])[0]
         except InputError as error:
             raise InputError(error.message) from None
 
@@ -143,26 +145,26 @@ class Chat:
 
 def converse(chat: Chat) -> bool:
     """Answer line by line until the input ends; returns whether Ctrl-C ended it before."""
-    typed = sys.stdin.isatty() and sys.stdout.isatty()
-    if typed:
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
         with contextlib.suppress(ImportError):  # which some platforms lack
             import readline  # noqa: F401  lines can be edited from here on, and called back
     elif isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     while True:
         try:
-            line = input("> " if typed else "")
+            line = input(f"{chat.stage}> " if at_terminal else "")
             name, _, argument = line.strip().partition(" ")
             if name == "/exit":
                 return False
             if name.startswith("/"):
                 chat.command(name, argument.strip())
-            elif name and chat.ask(line if chat.is_chat else line.replace("\\n", "\n")) and not typed:
+            elif name and chat.ask(line) and not at_terminal:
                 return True
         except EOFError:
             return False
         except KeyboardInterrupt:
-            if not typed:
+            if not at_terminal:
                 return True
             chat.say("\n(Ctrl-D leaves)")
         except InputError as error:

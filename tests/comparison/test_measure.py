@@ -228,14 +228,23 @@ def test_the_command_with_settings_of_its_own_leaves_what_run_has_written(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (tiny_run / layout.COMPARISON).read_bytes()
-    arguments = ["-p", "Q: What sound does a cow make?\nA:", "-p", "Hi", "--stages", "ppo,sft", "--max-new-tokens", "3"]
+    arguments = [
+        "-p",
+        r"Q: What sound does a cow make?\nA:",
+        "-p",
+        "Hi",
+        "--stages",
+        "ppo,sft",
+        "--max-new-tokens",
+        "3",
+    ]
     monkeypatch.setattr(sys, "argv", ["rlhf-pipeline", "compare", str(tiny_run), *arguments, "--seed", "5", "--json"])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
     found = json.loads(capsys.readouterr().out)
     assert found["policies"] == ["sft", "ppo"]
-    assert [row["prompt"] for row in found["rows"]] == [arguments[1], "Hi"]
+    assert [row["prompt"] for row in found["rows"]] == ["Q: What sound does a cow make?\nA:", "Hi"]
     assert all(reply["tokens"] <= 3 for row in found["rows"] for reply in row["replies"].values())
     assert found["settings"] == {
         "prompts": "the command line", "n": 2, "temperature": 0.7, "max_new_tokens": 3, "seed": 5, "digest": None

@@ -429,7 +429,23 @@ def test_a_column_that_need_not_be_there_may_be_blank(blank):
             "`chosen` and `rejected`",
             "{chosen: winner, rejected: loser}",
         ),
-        ("preferences", {"prompt": "a", "completion": "b"}, "its `score` or `label`", "`columns: {expected: yours}`"),
+        # What is read under its own name is not to be renamed, and what cannot be renamed is said to be something else.
+        (
+            "preferences",
+            {"question": "a", "better": "b", "worse": "c"},
+            "`chosen` and `rejected`",
+            "`columns: {chosen: better, rejected: worse}`",
+        ),
+        ("preferences", {"prompt": "a", "preferred": "b", "loser": "c"}, "`chosen`", "`columns: {rejected: loser}`"),
+        ("demonstrations", {"q": "a", "output": "b"}, "`prompt`", "`columns: {expected: yours}`"),
+        (
+            "preferences",
+            {"prompt": "a", "completion": "b"},
+            "its `score` or `label`",
+            "they are demonstrations, which a stage of kind sft takes",
+        ),
+        ("demonstrations", {"prompt": "a"}, "`completion`", "they are prompts, which a stage of kind ppo takes"),
+        ("demonstrations", {"prompt": "a", "answer": None}, "a reply", "`answer` is null in the first rows"),
         ("prompts", {"x": "a"}, "`question`", "`columns: {expected: yours}`"),
         ("prompts", {}, "the columns (none)", "columns"),
     ],
@@ -440,6 +456,13 @@ def test_columns_that_fit_no_shape_are_listed_with_what_is_needed(wanted, row, n
     assert all(name in caught.value.message for name in row) and needed in caught.value.message
     assert hint in caught.value.hint
     assert caught.value.place == "rows.jsonl"
+
+
+def test_what_a_recipe_renames_already_stays_in_what_is_suggested() -> None:
+    """`chosen` was `winner`, in a recipe that says so."""
+    with pytest.raises(InputError) as caught:
+        recognise([{"prompt": "a", "chosen": "b", "loser": "c"}], "preferences", columns={"chosen": "winner"})
+    assert caught.value.hint == "perhaps `columns: {chosen: winner, rejected: loser}`"
 
 
 def test_columns_that_are_null_everywhere_do_not_count():

@@ -163,6 +163,10 @@ def test_duplicate_keys_are_reported_beside_the_rest(problems):
         ("  dpo: {", "  dpo: {lr: 1e-4, ", "did you mean `learning_rate`? It belongs under the stage's `trainer`"),
         ("  dpo: {", "  dpo: {eval_fracton: 1, ", "did you mean `eval_fraction`? It belongs under the stage's `data`"),
         ("  dpo: {", "  dpo: {trainer: {lr: 1e-4}, ", "did you mean `learning_rate`?"),
+        # Of a pair of keys for training and evaluation, the one for training; unless the other is named.
+        ("  dpo: {", "  dpo: {trainer: {per_device_batch_size: 4}, ", "did you mean `per_device_train_batch_size`?"),
+        ("  dpo: {", "  dpo: {trainer: {per_gpu_batch_size: 4}, ", "did you mean `per_device_train_batch_size`?"),
+        ("  dpo: {", "  dpo: {trainer: {per_device_eval_bs: 4}, ", "did you mean `per_device_eval_batch_size`?"),
         ("  dpo: {", "  dpo: {trainer: {gates: {}}, ", "it belongs under the stage itself"),
         ("  dpo: {", "  dpo: {trainer: {max_prompt_length: 8}, ", "it belongs under the stage's `data`"),
         ("  dpo: {", "  dpo: {trainer: {kl_coef: 0.1}, ", "it is a key of ppo, and this stage is of kind `dpo`"),
@@ -182,6 +186,27 @@ def test_a_key_at_the_wrong_level_is_answered_with_the_right_one(problems, old, 
     assert len(found) == 1
     assert found[0][1].startswith("unknown key")
     assert found[0][2] == hint
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "hint"),
+    [
+        ("sft", "bf16: true", "set `model.dtype: bfloat16` instead"),
+        ("dpo", "bf16_full_eval: true", "set `model.dtype: bfloat16` instead"),
+        ("sft", "fp16: true", "set `model.dtype: float16` instead"),
+        ("ppo", "bf16: true", "set `model.dtype: bfloat16` instead"),
+        ("ppo", "tf32: true", "set `model.dtype` instead"),
+        ("sft", "bf16: false", "remove it"),
+        ("sft", "trust_remote_code: true", "set `model.trust_remote_code` instead"),
+        ("sft", "chat_template_path: x.jinja", "set `model.chat_template` instead"),
+        ("sft", "seed: 7", "set `seed` at the top of the recipe instead"),
+        ("sft", "run_name: x", "set `name` at the top of the recipe instead"),
+        ("sft", "push_to_hub: true", "remove it"),
+    ],
+)
+def test_a_key_that_the_recipe_decides_is_answered_with_the_recipes_own(problems, stage, setting, hint):
+    ((_, message, found),) = problems(FULL, f"{stage}.trainer={{{setting}}}")
+    assert "cannot be set: " in message and found == hint
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,8 @@ def test_it_is_refused_naming_the_process_that_holds_it(lock, start):
     assert process.says() == "held"
     error = refusal(lock)
     assert re.search(rf"{lock.folder} is in use by process {process.pid}, since 20\d\d-\d\d-\d\d ", error.message)
-    assert "wait for it" in error.hint and "sign of life" not in error.hint
+    assert error.hint.startswith(f"`rlhf-pipeline watch {lock.folder}` shows it; wait for it, or ")
+    assert "sign of life" not in error.hint
     process.release()
     assert not lock.is_held()
     lock.refuse_if_held()

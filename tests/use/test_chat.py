@@ -105,7 +105,8 @@ def as_chat(run) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_answer_is_the_stages_own_and_stands_alone(stage, run, chat, greedy):
-    answer = chat(run, "--stage", stage, "-p", PROMPT, "--temperature", "0", "--max-new-tokens", "24")
+    on_one_line = PROMPT.replace("\n", "\\n")
+    answer = chat(run, "--stage", stage, "-p", on_one_line, "--temperature", "0", "--max-new-tokens", "24")
     assert answer == (0, greedy[stage] + "\n", "")
 
 
