@@ -1,7 +1,9 @@
 """Recipe and run directory in, stages out: which will run, and why. No torch."""
 
+import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, 
 from rlhf_pipeline.recipe import Data, Recipe, gates
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir import state
-from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.earlier import Earlier, EarlierResults
+from rlhf_pipeline.rundir.layout import ADAPTER, LOG, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 from rlhf_pipeline.rundir.state import DONE, StageState, State, find_state, stage_at_work
 
@@ -31,11 +34,14 @@ class StagePlan(StageState):
         inputs: everything that decides the stage's result.
         fingerprint: their hash.
         judging: what decides how its policy is judged; None where it is not.
+        earlier: what another run, or this one formerly, made of the same inputs on the same weights, with the record
+            that it gets here; None where it is current, and where there is no such result.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     judging: dict[str, Any] | None = None
+    earlier: Earlier | None = None
 
     @property
     def needs_judging(self) -> bool:
@@ -55,20 +61,27 @@ class StagePlan(StageState):
             "peak_memory_bytes": record.peak_memory_bytes,
             "metrics": record.metrics,
             "artifact": record.artifact,
+            "taken_from": self.earlier.name if self.earlier else record.taken_from,
             "log": self.record.log,
         }
 
 
 def make(
-    recipe: Recipe, at_work: bool | None = None, *, trust_versions: bool = False, ignore_gates: bool = False
+    recipe: Recipe,
+    at_work: bool | None = None,
+    *,
+    trust_versions: bool = False,
+    ignore_gates: bool = False,
+    reuse: bool = True,
 ) -> list[StagePlan]:
-    """Compare a recipe with what its run directory holds.
+    """Compare a recipe with what its run directory holds, and the other runs beside it.
 
     Args:
         recipe: from `recipe.load`; its hub models and datasets are pinned to the commits that count.
         at_work: whether a run is going on there; by default the run directory's lock tells.
         trust_versions: keep stages that other versions of the libraries made.
         ignore_gates: keep stages whose gates are closed.
+        reuse: look for earlier results of the stages that are not current.
 
     Raises:
         InputError: a data file cannot be read.
@@ -79,24 +92,66 @@ def make(
     busy = directory.is_locked() if at_work is None else at_work
     running = stage_at_work(directory, list(recipe.stages)) if busy else None
     installed = None if trust_versions else versions()
+    results = EarlierResults(recipe.run.parent, digests)
     plans: dict[str, StagePlan] = {}
+    there: dict[str, StagePlan] = {}  # the same, once earlier results have been taken
     for name, stage in recipe.stages.items():
         record = directory.record(name) or Record()
         plan = StagePlan(name, stage.kind, stage.parents, record=record)
         plan.inputs = stage_inputs(recipe, name, {other: plans[other].fingerprint for other in plans}, digests)
         plan.fingerprint = short_hash(json.dumps(plan.inputs, sort_keys=True).encode())
         plan.judging = judging_inputs(recipe, name, digests)
-        parents = [plans[parent] for parent in plan.parents.values() if parent in plans]
+        parents = [there[parent] for parent in plan.parents.values() if parent in there]
         changed = (
             [*_changes(record.inputs, plan), *other_versions(record, installed)] if record.model_fields_set else []
         )
         find_state(plan, parents, directory, digests, running, changed)
-        if plan.state == "done" and plan.needs_judging:
-            plan.state, plan.reason = "done, to be judged again", _judging_changes(plan)
-        elif plan.state == "done":
-            plan.state, plan.reason = _apply_gates(plan, stage.gates, ignore_gates)
-        plans[name] = plan
+        _look_at_judging_and_gates(plan, stage.gates, ignore_gates)
+        plans[name] = there[name] = plan
+        if reuse and not plan.is_current and plan.state != "running":
+            plan.earlier = _earlier(plan, recipe, parents, results, installed)
+        if plan.earlier:
+            record = plan.earlier.record
+            there[name] = dataclasses.replace(plan, state="done", reason="", record=record, is_current=True)
+            _look_at_judging_and_gates(there[name], stage.gates, ignore_gates)
     return list(plans.values())
+
+
+def _earlier(
+    plan: StagePlan,
+    recipe: Recipe,
+    parents: Sequence[StageState],
+    results: EarlierResults,
+    installed: dict[str, str] | None,
+) -> Earlier | None:
+    """The earlier result that can take the place of a stage's training; see `StagePlan.earlier`.
+
+    Args:
+        plan: the stage.
+        recipe: the recipe.
+        parents: the stages that it needs, as they will be when it is its turn.
+        results: where to look.
+        installed: the versions of the libraries; None where any versions are trusted.
+    """
+    weights = {parent.name: parent.record.weights if parent.is_current else None for parent in parents}
+    by_role = {role: weights[parent] for role, parent in plan.parents.items() if parent in weights}
+    for found in results.find(plan.fingerprint, by_role, recipe.run, plan.name):
+        if not other_versions(found.record, installed):
+            record = found.record.updated(
+                **{role: plan.parents.get(role) for role in kinds.ROLES},
+                name=plan.name,
+                state="done",
+                error=None,
+                parent_weights=weights,
+                log=f"{plan.name}/{LOG}",
+                recipe_folder=str(recipe.folder),
+                artifact=f"{plan.name}/{ADAPTER}",
+                gates={},
+                gates_ignored={},
+                taken_from=found.name,
+            )
+            return Earlier(found.folder, record)
+    return None
 
 
 def of_run(run: Path) -> list[StagePlan]:
@@ -143,6 +198,14 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
     if problems:
         raise InputErrors(problems)
     return found
+
+
+def _look_at_judging_and_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> None:
+    """Say of a stage that is done what it still lacks by the current recipe."""
+    if plan.state == "done" and plan.needs_judging:
+        plan.state, plan.reason = "done, to be judged again", _judging_changes(plan)
+    elif plan.state == "done":
+        plan.state, plan.reason = _apply_gates(plan, stage_gates, ignore)
 
 
 def _apply_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> tuple[State, str]:
@@ -209,7 +272,9 @@ def _shown(value: Any) -> str:
 
 
 def select(plans: list[StagePlan], until: str | None, only: str | None, force: list[str]) -> list[StagePlan]:
-    """The stages that a run shall train, in order; none after one whose gate is closed, which is not among them.
+    """The stages that a run shall train or take, in order; none after one whose gate is closed, itself not among them.
+
+    An `earlier` result of a stage that is forced, or that starts from one which is trained, is dropped from its plan.
 
     Args:
         plans: from `make`.
@@ -226,8 +291,12 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
             raise InputError(f"there is no stage `{given}`", place=option, hint=f"the stages are {', '.join(names)}")
     chosen: list[StagePlan] = []
     for plan in plans:
-        parent_runs = any(other.name in plan.parents.values() for other in chosen)
-        if plan.state not in DONE or plan.name in force or parent_runs:
+        fresh = plan.name in force or any(
+            other.name in plan.parents.values() for other in chosen if other.earlier is None
+        )
+        if fresh:
+            plan.earlier = None
+        if plan.state not in DONE or fresh:
             chosen.append(plan)
         if plan.name == until or (plan.state == GATE_CLOSED and plan not in chosen and only is None):
             break

@@ -13,6 +13,7 @@ from rlhf_pipeline import __version__
 from rlhf_pipeline.cli.shared import (
     AsJson,
     IgnoreGates,
+    NoReuse,
     Overrides,
     RecipeArgument,
     TrustVersions,
@@ -41,6 +42,7 @@ def plan(
     force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
+    no_reuse: NoReuse = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which stages would run, and why; takes what `run` takes."""
@@ -52,7 +54,7 @@ def plan(
 
     loaded = recipes.load(recipe, overrides or [])
     shapes = plans.shapes(loaded)
-    stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates)
+    stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates, reuse=not no_reuse)
     wanted = to_do.find(
         loaded,
         stages,

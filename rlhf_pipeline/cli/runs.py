@@ -11,6 +11,7 @@ import typer
 from rlhf_pipeline.cli.shared import (
     AsJson,
     IgnoreGates,
+    NoReuse,
     Overrides,
     RecipeArgument,
     RunArgument,
@@ -39,12 +40,14 @@ def run(
     force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
+    no_reuse: NoReuse = False,
     verbose: Verbose = False,
 ) -> None:
     """Run the stages of a recipe that are not done yet.
 
-    A stage that was interrupted is resumed. Ctrl-C or SIGTERM stops after the current step, with a checkpoint; the same
-    command resumes from there. A second one stops at once.
+    A stage that was interrupted is resumed. One that another run beside this one, or this one formerly, has made with
+    the same settings, data and weights is taken from there and not trained again. Ctrl-C or SIGTERM stops after the
+    current step, with a checkpoint; the same command resumes from there. A second one stops at once.
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.run import runner
@@ -61,6 +64,7 @@ def run(
                 force=force,
                 trust_versions=trust_versions,
                 ignore_gates=ignore_gates,
+                reuse=not no_reuse,
                 say=above,
             )
     except KeyboardInterrupt:  # typer has an answer of its own to it

@@ -46,6 +46,7 @@ TrustVersions = Annotated[
     bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")
 ]
 IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Continue past closed gates.")]
+NoReuse = Annotated[bool, typer.Option("--no-reuse", help="Train even what another run, or this one formerly, made.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Stream the log of the stage at work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

@@ -173,6 +173,7 @@ def _origin(run: Run) -> dict[str, Any]:
             break
     if "seed" in run.recipe:
         facts.append(("seed", str(run.recipe["seed"])))
+    facts += [("taken", f"{stage.name} from {at}") for stage in run.stages if (at := stage.record.taken_from)]
     records = [stage.record for stage in run.stages]
     for name, read in (("command", _command), ("git", _git), ("machine", _machine)):
         facts += [(name, value) for value in dict.fromkeys(filter(None, map(read, records)))]

@@ -1,6 +1,7 @@
 """From a recipe to finished stages: check everything, then one worker after the other. No torch."""
 
 import contextlib
+import dataclasses
 import platform
 import shlex
 import signal
@@ -54,6 +55,7 @@ def run(
     force: list[str] | None = None,
     trust_versions: bool = False,
     ignore_gates: bool = False,
+    reuse: bool = True,
     compare: bool = True,
     say: Say = print,
 ) -> list[StagePlan]:
@@ -66,6 +68,7 @@ def run(
         force: stages to run even if done.
         trust_versions: keep stages that other versions of the libraries made, from now on.
         ignore_gates: continue past gates that are closed, and record that.
+        reuse: take what another run beside this one, or this one formerly, has made of the same inputs.
         compare: at the end, send the same prompts through all policies that are there.
         say: takes one line at a time, about what is going on.
 
@@ -81,7 +84,7 @@ def run(
     directory = RunDirectory(recipe.run)
 
     def make_plan(at_work: bool | None = None) -> list[StagePlan]:
-        return plan.make(recipe, at_work, trust_versions=trust_versions, ignore_gates=ignore_gates)
+        return plan.make(recipe, at_work, trust_versions=trust_versions, ignore_gates=ignore_gates, reuse=reuse)
 
     def find_to_do(plans: list[StagePlan]) -> ToDo:
         return to_do.find(
@@ -121,6 +124,9 @@ def run(
                 # Its data may have changed since the run began, days ago perhaps.
                 stage = next(stage for stage in make_plan(at_work=False) if stage.name == name)
                 fresh = stage.name in (force or []) or bool(trained.intersection(stage.parents.values()))
+                taken = None if fresh else _take(stage, directory, say)
+                if taken:
+                    stage = dataclasses.replace(stage, record=taken, is_current=True)
                 if not stage.is_current or fresh:
                     record = _train(recipe, stage, directory, launcher, say, fresh)
                     trained.add(stage.name)
@@ -233,12 +239,8 @@ def _train(
     if progress:
         say(f"{stage.name:<7} {progress}")
     else:
-        _make_room(
-            stage,
-            directory,
-            say,
-            "asked for, or a stage that it starts from was trained again" if fresh else stage.reason,
-        )
+        why = "asked for, or a stage that it starts from was trained again" if fresh else stage.reason
+        _make_room(stage, directory, say, "is retrained from the start", why)
     record = _opening_record(recipe, stage, directory, progress, begun)
     directory.prepare(stage.name, progress)
     _put_damage_aside(stage.name, directory, say)
@@ -304,8 +306,32 @@ def _judged(name: str, metrics: dict[str, Any], say: Say) -> str:
     return f", judge_mean {mean:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
-def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) -> None:
-    """Move aside what is there of a stage that is retrained from the start, unless there is nothing to keep.
+def _take(stage: StagePlan, directory: RunDirectory, say: Say) -> Record | None:
+    """Put in a stage's place what was made of it earlier: a copy, or the former result of this run itself.
+
+    Returns:
+        Its record here; None where there is no such result, or no longer.
+    """
+    if stage.earlier is None:
+        return None
+    record, former = stage.earlier.record.updated(taken_at=_now()), stage.earlier.is_former_of(directory.path)
+    folder = (
+        stage.earlier.folder if former else directory.copy_of(stage.name, stage.earlier.folder, record.artifact_files)
+    )
+    if folder is None:
+        return None
+    said = f"is taken from {stage.earlier.name}"
+    if not _make_room(stage, directory, say, said, stage.reason):
+        say(f"{stage.name:<7} {said}")
+    directory.put(stage.name, folder, record)
+    return record
+
+
+def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, what: str, why: str) -> bool:
+    """Move aside what is there of a stage that begins anew, unless there is nothing to keep.
+
+    Returns:
+        Whether something was moved.
 
     Raises:
         RunError: its record cannot be read, so that nobody can tell what retraining would lose.
@@ -313,16 +339,17 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, why: str) ->
     unreadable = directory.unreadable(stage.name)
     same = stage.record.fingerprint == stage.fingerprint and stage.state == "failed"
     if same and not directory.adapter(stage.name).exists() and not any(directory.work(stage.name).glob("checkpoint-*")):
-        return
+        return False
     aside = directory.set_aside(stage.name)
     if aside:
-        say(f"{stage.name:<7} is retrained from the start: {why}; the former results are now in {aside.name}/")
+        say(f"{stage.name:<7} {what}: {why}; the former results are now in {aside.name}/")
     if unreadable:
         raise RunError(
             f"stage `{stage.name}`: {unreadable}, so nothing is known of what it made",
             hint=f"all of it is now in {aside}: put a readable stage.json in and move it back, or `run` again to train "
             f"the stage again; {SAFE}",
         )
+    return aside is not None
 
 
 def _put_damage_aside(name: str, directory: RunDirectory, say: Say) -> None:

@@ -11,8 +11,17 @@ from rlhf_pipeline.recipe import Recipe, gates
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 
-Task = Literal["train", "resume", "judge again", "update record", "remove checkpoints", "stop: gate closed"]
-RUNS = ("train", "resume", "judge again")  # those that need a worker
+Task = Literal[
+    "train",
+    "resume",
+    "take",
+    "take, judge again",
+    "judge again",
+    "update record",
+    "remove checkpoints",
+    "stop: gate closed",
+]
+RUNS = ("train", "resume", "take, judge again", "judge again")  # those that need a worker
 
 
 @dataclass(frozen=True)
@@ -53,13 +62,18 @@ def find(
         InputError: see `plan.select`.
     """
     directory = RunDirectory(recipe.run)
-    trained = {stage.name for stage in plan.select(list(plans), until, only, list(force))}
+    chosen = plan.select(list(plans), until, only, list(force))
+    taken = {stage.name for stage in chosen if stage.earlier}
+    trained = {stage.name for stage in chosen} - taken
     found: dict[str, Task] = {}
     for stage in plans:
         if only in (None, stage.name):
             fresh = stage.name in force or trained.intersection(stage.parents.values())
             if stage.name in trained:
                 found[stage.name] = "resume" if stage.state == "partial" and not fresh else "train"
+            elif stage.earlier and stage.name in taken:
+                judged = stage.judging in (None, stage.earlier.record.judging)
+                found[stage.name] = "take" if judged else "take, judge again"
             elif stage.state == GATE_CLOSED:
                 found[stage.name] = "stop: gate closed"
                 break
@@ -74,8 +88,8 @@ def find(
         if stage.name == until:
             break
     stops = "stop: gate closed" in found.values()
-    has_policy = any(kinds.get(stage.kind).is_policy for stage in plans if stage.is_current or stage.name in trained)
-    compares = not stops and has_policy and (bool(trained) or comparison.due(recipe.run, recipe) is not None)
+    has_policy = any(kinds.get(stage.kind).is_policy for stage in plans if stage.is_current or stage in chosen)
+    compares = not stops and has_policy and (bool(chosen) or comparison.due(recipe.run, recipe) is not None)
     return ToDo(found, compares)
 
 

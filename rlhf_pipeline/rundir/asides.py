@@ -19,8 +19,8 @@ def find(run: Path) -> list[dict[str, Any]]:
     """List what was moved aside in a run directory, oldest first; see `RunDirectory.set_aside`.
 
     Returns:
-        For each folder: its `name`; the `stage` it was of; `moved_at`, in Unix seconds; its `bytes`; and from its
-        record, null where there is none, its `kind`, its `state` and its final `metrics`.
+        For each folder: its `name`; the `stage` it was of; `moved_at`, in Unix seconds; the `bytes` that removing
+        it frees; and from its record, null where there is none, its `kind`, its `state` and its final `metrics`.
 
     Raises:
         RunError: a run is going on there.
@@ -80,6 +80,6 @@ def _moved_at(run: Path, name: str) -> float | None:
 
 
 def _size(folder: Path) -> int:
-    """The bytes of all files in a folder; what a link leads to is not in it."""
-    paths = (Path(root) / file for root, _, files in os.walk(folder) for file in files)
-    return sum(path.lstat().st_size for path in paths)
+    """The bytes that removing a folder frees: without what a link leads to, and files that others share."""
+    files = ((Path(root) / file).lstat() for root, _, names in os.walk(folder) for file in names)
+    return sum(file.st_size for file in files if file.st_nlink == 1)

@@ -161,6 +161,50 @@ class RunDirectory:
         folder.rename(aside)
         return aside
 
+    def copy_of(self, name: str, source: Path, files: durable.Contents) -> Path | None:
+        """Copy a stage of another run, but for its record and `work/`, to a place beside this run's stages; see `put`.
+
+        The weights are a hard link where the disk allows it: nothing ever writes to published weights.
+
+        Args:
+            name: the stage's name here.
+            source: its folder there.
+            files: what its artifact holds.
+
+        Returns:
+            The copy; None where the artifact is gone from there meanwhile, or is another one.
+        """
+        copy = self.path / f".new-{name}"
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            for path in [source, *sorted(source.rglob("*"))]:
+                inside = path.relative_to(source)
+                if inside.parts[:1] in ((RECORD,), (WORK,)):
+                    continue
+                if path.is_dir():
+                    (copy / inside).mkdir(parents=True)
+                elif inside == Path(ADAPTER, WEIGHTS):
+                    _link(path, copy / inside)
+                else:
+                    shutil.copy2(path, copy / inside)
+            problem = durable.difference(copy / ADAPTER, files)
+            durable.sync_folder(copy)
+        except FileNotFoundError:
+            problem = "it was moved while it was copied"
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)  # a full disk should get its room back
+            raise
+        if problem:
+            shutil.rmtree(copy, ignore_errors=True)
+        return None if problem else copy
+
+    def put(self, name: str, folder: Path, record: Record) -> None:
+        """Give a folder of this run directory a record, and make it that of a stage, in one step; another one goes."""
+        self.write_record(folder.name, record)
+        shutil.rmtree(self.stage(name), ignore_errors=True)
+        folder.rename(self.stage(name))
+        durable.sync([self.path])
+
     def publish(self, name: str) -> durable.Contents:
         """Move a stage's finished adapter from its working folder into place, if that is still to do.
 
@@ -231,6 +275,16 @@ class RunDirectory:
     def is_locked(self) -> bool:
         """Whether a run is going on here."""
         return self.lock.is_held()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy where there can be none: on another disk, or of another user's file."""
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

@@ -97,6 +97,12 @@ class Record(BaseModel):
     trusted_versions: dict[str, str] = {}
     """The versions of the libraries that `--trust-versions` accepted in place of those that made it."""
 
+    taken_from: str | None = None
+    """Where it was taken from, as another run, or this one formerly, had made it: a path in the folder of all runs."""
+
+    taken_at: str | None = None
+    """When it was taken, in ISO 8601; `started_at` and `finished_at` say when it was made."""
+
     @property
     def weights(self) -> str | None:
         """The SHA-256 of the weights in its artifact; None where it names none."""

@@ -107,7 +107,11 @@ def smoke(recipe: Recipe, *, tokenizer: str | None = None, keep: Path | None = N
         report = Report([Smoked(name, stage.kind) for name, stage in recipe.stages.items()], notes)
         try:
             runner.run(
-                cut, ignore_gates=True, compare=False, say=lambda line: None if _of_the_real_run(line) else say(line)
+                cut,
+                ignore_gates=True,
+                reuse=False,
+                compare=False,
+                say=lambda line: None if _of_the_real_run(line) else say(line),
             )
         except InputError as error:
             raise _in_their_words(error, origins) from None

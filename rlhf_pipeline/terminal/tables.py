@@ -44,13 +44,18 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         wall_s = summary["wall_s"]
         numbers = "  ".join(f"{number.name} {number.after:.3g}" for number in headline(plan.kind, summary["metrics"]))
         unremarkable = plan.state == "done" and numbers and not plan.record.gates_ignored
-        about = numbers if unremarkable else escape(plan.reason)
+        about = numbers if unremarkable else escape(_why(plan))
         if plan.is_current and plan.state != "done" and numbers:
             about += "\n" + numbers
         time = "" if wall_s is None else duration(wall_s)
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
     console.print(table)
     console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _why(plan: StagePlan) -> str:
+    """Why a stage is in its state, and where there is a result of it that `run` takes."""
+    return f"{plan.reason}; to be taken from {plan.earlier.name}" if plan.earlier else plan.reason
 
 
 def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
@@ -69,6 +74,8 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
         about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
         if record.gates_ignored or plan.state != "done":
             about = "\n".join([*changes, escape(plan.reason)])
+        if record.taken_from:
+            about = "\n".join([about, escape(f"taken from {record.taken_from}: time and memory are of that training")])
         wall_s, peak = record.wall_s, record.peak_memory_bytes
         table.add_row(
             plan.name,
@@ -133,7 +140,7 @@ def intentions(
         start = " + ".join(plan.parents.values())
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
         task = wanted.stages.get(plan.name, "nothing")
-        table.add_row(plan.name, plan.kind, start, state, task, escape(plan.reason))
+        table.add_row(plan.name, plan.kind, start, state, task, escape(_why(plan)))
     console.print(table)
     if wanted.compares:
         console.print("afterwards `run` compares the policies on the same prompts", soft_wrap=True)

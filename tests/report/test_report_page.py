@@ -591,3 +591,10 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(small, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         report.write([run], run / "report.html")
     assert (run / "report.html").read_text() == "old"
+
+
+def test_what_a_run_took_from_another_is_said_to_be_from_there(tmp_path):
+    run = report_run.write(tmp_path / "second")
+    report_run.change(run, "reward", taken_from="first/reward", taken_at="2026-01-03T00:00:00+00:00")
+    said = page_of(run, to=tmp_path / "report.html").text
+    assert "reward from first/reward" in said and "sft from first" not in said

@@ -93,6 +93,15 @@ def test_a_folder_is_listed_with_what_it_was_its_size_and_its_time(run: Path):
     assert former == {"name": former["name"], "stage": "reward", "bytes": size} | RECORD
 
 
+def test_what_another_run_shares_is_not_in_the_size_for_it_stays(run: Path, tmp_path: Path):
+    weights = aside(run, "sft.20250102-030405", 2000) / "adapter" / "weights"
+    (weights.parent / "config").write_bytes(b"{}")
+    (tmp_path / "other").hardlink_to(weights)
+    assert prune.find(run)[0]["bytes"] == 2
+    (tmp_path / "other").unlink()
+    assert prune.find(run)[0]["bytes"] == 2002
+
+
 def test_folders_are_listed_oldest_first_with_all_that_is_in_them(run: Path):
     shutil.rmtree(run / prune.find(run)[0]["name"])
     aside(run, "sft.20250102-030405-2", 1500)
