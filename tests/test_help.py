@@ -95,9 +95,36 @@ def test_help_has_worked_examples_and_fits_eighty_columns(command, say, tmp_path
 
 def test_the_summary_of_commands_is_whole(say, tmp_path):
     """None of the one-line descriptions is too long for its place."""
-    summary = say(tmp_path, "--help").out.partition("Commands:")[2].partition("Examples:")[0]
-    assert [line.split()[0] for line in summary.strip().splitlines()] == list(GROUP.commands)
-    assert "..." not in summary
+    text = say(tmp_path, "--help").out.partition("Start:")[2].partition("Examples:")[0]
+    summary = [line for line in text.splitlines() if line.startswith("  ")]
+    assert sorted(line.split()[0] for line in summary if line.strip()) == COMMANDS
+    assert "..." not in text
+    titles = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert ["Start", *titles] == ["Start", "Check", "Run", "Look", "Keep"]
+
+
+COMPLETED = {
+    "rlhf-pipeline cha": ["chat"],
+    "rlhf-pipeline run ti": ["tiny"],
+    "rlhf-pipeline run fi": ["first.yaml"],
+    "rlhf-pipeline watch runs/f": ["runs/first/"],
+    "rlhf-pipeline run first.yaml --until r": ["reward"],
+    "rlhf-pipeline chat first.yaml --stage ": ["sft", "reward", "ppo", "dpo"],
+    "rlhf-pipeline export first.yaml d": ["dpo"],
+    "rlhf-pipeline export gone.yaml d": [],
+}
+
+
+@pytest.mark.parametrize("line", COMPLETED)
+def test_a_shell_completes_commands_recipes_runs_and_stages(line, prepared, monkeypatch, capfd):
+    """As the script that `--show-completion` prints asks for it."""
+    monkeypatch.chdir(prepared)
+    for name, value in (("_RLHF_PIPELINE_COMPLETE", "complete_bash"), ("COMP_WORDS", line)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+    with pytest.raises(SystemExit):
+        GROUP.main([], prog_name="rlhf-pipeline")
+    assert capfd.readouterr().out.split() == COMPLETED[line]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,14 @@ import typer
 from rlhf_pipeline import __version__
 from rlhf_pipeline.cli.shared import (
     AsJson,
+    Force,
     IgnoreGates,
     NoReuse,
+    Only,
     Overrides,
     RecipeArgument,
     TrustVersions,
+    Until,
     app,
     examples,
     quiet_libraries,
@@ -37,9 +41,9 @@ SCHEMA_HINT = "# yaml-language-server: $schema="  # where editors look for a rec
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
-    force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
     no_reuse: NoReuse = False,
@@ -165,7 +169,7 @@ def data(
 @app.command(
     epilog=examples(
         ("schema > recipe.schema.json", "a file to point an editor to"),
-        ("cp tiny", "a recipe that points to the installed schema already"),
+        ("cp tiny", "a recipe with the schema beside it, which editors find"),
     )
 )
 def schema() -> None:
@@ -208,7 +212,8 @@ def copy_recipe(
 ) -> None:
     """Copy a shipped recipe, to edit it.
 
-    Editors that read YAML schemas (VS Code with the YAML extension, Neovim, …) complete and check the copy.
+    The JSON Schema of recipes is put beside it, as recipe.schema.json, if there is none: editors that read YAML schemas
+    (VS Code with the YAML extension, Neovim, …) complete and check the copy, here and on every machine it is taken to.
     """
     from rlhf_pipeline import recipe as recipes
 
@@ -223,8 +228,9 @@ def copy_recipe(
         raise InputError(f"there is no folder {target.parent}")
     shipped = recipes.shipped()[recipe]
     schema = shipped.resolve().with_name("recipe.schema.json")
-    text = shipped.read_text(encoding="utf-8").replace(SCHEMA_HINT + schema.name, SCHEMA_HINT + schema.as_uri(), 1)
-    target.write_text(text, encoding="utf-8")
+    target.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
+    if not target.with_name(schema.name).exists():
+        shutil.copyfile(schema, target.with_name(schema.name))
     typer.echo(str(target))
 
 

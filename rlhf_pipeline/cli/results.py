@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rlhf_pipeline.cli import completion
 from rlhf_pipeline.cli.shared import AsJson, RunArgument, app, examples, quiet_libraries, say
 from rlhf_pipeline.errors import InputError
 
@@ -148,7 +149,10 @@ def compare(
 def chat(
     run: RunArgument,
     stage: Annotated[
-        str | None, typer.Option(help="Whose model answers: a stage, or `base`.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Whose model answers: a stage, or `base`.", show_default=False, autocompletion=completion.stages
+        ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Print the answer to this alone.", show_default=False)
@@ -199,7 +203,10 @@ def chat(
 def score(
     run: RunArgument,
     file: Annotated[str, typer.Argument(help="Replies to prompts: a file, folder or glob.", show_default=False)],
-    stage: Annotated[str | None, typer.Option(help="The reward stage.", show_default="the last that is done")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="The reward stage.", show_default="the last that is done", autocompletion=completion.stages),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write to this file.", show_default="standard output")
     ] = None,
@@ -236,7 +243,9 @@ def score(
 )
 def export(
     run: RunArgument,
-    stage: Annotated[str, typer.Argument(help="The stage whose model it is.", show_default=False)],
+    stage: Annotated[
+        str, typer.Argument(help="The stage whose model it is.", show_default=False, autocompletion=completion.stages)
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.", show_default=False)],
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the adapter into the base, which is not quantized for it.")

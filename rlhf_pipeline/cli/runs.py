@@ -10,12 +10,15 @@ import typer
 
 from rlhf_pipeline.cli.shared import (
     AsJson,
+    Force,
     IgnoreGates,
     NoReuse,
+    Only,
     Overrides,
     RecipeArgument,
     RunArgument,
     TrustVersions,
+    Until,
     Verbose,
     app,
     examples,
@@ -35,9 +38,9 @@ from rlhf_pipeline.errors import InputError, Interrupted, RunError
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
-    force: Annotated[list[str] | None, typer.Option(help="Run this stage even if it is done.")] = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
     no_reuse: NoReuse = False,

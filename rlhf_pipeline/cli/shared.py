@@ -5,11 +5,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from rlhf_pipeline import __version__
+from rlhf_pipeline.cli import completion
 from rlhf_pipeline.rundir.words import printable
 
 
@@ -19,8 +21,35 @@ def examples(*examples: tuple[str, str]) -> str:
     return "\n".join(["\b", "Examples:", *lines])  # \b: lines stay as they are
 
 
+# What the commands are for, in the order of the help.
+GROUPS = {
+    "Start": ("ls", "cp", "schema", "docs", "env"),
+    "Check": ("plan", "validate", "show", "data", "smoke", "shrink"),
+    "Run": ("run", "watch", "status"),
+    "Look": ("runs", "report", "diff", "compare", "chat", "score"),
+    "Keep": ("export", "prune"),
+}
+
+
+class Grouped(TyperGroup):
+    """The command, whose help groups its commands. Typer does that only with Rich, which takes longer to import."""
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write a section for each group."""
+        width = max(map(len, self.commands))
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (f"{name:<{width}}", self.commands[name].get_short_help_str(formatter.width - width - 6))
+                        for name in names
+                        if name in self.commands
+                    ]
+                )
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=Grouped,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: it answers at once
     pretty_exceptions_enable=False,
@@ -34,13 +63,25 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe's path, the name of a shipped one, or a run directory.", show_default=False)
-]
+    str,
+    typer.Argument(
+        help="A recipe's path, the name of a shipped one, or a run directory.", show_default=False,
+        autocompletion=completion.recipes,
+    ),
+]  # fmt: skip
 RunArgument = Annotated[
-    str, typer.Argument(help="A run directory, or the recipe it was made with.", show_default=False)
+    str,
+    typer.Argument(
+        help="A run directory, or the recipe it was made with.", show_default=False, autocompletion=completion.recipes
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to override, as ppo.trainer.kl_coef=0.1.")
+]
+Until = Annotated[str | None, typer.Option(help="Stop after this stage.", autocompletion=completion.stages)]
+Only = Annotated[str | None, typer.Option(help="Run this stage alone.", autocompletion=completion.stages)]
+Force = Annotated[
+    list[str] | None, typer.Option(help="Run this stage even if it is done.", autocompletion=completion.stages)
 ]
 TrustVersions = Annotated[
     bool, typer.Option("--trust-versions", help="Keep stages that other versions of the libraries made.")

@@ -23,7 +23,8 @@ def show(difference: dict[str, Any], console: Console) -> None:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("stage", "what", "A", "B"):
-        table.add_column(column, overflow="fold")
+        # Keys have no spaces to break at; values fold instead.
+        table.add_column(column, overflow="fold", no_wrap=column in ("stage", "what"))
     table.add_column("B - A", justify="right", no_wrap=True)
     stages = difference["stages"]
     everywhere = _everywhere([stage for stage in stages if stage["only_in"] is None])
