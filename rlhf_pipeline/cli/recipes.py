@@ -1,6 +1,5 @@
 """Commands on recipes, before anything is trained: plan, validate, show, data, schema, ls, cp, shrink, env."""
 
-import json
 import os
 import platform
 import shutil
@@ -27,6 +26,7 @@ from rlhf_pipeline.cli.shared import (
     say,
 )
 from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.rundir import strict_json
 
 SCHEMA_HINT = "# yaml-language-server: $schema="  # where editors look for a recipe's JSON Schema
 
@@ -75,7 +75,7 @@ def plan(
             stage["will"] = wanted.stages.get(stage["name"])
             stage["will_run"] = stage["will"] in to_do.RUNS
             stage["data"] = shapes[stage["name"]]
-        typer.echo(json.dumps(object_, indent=2))
+        typer.echo(strict_json.dumps(object_, indent=2))
     else:
         remote_code = loaded.model.path if loaded.model.trust_remote_code else None
         tables.intentions(stages, wanted, shapes, remote_code, Console())
@@ -117,7 +117,7 @@ def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = 
 
     loaded, origins = recipes.load_with_origins(recipe, overrides or [])
     if as_json:
-        typer.echo(redact(json.dumps(shows.as_json(loaded, origins), indent=2, ensure_ascii=False)))
+        typer.echo(redact(strict_json.dumps(shows.as_json(loaded, origins), indent=2, ensure_ascii=False)))
     else:
         typer.echo(redact(shows.as_yaml(loaded, origins)), nl=False)
 
@@ -134,7 +134,10 @@ def data(
     recipe: RecipeArgument,
     stage_and_overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="STAGE|KEY=VALUE", help="Stages to show, by default all, and settings to override."),
+        typer.Argument(
+            metavar="STAGE|KEY=VALUE",
+            help="Stages to show, or `evaluate`, by default all, and settings to override.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -149,15 +152,16 @@ def data(
     given = stage_and_overrides or []
     chosen = [one for one in given if "=" not in one]
     loaded = recipes.load(recipe, [one for one in given if "=" in one])
+    there = [*loaded.stages, *(["evaluate"] if loaded.evaluate else [])]
     for name in chosen:
-        if name not in loaded.stages:
-            raise InputError(f"there is no stage `{name}`", hint=f"the stages are {', '.join(loaded.stages)}")
+        if name not in there:
+            raise InputError(f"there is no stage `{name}`", hint=f"there are {', '.join(there)}")
     with quiet_libraries():
         from rlhf_pipeline.stages import check
 
-        report, errors = check.data_report(loaded, chosen or list(loaded.stages))
+        report, errors = check.data_report(loaded, chosen or there)
     if as_json:
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        typer.echo(strict_json.dumps(report, indent=2, ensure_ascii=False))
     else:
         reports.show(report, Console())
     for warning in report["warnings"]:
@@ -179,7 +183,7 @@ def schema() -> None:
     """
     from rlhf_pipeline.recipe import json_schema
 
-    typer.echo(json.dumps(json_schema.recipe_schema(), indent=2, ensure_ascii=False))
+    typer.echo(strict_json.dumps(json_schema.recipe_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command(

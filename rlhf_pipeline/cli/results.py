@@ -1,6 +1,5 @@
 """Commands on what runs have made: report, diff, compare, chat, score, export."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from rlhf_pipeline.cli import completion
 from rlhf_pipeline.cli.shared import AsJson, RunArgument, app, examples, quiet_libraries, say
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.rundir import strict_json
 
 
 @app.command(
@@ -72,7 +72,7 @@ def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> Non
 
     difference = diffs.compare(recipes.run_directory(run_a), recipes.run_directory(run_b))
     if as_json:
-        typer.echo(json.dumps(difference, indent=2))
+        typer.echo(strict_json.dumps(difference, indent=2))
     else:
         shown.show(difference, Console())
 
@@ -132,7 +132,7 @@ def compare(
         say("interrupted")
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        typer.echo(strict_json.dumps(found, indent=2, ensure_ascii=False))
     else:
         reports.show(found, None if texts else reports.SHOWN, Console())
     for note in found["notes"]:

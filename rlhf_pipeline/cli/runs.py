@@ -1,6 +1,5 @@
 """Commands that make runs and look after them: run, watch, status, prune, smoke."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from rlhf_pipeline.cli.shared import (
     say,
 )
 from rlhf_pipeline.errors import InputError, Interrupted, RunError
+from rlhf_pipeline.rundir import strict_json
 
 
 @app.command(
@@ -135,7 +135,7 @@ def status(
     if quiet:
         raise typer.Exit(0 if all(stage.state == "done" for stage in stages) else 1)
     if as_json:
-        typer.echo(json.dumps(tables.as_json(run, stages), indent=2))
+        typer.echo(strict_json.dumps(tables.as_json(run, stages), indent=2))
     else:
         tables.results(run, stages, Console())
 
@@ -166,7 +166,9 @@ def prune(
             pruning.remove(directory, names)
         total = sum(aside["bytes"] for aside in asides)
         typer.echo(
-            json.dumps({"run": str(directory.absolute()), "folders": asides, "bytes": total, "removed": yes}, indent=2)
+            strict_json.dumps(
+                {"run": str(directory.absolute()), "folders": asides, "bytes": total, "removed": yes}, indent=2
+            )
         )
         return
     if not asides:
@@ -214,7 +216,7 @@ def smoke(
         say("interrupted")
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps({"recipe": recipe, **report.as_json()}, indent=2, ensure_ascii=False))
+        typer.echo(strict_json.dumps({"recipe": recipe, **report.as_json()}, indent=2, ensure_ascii=False))
     else:
         for stage in report.stages:
             typer.echo(str(stage))

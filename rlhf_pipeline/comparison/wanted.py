@@ -8,7 +8,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, data_inputs, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe
 from rlhf_pipeline.recipe.data_files import is_local, matching
-from rlhf_pipeline.rundir import durable, state
+from rlhf_pipeline.rundir import durable, state, strict_json
 from rlhf_pipeline.rundir.layout import COMPARISON, read_json
 from rlhf_pipeline.rundir.state import StageState
 
@@ -142,7 +142,7 @@ def due(run: Path, recipe: Recipe) -> tuple[dict[str, Any], list[str]] | None:
 
 def write(run: Path, comparison: dict[str, Any]) -> None:
     """Replace a run's `comparison.json` in one step."""
-    durable.write_text(run / COMPARISON, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
+    durable.write_text(run / COMPARISON, strict_json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
 
 
 def choose(run: Path, recipe: Recipe, made: list[str], wanted: str | None) -> list[str]:

@@ -1,9 +1,10 @@
 """What in a stage's data would make its training useless, and what may: errors and warnings from `measure`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 
 MANY_CUT = 0.1  # shares of rows from which something is worth a warning
@@ -89,7 +90,7 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
             yield f"{out_of(count, rows)} rows are longer than max_length {limits['max_length']}, and are {said(what)}"
     if numbers["beyond_model"]:
         samples = kinds.get(numbers["kind"]).samples
-        reply = f" with a reply of response_length {limits['response_length']}" if samples else ""
+        reply = f" with a reply of {limits['response_length']} tokens" if samples else ""
         yield (
             f"{out_of(numbers['beyond_model'], rows)} rows{reply} are longer than the {limits['max_positions']:,} "
             "tokens that the model has positions for"
@@ -137,11 +138,12 @@ def _warnings_of_length(pairs: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def across(stages: dict[str, dict[str, Any]]) -> list[str]:
+def across(stages: dict[str, dict[str, Any]], judged_on: Sequence[Prompt] = ()) -> list[str]:
     """Warnings about a recipe's chat template, and about stages that do not fit together.
 
     Args:
         stages: numbers from `measure` by the stage's name.
+        judged_on: the prompts of `evaluate`, if there are any.
     """
     if not stages:
         return []
@@ -155,7 +157,15 @@ def across(stages: dict[str, dict[str, Any]]) -> list[str]:
             f"the prompts of {_and(turns)} are conversations, and those of {_and(text)} plain text: the stages train "
             "the model on two formats"
         )
-    elif text and not default and not all(stages[name]["chat"] is False for name in text):
+    elif judged_on and (odd := sum(isinstance(prompt, list) != bool(turns) for prompt in judged_on)):
+        formats = ("plain text", "conversations")
+        theirs, ours = formats if turns else formats[::-1]
+        advice = "set `chat: true` there if they are a user's turns" if turns else "give them as the stages' are"
+        warnings.append(
+            f"evaluate.data: the prompts of {out_of(odd, len(judged_on))} rows are {theirs}, and those of "
+            f"{_and(turns or text)} {ours}: policies are judged in a format that they were not trained on; {advice}"
+        )
+    if not turns and text and not default and not all(stages[name]["chat"] is False for name in text):
         warnings.append(
             "the model has a chat template, and all prompts are plain text, which does not go through it: set `chat: "
             "true` in `data` if they are a user's turns, and `chat: false` if not"

@@ -21,7 +21,7 @@ from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.explain import explain, recognise
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
-from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import RESULT, TRAINED, read_json
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.stages import check, judge
@@ -57,8 +57,9 @@ def main(job_file: str) -> int:
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED
     except InputError as error:
-        problems = [{"message": one.message, "place": one.place, "hint": one.hint} for one in error.all]
-        result, code = {"message": str(error), "hint": error.hint, "problems": problems}, 2
+        # A judge that was tried may have said anything.
+        problems = [{"message": redact(one.message), "place": one.place, "hint": one.hint} for one in error.all]
+        result, code = {"message": redact(str(error)), "hint": error.hint, "problems": problems}, 2
     except Exception as error:  # the runner says which, and shows the end of the log if it is an unknown one
         traceback.print_exc()
         name = job.get("stage")
@@ -67,7 +68,7 @@ def main(job_file: str) -> int:
         known = recognise(error, recipe, name, place) is not None
         result, code = {"message": redact(message), "hint": hint, "known": known}, 1
     try:
-        durable.write_text(Path(job_file).with_name(RESULT), json.dumps(result))
+        durable.write_text(Path(job_file).with_name(RESULT), strict_json.dumps(result))
     except OSError as error:  # a full disk, a folder made read-only: the log, which ends with it, has what happened
         traceback.print_exc()
         print(explain(error, recipe, job.get("stage"), Path(job_file).parent)[0], file=sys.stderr)

@@ -5,14 +5,13 @@ anew, and one that cannot be written is lost. Either is said.
 """
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir import durable, strict_json
 
 DAMAGED = ".damaged"  # after a file's name: the file that takes the lines of it that cannot be read
 
@@ -66,7 +65,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 def parse(line: bytes) -> dict[str, Any] | None:
     """The object that a line holds; None where it holds none."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = strict_json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
@@ -135,7 +134,7 @@ def append(file: Path, more: Iterable[dict[str, Any]]) -> None:
 
 
 def _text(more: Iterable[dict[str, Any]]) -> str:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in more)
+    text = "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in more)
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be written
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.lock import Lock
 from rlhf_pipeline.rundir.record import WEIGHTS, Record
@@ -111,7 +111,7 @@ class RunDirectory:
 
     def write_record(self, name: str, record: Record) -> None:
         """Replace a stage's `stage.json` in one step."""
-        text = json.dumps(record.as_json(), indent=2, ensure_ascii=False)
+        text = strict_json.dumps(record.as_json(), indent=2, ensure_ascii=False)
         durable.write_text(self.stage(name) / RECORD, text + "\n")
 
     def progress(self, name: str) -> Progress | None:
@@ -290,7 +290,7 @@ def _link(source: Path, target: Path) -> None:
 def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = strict_json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig
 from trl.trainer import utils as trl_utils
 
-from rlhf_pipeline import stages
+from rlhf_pipeline import kinds, stages
 from rlhf_pipeline.data import measure, problems
 from rlhf_pipeline.data.encode import hash_of
 from rlhf_pipeline.data.measure import Trainer
@@ -24,9 +24,10 @@ from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.stages import judge
 from rlhf_pipeline.stages.job import Job, Reader
 
+EVALUATE = "evaluate"  # among the names of stages: the prompts on which policies are judged
 # Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
 FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
-Asked = list[tuple[Prompt, dict[str, Any]]]
+Asked = Sequence[tuple[Prompt, dict[str, Any]]]
 
 
 def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -60,7 +61,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     policies = [job for job in jobs if job.stage.facts.is_policy]
     judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
     if judging:
-        attempt(lambda: judge.try_judge(policies[0]))
+        attempt(functools.partial(judge.try_judge, *judging))
     report, wrong = data_report(recipe, names, reader, judging[2] if judging else [])
     found += wrong
     if found:
@@ -149,9 +150,9 @@ def data_report(
 
     Args:
         recipe: the recipe.
-        names: the stages.
+        names: the stages, and `evaluate` for the prompts on which policies are judged.
         reader: what has read some of the data already.
-        asked: the prompts of `evaluate`, by default read now.
+        asked: the first prompts of `evaluate`, by default read now.
 
     Returns:
         What `data --json` prints, see `docs/json.md`, and all that is wrong.
@@ -160,13 +161,18 @@ def data_report(
     reports: list[dict[str, Any]] = []
     found: list[InputError] = []
     for name in names:
-        report, wrong = _stage_report(Job(recipe, name, recipe.run, reader))
+        if name == EVALUATE:
+            report, wrong = _evaluate_report(recipe, reader)
+        else:
+            report, wrong = _stage_report(Job(recipe, name, recipe.run, reader))
         reports.append(report)
         found += wrong
     errors = InputErrors(found).all if found else []
-    measured = {report["name"]: report["data"] for report in reports if report["data"]}
+    measured = {report["name"]: report["data"] for report in reports if report["data"] and report["name"] != EVALUATE}
+    if asked is None:
+        asked = _asked(recipe)
     warnings = [warning for report in reports for warning in report["warnings"]]
-    warnings += problems.across(measured)
+    warnings += problems.across(measured, [prompt for prompt, _ in asked])
     warnings += _judged_on_what_is_trained_on(recipe, list(measured), reader, asked)
     return {
         "recipe": recipe.name,
@@ -205,6 +211,26 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
     return found | {"warnings": warnings}, errors
 
 
+def _evaluate_report(recipe: Recipe, reader: Reader) -> tuple[dict[str, Any], list[InputError]]:
+    """The same of the rows of `evaluate`, as a stage that samples replies to prompts would see them."""
+    assert recipe.evaluate is not None
+    spec, like = recipe.evaluate.data, next(kind.name for kind in kinds.KINDS if kind.reads == "prompts")
+    found: dict[str, Any] = {"name": EVALUATE, "kind": EVALUATE, "data": None, "ptx_data": None}
+    try:
+        tokenizer, prepared = reader.tokenizer, reader.read(stages.BY_KIND[like].read, spec)
+    except InputError as error:
+        return found | {"warnings": []}, error.all
+    positions = getattr(reader.config.get_text_config(), "max_position_embeddings", None)
+    seen_by = Trainer(
+        response_length=recipe.evaluate.max_new_tokens, stop_token=tokenizer.eos_token_id, max_positions=positions
+    )
+    found["data"] = measure.measure(like, prepared, spec, tokenizer, seen_by)
+    if recipe.model.chat_template:
+        found["data"]["chat_template"] = "recipe"
+    errors, warnings = problems.problems(found["data"], f"{EVALUATE}.data")
+    return found | {"warnings": warnings}, errors
+
+
 def _tables(stage: Stage, trainer: Trainer) -> list[tuple[str, str, Data, Trainer]]:
     """What a stage reads: the key, the kind of stage that reads such rows, the data, and what its trainer sees."""
     tables = [("data", stage.kind, stage.data, trainer)]
@@ -214,18 +240,19 @@ def _tables(stage: Stage, trainer: Trainer) -> list[tuple[str, str, Data, Traine
     return tables
 
 
-def _judged_on_what_is_trained_on(
-    recipe: Recipe, names: Sequence[str], reader: Reader, asked: Asked | None
-) -> list[str]:
+def _asked(recipe: Recipe) -> Asked:
+    """The prompts on which policies are judged; none where they cannot be read, which the check of `evaluate` says."""
+    try:
+        return first_prompts(recipe.evaluate.data, recipe.evaluate.n) if recipe.evaluate else []
+    except InputError:
+        return []
+
+
+def _judged_on_what_is_trained_on(recipe: Recipe, names: Sequence[str], reader: Reader, asked: Asked) -> list[str]:
     """A warning for each stage that trains its policy on prompts on which `evaluate` judges it."""
     policies = [name for name in names if recipe.stages[name].facts.is_policy]
-    if recipe.evaluate is None or not policies:
+    if not asked or not policies:
         return []
-    if asked is None:
-        try:
-            asked = first_prompts(recipe.evaluate.data, recipe.evaluate.n)
-        except InputError:  # the check of `evaluate` says it
-            return []
     warnings, judged = [], np.unique(np.array([hash_of(prompt) for prompt, _ in asked], np.int64))
     for name in policies:
         stage = recipe.stages[name]

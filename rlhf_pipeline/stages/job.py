@@ -1,6 +1,5 @@
 """What a stage gets: its settings, and where things are."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_config, resolve_dtype
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
-from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -185,7 +184,7 @@ class Job:
         """
         durable.sync_folder(self.artifact)
         note = {"metrics": metrics, "files": durable.contents(self.artifact)}
-        durable.write_text(self.work / TRAINED, json.dumps(note))
+        durable.write_text(self.work / TRAINED, strict_json.dumps(note))
         return metrics
 
     def require_eval_data(self, args: TrainingArguments, held_out: Dataset | None) -> None:

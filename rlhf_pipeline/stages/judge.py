@@ -5,7 +5,7 @@ import inspect
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +75,19 @@ def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
     return spec, judge, first_prompts(spec.data, spec.n)
 
 
-def try_judge(job: Job) -> None:
+def try_judge(spec: Evaluate, judge: Judge, asked: Asked) -> None:
     """Call the judge on two rows of its data, as it will be called after training.
 
     The replies are those of the rows where they have some, else made up.
 
+    Args:
+        spec: the recipe's `evaluate`.
+        judge: from `load_judge`.
+        asked: its prompts.
+
     Raises:
         InputError: it fails, or returns something other than two numbers.
     """
-    prepared = prepare(job)
-    if prepared is None:
-        return
-    spec, judge, asked = prepared
     replies = [
         next((row[name] for name in REPLY_COLUMNS if isinstance(row.get(name), str)), "A reply.")
         for _, row in asked[:2]
@@ -193,14 +194,15 @@ def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None
         ],
     }
     given = _taken(judge, given)
+    scores = None
     try:
-        returned = judge(**given)
+        returned: Any = judge(**given)
+        if hasattr(returned, "__iter__") and not isinstance(returned, (str, bytes, Mapping)):
+            scores = list(returned)  # a generator runs only now
     except SystemExit as end:
         raise JudgeError(f"the judge called {said(end)}") from end
-    try:
-        scores = list(returned)
-    except TypeError:
-        raise JudgeError(f"the judge returned {returned!r}, not a list of numbers") from None
+    if scores is None:
+        raise JudgeError(f"the judge returned {returned!r}, not a list of numbers")
     if len(scores) != len(replies):
         raise JudgeError(f"the judge returned {len(scores)} scores for {len(replies)} replies")
     return [_score(score, row, asked[row][0]) for row, score in enumerate(scores)]

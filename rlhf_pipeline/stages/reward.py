@@ -1,6 +1,5 @@
 """Reward modelling: TRL's RewardTrainer (Bradley-Terry) on preference pairs, from the SFT adapter."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
-from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import METRICS, PAIRS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
@@ -99,5 +98,5 @@ def write_pairs(trainer: RewardTrainer, pairs: rows.Prepared, file: Path) -> Non
                 scores[name][row] = score
     lengths = {f"{name}_length": rows.column(table, f"{name}_length")[:count].tolist() for name in scores}
     lines = zip(*(scores | lengths).values(), strict=True)
-    written = (json.dumps(dict(zip(scores | lengths, line, strict=True))) + "\n" for line in lines)
+    written = (strict_json.dumps(dict(zip(scores | lengths, line, strict=True))) + "\n" for line in lines)
     durable.write_text(file, "".join(written))

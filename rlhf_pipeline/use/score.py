@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -26,7 +25,7 @@ from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe.schema import Data, Recipe, Source
 from rlhf_pipeline.recipe.shipped import TINY
-from rlhf_pipeline.rundir import jsonl
+from rlhf_pipeline.rundir import jsonl, strict_json
 from rlhf_pipeline.rundir.finished import model_of, warning
 from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
 
@@ -101,7 +100,7 @@ def score_file(
     totals, shown = Totals(), 0.0
     with _written(out) as file:
         for line in scorer.lines(rows, batch_size, totals):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(strict_json.dumps(line, ensure_ascii=False) + "\n")
             if sys.stderr.isatty() and time.monotonic() > shown + 0.5:
                 shown = time.monotonic()
                 print(f"\r{totals.rows} rows", end="", file=sys.stderr, flush=True)

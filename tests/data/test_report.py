@@ -421,6 +421,21 @@ class TestAcross:
         (warning,) = problems.across({"a": chat, "b": chat, "c": chat, "d": text})
         assert "the prompts of a, b and c are conversations, and those of d plain text" in warning
 
+    def test_the_prompts_that_policies_are_judged_on(self, data, measure):
+        chat, text = measure("sft", data(CHATS)), measure("dpo", data(pairs(5), chat=False))
+        turns = [[{"role": "user", "content": f"Q {i}"}] for i in range(3)]
+        assert problems.across({"sft": chat}, turns) == problems.across({"sft": text}, ["Q"] * 3) == []
+        (warning,) = problems.across({"sft": chat, "dpo": chat}, ["Q", *turns])
+        assert warning == (
+            "evaluate.data: the prompts of 1 of 4 (25%) rows are plain text, and those of sft and dpo conversations: "
+            "policies are judged in a format that they were not trained on; set `chat: true` there if they are a "
+            "user's turns"
+        )
+        (warning,) = problems.across({"sft": text}, turns)
+        assert "3 of 3 (100%) rows are conversations, and those of sft plain text" in warning
+        (warning,) = problems.across({"sft": chat, "dpo": text}, ["Q"])  # there is one format too many already
+        assert "two formats" in warning
+
     def test_text_and_conversations_in_one_stage(self, data, measure):
         """Of each source as many as are in use; rows of `eval_data` count, too."""
         chats, texts = data(CHATS * 4).path, data(demonstrations(30)).path

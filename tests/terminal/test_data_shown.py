@@ -183,7 +183,7 @@ class TestCommand:
         assert stage["data"]["limits"]["max_completion_length"] == 2
         code, out, err = command("data", path, "dop")
         assert (code, out) == (2, "")
-        assert err == "error: there is no stage `dop`\nhint: the stages are sft, dpo\n"
+        assert err == "error: there is no stage `dop`\nhint: there are sft, dpo\n"
         assert [stage["name"] for stage in json.loads(command("data", path, "--json")[1])["stages"]] == ["sft", "dpo"]
 
     def test_json_holds_errors_and_warnings_too(self, written, command):
@@ -217,8 +217,32 @@ class TestCommand:
         (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": f"Q {i}:"}) + "\n" for i in range(28, 38)))
         content["evaluate"] = {"data": "asked.jsonl", "judge": "rlhf_pipeline.models.tiny.world:judge", "n": 4}
         Path(path).write_text(json.dumps(content))
-        _, _, err = command("data", path)
+        _, out, err = command("data", path)
         assert "warning: evaluate.data: 2 of 4 (50%) of its prompts are trained on in `sft`" in err
+        assert out.index("sft.data") < out.index("evaluate.data")
+
+    def test_prompts_that_are_judged_are_shown_as_those_of_a_stage(self, written, tmp_path, command):
+        path = written({}, sft=CHATS)
+        content = json.loads(Path(path).read_text())
+        asked = [{"prompt": "Q?"}, {"prompt": "Why?"}, {"prompt": "Why?"}]
+        (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        judge = "rlhf_pipeline.models.tiny.world:judge"
+        content["evaluate"] = {"data": "asked.jsonl", "judge": judge, "n": 2, "max_new_tokens": 9}
+        Path(path).write_text(json.dumps(content))
+        code, out, err = command("data", path, "evaluate")
+        assert code == 0 and "evaluate.data" in out and "sft.data" not in out
+        for line in ("rows           3; 2 distinct prompts", "prompts are    text, as the model reads it",
+                     "a reply has up to 9", "Q?[up to 9 tokens, until <|end|>]"):  # fmt: skip
+            assert line in out, out
+        assert "evaluate.data: 1 of 3 (33%) prompts repeat an earlier one" in err
+        code, out, err = command("data", path, "--json")
+        stages = json.loads(out)["stages"]
+        assert [(stage["name"], stage["kind"]) for stage in stages] == [("sft", "sft"), ("evaluate", "evaluate")]
+        assert stages[1]["data"]["rows"] == 3 and stages[1].keys() == stages[0].keys()
+        assert "evaluate.data: the prompts of 2 of 2 (100%) rows are plain text, and those of sft conversations" in err
+        content["evaluate"]["data"] = "gone.jsonl"
+        Path(path).write_text(json.dumps(content))
+        assert command("data", path, "evaluate")[0] == 2
 
 
 class TestDocs:
