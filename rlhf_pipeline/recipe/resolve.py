@@ -47,6 +47,13 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
                     (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`", "remove it", of_key=True
                 )
         earlier[name] = stage
+    if recipe.evaluate and recipe.evaluate.samples > 1 and recipe.evaluate.temperature == 0:
+        problems.add(
+            ("evaluate", "samples"),
+            "`samples` has no effect at temperature 0: all replies to a prompt are the same",
+            "set `temperature`, or remove it",
+            of_key=True,
+        )
 
 
 def _resolve_reward(

@@ -297,8 +297,8 @@ def _judged(name: str, metrics: dict[str, Any], say: Say) -> str:
     """The judge's number, for the end of a line; a judge that says the same of everything is warned of."""
     if "judge_mean" not in metrics:
         return ""
-    mean, error, replies = metrics["judge_mean"], metrics.get("judge_mean_se"), metrics["judge_replies"]
-    if error == 0 and replies >= SAME_TO_ALL:
+    mean, error, replies = metrics["judge_mean"], metrics.get("judge_mean_se"), metrics.get("judge_replies")
+    if error == 0 and replies and replies >= SAME_TO_ALL:
         say(
             f"warning: the judge gave all {replies} replies of `{name}` the same number, {mean:g}: look at them in "
             f"{name}/samples.jsonl, and at what it reads"
@@ -423,7 +423,8 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
     )  # fmt: skip
     if stopped:
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
-    metrics = stage.record.metrics | result["metrics"]
+    trained = {name: value for name, value in stage.record.metrics.items() if not name.startswith("judge_")}
+    metrics = trained | result["metrics"]
     say(f"{stage.name:<7} judged again" + _judged(stage.name, result["metrics"], say))
     return stage.record.updated(metrics=metrics, judging=stage.judging)
 

@@ -236,6 +236,7 @@ def _cut_settings(recipe: Recipe, notes: list[str]) -> None:
     if recipe.evaluate:
         _cut_data(recipe.evaluate.data, replies=False)
         recipe.evaluate.n = min(recipe.evaluate.n, BATCH)
+        recipe.evaluate.samples = min(recipe.evaluate.samples, 2)
         recipe.evaluate.max_new_tokens = min(recipe.evaluate.max_new_tokens, REPLY)
 
 

@@ -73,6 +73,12 @@ def test_a_gate_holds_on_its_side_of_the_bound(text: str, below: bool, at: bool,
     assert [gate.holds(value) for value in (1.999, 2, 2.001)] == [below, at, above]
 
 
+def test_more_samples_of_the_same_reply_are_refused(load):
+    assert load("accuracy", "'>= 0'", EVALUATE, "evaluate.samples=4").evaluate.samples == 4
+    with pytest.raises(InputError, match="`samples` has no effect at temperature 0"):
+        load("accuracy", "'>= 0'", EVALUATE, "evaluate.samples=4", "evaluate.temperature=0")
+
+
 @pytest.mark.parametrize("text", [">= -1e300", "<= 1e300", "> -1e300", "< 1e300"])
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
 def test_a_value_that_is_missing_or_not_finite_never_holds(text: str, value: float | None):

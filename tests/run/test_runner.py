@@ -215,6 +215,21 @@ def test_a_fault_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path:
     assert not recipe.run.parent.exists()
 
 
+TELLS = """
+    def judge(prompts):
+        raise ValueError("not let in with " + os.environ["WANDB_API_KEY"])
+"""
+
+
+@pytest.mark.usefixtures("warm")
+def test_a_judge_that_fails_when_it_is_tried_ends_the_run_before_it_begins_and_tells_no_secret(tmp_path: Path) -> None:
+    recipe = write(tmp_path, TELLS)
+    with pytest.raises(InputError) as error:
+        runner.run(recipe, say=lambda line: None)
+    assert error.value.place == "evaluate.judge" and "ValueError: not let in with ***" in error.value.message
+    assert not (recipe.run / "sft").exists()
+
+
 def start_a_thread() -> None:
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 

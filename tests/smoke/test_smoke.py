@@ -193,9 +193,13 @@ stages:
   sft: {data: nobody/no-such-data}
   dpo: {data: tiny:preferences}
 """
-    folder = write(
-        tmp_path / "mine", recipe, "def judge(prompts, completions, **columns):\n    raise ValueError('no!')\n"
-    )
+    judge = """
+def judge(prompts, completions, **columns):
+    if completions == ["A reply."] * 2:  # the check's
+        return [0.0, 1.0]
+    raise ValueError("no!")
+"""
+    folder = write(tmp_path / "mine", recipe, judge)
     before = tree(folder)
     done = run(folder)
     assert done.returncode == 1, done.stderr
