@@ -218,7 +218,8 @@ def score(
     """Score replies with a trained reward model.
 
     Takes demonstrations and preferences in every shape that a recipe does, and writes JSON lines in the same order:
-    a reply and its score, or two and their margin.
+    a reply and its score, or two and their margin. With --out, the same command goes on where it was stopped. The
+    accuracy on pairs that the model was trained on is told apart.
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.rundir import finished
@@ -230,7 +231,11 @@ def score(
         from rlhf_pipeline.use import score
 
         source = score.source(file, columns, out)
-        score.score_file(directory, loaded, chosen, source, out, batch_size, say)
+        try:
+            score.score_file(directory, loaded, chosen, source, out, batch_size, say)
+        except KeyboardInterrupt:
+            say("interrupted; with `-o FILE` the same command would go on from here")
+            raise typer.Exit(130) from None
 
 
 @app.command(

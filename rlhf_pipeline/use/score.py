@@ -5,12 +5,14 @@ import itertools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from rlhf_pipeline.data.encode import Ids, encode_prompts, encode_replies
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
@@ -18,7 +20,8 @@ from rlhf_pipeline.data.peek import SAMPLE, column_names, renamed
 from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.data.shapes import SCORE, THUMB, Shape, recognise
 from rlhf_pipeline.data.turns import Prompt, Record, RowError
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.errors import InputError, Interrupted
+from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.models.roles import ScoreView
 from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.ppo.forward import reply_scores
@@ -28,49 +31,14 @@ from rlhf_pipeline.recipe.shipped import TINY
 from rlhf_pipeline.rundir import jsonl, strict_json
 from rlhf_pipeline.rundir.finished import model_of, warning
 from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
+from rlhf_pipeline.rundir.record import Record as StageRecord
+from rlhf_pipeline.rundir.words import duration
+from rlhf_pipeline.use.part import Part
+from rlhf_pipeline.use.totals import Totals
+from rlhf_pipeline.use.trained_on import Knows, trained_on
 
-BATCHES_AT_ONCE = 64  # batches whose rows are read, and sorted by length, together
-
-
-@dataclass
-class Totals:
-    """What was scored.
-
-    Attributes:
-        rows: that had something to score.
-        last_row: the number of the last of them.
-        unscored: replies without a score: too long for the model, or it gave no finite number.
-        scores: the number of scores, and their sum.
-        margins: the number of pairs with both scores, the sum of chosen less rejected, and how often that is above 0.
-    """
-
-    rows: int = 0
-    last_row: int = 0
-    unscored: int = 0
-    scores: tuple[int, float] = (0, 0.0)
-    margins: tuple[int, float, int] = (0, 0.0, 0)
-
-    def __str__(self) -> str:
-        said = f"{self.rows} rows"
-        if self.scores[0]:
-            said += f", mean score {self.scores[1] / self.scores[0]:.4g}"
-        pairs, margin, right = self.margins
-        if pairs:
-            said += f"; of {pairs} pairs the mean margin is {margin / pairs:.4g} and the accuracy {right / pairs:.4g}"
-        return said
-
-    def count(self, line: dict[str, Any]) -> None:
-        """Take one line of the output into account."""
-        self.rows += line["row"] != self.last_row  # a ranking makes several lines
-        self.last_row = line["row"]
-        found = [line[name] for name in ("score", "chosen_score", "rejected_score") if name in line]
-        known = [score for score in found if score is not None]
-        self.unscored += len(found) - len(known)
-        self.scores = self.scores[0] + len(known), self.scores[1] + sum(known)
-        margin = line.get("margin")
-        if margin is not None:
-            pairs, total, right = self.margins
-            self.margins = pairs + 1, total + margin, right + (margin > 0)
+BATCHES_AT_ONCE = 64  # batches whose rows are read, sorted by length, and written together
+PLAIN_EVERY_S = 30.0  # between lines about progress where there is no terminal
 
 
 def score_file(
@@ -83,31 +51,113 @@ def score_file(
         recipe: its recipe.
         stage: the name of a reward stage that is done.
         source: from `source`.
-        out: the file to write JSON lines to, which is there when all of them are; None for standard output.
+        out: the file to write JSON lines to, which is there when all of them are; until then they are in `OUT.part`,
+            and the same call goes on from there. None for standard output.
         batch_size: how many replies are scored at once.
         say: takes lines about it.
 
     Raises:
         InputError: the base cannot be loaded, or the file cannot be read or lacks something.
+        Interrupted: by Ctrl-C; the same call goes on.
     """
-    read(source, None)  # what is wrong with the file's beginning shows before anything is loaded
+    chat = chat_of(run, recipe, stage)
+    rows, shape = read(source, chat)
+    lengths = Counter(len(record) for _, _, record in rows)  # all are looked at before anything is loaded
+    total = lengths.total()
     about = warning(run, stage)
     if about:
         say(about)
-    scorer = Scorer(run, recipe, stage)
-    rows, shape = read(source, scorer.spec.chat)
+    scorer, at_once = Scorer(run, recipe, stage, chat), BATCHES_AT_ONCE * batch_size
     say(f"scores of `{stage}` of {run}; {shape.says}")
-    totals, shown = Totals(), 0.0
-    with _written(out) as file:
-        for line in scorer.lines(rows, batch_size, totals):
-            file.write(strict_json.dumps(line, ensure_ascii=False) + "\n")
-            if sys.stderr.isatty() and time.monotonic() > shown + 0.5:
-                shown = time.monotonic()
-                print(f"\r{totals.rows} rows", end="", file=sys.stderr, flush=True)
-    say(("\r" if shown else "") + str(totals))
+    knows: Knows | None = None
+    if 3 in lengths:
+        told = trained_on(run, recipe, stage, scorer.tokenizer)
+        knows = None if isinstance(told, str) else told
+        if isinstance(told, str):
+            say(f"note: nobody knows which of these pairs `{stage}` was trained on: {told}")
+    part = Part(out, _made_of(run, stage, source, chat), at_once, say) if out else None
+    totals, kept = Totals(), part.kept if part else 0
+    try:
+        for line in part.lines() if part else ():
+            totals.count(line)
+        if kept:
+            say(f"{kept} of {total} lines are in {part.path if part else out} already")
+        left = itertools.islice(read(source, chat)[0], kept, None)
+        with progress(kept, total, say) as tell:
+            for lines in scorer.lines(left, batch_size, knows, tell):
+                for line in lines:
+                    totals.count(line)
+                if part:
+                    part.add(lines)
+                else:
+                    sys.stdout.write("".join(strict_json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                    sys.stdout.flush()
+    except KeyboardInterrupt:
+        if part is None:
+            raise
+        part.close(keep=True)
+        raise Interrupted(f"stopped; the scores so far are in {part.path}") from None
+    except InputError:  # of a row: with another file, other scores are needed
+        if part:
+            part.close(keep=False)
+        raise
+    if part:
+        part.finish()
+    say(str(totals))
     if totals.unscored:
         limit = f" (the model takes {scorer.context} tokens)" if scorer.context else ""
         say(f"warning: {totals.unscored} replies have no score: too long{limit}, or it was no finite number")
+
+
+def _made_of(run: Path, stage: str, source: Source, chat: bool | None) -> dict[str, Any]:
+    """What decides the scores of a file."""
+    record = RunDirectory(run).record(stage) or StageRecord()
+    return {
+        "stage": stage,
+        "weights": record.weights,
+        "model": record.inputs.get("model"),
+        "rows": Digests().of_source(source),
+        "columns": source.columns,
+        "chat": chat,
+    }
+
+
+@contextlib.contextmanager
+def progress(done: int, total: int, say: Callable[[str], None]) -> Iterator[Callable[[float], None]]:
+    """Show how far it is: as a bar on a terminal, else as a line now and then.
+
+    Args:
+        done: how many lines there are already.
+        total: how many there will be.
+        say: takes a line.
+
+    Yields:
+        What takes how many lines have come since.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal:
+        columns = (
+            TextColumn("scoring"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("scoring", total=total, completed=done)
+            yield lambda come: bar.update(task, completed=done + int(come))
+        return
+    began, due = time.monotonic(), time.monotonic() + PLAIN_EVERY_S
+
+    def tell(come: float) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due and come:
+            due = now + PLAIN_EVERY_S
+            left = duration((total - done - come) * (now - began) / come)
+            say(f"scored {done + int(come):,} of {total:,} lines, {left} left")
+
+    yield tell
 
 
 def source(file: str, columns: str | None, out: Path | None) -> Source:
@@ -138,21 +188,6 @@ def source(file: str, columns: str | None, out: Path | None) -> Source:
     return found
 
 
-@contextlib.contextmanager
-def _written(out: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that comes to be when all of it is written."""
-    if out is None:
-        yield sys.stdout
-        return
-    temporary = out.with_name(f"{out.name}.new")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class Scorer:
     """The reward model of a finished stage.
 
@@ -160,6 +195,7 @@ class Scorer:
         run: the run directory.
         recipe: its recipe.
         stage: the name of a reward stage that is done.
+        chat: from `chat_of`.
 
     Attributes:
         context: the most tokens that the model takes, or None where it does not say.
@@ -168,34 +204,40 @@ class Scorer:
         InputError: the base cannot be loaded.
     """
 
-    def __init__(self, run: Path, recipe: Recipe, stage: str) -> None:
+    def __init__(self, run: Path, recipe: Recipe, stage: str, chat: bool | None) -> None:
         base = StagedBase(model_of(run, recipe, stage), {stage: RunDirectory(run).adapter(stage)})
         self.tokenizer = base.tokenizer
         self.view = base.reward(stage)
         self.context = context_of(base)
         # Lengths that training cut to are left out: a reply is scored as a whole.
-        chat = recipe.stages[stage].data.chat
-        if chat is None and isinstance(first_prompt(run, recipe, stage), list):
-            chat = True
         self.spec = Data(path=stage, chat=chat)
 
     def lines(
         self,
         rows: Iterable[tuple[int, Located, Record]],
         batch_size: int,
-        totals: Totals,
-    ) -> Iterator[dict[str, Any]]:
-        """What to write of each record, in order; see `read` for what `rows` is.
+        knows: Knows | None,
+        tell: Callable[[float], None],
+    ) -> Iterator[list[dict[str, Any]]]:
+        """What to write of each record, in order, `BATCHES_AT_ONCE * batch_size` of them together.
+
+        Args:
+            rows: see `read`.
+            batch_size: how many replies are scored at once.
+            knows: tells which pairs the model was trained on; None where that cannot be known.
+            tell: takes how many records are done.
 
         Raises:
             InputError: the chat template refuses a prompt.
         """
-        rows = iter(rows)
+        rows, done = iter(rows), 0
         while window := list(itertools.islice(rows, BATCHES_AT_ONCE * batch_size)):
             prompts = self._prompts(window)
             replies = [encode_replies(self.tokenizer, self.spec, list(record[1:])) for _, _, record in window]
             pairs = [(ids, reply) for ids, of_row in zip(prompts, replies, strict=True) for reply in of_row]
-            scores = iter(self.scores(pairs, batch_size))
+            so_far, size = done, len(window)
+            scores = iter(self.scores(pairs, batch_size, lambda share: tell(so_far + share * size)))  # noqa: B023
+            lines = []
             for number, _, (prompt, *texts) in window:
                 found = [next(scores) for _ in texts]
                 line: dict[str, Any] = {"row": number, "prompt": prompt}
@@ -206,8 +248,11 @@ class Scorer:
                     line |= {"chosen": texts[0], "rejected": texts[1]}
                     line |= {"chosen_score": found[0], "rejected_score": found[1]}
                     line["margin"] = found[0] - found[1] if known else None  # type: ignore[operator]
-                totals.count(line)
-                yield line
+                    if knows:
+                        line["trained_on"] = knows(prompt, texts[0], texts[1])
+                lines.append(line)
+            done += size
+            yield lines
 
     def _prompts(self, window: Sequence[tuple[int, Located, Record]]) -> list[Ids]:
         try:
@@ -220,12 +265,15 @@ class Scorer:
                     raise _bad_row(error.message, located) from None
             raise
 
-    def scores(self, pairs: Sequence[tuple[Ids, Ids]], batch_size: int) -> list[float | None]:
+    def scores(
+        self, pairs: Sequence[tuple[Ids, Ids]], batch_size: int, tell: Callable[[float], None]
+    ) -> list[float | None]:
         """The score of each prompt and reply; None of those that the model cannot take.
 
         Args:
             pairs: the tokens of each.
             batch_size: how many go through the model at once; those of like length together, equal ones once.
+            tell: takes the share that is done.
         """
         fits = {(tuple(prompt), tuple(reply)) for prompt, reply in pairs}
         if self.context:
@@ -235,6 +283,7 @@ class Scorer:
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
             found.update(zip(batch, score_tokens(self.view, batch, self.tokenizer.pad_token_id), strict=True))
+            tell(len(found) / len(ordered))
         scores = [found.get((tuple(prompt), tuple(reply)), math.nan) for prompt, reply in pairs]
         return [score if math.isfinite(score) else None for score in scores]
 
@@ -260,6 +309,12 @@ def score_tokens(
 def context_of(base: StagedBase) -> int | None:
     """The most tokens that a model takes, or None where its configuration does not say."""
     return getattr(base.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+
+
+def chat_of(run: Path, recipe: Recipe, stage: str) -> bool | None:
+    """Whether text under `prompt` is a user's turn, as it was for a stage; None where the rows tell."""
+    chat = recipe.stages[stage].data.chat
+    return True if chat is None and isinstance(first_prompt(run, recipe, stage), list) else chat
 
 
 def first_prompt(run: Path, recipe: Recipe, stage: str) -> Prompt | None:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import shutil
 import sys
@@ -19,8 +20,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data import prepare
-from rlhf_pipeline.recipe.schema import Data
+from rlhf_pipeline.recipe.schema import Data, Source
 from rlhf_pipeline.use import score as scoring
+from rlhf_pipeline.use.part import Part
 
 PROMPT, GOOD, BAD = "Q: How does a frog sound?\nA:", " It is croak. Thank you for asking!", " Ugh. No idea."
 TURNS = [{"role": "user", "content": "How does a frog sound?"}]
@@ -226,15 +228,104 @@ def test_a_row_that_the_chat_template_refuses_is_named(run, score, tmp_path):
     assert "rows.jsonl: row 2: " in said and "no system" in said
 
 
-def test_rows_are_not_held_in_memory(run, score, tmp_path, monkeypatch):
-    """The first ones are written before the last ones are read."""
+def test_rows_are_not_held_in_memory(run, load_once, tmp_path, monkeypatch):
+    """The first ones are scored before the last ones are read."""
     monkeypatch.setattr(scoring, "BATCHES_AT_ONCE", 1)
-    rows = [{"prompt": PROMPT, "completion": GOOD}] * 400
-    write(tmp_path / "rows.jsonl", *rows)
-    with (tmp_path / "rows.jsonl").open("a") as file:
-        file.write("{")
-    code, lines, _ = score(run, "rows.jsonl")
-    assert (code, len(lines)) == (2, 400)
+    write(tmp_path / "rows.jsonl", *[{"prompt": PROMPT, "completion": GOOD}] * 400)
+    taken = itertools.count()
+    rows, _ = scoring.read(Source(path=str(tmp_path / "rows.jsonl")), None)
+    scorer = scoring.Scorer(run, recipes.of_run(run), "reward", None)
+    lines = scorer.lines((row for row in rows if next(taken) >= 0), 4, None, lambda come: None)
+    assert len(next(lines)) == 4 and next(taken) == 4
+
+
+class Batches:
+    """Counts the batches that go through the model, and ends the command as Ctrl-C does before one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.stop_at, self.score = 0, -1, scoring.score_tokens
+        monkeypatch.setattr(scoring, "score_tokens", self)
+        monkeypatch.setattr(scoring, "BATCHES_AT_ONCE", 1)
+
+    def __call__(self, *arguments: Any) -> list[float]:
+        if self.count == self.stop_at:
+            raise KeyboardInterrupt
+        self.count += 1
+        return self.score(*arguments)
+
+
+def test_a_score_that_was_stopped_goes_on_to_the_same_lines(run, score, tmp_path, monkeypatch):
+    rows = [{"prompt": PROMPT, "completion": f"{GOOD} {number}"} for number in range(10)]
+    command = (run, write(tmp_path / "rows.jsonl", *rows), "--batch-size", "4", "-o", "scores.jsonl")
+    batches, out, part = Batches(monkeypatch), tmp_path / "scores.jsonl", tmp_path / "scores.jsonl.part"
+    assert score(*command)[0] == 0 and batches.count == 3
+    whole, said_before = out.read_bytes(), score(*command)[2]
+    assert len(whole.splitlines()) == 10
+    out.write_text("of another time\n")
+
+    batches.count, batches.stop_at = 0, 2
+    code, _, said = score(*command)
+    assert code == 130 and f"the scores so far are in {part}" in said.replace("in scores", f"in {tmp_path}/scores")
+    assert "the same command resumes from here" in said
+    assert part.read_bytes() == b"".join(whole.splitlines(keepends=True)[:8]) and out.read_text() == "of another time\n"
+    with part.open("ab") as file:
+        file.write(whole.splitlines(keepends=True)[8] + whole.splitlines()[9][:20])  # as a kill would leave it
+    batches.count, batches.stop_at = 0, -1
+    code, _, said = score(*command)
+    assert (code, batches.count) == (0, 1) and "8 of 10 lines are in scores.jsonl.part already" in said
+    assert out.read_bytes() == whole and said.splitlines()[-1] == said_before.splitlines()[-1]
+    assert not list(tmp_path.glob("scores.jsonl.*"))
+
+    batches.count, batches.stop_at = 0, 2
+    assert score(*command)[0] == 130
+    write(tmp_path / "rows.jsonl", *rows[::-1])
+    batches.count, batches.stop_at = 0, -1
+    code, _, said = score(*command)
+    assert (code, batches.count) == (0, 3) and "of other rows or another model: it is begun anew" in said
+    assert json.loads(out.read_text().splitlines()[0])["completion"] == rows[-1]["completion"]
+
+
+def test_two_cannot_write_one_file_and_progress_is_told(run, score, tmp_path, monkeypatch):
+    write(tmp_path / "rows.jsonl", *[{"prompt": PROMPT, "completion": f"{GOOD} {number}"} for number in range(4)])
+    other = Part(tmp_path / "scores.jsonl", {}, 1, print)
+    code, _, said = score(run, "rows.jsonl", "-o", tmp_path / "scores.jsonl")
+    assert code == 2 and "another `score` is writing this file" in said
+    other.close(keep=False)
+    monkeypatch.setattr(scoring, "PLAIN_EVERY_S", 0.0)
+    said = score(run, "rows.jsonl", "--batch-size", "2", "-o", tmp_path / "scores.jsonl")[2]
+    assert "scored 2 of 4 lines, " in said and "scored 4 of 4 lines, 0 s left" in said
+
+
+def test_the_accuracy_on_pairs_of_training_is_told_apart(run, score, tmp_path, monkeypatch, tiny_run):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tiny_run.parent.parent / "preferences.jsonl"
+    given = [json.loads(line) for line in data.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "reward" / "adapter")
+    loaded = recipes.of_run(run)
+    prepared = prepare.whole_preferences(loaded.stages["reward"].data, tokenizer, loaded.seed)
+    assert prepared.held_out is not None
+    swapped = given[0] | {"chosen": given[0]["rejected"], "rejected": given[0]["chosen"]}
+    new = [{"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}, {"prompt": PROMPT, "chosen": BAD, "rejected": GOOD}]
+    code, lines, said = score(run, write(tmp_path / "rows.jsonl", *given, *new))
+    assert code == 0, said
+    seen = [line["trained_on"] for line in lines]
+    assert (sum(seen), len(seen) - sum(seen)) == (len(prepared.train), len(prepared.held_out) + 2)
+    assert seen[-2:] == [False, False]
+
+    def accuracy(known: bool) -> str:
+        margins = [line["margin"] for line, is_known in zip(lines, seen, strict=True) if is_known == known]
+        return f"{sum(margin > 0 for margin in margins) / len(margins):.4g}"
+
+    assert f": {accuracy(True)} on the {sum(seen)} that the model was trained on, {accuracy(False)} on the " in said
+    _, lines, said = score(run, write(tmp_path / "rows.jsonl", swapped))
+    assert lines[0]["trained_on"] == seen[0] and (("all of them" if seen[0] else "none of them") in said)
+
+    loaded.stages["reward"].data.path = str(tmp_path / "gone.jsonl")
+    (run / "recipe.yaml").write_text(recipes.to_yaml(loaded))
+    code, lines, said = score(run, tmp_path / "rows.jsonl")
+    assert code == 0 and "trained_on" not in lines[0] and "note: nobody knows which of these pairs" in said
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "gone.jsonl")
+    assert "is not what it was in training" in score(run, tmp_path / "rows.jsonl")[2]
 
 
 def forget(run: Path) -> None:
