@@ -186,6 +186,10 @@ def test_plan_and_status(command, folder):
     compare(command, [output(folder, command, "one.yaml"), output(folder, command, "tiny")])
 
 
+def test_runs(folder, tiny_run):
+    compare("runs", [output(folder, "runs"), output(folder, "runs", str(tiny_run.parent))])
+
+
 @pytest.mark.parametrize("command", ["plan", "status"])
 def test_plan_and_status_of_a_run_name_logs_that_are_there(command, tiny_run, tmp_path):
     run = Path(shutil.copytree(tiny_run, tmp_path / "runs" / "tiny"))

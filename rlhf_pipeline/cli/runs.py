@@ -1,4 +1,4 @@
-"""Commands that make runs and look after them: run, watch, status, prune, smoke."""
+"""Commands that make runs and look after them: run, watch, status, runs, prune, smoke."""
 
 import shlex
 import sys
@@ -138,6 +138,43 @@ def status(
         typer.echo(strict_json.dumps(tables.as_json(run, stages), indent=2))
     else:
         tables.results(run, stages, Console())
+
+
+@app.command(
+    "runs",
+    epilog=examples(
+        ("runs", "those in the folder `runs`, the latest first"),
+        ("runs --sort judge_mean", "the best judged first"),
+        ("runs --sort ppo.KL --reverse", "the smallest KL of the stage `ppo` first"),
+        ("runs --json", "the same for scripts; see `rlhf-pipeline docs json`"),
+    ),
+)
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="The folder they are in, a recipe's `output_dir`.")] = Path("runs"),
+    sort: Annotated[
+        str, typer.Option(metavar="KEY", help="age, name, state, size, or a number, as judge_mean or ppo.judge_mean.")
+    ] = "age",
+    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List runs with their states and key numbers.
+
+    Of each stage that is done it shows one number, the judge's where there is one. Numbers are sorted from the largest
+    to the smallest.
+    """
+    from rich.console import Console
+
+    from rlhf_pipeline.rundir import listing
+    from rlhf_pipeline.terminal import runs as shown
+
+    found = listing.by(listing.find(folder), sort, reverse)
+    if as_json:
+        runs = [one.as_json() for one in found]
+        typer.echo(json.dumps({"folder": str(folder.absolute()), "runs": runs}, indent=2))
+    elif found:
+        shown.show(found, sort, Console())
+    else:
+        say(f"there is no run in {folder}")
 
 
 @app.command(

@@ -37,7 +37,7 @@ def find(run: Path) -> list[dict[str, Any]]:
                     "name": folder.name,
                     "stage": folder.name.partition(".")[0],
                     "moved_at": moved_at,
-                    "bytes": _size(folder),
+                    "bytes": size_of(folder),
                     "kind": (record.kind or None) if record else None,
                     "state": _state(record) if record else None,
                     "metrics": record.metrics if record else None,
@@ -79,7 +79,7 @@ def _moved_at(run: Path, name: str) -> float | None:
         return None
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
     """The bytes that removing a folder frees: without what a link leads to, and files that others share."""
     files = ((Path(root) / file).lstat() for root, _, names in os.walk(folder) for file in names)
     return sum(file.st_size for file in files if file.st_nlink == 1)

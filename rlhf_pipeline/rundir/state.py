@@ -85,17 +85,21 @@ class RunState:
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
-def read(run: Path) -> RunState:
+def read(run: Path, by_size: bool = False) -> RunState:
     """Read a run directory in whatever condition it is; nothing is raised of what is missing or broken.
 
     A stage's parents and kind are those of its record; of one without a record, what the run's recipe says.
+
+    Args:
+        run: the run directory.
+        by_size: of artifacts look at the sizes of files alone, which takes no time, and not at what they hold.
     """
     directory = RunDirectory(run)
     is_locked = directory.is_locked()
     recipe, problem = read_recipe(run)
     names = stage_names(directory, recipe)
     at_work = stage_at_work(directory, names) if is_locked else None
-    return RunState(run, read_stages(directory, recipe, names, at_work), is_locked, recipe, problem)
+    return RunState(run, read_stages(directory, recipe, names, at_work, by_size), is_locked, recipe, problem)
 
 
 def read_recipe(run: Path) -> tuple[dict[str, Any], str | None]:
@@ -129,7 +133,7 @@ def stage_at_work(directory: RunDirectory, names: Sequence[str]) -> str | None:
 
 
 def read_stages(
-    directory: RunDirectory, recipe: dict[str, Any], names: Sequence[str], at_work: str | None
+    directory: RunDirectory, recipe: dict[str, Any], names: Sequence[str], at_work: str | None, by_size: bool = False
 ) -> list[StageState]:
     """The state of each stage; see `read`.
 
@@ -138,8 +142,9 @@ def read_stages(
         recipe: from `read_recipe`.
         names: from `stage_names`.
         at_work: the stage that is at work now, if one is.
+        by_size: see `read`.
     """
-    digests = FileDigests()
+    digests = None if by_size else FileDigests()
     planned = recipe.get("stages")
     found: dict[str, StageState] = {}
 
@@ -180,7 +185,7 @@ def find_state(
     stage: StageState,
     parents: Sequence[StageState],
     directory: RunDirectory,
-    digests: FileDigests,
+    digests: FileDigests | None,
     at_work: str | None,
     changes: Sequence[str] = (),
 ) -> None:
@@ -190,7 +195,7 @@ def find_state(
         stage: it, with its record.
         parents: the stages that it needs, whose states are known.
         directory: the run directory.
-        digests: tells what files hold.
+        digests: tells what files hold; None to look at their sizes alone.
         at_work: the stage that is at work now, if one is.
         changes: how its inputs differ from what they were, as far as its parents do not tell.
 
@@ -213,7 +218,7 @@ def _of_finished(
     stage: StageState,
     parents: Sequence[StageState],
     directory: RunDirectory,
-    digests: FileDigests,
+    digests: FileDigests | None,
     changes: Sequence[str],
 ) -> tuple[State, str]:
     """The state of a stage that was trained to its end."""
