@@ -1,6 +1,6 @@
 """The record of a stage: what its `stage.json` holds, as one typed object. No torch."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -16,7 +16,7 @@ from pydantic import (
 from rlhf_pipeline import kinds
 
 WEIGHTS = "adapter_model.safetensors"
-GATE_CLOSED = "done, gate closed"
+GATE_CLOSED: Final = "done, gate closed"
 
 
 class Record(BaseModel):
