@@ -170,7 +170,7 @@ def list_runs(
     found = listing.by(listing.find(folder), sort, reverse)
     if as_json:
         runs = [one.as_json() for one in found]
-        typer.echo(json.dumps({"folder": str(folder.absolute()), "runs": runs}, indent=2))
+        typer.echo(strict_json.dumps({"folder": str(folder.absolute()), "runs": runs}, indent=2))
     elif found:
         shown.show(found, sort, Console())
     else:

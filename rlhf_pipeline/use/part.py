@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import read_json
 
 Line = dict[str, Any]
@@ -65,7 +65,7 @@ class Part:
 
     def add(self, lines: Sequence[Line]) -> None:
         """Write some more, so that they are on disk."""
-        self.file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+        self.file.write(b"".join(strict_json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
         self.file.flush()
         os.fsync(self.file.fileno())
 
