@@ -151,7 +151,7 @@ stages:
     data: tiny:demonstrations
     trainer: {max_steps: 1, per_device_train_batch_size: 4, gradient_checkpointing: false}
 """
-# Called for `sft` first, then for base and `sft` in each comparison that gets that far.
+# Called by the check and for `sft` first, then for base and `sft` in each comparison that gets that far.
 JUDGE = """
 import os, pathlib, signal
 calls = pathlib.Path(__file__).with_name("calls")
@@ -161,9 +161,9 @@ def judge(prompts, completions, **columns):
         return [0.5, 1.0]
     calls.write_text(calls.read_text() + "x")
     number = len(calls.read_text())
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
     if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 4:
         os.kill(os.getpid(), signal.SIGUSR1)
     return [1.0 for _ in prompts]
 """
