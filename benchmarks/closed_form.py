@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.01, 0.1, 1.0])
     parser.add_argument("--episodes", type=int, default=SETTINGS["per_device_train_batch_size"], help="of an update")
+    parser.add_argument("--updates", type=int, default=SETTINGS["max_steps"])
     arguments = parser.parse_args()
     rows, good = [], True
     print("| β | seed | reward ours | reward exact | KL ours | KL exact | CPU seconds | updates |\n" + "|---" * 8 + "|")
@@ -271,7 +272,9 @@ def main() -> None:
             sizes = dict.fromkeys(
                 ("per_device_train_batch_size", "local_rollout_forward_batch_size"), arguments.episodes
             )
-            measured = {beta: task.train(beta, **sizes) for beta in sorted(arguments.betas)}
+            measured = {
+                beta: task.train(beta, max_steps=arguments.updates, **sizes) for beta in sorted(arguments.betas)
+            }
         for beta, one in measured.items():
             (reward, kl), (best_reward, best_kl) = one.ours, one.exact
             print(
