@@ -2,14 +2,15 @@
 
 import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Set
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import hub
-from rlhf_pipeline.recipe import BASE, Data, Model, Recipe
+from rlhf_pipeline import hub, kinds
+from rlhf_pipeline.recipe import BASE, Data, Model, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.schema import Source
@@ -58,6 +59,46 @@ class Digests(FileDigests):
         digest = short_hash("".join(f"{name}={self.of_file(file)}\n" for name, file in names).encode())
         return f"{folder.name}@{digest}"
 
+    def of_adapter(self, value: str) -> str:
+        """`name@digest` of an adapter from outside: its configuration and weights; on the hub `id@commit`.
+
+        Args:
+            value: as `init` of a resolved recipe has it.
+
+        Raises:
+            InputError: a file of it cannot be read.
+        """
+        if outside.is_hub(value):
+            return value
+        folder = outside.folder(value)
+        files = "".join(f"{file}={self.of_file(folder / file)}\n" for file in (outside.CONFIG, outside.WEIGHTS))
+        return f"{outside.label(value)}@{short_hash(files.encode())}"
+
+    def other_base(self, value: str, model: Model) -> str | None:
+        """The base that an adapter from outside was trained over, where that is certainly another one than `model`.
+
+        The record of its run tells, else the name in its configuration. A name that cannot be compared, as a folder of
+        another machine, tells nothing.
+
+        Args:
+            value: as `init` of a resolved recipe has it.
+            model: the recipe's.
+        """
+        ours, theirs = self.of_model(model), outside.record(value).get("model")
+        named = str(outside.config(value).get("base_model_name_or_path") or "")
+        if theirs is None and (Path(named).is_dir() or outside.HUB_ID.fullmatch(named)):
+            theirs = self.of_model(Model(path=named))
+        if theirs is None:
+            return None
+        name, _, digest = str(theirs).partition("@")
+        our_name, _, our_digest = ours.partition("@")
+        in_folders = [re.fullmatch("[0-9a-f]{32}", one) is not None for one in (digest, our_digest)]
+        if in_folders == [True, True]:
+            return None if digest == our_digest else str(theirs)
+        if in_folders == [False, False]:  # at another commit it may be the same model with another README
+            return None if name == our_name else name
+        return None
+
     def of_judge(self, judge: str, folder: Path) -> str | None:
         """`name@digest` of the file that a judge `module:function` is in; None where there is none to be found.
 
@@ -86,7 +127,7 @@ def _on_hub(spec: Model | Source) -> str:
 
 
 def pin(recipe: Recipe) -> None:
-    """Find out which commits a recipe's hub model and hub datasets have now, and write them in as `revision`.
+    """Find out which commits a recipe's hub model, datasets and adapters have now, and write them in as `revision`.
 
     So all stages load the same, and the resolved recipe says what that was. The hub is asked at most once for each;
     where it does not answer, the commit that the local cache holds counts; where that has none, nothing changes.
@@ -105,6 +146,16 @@ def pin(recipe: Recipe) -> None:
             if key not in commits:
                 commits[key] = hub.commit(*key)
             spec.revision = commits[key] or spec.revision
+    for stage in recipe.stages.values():
+        for role in kinds.ROLES:
+            value = getattr(stage, role)
+            if outside.is_one(value) and outside.is_hub(value):
+                name, _, revision = value.partition("@")
+                if not hub.is_commit(revision):
+                    key = ("model", name, revision or None)
+                    if key not in commits:
+                        commits[key] = hub.commit(*key)
+                    setattr(stage, role, f"{name}@{commits[key]}" if commits[key] else value)
 
 
 def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any]:
@@ -125,7 +176,7 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
         "model.dtype": recipe.model.dtype,
     }
     for role, parent in stage.parents.items():
-        inputs[role] = earlier.get(parent, BASE)
+        inputs[role] = digests.of_adapter(parent) if outside.is_one(parent) else earlier.get(parent, BASE)
     if recipe.model.trust_remote_code:
         inputs["model.trust_remote_code"] = True
     if recipe.model.chat_template:

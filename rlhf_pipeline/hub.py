@@ -5,6 +5,7 @@ The hub's library is imported only when it is used: it takes a while, and most c
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,3 +61,20 @@ def _cached_commit(kind: Kind, name: str, revision: str | None) -> str | None:
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a full commit, which never means anything else."""
     return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def download(name: str, revision: str | None, files: Sequence[str]) -> Path | None:
+    """The folder in the cache with some files of a model; None where neither the hub nor the cache has it."""
+    try:
+        ask("model", name, revision)
+        answers = True
+    except Exception:  # offline, unreachable, no such repository, no access: the cache may have it all the same
+        answers = False
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=not answers)
+        )
+    except Exception:
+        return None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, data_inputs, short_hash
-from rlhf_pipeline.recipe import BASE, Data, Recipe
+from rlhf_pipeline.recipe import BASE, Data, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.rundir import durable, state, strict_json
 from rlhf_pipeline.rundir.layout import COMPARISON, read_json
@@ -20,7 +20,7 @@ class Roles(NamedTuple):
 
     Attributes:
         policies: `base` and every policy stage that is there, in the recipe's order.
-        reference: the policy from which KL is taken.
+        reference: the policy from which KL is taken; it may be an adapter from outside.
         reward: the reward stage that scores replies; None where there is none.
     """
 
@@ -55,7 +55,7 @@ def roles(recipe: Recipe, made: list[str]) -> Roles:
     learned_from = [recipe.stages[name].reward for name in sampling if recipe.stages[name].reward in rewards]
     return Roles(
         [BASE, *(name for name in made if name not in rewards)],
-        init if init in made else BASE,
+        str(init) if init in made or outside.is_one(init) else BASE,
         next(iter(learned_from), rewards[-1] if rewards else None),
     )
 

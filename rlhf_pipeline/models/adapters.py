@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -103,6 +104,13 @@ def adapter_shapes(model: PeftModel, adapter: str) -> dict[str, torch.Size]:
     """The shapes of one adapter's LoRA weights, by their names in an artifact."""
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     return {name: tensor.shape for name, tensor in state.items() if "lora_" in name}
+
+
+def stored_shapes(folder: Path, head: bool = False) -> dict[str, torch.Size]:
+    """The shapes of the LoRA weights in an artifact, by their names there; with `head`, of all else as well."""
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        names = [name for name in weights.keys() if head or "lora_" in name]  # noqa: SIM118  (it is no mapping)
+        return {name: torch.Size(weights.get_slice(name).get_shape()) for name in names}
 
 
 def misfit(theirs: dict[str, torch.Size], ours: dict[str, torch.Size]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.recipe import gates
+from rlhf_pipeline.recipe import gates, outside
 from rlhf_pipeline.recipe.layers import OF_SOURCE, read
 from rlhf_pipeline.recipe.origins import Origins
 from rlhf_pipeline.recipe.paths import PICKLE_SUFFIXES, resolve_paths
@@ -163,10 +163,15 @@ def is_run(folder: Path) -> bool:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; of a stage's `lora` only what differs from the one it takes over."""
+    """The resolved recipe as YAML; of a stage's `lora` only what differs from the one it takes over.
+
+    Of one that starts from outside it is the whole `lora`: what it names need not be there when this is read.
+    """
     content = content_of(recipe)
     for name, stage in recipe.stages.items():
         before = recipe.stages[stage.init].lora if stage.init in recipe.stages else recipe.lora
+        if outside.is_one(stage.init):
+            before = {}
         own = {key: value for key, value in stage.lora.items() if key not in before or before[key] != value}
         content["stages"][name]["lora"] = own
     return dump(content)

@@ -1,8 +1,11 @@
 """Which earlier stage each stage starts from, the shape of its adapter, and which reward it uses."""
 
 import difflib
+from typing import Any
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 
@@ -27,6 +30,8 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             stage.init = next((other for other in reversed(known) if kinds.get(known[other].kind).begins), BASE)
             first = _either(tuple(kind.name for kind in kinds.KINDS if kind.begins))
             derived[*path, "init"] = f"{'the latest' if stage.init != BASE else 'no'} {first} stage before"
+        elif outside.is_one(stage.init):
+            stage.init = _from_outside(name, "init", stage.init, "policy", problems)
         elif stage.init != BASE:
             _require(recipe, earlier, name, "init", stage.init, kinds.makers("policy"), problems)
         if problems.is_broken((*path, "init")):
@@ -61,6 +66,9 @@ def _resolve_reward(
 ) -> None:
     """Fill in which reward model a PPO stage uses."""
     path = ("stages", name, "reward")
+    if stage.reward is not None and outside.is_one(stage.reward):
+        stage.reward = _from_outside(name, "reward", stage.reward, "reward", problems)
+        return
     if stage.reward is not None:
         _require(recipe, earlier, name, "reward", stage.reward, kinds.makers("reward"), problems)
         return
@@ -72,6 +80,25 @@ def _resolve_reward(
             f"stage `{name}` needs a reward model, and no `reward` stage comes before it",
             "add a stage of kind `reward` before it",
         )
+
+
+def _from_outside(name: str, key: str, value: str, makes: kinds.Makes, problems: Problems) -> str:
+    """What the name of an adapter from outside means; what is wrong with it is noted."""
+    path = ("stages", name, key)
+    try:
+        value = outside.resolve(value, problems.origins.folder(path))
+        found = outside.makes(outside.config(value))
+    except InputError as error:
+        problems.add(path, error.message, error.hint)
+        return value
+    if found != makes:
+        problems.add(
+            path,
+            f"`{outside.label(value)}` is the adapter of a {found}{' model' * (found == 'reward')}; `{key}` needs that "
+            f"of a {makes}{' model' * (makes == 'reward')}",
+            "a reward model's adapter has the task type SEQ_CLS and a score head; a policy's has none",
+        )
+    return value
 
 
 def _require_both_of_ptx(name: str, stage: Stage, problems: Problems) -> None:
@@ -91,9 +118,13 @@ def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -
 
     Only what the keys alone show; the worker's check compares the adapters themselves, module by module.
     """
-    before = recipe.lora if stage.init == BASE else recipe.stages[str(stage.init)].lora
-    path = ("stages", name, "lora")
-    taken_over = "from lora" if stage.init == BASE else f"from {stage.init}"
+    init, path = str(stage.init), ("stages", name, "lora")
+    before: dict[str, Any]
+    if outside.is_one(init):
+        before, whose = outside.lora(outside.config(init)), f"`{outside.label(init)}`"
+    else:
+        before, whose = (recipe.lora if init == BASE else recipe.stages[init].lora), f"stage `{init}`"
+    taken_over = "from lora" if init == BASE else f"from {outside.label(init) if outside.is_one(init) else init}"
     problems.origins.derived |= {(*path, key): taken_over for key in before if key not in stage.lora}
     stage.lora = {**before, **stage.lora}
     if stage.init == BASE or problems.is_broken(path) or problems.is_broken(("stages", str(stage.init), "lora")):
@@ -104,15 +135,15 @@ def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -
             why = f"with `{rigid}` a change of size would" if key in SIZE_KEYS else "that would"
             problems.add(
                 (*path, key),
-                f"`{key}` is not that of stage `{stage.init}`, whose adapter stage `{name}` starts from: {why} "
+                f"`{key}` is not that of {whose}, whose adapter stage `{name}` starts from: {why} "
                 "change what the adapter computes",
-                f"leave it as in `{stage.init}`, or start from the base: `init: {BASE}`",
+                f"leave it as in {whose.removeprefix('stage ')}, or start from the base: `init: {BASE}`",
             )
     patterned = stage.lora.get("rank_pattern") or before.get("rank_pattern")
     if not patterned and "r" in before and stage.lora["r"] < before["r"]:
         problems.add(
             (*path, "r"),
-            f"rank {stage.lora['r']} is less than {before['r']}, that of stage `{stage.init}`, whose adapter stage "
+            f"rank {stage.lora['r']} is less than {before['r']}, that of {whose}, whose adapter stage "
             f"`{name}` starts from and would not fit",
             f"use {before['r']} or more, or start from the base: `init: {BASE}`",
         )

@@ -161,10 +161,12 @@ class Stage(_Strict):
     """What the stage does; by default, what its name says."""
 
     init: str | None = None
-    """The earlier stage whose adapter this one starts from, or `base`; by default the latest earlier `sft` stage."""
+    """The earlier stage whose adapter this one starts from, or `base`; by default the latest earlier `sft` stage. Or an
+    adapter from outside: a folder (`./my-adapter`), a stage of another run (`runs/other:sft`), or a hub id."""
 
     reward: str | None = None
-    """PPO only: the reward stage whose model scores the replies; by default the latest earlier one."""
+    """PPO only: the reward stage whose model scores the replies; by default the latest earlier one. Or a reward model
+    from outside, named as for `init`."""
 
     data: DataField
     """Rows: a path, keys with a path, or a list of several."""

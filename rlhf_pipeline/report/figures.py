@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.report import charts, measures
 from rlhf_pipeline.report.charts import Line, Panel
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Stage, number, policies, reply_numbers
@@ -392,6 +393,17 @@ def _proxy_and_gold(runs: Sequence[Run]) -> list[Picture]:
     return [Picture("Gold over proxy", caption, svg)]
 
 
+def _from_outside(value: str, nodes: list[tuple[str, str, str]], otherwise: str) -> str:
+    """The node of an adapter from outside, which is added where it is new; `otherwise` for what is none."""
+    if not outside.is_one(value):
+        return otherwise
+    name = outside.label(value)
+    name = name if len(name) <= 13 else f"{name[:12]}…"
+    if (name, "from outside", "done") not in nodes:
+        nodes.append((name, "from outside", "done"))
+    return name
+
+
 def of_lineage(run: Run) -> Markup | None:
     """What was made from what, as far as the recipe and the records say."""
     if not run.stages:
@@ -403,7 +415,8 @@ def of_lineage(run: Run) -> Markup | None:
         word = stage.kind if stage.kind != stage.name else took if stage.state in DONE else stage.state
         nodes.append((stage.name, word or "unknown kind", stage.state))
         init, reward = (stage.parents.get(role, "") for role in ("init", "reward"))
-        edges.append((init if init in names else "base", stage.name, "weights"))
-        if reward in names:
-            edges.append((reward, stage.name, "reward"))
+        edges.append((init if init in names else _from_outside(init, nodes, "base"), stage.name, "weights"))
+        if reward in names or outside.is_one(reward):
+            edges.append((reward if reward in names else _from_outside(reward, nodes, ""), stage.name, "reward"))
+    nodes.sort(key=lambda node: node[1] != "from outside")  # parents come first
     return charts.lineage("What was made from what", nodes, edges)

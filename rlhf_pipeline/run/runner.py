@@ -21,7 +21,7 @@ from rlhf_pipeline import plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
-from rlhf_pipeline.recipe import Recipe, gates, to_yaml
+from rlhf_pipeline.recipe import Recipe, gates, outside, to_yaml
 from rlhf_pipeline.run import jobs, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain
 from rlhf_pipeline.run.launch import STOP_SIGNAL, Launcher
@@ -253,8 +253,9 @@ def _train(
 
     try:
         if progress is None or progress.point == "checkpoint":
-            reward = f", with the reward of {stage.parents['reward']}" if "reward" in stage.parents else ""
-            say(f"{stage.name:<7} training, from {stage.parents['init']}{reward}")
+            parents = {role: outside.said(parent) for role, parent in stage.parents.items()}
+            reward = f", with the reward of {parents['reward']}" if "reward" in parents else ""
+            say(f"{stage.name:<7} training, from {parents['init']}{reward}")
         if progress is None or progress.point != "finished":
             answer, stopped = jobs.do(
                 recipe, launcher, "train", work / JOB, folder / LOG, f"stage `{stage.name}`",

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.errors import InputError, RunError
-from rlhf_pipeline.recipe import TINY, Data, Recipe
+from rlhf_pipeline.recipe import BASE, TINY, Data, Recipe, Stage, outside
 from rlhf_pipeline.recipe.data_files import matching
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.run.launch import environment
@@ -51,6 +51,7 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
     cut = recipe.model_copy(deep=True)
     notes: list[str] = []
     cut.output_dir, cut.keep_checkpoints, cut.report_to = str(folder / "runs"), False, []
+    _replace_what_is_outside(cut, notes)
     sources = _sources(cut)
     (folder / "data").mkdir()
     rows = {name: first_rows(_raw(source), n) for name, (source, n, _) in sources.items()}
@@ -97,6 +98,25 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
         origins[str(file)] = path
     _cut_settings(cut, notes)
     return cut, origins, notes
+
+
+def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
+    """Start from the base in place of adapters that do not fit the tiny one, and train a reward model of that shape."""
+    stages: dict[str, Stage] = {}
+    for name, stage in recipe.stages.items():
+        if outside.is_one(stage.init):
+            notes.append(f"`{outside.label(str(stage.init))}` is of another base: `{name}` starts from the bare one")
+            stage.init = BASE
+        if outside.is_one(stage.reward):
+            notes.append(
+                f"`{outside.label(str(stage.reward))}` is of another base: a new reward model stands in for it"
+            )
+            shape = outside.lora(outside.config(str(stage.reward)))
+            rows = Data(path=str(TINY / "data" / "preferences.jsonl"))
+            stage.reward = f"reward-of-{name}"
+            stages[stage.reward] = Stage(kind="reward", init=BASE, data=rows, lora=shape)
+        stages[name] = stage
+    recipe.stages = stages
 
 
 def _sources(recipe: Recipe) -> dict[str, tuple[Source, int, str]]:

@@ -18,8 +18,10 @@ from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
+from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import require_head, without_weights
+from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.stages import judge
 from rlhf_pipeline.stages.job import Job, Reader
@@ -55,6 +57,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
             found.append(error)
 
     attempt(lambda: check_lora(recipe, names, config))
+    doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]
     for job in jobs:
         attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
@@ -66,7 +69,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     found += wrong
     if found:
         raise InputErrors(found)
-    return [*default_learning_rates(recipe, names), *report["warnings"]]
+    return [*default_learning_rates(recipe, names), *doubts, *report["warnings"]]
 
 
 def default_learning_rates(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -111,13 +114,80 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
                 place=_written_at(recipe, name),
                 hint="`target_modules: all-linear` leaves it out",
             )
-        problem = adapters.misfit(made(init)[0], ours) if init in recipe.stages else None
+        if outside.is_one(init):
+            theirs = adapters.stored_shapes(outside.folder(str(init)))
+        else:
+            theirs = made(str(init))[0] if init in recipe.stages else {}
+        problem = adapters.misfit(theirs, ours)
         if problem:
             raise InputError(
                 f"the adapter of stage `{name}` cannot begin as that of `{init}`, which it starts from: {problem}",
                 place=_written_at(recipe, name),
                 hint=f"it needs every module of `{init}` at no smaller rank, or to start from the base: `init: {BASE}`",
             )
+
+
+def check_adapters_from_outside(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> list[str]:
+    """See that adapters from outside are such as the recipe's base has, on models without weights.
+
+    Returns:
+        Warnings: of a base that was quantized otherwise.
+
+    Raises:
+        InputError: for all that are of another base, or do not fit this one.
+    """
+    warnings: list[str] = []
+    found: list[InputError] = []
+    digests = Digests()
+    for name in names:
+        for role, value in recipe.stages[name].parents.items():
+            if not outside.is_one(value):
+                continue
+            place, known = f"stages.{name}.{role}", outside.record(value)
+            try:
+                found += _misfit_of(recipe, value, place, config, digests)
+            except InputError as error:
+                found += error.all
+            before, now = known.get("model.quantization"), recipe.model.quantization
+            if before not in (None, now):
+                warnings.append(
+                    f"{place}: `{outside.label(value)}` was trained over a base with `quantization: {before}`, and "
+                    f"here it is `{now}`: it computes something slightly different; set `model.quantization` to match"
+                )
+    if found:
+        raise InputErrors(found)
+    return warnings
+
+
+def _misfit_of(recipe: Recipe, value: str, place: str, config: PretrainedConfig, digests: Digests) -> list[InputError]:
+    """What keeps an adapter from outside from being one over the recipe's base."""
+    hint = "an adapter only fits the base that it was trained over: set `model.path` to that, or take another adapter"
+    other = digests.other_base(value, recipe.model)
+    if other:
+        ours = digests.of_model(recipe.model)
+        said = f"`{outside.label(value)}` was trained over another base: {other}, and not {ours}"
+        return [InputError(said, place=place, hint=hint)]
+    theirs, makes = outside.config(value), outside.makes(outside.config(value))
+    stored = adapters.stored_shapes(outside.folder(value), head=True)
+    heads = {name: shape for name, shape in stored.items() if "lora_" not in name}
+    try:
+        with torch.device("meta"):
+            model = without_weights(recipe.model, "score" if makes == "reward" else "causal", config)
+            hidden = model.config.get_text_config().hidden_size
+            make = adapters.with_reward_adapter if makes == "reward" else adapters.with_policy_adapter
+            ours_ = adapters.adapter_shapes(make(model, outside.lora(theirs), None), "default")
+        problem = adapters.misfit({name: shape for name, shape in stored.items() if "lora_" in name}, ours_)
+    except (TypeError, ValueError) as error:
+        problem = str(error).strip().splitlines()[0]
+    weights = [shape for name, shape in heads.items() if name.endswith(".weight")]
+    if problem is None and makes == "reward" and weights != [torch.Size([1, hidden])]:
+        problem = (
+            f"it should have one score head of 1 x {hidden}, and has {[list(shape) for shape in weights] or 'none'}"
+        )
+    if problem is None and makes == "policy" and heads:
+        problem = f"it has weights that are not LoRA's: {next(iter(heads))}"
+    said = f"`{outside.label(value)}` does not fit this recipe's model: {problem}"
+    return [InputError(said, place=place, hint=hint)] if problem else []
 
 
 def _made_without_weights(recipe: Recipe, stage: Stage, config: PretrainedConfig) -> tuple[dict[str, torch.Size], bool]:
@@ -135,6 +205,9 @@ def _written_at(recipe: Recipe, name: str) -> str:
     """The key under which a stage's `lora` was written: its own, or that of what it took the whole shape over from."""
     stage = recipe.stages[name]
     init = stage.init if stage.init in recipe.stages else None
+    if outside.is_one(stage.init):
+        own = stage.lora != outside.lora(outside.config(str(stage.init)))
+        return f"stages.{name}.lora" if own else f"stages.{name}.init"
     if stage.lora != (recipe.stages[init].lora if init else recipe.lora):
         return f"stages.{name}.lora"
     return _written_at(recipe, init) if init else "lora"

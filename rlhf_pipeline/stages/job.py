@@ -17,6 +17,7 @@ from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_config, resolve_dtype
 from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
@@ -120,12 +121,21 @@ class Job:
     @property
     def init(self) -> Path | None:
         """The adapter the stage starts from; None for the bare base."""
-        return None if self.stage.init in (None, BASE) else self.run / str(self.stage.init) / ADAPTER
+        return None if self.stage.init in (None, BASE) else self._adapter_of(str(self.stage.init))
 
     @property
     def reward(self) -> Path:
-        """The reward stage's artifact; for PPO."""
-        return self.run / str(self.stage.reward) / ADAPTER
+        """The reward model's adapter; for PPO."""
+        return self._adapter_of(str(self.stage.reward))
+
+    @property
+    def reward_lora(self) -> dict[str, Any]:
+        """The shape of the reward model's adapter; for PPO."""
+        name = str(self.stage.reward)
+        return outside.lora(outside.config(name)) if outside.is_one(name) else self.recipe.stages[name].lora
+
+    def _adapter_of(self, name: str) -> Path:
+        return outside.folder(name) if outside.is_one(name) else self.run / name / ADAPTER
 
     def trainer_config(self, config: type[Config], **decided: Any) -> Config:
         """Build TRL's config from the recipe's `trainer:` and what the pipeline decides.

@@ -50,8 +50,8 @@ def run(job: Job) -> dict[str, Any]:
     job.progress.tell("loading")
     args, tokenizer, data, ptx_data = prepare(job)
     set_seed(job.recipe.seed)
-    reward_lora = job.recipe.stages[str(job.stage.reward)].lora
-    shared = SharedBase(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init, job.reward, reward_lora)
+    base = load_base(job.recipe.model, tokenizer)
+    shared = SharedBase(base, job.stage.lora, job.init, job.reward, job.reward_lora)
     trainer = PPOTrainer(
         args,
         tokenizer,

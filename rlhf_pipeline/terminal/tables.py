@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
@@ -137,7 +138,7 @@ def intentions(
     for column in ("stage", "kind", "from", "state", "run will", "why"):
         table.add_column(column, overflow="fold")
     for plan in plans:
-        start = " + ".join(plan.parents.values())
+        start = " + ".join(map(outside.said, plan.parents.values()))
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
         task = wanted.stages.get(plan.name, "nothing")
         table.add_row(plan.name, plan.kind, start, state, task, escape(_why(plan)))

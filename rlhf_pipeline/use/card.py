@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.recipe import TINY, Recipe
+from rlhf_pipeline.recipe import TINY, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
 from rlhf_pipeline.rundir.headline import order, shown_as
@@ -161,8 +161,8 @@ def _origins(records: Records) -> Iterator[list[Any]]:
     """Stage, kind, what it was made from, fingerprint and digest of its weights; the base first."""
     yield ["base", "", "", next(iter(records.values())).inputs["model"], ""]
     for name, record in records.items():
-        origin = record.init or BASE
-        origin += f", scored by {record.reward}" if record.reward else ""
+        origin = outside.said(record.init or BASE)
+        origin += f", scored by {outside.said(record.reward)}" if record.reward else ""
         yield [name, record.kind, origin, record.fingerprint or "", record.weights or ""]
 
 

@@ -598,3 +598,10 @@ def test_what_a_run_took_from_another_is_said_to_be_from_there(tmp_path):
     report_run.change(run, "reward", taken_from="first/reward", taken_at="2026-01-03T00:00:00+00:00")
     said = page_of(run, to=tmp_path / "report.html").text
     assert "reward from first/reward" in said and "sft from first" not in said
+
+
+def test_adapters_from_outside_are_in_the_lineage(tmp_path):
+    run = report_run.write(tmp_path / "second")
+    report_run.change(run, "ppo", init="/runs/other:sft", reward="/models/scorer")
+    said = page_of(run, to=tmp_path / "report.html").text
+    assert "ppo from other:sft (weights); ppo from scorer (reward)" in said and "dpo from sft (weights)" in said
