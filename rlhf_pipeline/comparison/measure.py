@@ -15,6 +15,7 @@ from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt, typed
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -103,7 +104,8 @@ def compare(
       the `gold/kl` of `evaluate.along`.
     * `reward`: the reward model's score, raw: without PPO's penalties and normalisation.
     * `judge`: what `evaluate.judge` says.
-    * `tokens`: how many it has, with its EOS, and whether it `ended` in one.
+    * `tokens`: how many it has, with what ends it, and whether anything `ended` it; a stage's replies end as those of
+      its training do, see `reply_end.stop_tokens`.
 
     Args:
         recipe: the run's.
@@ -132,7 +134,8 @@ def compare(
     scores: list[dict[tuple[int, ...], float | None]] = [{} for _ in ids]  # of each prompt's replies, by their tokens
     for name in policies:
         view = reference_view if name == reference else model.policy(name)
-        episodes = _sampled(view, ids, model.tokenizer, settings, at_once)
+        stops = stop_tokens(model.tokenizer, view.generation_config, finished.trained_with(run, name))
+        episodes = _sampled(view, ids, model.tokenizer, settings, stops, at_once)
         kl, rewards = _measured(episodes, view, reference_view, scorer, settings["temperature"] or 1.0, at_once)
         replies[name] = []
         for row, tokens in enumerate(_tokens(episodes)):
@@ -171,7 +174,12 @@ def compare(
 
 
 def _sampled(
-    view: PolicyView, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], at_once: int
+    view: PolicyView,
+    ids: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    stops: list[int],
+    at_once: int,
 ) -> Episodes:
     torch.manual_seed(settings["seed"])
     return sample(
@@ -179,7 +187,7 @@ def _sampled(
         ids,
         response_length=settings["max_new_tokens"],
         temperature=settings["temperature"],
-        stop_token_id=tokenizer.eos_token_id,
+        stop_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
         at_once=at_once,
     )

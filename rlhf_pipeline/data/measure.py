@@ -4,7 +4,7 @@ Numbers come from Arrow columns through numpy, a batch at a time, so that millio
 integer each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ class Trainer(NamedTuple):
         keep_end: whether TRL keeps the end of a row that is longer, and not its beginning.
         batch: the rows of one optimizer step; for PPO the prompts of one update.
         response_length: PPO's limit on sampled replies.
-        stop_token: the token that ends PPO's replies.
+        stop_tokens: the tokens that end PPO's replies, from `reply_end.stop_tokens`.
         max_positions: how many tokens the model has positions for; None where it does not say.
     """
 
@@ -49,21 +49,19 @@ class Trainer(NamedTuple):
     keep_end: bool = False
     batch: int = 1
     response_length: int | None = None
-    stop_token: int | None = None
+    stop_tokens: Sequence[int] = ()
     max_positions: int | None = None
 
     @classmethod
-    def of(cls, args: Any, tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None) -> "Trainer":
-        """Read it from TRL's config."""
+    def of(cls, args: Any, max_positions: int | None = None) -> "Trainer":
+        """Read it from TRL's config, but for the stop tokens, which that alone does not say."""
         # Packed rows are cut into pieces of `max_length` with nothing lost, except by `bfd`.
         packed = getattr(args, "packing", False) and args.packing_strategy != "bfd"
-        stop = tokenizer.eos_token_id if getattr(args, "stop_token", None) == "eos" else None
         return cls(
             max_length=None if packed else getattr(args, "max_length", None),
             keep_end=getattr(args, "truncation_mode", "keep_start") == "keep_end",
             batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             response_length=getattr(args, "response_length", None),
-            stop_token=getattr(args, "stop_token_id", None) if stop is None else stop,
             max_positions=max_positions,
         )
 
@@ -379,7 +377,7 @@ def _example(
     """A row as the trainer sees it: texts, each with its tokens and which of them carry loss."""
     if encoding == "prompts":
         ids = row["input_ids"]
-        stop = None if trainer.stop_token is None else tokenizer.decode([trainer.stop_token])
+        stop = " or ".join(tokenizer.decode([token]) for token in trainer.stop_tokens) or None
         return {"prompt": _shown(tokenizer, ids, [False] * len(ids)), "stop_token": stop}
     if encoding == "demonstrations":
         begin, end = (int(edge[0]) for edge in _window(np.array([len(row["input_ids"])]), trainer))

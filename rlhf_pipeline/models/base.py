@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.recipe import PICKLE_SUFFIXES
 from rlhf_pipeline.recipe.schema import Model
 
@@ -208,7 +209,7 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
 
     Args:
         spec: the recipe's `model`.
-        tokenizer: the one from `load_tokenizer`; its pad and EOS become the model's.
+        tokenizer: the one from `load_tokenizer`; its pad becomes the model's, and its EOS one of what ends a text.
         head: `causal`, or `score` for a sequence classifier with one output, whose head is freshly drawn.
 
     Returns:
@@ -233,12 +234,28 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
         model = AutoModelForSequenceClassification.from_pretrained(spec.path, config=config, **options)
     model.requires_grad_(False)
     model.config.pad_token_id = tokenizer.pad_token_id
-    # A checkpoint's own generation settings (top-p, repetition penalty, several EOS) would make what is sampled differ
-    # from what the log-probabilities are taken of.
+    # A checkpoint's own sampling settings (top-p, repetition penalty) would make what is sampled differ from what the
+    # log-probabilities are taken of. What ends a text by them stays: see `reply_end.stop_tokens`.
+    checkpoint = getattr(model, "generation_config", None) or GenerationConfig()  # a classifier has none
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=as_eos_token_id(stop_tokens(tokenizer, checkpoint, {})),
+        pad_token_id=tokenizer.pad_token_id,
     )
     return model.eval()
+
+
+def load_generation_config(spec: Model, config: PretrainedConfig) -> GenerationConfig:
+    """A checkpoint's own generation settings, as Transformers gives them to a model that it loads.
+
+    Args:
+        spec: the recipe's `model`.
+        config: from `load_config`.
+    """
+    try:
+        return GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
+    except (OSError, ValueError):  # most base models have none
+        return GenerationConfig.from_model_config(config)
 
 
 def find_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

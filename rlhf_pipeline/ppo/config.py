@@ -26,8 +26,10 @@ class PPOConfig(TrainingArguments):
         local_rollout_forward_batch_size (`int`): how many replies are sampled, and scored, at a time.
         num_sample_generations (`int`): how often some replies are written down in the course of training.
         response_length (`int`): the most tokens of a reply.
-        stop_token (`"eos"`, *optional*): the tokenizer's EOS ends a reply.
-        stop_token_id (`int`, *optional*): the token that ends a reply. With neither, all have `response_length` tokens.
+        stop_token (`"eos"`, *optional*): the tokenizer's EOS ends a reply, and so does what else ends a text by the
+            model's own `generation_config.json`.
+        stop_token_id (`int` or a list of them, *optional*): the token that ends a reply, or several, in their place;
+            TRL takes one. With neither key, all replies have `response_length` tokens.
         temperature (`float`): that replies are sampled at.
         missing_eos_penalty (`float`, *optional*): is subtracted from the score of a reply that does not end.
         missing_eos_score (`float`, *optional*): the score of a reply that does not end, in place of the reward
@@ -85,10 +87,13 @@ class PPOConfig(TrainingArguments):
     )
     response_length: int = field(default=53, metadata={"help": "The most tokens of a reply."})
     stop_token: Literal["eos"] | None = field(
-        default=None, metadata={"help": "`eos`: the tokenizer's EOS ends a reply. Excludes stop_token_id."}
+        default=None,
+        metadata={
+            "help": "`eos`: the tokenizer's EOS and the model's own ends of a text end a reply. Excludes stop_token_id."
+        },
     )
-    stop_token_id: int | None = field(
-        default=None, metadata={"help": "The token that ends a reply. Excludes stop_token."}
+    stop_token_id: int | list[int] | None = field(
+        default=None, metadata={"help": "The token that ends a reply, or a list of several. Excludes stop_token."}
     )
     temperature: float = field(default=0.7, metadata={"help": "The temperature that replies are sampled at."})
     missing_eos_penalty: float | None = field(
@@ -187,6 +192,8 @@ class PPOConfig(TrainingArguments):
         for key, choices in {"stop_token": (None, "eos"), "kl_estimator": ("k1", "k3")}.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"`{key}` must be one of {', '.join(map(str, choices))}, not {getattr(self, key)}")
+        if self.stop_token_id == []:
+            raise ValueError("`stop_token_id` is an empty list; with `stop_token: null`, nothing ends a reply")
         for one, other in (("missing_eos_score", "missing_eos_penalty"), ("stop_token", "stop_token_id")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"`{one}` and `{other}` exclude each other")

@@ -21,8 +21,8 @@ class Episodes:
     Attributes:
         ids: int64 `[B, L]`.
         prompt_lengths: int64 `[B]`.
-        reply_lengths: int64 `[B]`, at least 1; with the stop token, without what comes after it.
-        ended: bool `[B]`, whether the reply holds the stop token.
+        reply_lengths: int64 `[B]`, at least 1; with its stop token, without what comes after it.
+        ended: bool `[B]`, whether the reply holds a stop token.
         sampled_log_probs: float32 `[B, T]`, as generation computed them, from its cache.
     """
 
@@ -95,7 +95,7 @@ def sample(
     *,
     response_length: int,
     temperature: float,
-    stop_token_id: int | None,
+    stop_token_id: int | list[int] | None,
     pad_token_id: int,
     at_once: int,
 ) -> Episodes:
@@ -106,8 +106,8 @@ def sample(
         prompts: token ids, at least one each.
         response_length: the most tokens a reply may have.
         temperature: 0 is greedy, and notes log-probabilities at 1.
-        stop_token_id: ends a reply; with None every reply has `response_length` tokens.
-        pad_token_id: fills rows up; it may equal the stop token.
+        stop_token_id: ends a reply, as any of several does; with None, or none, all have `response_length` tokens.
+        pad_token_id: fills rows up; it may equal a stop token.
         at_once: how many replies are sampled together.
 
     Returns:
@@ -116,10 +116,9 @@ def sample(
     order = torch.arange(len(prompts))
     if len(prompts) > at_once:  # prompts of like length together, for less padding
         order = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
+    stops = [] if stop_token_id is None else [stop_token_id] if isinstance(stop_token_id, int) else stop_token_id
     parts = [
-        _sample_together(
-            policy, [prompts[row] for row in rows], response_length, temperature, stop_token_id, pad_token_id
-        )
+        _sample_together(policy, [prompts[row] for row in rows], response_length, temperature, stops, pad_token_id)
         for rows in order.split(at_once)
     ]
     return concatenate(parts, pad_token_id).select(order.argsort())
@@ -130,7 +129,7 @@ def _sample_together(
     prompts: Sequence[Sequence[int]],
     response_length: int,
     temperature: float,
-    stop_token_id: int | None,
+    stops: list[int],
     pad_token_id: int,
 ) -> Episodes:
     device = policy.device
@@ -139,11 +138,10 @@ def _sample_together(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
     noted = _SampledLogProbs(temperature)
-    policy.generation_config.eos_token_id = stop_token_id  # `generate` would put the model's own in place of None
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     settings = GenerationConfig(
         max_new_tokens=response_length,
-        eos_token_id=stop_token_id,
+        eos_token_id=stops,  # also where there are none: `generate` would put the model's own in place of None
         pad_token_id=pad_token_id,
         **(choice or {"do_sample": False}),
     )
@@ -155,9 +153,9 @@ def _sample_together(
     )
     noted.note(rows)
     replies = rows[:, longest:]
-    stops = replies == stop_token_id if stop_token_id is not None else torch.zeros_like(replies, dtype=torch.bool)
-    ended = stops.any(1)
-    reply_lengths = torch.where(ended, stops.int().argmax(1) + 1, replies.shape[1])
+    at_stop = torch.isin(replies, torch.tensor(stops, dtype=replies.dtype, device=device))
+    ended = at_stop.any(1)
+    reply_lengths = torch.where(ended, at_stop.int().argmax(1) + 1, replies.shape[1])
     lengths = lengths.to(device)
     width = int((lengths + reply_lengths).max())
     places = torch.arange(width, device=device) + (longest - lengths)[:, None]  # move each row left over its padding

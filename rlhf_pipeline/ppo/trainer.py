@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf_pipeline.callbacks.metrics import keep_until
 from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.roles import TRAINED, SharedBase
 from rlhf_pipeline.ppo import checkpoint, numbers
 from rlhf_pipeline.ppo.advantages import estimate_advantages, kl_per_token, shape_rewards, whiten
@@ -89,7 +90,8 @@ class PPOTrainer(Trainer):
             for role in TRAINED
         }
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
-        self.stop_token_id = eos if args.stop_token == "eos" else args.stop_token_id
+        ends = {"stop_token": args.stop_token, "stop_token_id": args.stop_token_id}
+        self.stop_token_id = as_eos_token_id(stop_tokens(processing_class, shared.causal_lm.generation_config, ends))
         self.pad_token_id = pad if pad is not None else eos if eos is not None else 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -389,8 +391,8 @@ class PPOTrainer(Trainer):
         return scores - (self.args.missing_eos_penalty or 0.0) * missing
 
     def _ended(self, episodes: Episodes) -> Tensor:
-        """Bool `[B]`: the reply holds the stop token, or EOS where there is none. TRL always looks for EOS."""
-        if self.stop_token_id is not None:
+        """Bool `[B]`: the reply holds a stop token, or EOS where there is none. TRL always looks for EOS."""
+        if self.stop_token_id != []:
             return episodes.ended
         return ((episodes.replies == self.processing_class.eos_token_id) & episodes.mask).any(1)
 

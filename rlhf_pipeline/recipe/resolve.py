@@ -42,7 +42,7 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         roles = [parent.role for parent in kind.parents]
         if "reward" in roles:
             _resolve_reward(recipe, earlier, known, name, stage, problems)
-        if kind.samples and "stop_token_id" not in stage.trainer and "stop_token" not in stage.trainer:
+        if kind.samples and stage.trainer.get("stop_token_id") is None and "stop_token" not in stage.trainer:
             stage.trainer = {"stop_token": "eos", **stage.trainer}
         if "ptx_data" in kind.further_data:
             _require_both_of_ptx(name, stage, problems)

@@ -1,6 +1,7 @@
 """What a run has to use: its stages that are done, and the base model under them. No torch."""
 
 from pathlib import Path
+from typing import Any
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Makes
@@ -23,6 +24,12 @@ def done(run: Path, recipe: Recipe, makes: Makes) -> list[str]:
         and (directory.record(name) or Record()).is_finished
         and (directory.adapter(name) / WEIGHTS).is_file()
     ]
+
+
+def trained_with(run: Path, name: str) -> dict[str, Any]:
+    """The `trainer` settings that a stage was trained with, those that decide its result; none of the base."""
+    record, prefix = RunDirectory(run).record(name) or Record(), "trainer."
+    return {key.removeprefix(prefix): value for key, value in record.inputs.items() if key.startswith(prefix)}
 
 
 def warning(run: Path, name: str) -> str | None:

@@ -90,7 +90,7 @@ def shrink(spec: Model, out: Path, tokenizer: str | None = None, *, all_layers: 
     _fit_vocabulary(small, words, own=tokenizer is None)
     model = _build(small, spec.path)
     _save(model, words, out)
-    _save_generation_config(spec, small, out)
+    _save_generation_config(spec, small, out, own=tokenizer is None)
     return notes
 
 
@@ -287,9 +287,12 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def _save_generation_config(spec: Model, config: PretrainedConfig, out: Path) -> None:
+def _save_generation_config(spec: Model, config: PretrainedConfig, out: Path, own: bool) -> None:
     try:
         generation = GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
     except (OSError, ValueError):  # most base models have none
         generation = GenerationConfig.from_model_config(config)
+    if not own:  # to another tokenizer those numbers are other tokens
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(generation, name, getattr(config.get_text_config(), name))
     generation.to_json_file(out / "generation_config.json")  # as it is: saving it would refuse what some models have

@@ -21,6 +21,7 @@ from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import require_head, without_weights
+from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.stages import judge
@@ -263,7 +264,10 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
     try:
         tokenizer = job.reader.tokenizer
         positions = getattr(job.reader.config.get_text_config(), "max_position_embeddings", None)
-        trainer = Trainer.of(job.trainer_config(stages.BY_KIND[stage.kind].CONFIG), tokenizer, positions)
+        trainer = Trainer.of(job.trainer_config(stages.BY_KIND[stage.kind].CONFIG), positions)
+        if stage.facts.samples:
+            stops = stop_tokens(tokenizer, job.reader.generation_config, stage.trainer)
+            trainer = trainer._replace(stop_tokens=stops)
     except InputError as error:
         return found | {"warnings": []}, error.all
     for key, kind, spec, seen_by in _tables(stage, trainer):

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from datasets import Dataset
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from rlhf_pipeline.callbacks.checkpoints import SECONDS_BETWEEN, Checkpoints
 from rlhf_pipeline.callbacks.progress import ProgressFile
 from rlhf_pipeline.data.cache import Known
 from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models.base import load_config, resolve_dtype
+from rlhf_pipeline.models.base import load_config, load_generation_config, resolve_dtype
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
@@ -61,6 +61,11 @@ class Reader:
     def config(self) -> PretrainedConfig:
         """From `load_config`, which see for what it raises."""
         return load_config(self.recipe.model)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The model's own, from `load_generation_config`."""
+        return load_generation_config(self.recipe.model, self.config)
 
     def read(self, read: Read, data: Data) -> Prepared:
         """Rows as a function of `data.prepare` makes them."""

@@ -18,6 +18,7 @@ from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.rundir import jsonl
@@ -128,7 +129,13 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     asked = [one for _ in range(times) for one in asked]
     prompts = [prompt for prompt, _ in asked]
     replies = sample_replies(
-        model, tokenizer, spec, prompts, job.recipe.seed, lambda done: job.progress.tell("judging", done, len(prompts))
+        model,
+        tokenizer,
+        spec,
+        prompts,
+        job.recipe.seed,
+        stop_tokens(tokenizer, model.generation_config, job.stage.trainer),
+        lambda done: job.progress.tell("judging", done, len(prompts)),
     )
     scores = ask(judge, asked, replies)
     judged = (
@@ -282,15 +289,19 @@ def sample_replies(
     spec: Evaluate,
     prompts: Sequence[Prompt],
     seed: int,
+    stops: list[int],
     tell: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """One reply per prompt, without special tokens; greedy where the temperature is 0.
 
-    `tell` is called before each batch with how many replies there are.
+    `stops` are from `reply_end.stop_tokens`. `tell` is called before each batch with how many replies there are.
     """
     sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
-        max_new_tokens=spec.max_new_tokens, **(sampling if spec.temperature else {"do_sample": False})
+        max_new_tokens=spec.max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        **(sampling if spec.temperature else {"do_sample": False}),
     )
     device = model.device
     torch.manual_seed(seed)

@@ -11,10 +11,11 @@ from transformers import GenerationConfig
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.turns import typed
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import has_default_template
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe
-from rlhf_pipeline.rundir.finished import choose, done, model_of, warning
+from rlhf_pipeline.rundir.finished import choose, done, model_of, trained_with, warning
 from rlhf_pipeline.rundir.words import printable, show
 from rlhf_pipeline.use.score import context_of, first_prompt, score_tokens
 from rlhf_pipeline.use.stream import stream
@@ -101,13 +102,24 @@ class Chat:
         if room < 1:
             raise InputError(f"the prompt has {len(ids)} tokens, and the model takes {self.context} with the reply")
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
-        settings = GenerationConfig(max_new_tokens=min(self.max_new_tokens, room), do_sample=bool(sampling), **sampling)
+        settings = GenerationConfig(
+            max_new_tokens=min(self.max_new_tokens, room),
+            do_sample=bool(sampling),
+            eos_token_id=self.stops(),
+            pad_token_id=self.tokenizer.pad_token_id,
+            **sampling,
+        )
         tokens, reply, interrupted = stream(self.base.policy(self.stage), self.tokenizer, ids, settings, show)
         show("\n")
         self.last = ids, tokens
         if self.is_chat:
             self.turns = [*turns, {"role": "assistant", "content": reply}]
         return interrupted
+
+    def stops(self) -> list[int]:
+        """The tokens that end a reply of the stage that answers."""
+        checkpoint = self.base.causal_lm.generation_config
+        return stop_tokens(self.tokenizer, checkpoint, trained_with(self.run, self.stage))
 
     def _encode(self, turns: list[dict[str, str]]) -> list[int]:
         try:
@@ -139,7 +151,7 @@ class Chat:
         name = own if own in self.rewards else self.rewards[-1]
         self.warn(name)
         (score,) = score_tokens(self.base.reward(name), [self.last], self.tokenizer.pad_token_id)
-        ended = self.last[1][-1] == self.tokenizer.eos_token_id
+        ended = self.last[1][-1] in self.stops()
         return f"{score:.4f} by `{name}`" + ("" if ended else "; the reply has no end, the score is of what there is")
 
 

@@ -16,7 +16,7 @@ from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.rundir import state
-from rlhf_pipeline.rundir.finished import warning
+from rlhf_pipeline.rundir.finished import trained_with, warning
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
@@ -120,12 +120,12 @@ def _write(run: Path, stage: str, recipe: Recipe, record: Record, folder: Path, 
 
     artifact = RunDirectory(run).adapter(stage)
     head: Any = "score" if kinds.get(record.kind).makes == "reward" else "causal"
-    stop = record.inputs.get("trainer.stop_token_id")
+    settings = trained_with(run, stage)
     if not merge:
-        weights.write_adapter(recipe.model, artifact, folder, head, stop)
+        weights.write_adapter(recipe.model, artifact, folder, head, settings)
         return None
     say(f"merging into the unquantized base, on the CPU: {recipe.model.path}")
-    return weights.write_merged(recipe.model, artifact, folder, head, stop)
+    return weights.write_merged(recipe.model, artifact, folder, head, settings)
 
 
 @contextlib.contextmanager

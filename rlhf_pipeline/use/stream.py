@@ -29,7 +29,7 @@ def stream(
         write: takes the reply's text as it grows, each part once.
 
     Returns:
-        The reply's token ids, with EOS where the model wrote it; its text; and whether Ctrl-C ended it.
+        The reply's token ids, with what ends it where the model wrote that; its text; and whether Ctrl-C ended it.
     """
     reply = _Reply(tokenizer, write)
     ids = torch.tensor([prompt], device=policy.device)

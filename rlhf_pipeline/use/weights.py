@@ -19,13 +19,14 @@ from transformers import (
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.adapters import WEIGHTS
-from rlhf_pipeline.models.base import Head, load_config
+from rlhf_pipeline.models.base import Head, load_config, load_generation_config
+from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.recipe.schema import Model
 
 SHARD_SIZE = "5GB"  # what Transformers' files were long cut to, and what most tools expect
 
 
-def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, stop_token_id: int | None = None) -> None:
+def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, settings: dict[str, Any]) -> None:
     """Write an adapter that names its base.
 
     Args:
@@ -33,7 +34,7 @@ def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, stop_token
         artifact: the stage's adapter folder.
         out: a folder that is there.
         head: `causal`, or `score` for a reward model.
-        stop_token_id: a token that ends a reply beside EOS.
+        settings: the `trainer` of the stage, which may say what ends a reply.
     """
     shutil.copy2(artifact / WEIGHTS, out / WEIGHTS)
     config = json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8"))
@@ -44,10 +45,11 @@ def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, stop_token
     _write_tokenizer(artifact, out, head)
     if head == "causal":
         tokenizer = AutoTokenizer.from_pretrained(artifact, trust_remote_code=spec.trust_remote_code)
-        _generation_config(tokenizer, stop_token_id).save_pretrained(out)
+        checkpoint = load_generation_config(spec, load_config(spec))
+        _generation_config(tokenizer, checkpoint, settings).save_pretrained(out)
 
 
-def write_merged(spec: Model, artifact: Path, out: Path, head: Head, stop_token_id: int | None = None) -> str:
+def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: dict[str, Any]) -> str:
     """Write the base with the adapter merged into its weights, never quantized.
 
     This happens on the CPU, where there is room for a base that was trained on in 4-bit. Weights are in the recipe's
@@ -58,7 +60,7 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, stop_token_
         artifact: the stage's adapter folder.
         out: a folder that is there.
         head: `causal`, or `score` for a reward model.
-        stop_token_id: a token that ends a reply beside EOS.
+        settings: the `trainer` of the stage, which may say what ends a reply.
 
     Returns:
         The dtype.
@@ -99,7 +101,8 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, stop_token_
             hint="export the adapter, without `--merge`",
         ) from None
     merged.config.pad_token_id, merged.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    merged.generation_config = _generation_config(tokenizer, stop_token_id)
+    if head == "causal":
+        merged.generation_config = _generation_config(tokenizer, base.generation_config, settings)
     merged.save_pretrained(out, max_shard_size=SHARD_SIZE)
     folder = Path(spec.path)
     if spec.trust_remote_code and folder.is_dir():
@@ -126,14 +129,13 @@ def _untie(base: PreTrainedModel) -> None:
     base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase, stop_token_id: int | None) -> GenerationConfig:
+def _generation_config(
+    tokenizer: PreTrainedTokenizerBase, checkpoint: GenerationConfig, settings: dict[str, Any]
+) -> GenerationConfig:
     """What ends a reply, and no sampling settings: the base's own are not those that training sampled with."""
-    stops = [tokenizer.eos_token_id]
-    if stop_token_id is not None and stop_token_id not in stops:
-        stops.append(stop_token_id)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops if len(stops) > 1 else stops[0],
+        eos_token_id=as_eos_token_id(stop_tokens(tokenizer, checkpoint, settings)),
         pad_token_id=tokenizer.pad_token_id,
     )
 

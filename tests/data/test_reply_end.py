@@ -49,8 +49,9 @@ def save_model(folder: Path, specials: list[str], template: str | None, bos: str
         chat_template=template,
     ).save_pretrained(folder)  # fmt: skip
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=vocabulary["<eos>"],
+    )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 

@@ -91,7 +91,7 @@ class TestNumbers:
         rows = [{"prompt": "Q: " + " is" * (i % 7), "completion": " not" * (1 + i % 5)} for i in range(40)]
         spec = data(rows)
         args = SFTConfig(output_dir=str(tmp_path), max_length=7, report_to="none", use_cpu=True, bf16=False)
-        numbers = measure("sft", spec, Trainer.of(args, tokenizer))
+        numbers = measure("sft", spec, Trainer.of(args))
         train = prepare.demonstrations(spec, tokenizer, 0).train
         read = Trl(model=str(checkpoints["llama"]), args=args, train_dataset=train, processing_class=tokenizer)
         kept = read.train_dataset
@@ -111,7 +111,7 @@ class TestNumbers:
         ]
         spec = data(rows)
         args = DPOConfig(output_dir=str(tmp_path), max_length=7, report_to="none", use_cpu=True, bf16=False)
-        numbers = measure("dpo", spec, Trainer.of(args, tokenizer))
+        numbers = measure("dpo", spec, Trainer.of(args))
         train = prepare.preferences(spec, tokenizer, 0).train
         trainer = EncodedDPOTrainer(
             model=str(checkpoints["llama"]), args=args, train_dataset=train, processing_class=tokenizer
@@ -129,7 +129,7 @@ class TestNumbers:
         spec = data(rows)
         whole = prepare.whole_preferences(spec, tokenizer, 0).train
         fitting = sum(max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= 10 for row in whole)
-        numbers = measure("reward", spec, Trainer.of(args, tokenizer))
+        numbers = measure("reward", spec, Trainer.of(args))
         assert 0 < fitting < 20
         assert numbers["max_length"] == {"cut": 0, "left_out": 20 - fitting}
         assert numbers["loss_tokens"] is None
@@ -223,7 +223,7 @@ class TestExample:
             assert not any(example[reply]["loss"])
 
     def test_ppo_shows_the_prompt_and_what_ends_a_reply(self, data, measure, tokenizer):
-        example = measure("ppo", data(pairs(1)), Trainer(stop_token=EOS, response_length=4))["example"]
+        example = measure("ppo", data(pairs(1)), Trainer(stop_tokens=[EOS], response_length=4))["example"]
         assert tokenizer.decode(example["prompt"]["ids"]) == "Q 0:"
         assert example["stop_token"] == tokenizer.eos_token
 

@@ -101,7 +101,7 @@ class TestLoadBase:
         assert_close(model(**batch).logits, expected, rtol=0, atol=0)
 
     def test_generation_settings_are_reset(self, checkpoints, tokenizer, tmp_path):
-        """No sampling setting of the checkpoint survives; its end of text is the tokenizer's."""
+        """No sampling setting of the checkpoint survives; what ends its texts does, beside the tokenizer's EOS."""
         spec = Model(path=str(checkpoints["llama"]), quantization="none")
         original = base.load_base(spec, tokenizer)
         original.generation_config.update(
@@ -112,7 +112,7 @@ class TestLoadBase:
         settings = base.load_base(Model(path=str(tmp_path), quantization="none"), tokenizer).generation_config
         for name in ("do_sample", "repetition_penalty", "top_p", "temperature"):
             assert getattr(settings, name) is None, name
-        assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert (settings.eos_token_id, settings.pad_token_id) == ([tokenizer.eos_token_id, 7], tokenizer.pad_token_id)
 
 
 class TestDtype:

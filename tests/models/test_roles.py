@@ -444,7 +444,7 @@ class TestGeneration:
         shared = share(artifacts)
         scores, logits = sampled_and_forward(shared.policy, shared.policy)
         assert_close(scores, logits, rtol=1e-5, atol=1e-5)
-        assert shared.policy.generation_config.eos_token_id == 1
+        assert shared.policy.generation_config.eos_token_id == [1, 7]
 
 
 def test_policy_artifact_cannot_stand_in_for_a_reward_artifact(make_artifacts, tokenizer):

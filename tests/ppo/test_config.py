@@ -16,7 +16,10 @@ def config(**settings: Any) -> PPOConfig:
 
 @pytest.mark.floor
 def test_every_key_of_trls_config_is_here_with_its_type_and_default() -> None:
-    """TRL 1.12 is the last with a PPOConfig; two of its defaults are ours, as `docs/ppo.md` says."""
+    """TRL 1.12 is the last with a PPOConfig; two of its defaults are ours, as `docs/ppo.md` says.
+
+    And `stop_token_id` may be several.
+    """
     reason = "TRL's own PPOConfig, to compare with, is in TRL 1.12 alone"
     theirs = pytest.importorskip("trl.experimental.ppo", reason=reason).PPOConfig
     ours = {field.name: field for field in dataclasses.fields(PPOConfig)}
@@ -25,7 +28,7 @@ def test_every_key_of_trls_config_is_here_with_its_type_and_default() -> None:
         for field in dataclasses.fields(theirs)
         if (field.type, field.default) != (ours[field.name].type, ours[field.name].default)
     }
-    assert differ == {"logging_steps", "save_total_limit"}
+    assert differ == {"logging_steps", "save_total_limit", "stop_token_id"}
 
 
 def test_episodes_and_updates_are_counted_under_trls_names() -> None:
@@ -52,6 +55,8 @@ def test_words_that_are_no_choice_are_refused() -> None:
     for key, word in (("stop_token", "pad"), ("kl_estimator", "k2")):
         with pytest.raises(ValueError, match=f"`{key}` must be one of .*, not {word}"):
             config(**{key: word})
+    with pytest.raises(ValueError, match="`stop_token_id` is an empty list"):
+        config(stop_token_id=[])
 
 
 # A key, the nearest value that is refused, and one that is not.

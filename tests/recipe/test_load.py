@@ -103,6 +103,9 @@ stages:
 def test_a_stop_token_of_ones_own_is_kept(write):
     path = write(FULL)
     assert recipe.load(path, ["ppo.trainer.stop_token_id=7"]).stages["ppo"].trainer == {"stop_token_id": 7}
+    several = recipe.load(path, ["ppo.trainer.stop_token_id=[7, 8]"])
+    assert several.stages["ppo"].trainer == {"stop_token_id": [7, 8]}
+    assert recipe.load(path, ["ppo.trainer.stop_token_id=null"]).stages["ppo"].trainer["stop_token"] == "eos"
     assert recipe.load(path, ["ppo.trainer.stop_token=null"]).stages["ppo"].trainer == {"stop_token": None}
 
 

@@ -67,8 +67,8 @@ def test_a_policy_says_the_same_merged_and_as_an_adapter(shape: str, make_artifa
     expected = of_policy(artifacts.spec, artifacts.init)
     for name in ("merged", "adapter"):
         (tmp_path / name).mkdir()
-    write_merged(artifacts.spec, artifacts.init, tmp_path / "merged", "causal")
-    write_adapter(artifacts.spec, artifacts.init, tmp_path / "adapter", "causal")
+    write_merged(artifacts.spec, artifacts.init, tmp_path / "merged", "causal", {})
+    write_adapter(artifacts.spec, artifacts.init, tmp_path / "adapter", "causal", {})
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
     assert_same(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
@@ -79,7 +79,7 @@ def test_a_policy_says_the_same_merged_and_as_an_adapter(shape: str, make_artifa
 
 def test_what_was_trained_in_four_bits_is_merged_into_the_unquantized_base(make_artifacts: Callable, out: Path) -> None:
     artifacts = make_artifacts("llama", "nf4")
-    assert write_merged(artifacts.spec, artifacts.init, out, "causal") == "float32"
+    assert write_merged(artifacts.spec, artifacts.init, out, "causal", {}) == "float32"
     merged = logits(AutoModelForCausalLM.from_pretrained(out))
     assert_same(merged, of_policy(artifacts.spec.model_copy(update={"quantization": "none"}), artifacts.init))
     assert (merged - of_policy(artifacts.spec, artifacts.init)).abs().max() > 0.05
@@ -98,7 +98,7 @@ def test_weights_are_in_the_recipe_s_dtype_or_that_of_the_checkpoint(
     ):
         folder = tmp_path / str(wanted)
         folder.mkdir()
-        assert f"torch.{write_merged(spec, artifact, folder, 'causal')}" == str(wanted)
+        assert f"torch.{write_merged(spec, artifact, folder, 'causal', {})}" == str(wanted)
         assert {one.dtype for one in AutoModelForCausalLM.from_pretrained(folder).parameters()} == {wanted}
 
 
@@ -116,7 +116,7 @@ def test_an_adapter_on_one_of_two_tied_embeddings_changes_that_one_alone(
     expected = logits(model)
     adapters.save_adapter(model, "default", tmp_path / "artifact", tokenizer)
     (tmp_path / "out").mkdir()
-    write_merged(spec, tmp_path / "artifact", tmp_path / "out", "causal")
+    write_merged(spec, tmp_path / "artifact", tmp_path / "out", "causal", {})
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
 
 
@@ -140,8 +140,8 @@ def test_a_reward_model_gives_the_scores_that_ppo_reads(
         expected = reply_scores(staged.reward("reward"), episodes)
     for name in ("merged", "adapter"):
         (tmp_path / name).mkdir()
-    write_merged(artifacts.spec, artifacts.reward, tmp_path / "merged", "score")
-    write_adapter(artifacts.spec, artifacts.reward, tmp_path / "adapter", "score")
+    write_merged(artifacts.spec, artifacts.reward, tmp_path / "merged", "score", {})
+    write_adapter(artifacts.spec, artifacts.reward, tmp_path / "adapter", "score", {})
     theirs = AutoTokenizer.from_pretrained(tmp_path / "merged")
     batch = theirs.pad({"input_ids": rows}, return_tensors="pt")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -196,14 +196,6 @@ def test_generation_stops_at_the_end_of_a_reply(run: Path, tmp_path: Path) -> No
     for reply in ended:
         after = reply[reply.index(tokenizer.eos_token_id) + 1 :]
         assert set(after) <= {tokenizer.pad_token_id}
-
-
-def test_a_stop_token_of_ppo_ends_replies_too(run: Path, tmp_path: Path) -> None:
-    record = json.loads((run / "ppo" / "stage.json").read_text())
-    record["inputs"]["trainer.stop_token_id"] = 17
-    (run / "ppo" / "stage.json").write_text(json.dumps(record))
-    export(run, "ppo", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 17]
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapter"])
@@ -339,7 +331,7 @@ def test_a_base_that_is_stored_quantized_is_not_merged_into(
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="itself stored quantized"):
-        write_merged(artifacts.spec.model_copy(update={"path": str(folder)}), artifacts.init, out, "causal")
+        write_merged(artifacts.spec.model_copy(update={"path": str(folder)}), artifacts.init, out, "causal", {})
 
 
 # To the hub
