@@ -148,8 +148,10 @@ def memory_hint(recipe: Recipe, name: str) -> str:
     if kind.samples and trainer.get("local_rollout_forward_batch_size", 64) > 1:
         steps.append("a lower `local_rollout_forward_batch_size` (costs time only)")
     if trainer.get("per_device_train_batch_size", 8) > 1:
+        sorts = "aot" in str(trainer.get("loss_type", ""))  # the pairs that are read together
         steps.append(
-            "half the `per_device_train_batch_size` with twice the `gradient_accumulation_steps` (costs time only)"
+            "half the `per_device_train_batch_size` with twice the `gradient_accumulation_steps` "
+            f"({'changes what `aot` sorts' if sorts else 'costs time only'})"
         )
     if stage.data.holds_out and trainer.get("per_device_eval_batch_size", 8) > 1:
         steps.append("a lower `per_device_eval_batch_size` (costs time only)")

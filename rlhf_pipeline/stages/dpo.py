@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
@@ -24,7 +25,11 @@ read = rows.preferences  # the rows of such a stage
 
 
 class EncodedDPOTrainer(Resumable, DPOTrainer):
-    """TRL's DPOTrainer, from exact checkpoints, for encoded rows, which TRL's other trainers take and it does not."""
+    """TRL's DPOTrainer, from exact checkpoints, for encoded rows, which TRL's other trainers take and it does not.
+
+    Its loss does not depend on how a batch is divided by `gradient_accumulation_steps`. Terms are over pairs, `sft` is
+    over the tokens of the chosen replies; of both TRL takes the mean of each part. (Its `aot` sorts within each part.)
+    """
 
     kind = kinds.get("dpo")
 
@@ -33,6 +38,26 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         chosen, rejected = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
         tokens: dict[Over, float] = {"chosen tokens": chosen.sum().item(), "rejected tokens": rejected.sum().item()}
         return {"rows": len(chosen), "tokens": sum(tokens.values()), **tokens}
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss, each of its terms weighed by what it is over; see `Resumable.weight`."""
+        usual: list[float] = self.loss_weights
+        losses: list[str] = self.loss_types
+        if self.model.training or "sft" in losses:
+            weights = [self.weight(inputs, "chosen tokens" if loss == "sft" else "rows") for loss in losses]
+            rows = 1.0 if self.model.training else self.weight(inputs, "rows")  # in evaluation, the loss is over rows
+            self.loss_weights = [one * weight / rows for one, weight in zip(usual, weights, strict=True)]
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.loss_weights = usual
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `Resumable.evaluation_loop`."""
+        if "sft" in self.loss_types:
+            with torch.random.fork_rng():  # a pass over the batches draws a number
+                self.weigh_against(dataloader)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
         limit = args.max_length

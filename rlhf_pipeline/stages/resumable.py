@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ EPOCH_START = "epoch_start.pt"
 
 
 class Resumable(Trainer):
-    """A base class to put before a TRL trainer: exact checkpoints, evaluation over rows, and an end to training on NaN.
+    """A base class to put before a TRL trainer: exact checkpoints, numbers over rows, and an end to training on NaN.
 
     Transformers writes a checkpoint file by file into its final place, forgets the sums behind the next logged means
     and behind `train_loss`, and draws a new order when it resumes within an epoch. Here a checkpoint is there
@@ -28,7 +28,8 @@ class Resumable(Trainer):
     adapter `default` lies in it as PEFT would load it.
 
     What TRL and Transformers call a number of an evaluation is the mean of its batches, of which the last may be
-    smaller. Here it is over all held-out rows, or tokens, as `Kind.batch_metrics` says.
+    smaller. Here it is over all held-out rows, or tokens, as `Kind.batch_metrics` says. In training it is over those of
+    a whole optimizer step, however `gradient_accumulation_steps` divides it; the mean of such steps is logged.
     """
 
     kind: Kind
@@ -41,15 +42,46 @@ class Resumable(Trainer):
         super().__init__(*args, **kwargs)
         self._memory: dict[str, Any] | None = None
         self._epoch_start = torch.get_rng_state()
+        self._usual: dict[Over, float] = {}  # what a batch is over on average, among those that it is weighed against
+        self._parts: dict[str, list[tuple[float, float]]] = defaultdict(list)  # the numbers of an unfinished step
         self.add_callback(_Remember(self))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches that one optimizer step is divided into; see `weight`."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.weigh_against(batches)
+        return batches, items
+
+    def weigh_against(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Let `weight` be that of a batch among these."""
+        counts = [self.counts(batch) for batch in batches]
+        names = counts[0] if counts else ()
+        self._usual = {over: sum(one[over] for one in counts) / len(counts) for over in names}
+
+    def weight(self, inputs: Mapping[str, torch.Tensor], over: Over) -> float:
+        """What a mean over a batch must be multiplied by for the mean of such batches to be that over all of them.
+
+        TRL gives every batch of an optimizer step the same weight, however many rows or tokens it has.
+        """
+        usual = self._usual.get(over)
+        return self.counts(inputs)[over] / usual if usual else 1.0
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass.
 
         Raises:
             DivergedError: its loss is not finite. Transformers would log the mean of the earlier losses in its place.
         """
-        loss = super().training_step(*args, **kwargs)
+        counts, means = self.counts(inputs), self._metrics["train"]
+        before = {name: len(values) for name, values in means.items()}
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        for name, values in means.items():
+            if len(values) > before.get(name, 0):
+                self._parts[name].append((values.pop(), counts.get(self.kind.batch_metrics.get(name, "rows"), 1)))
+        if self.accelerator.sync_gradients:  # the last part of the step
+            for name, parts in self._parts.items():
+                means[name].append(_over_all(self.kind.batch_metrics.get(name, "rows"), parts))
+            self._parts.clear()
         if not torch.isfinite(loss):
             raise DivergedError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss

@@ -34,6 +34,12 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
         """The pairs; chosen replies are the first half of a batch."""
         return {"rows": len(inputs["input_ids"]) // 2}
 
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """TRL's loss, which of the parts of a divided batch takes the mean, though the last may be smaller."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss * self.weight(inputs, "rows") if self.model.training else loss
+        return (loss, outputs) if return_outputs else loss
+
 
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""

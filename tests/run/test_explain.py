@@ -22,6 +22,7 @@ stages:
   sft: {data: {path: tiny:demonstrations, eval_fraction: 0.1}, trainer: {gradient_checkpointing: false}}
   reward: {data: tiny:preferences}
   ppo: {data: tiny:prompts}
+  dpo: {data: tiny:preferences}
 """
 LEAST = [  # nothing that costs only time, or precision, is left to lower
     "model.quantization=nf4",
@@ -59,6 +60,13 @@ def test_the_cheapest_savings_of_memory_are_named_first(tmp_path: Path) -> None:
     )  # fmt: skip
     named(memory_hint(recipe, "reward"), *batch, *of_model, "`max_length`")
     named(memory_hint(recipe, "ppo"), "`local_rollout_forward_batch_size`", *batch, *of_model, "`response_length`")
+
+
+def test_a_divided_batch_costs_only_time_unless_pairs_are_sorted_within_its_parts(tmp_path: Path) -> None:
+    half = "half the `per_device_train_batch_size` with twice the `gradient_accumulation_steps` "
+    for losses, note in (("[sigmoid, sft]", "(costs time only)"), ("[aot]", "(changes what `aot` sorts)")):
+        hint = memory_hint(load(tmp_path, f"dpo.trainer.loss_type={losses}"), "dpo")
+        assert half + note in hint
 
 
 def test_what_cannot_be_lowered_any_more_is_not_named(tmp_path: Path) -> None:
