@@ -14,6 +14,8 @@ Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts"]
 # is the least, the most or the last of what its batches have.
 Over = Literal["rows", "tokens", "chosen tokens", "rejected tokens", "least", "most", "last"]
 JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
+REPLIES = "judge_replies"  # how many replies that is the mean of
+PAIRS = "eval_pairs"  # how many held-out pairs an accuracy is the share of
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,7 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+SHARES = frozenset(f"eval_{kind.accuracy}" for kind in KINDS if kind.accuracy)  # of as many pairs as `PAIRS` says
 ROLES: tuple[str, ...] = tuple(dict.fromkeys(parent.role for kind in KINDS for parent in kind.parents))
 
 

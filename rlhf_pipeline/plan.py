@@ -216,7 +216,7 @@ def _apply_gates(plan: StagePlan, stage_gates: dict[str, str], ignore: bool) -> 
     passed_over = ignore or all(ignored.get(metric) == outcome["bound"] for metric, outcome in closed.items())
     if not closed:
         return plan.state, plan.reason
-    said = gates.describe(outcomes)
+    said = gates.describe(outcomes, plan.record.metrics)
     return ("done", f"gates ignored: {said}") if passed_over else (GATE_CLOSED, said)
 
 

@@ -93,6 +93,14 @@ def test_version_and_env_name_the_version(folder):
     assert "not installed" not in done.stdout
 
 
+@pytest.mark.parametrize(("count", "said"), [(0, "no warnings"), (1, "1 warning"), (7, "7 warnings")])
+def test_validate_ends_with_how_many_warnings_there_are(folder, monkeypatch, count, said):
+    monkeypatch.setattr(runner, "check", lambda recipe: ["look at that"] * count)
+    done = run(folder, "validate", "r.yaml")
+    assert done.stdout == f"r.yaml: 3 stages, no errors, {said}\n"
+    assert done.stderr == "warning: look at that\n" * count
+
+
 def test_ls_lists_every_shipped_recipe_with_what_it_is(folder):
     """The first line of its comment, below the editors' hint."""
     lines = run(folder, "ls").stdout.splitlines()

@@ -233,7 +233,10 @@ def test_data(folder):
 def test_smoke():
     """The object alone: tests/run/test_smoke.py has the command make one, which takes its time."""
     stages = [Smoked("sft", "sft", "ok", 1.5, "loss", 6.5, 6.25), Smoked("dpo", "dpo", "failed", 1.5, error="it fell")]
-    reports = Report(stages, ["a note"], 3.5, "it fell over", "pick it up"), Report([Smoked("ppo", "ppo")])
+    reports = (
+        Report(stages, ["a note"], ["a warning"], 3.5, "it fell over", "pick it up"),
+        Report([Smoked("ppo", "ppo")]),
+    )
     compare("smoke", [{"recipe": "r.yaml", **report.as_json()} for report in reports])
 
 

@@ -16,15 +16,16 @@ import rlhf_pipeline
 from rlhf_pipeline import kinds, plan
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.report import gather, page
+from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir.headline import headline, series
 from rlhf_pipeline.rundir.jsonl import rows
+from rlhf_pipeline.rundir.words import short
 from rlhf_pipeline.terminal import asides, tables
 from rlhf_pipeline.terminal.watching import RunView
 from rlhf_pipeline.use import card
 
 PACKAGE = Path(rlhf_pipeline.__file__).parent
 NAMES = set(kinds.NAMES)
-MINUS = "\N{MINUS SIGN}"
 
 
 def words(nodes: list[ast.expr | None]) -> set[str]:
@@ -113,21 +114,22 @@ def test_all_views_show_the_same_numbers_of_a_stage(tiny_run, plans):
         logged = series(planned.kind, rows(tiny_run / planned.name / "metrics.jsonl"))
         numbers = headline(planned.kind, metrics, logged)
         assert len(numbers) > 2 and [metrics[number.metric] for number in numbers] == [one.after for one in numbers]
-        shown = {number.name: f"{number.after:.3g}" for number in numbers}
+        shown = {number.name: number.text for number in numbers}
         for name, value in shown.items():
             assert f"{name} {value}" in status
             assert any(line.startswith(name) or f"  {name} " in line for line in ended.splitlines() if value in line)
         stage = next(stage for stage in watched.stages if stage.name == planned.name)
-        assert {name: f"{value:.3g}" for name, value in stage.final.items()} == shown
+        assert stage.final == shown
         summary = page._summary(run, run.stage(planned.name))["numbers"]
-        assert {name: f"{float(after.replace(MINUS, '-')):.3g}" for name, _, after in summary} == shown
+        assert {name: after + rests_on for name, _, after, rests_on in summary} == shown
         aside = {"name": "x", "kind": planned.kind, "state": "done", "metrics": metrics, "moved_at": 0, "bytes": 1}
         assert f"done, {numbers[0].name} {shown[numbers[0].name]}" in printed(asides.show, [aside])
         text = card.text(tiny_run, planned.name, recipes.of_run(tiny_run), license={}, dtype=None, name="x")
         table = text[text.index("| metric | value |") :].splitlines()[2 : 2 + len(numbers)]
         for number, line in zip(numbers, table, strict=True):
             metric, value = (cell.strip() for cell in line.strip("|").split("|"))
-            assert number.metric in metric and float(value) == pytest.approx(number.after, rel=1e-2)
+            assert number.metric in metric and value.endswith(number.rests_on)
+            assert float(value.removesuffix(number.rests_on)) == pytest.approx(number.after, rel=1e-2)
 
 
 def test_where_a_number_began_is_the_mean_of_what_was_logged_first():
@@ -140,6 +142,24 @@ def test_where_a_number_began_is_the_mean_of_what_was_logged_first():
     long = headline("sft", metrics, {"loss": [3.0, 1.0, *[0.5] * 38]})
     assert long[0].before == 2.0
     assert headline("sft", {"loss": float("nan"), "judge_mean": True}) == []
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"eval_accuracy": 0.875, "eval_pairs": 8, "eval_accuracy_se": 0.117}, "0.875 (7 of 8 pairs)"),
+        ({"eval_accuracy": 0.8726, "eval_pairs": 628, "eval_accuracy_se": 0.0133}, "0.873 ± 0.013"),
+        ({"eval_accuracy": 0.8125, "eval_pairs": 8}, "0.812 (6.5 of 8 pairs)"),  # a tie counts half
+        ({"eval_accuracy": 0.875}, "0.875"),  # of an earlier version
+    ],
+)
+def test_a_share_of_few_is_shown_with_their_number_and_one_of_many_with_its_error(metrics, said):
+    assert [number.text for number in headline("reward", metrics)] == [said]
+
+
+def test_the_mean_of_the_judge_is_shown_with_its_error():
+    (number,) = headline("sft", {"judge_mean": 0.5385, "judge_mean_se": 0.0489, "judge_replies": 104}, None, 0.25)
+    assert number.change == "0.25 → 0.538 ± 0.049"
 
 
 # A kind that this version does not know, and a new one
@@ -172,9 +192,9 @@ def test_a_new_kind_is_one_entry(tiny_run, monkeypatch, plans):
     new = dataclasses.replace(kinds.get("dpo"), name="made_up", title="Made up", begins=False)
     monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, new))
     made_up = dataclasses.replace(plans[-1], kind="made_up")
-    loss = f"loss {plans[-1].record.metrics['loss']:.3g}"
+    loss = f"loss {short(plans[-1].record.metrics['loss'])}"
     assert loss in printed(tables.results, tiny_run, [made_up])
-    assert "made_up" in printed(tables.intentions, [made_up], [made_up], {made_up.name: []}, None)
+    assert "made_up" in printed(tables.intentions, [made_up], ToDo({}, compares=False), {made_up.name: []}, None)
     run = gather.read_runs([tiny_run])[0]
     stage = dataclasses.replace(run.stages[-1], kind="made_up")
     assert page._summary(run, stage)["numbers"]

@@ -93,8 +93,11 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from rlhf_pipeline.run import runner
 
     loaded = recipes.load(recipe, overrides or [])
-    runner.check(loaded, say)
-    typer.echo(f"{recipe}: {len(loaded.stages)} stages, nothing wrong")
+    warnings = runner.check(loaded)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    count = f"{len(warnings) or 'no'} warning{'s' * (len(warnings) != 1)}"
+    typer.echo(f"{recipe}: {len(loaded.stages)} stages, no errors, {count}")
 
 
 @app.command(

@@ -25,6 +25,7 @@ from rlhf_pipeline.cli.shared import (
 )
 from rlhf_pipeline.errors import InputError, Interrupted, RunError
 from rlhf_pipeline.rundir import strict_json
+from rlhf_pipeline.rundir.layout import REPORT
 
 
 @app.command(
@@ -44,6 +45,9 @@ def run(
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
     no_reuse: NoReuse = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if there are alarms; things to look at do not count.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run the stages of a recipe that are not done yet.
@@ -74,9 +78,13 @@ def run(
         raise Interrupted("interrupted") from None
     except (RunError, Interrupted):
         _report(loaded.run)
+        _show_alarms(loaded.run, on_stderr=True)
         raise
     _report(loaded.run)
     tables.finished(loaded.run, plans, Console())
+    verdict = _show_alarms(loaded.run)
+    if strict and verdict:
+        raise RunError(f"--strict: {verdict}", hint=f"{loaded.run / REPORT} shows what they are about")
 
 
 @app.command(
@@ -134,10 +142,16 @@ def status(
         run, stages = Path(recipe), plans.of_run(Path(recipe))
     if quiet:
         raise typer.Exit(0 if all(stage.state == "done" for stage in stages) else 1)
+    from rlhf_pipeline.report import alarms
+    from rlhf_pipeline.terminal import alarms as shown
+
     if as_json:
-        typer.echo(strict_json.dumps(tables.as_json(run, stages), indent=2))
+        typer.echo(strict_json.dumps(tables.as_json(run, stages) | shown.as_json(alarms.read(run)), indent=2))
     else:
-        tables.results(run, stages, Console())
+        console = Console()
+        tables.results(run, stages, console)
+        if found := alarms.read(run):
+            shown.show_alarms(found, console)
 
 
 @app.command(
@@ -261,10 +275,35 @@ def smoke(
         raise RunError(report.failure, hint=report.hint)
 
 
+def _show_alarms(run: Path, on_stderr: bool = False) -> str:
+    """Print a run's alarms. Nothing that goes wrong in it changes how the run ended.
+
+    Args:
+        run: the run directory.
+        on_stderr: of a run that failed: print them there, and nothing where there are none.
+
+    Returns:
+        The verdict where some are bad, or where nobody can tell; else nothing.
+    """
+    try:
+        from rlhf_pipeline.report import alarms
+        from rlhf_pipeline.terminal import alarms as shown
+        from rlhf_pipeline.terminal.console import Console
+
+        found = alarms.read(run)
+        if found or not on_stderr:
+            shown.show_alarms(found, Console(stderr=on_stderr))
+        return alarms.verdict(found) if any(alarm.level == "bad" for alarm in found) else ""
+    except KeyboardInterrupt:
+        problem = "it was interrupted"
+    except Exception as error:  # a fault of ours
+        problem = f"{type(error).__name__}: {error}"
+    say(f"warning: nobody has looked for alarms: {problem}")
+    return "nobody has looked for alarms"
+
+
 def _report(run: Path) -> None:
     """Write a run's report where something is newer than it. It never changes how the run ended."""
-    from rlhf_pipeline.rundir.layout import REPORT
-
     file = run / REPORT
     newest = max((one.stat().st_mtime for one in (*run.glob("*.json"), *run.glob("*/*.json*"))), default=0.0)
     if not newest or (file.is_file() and file.stat().st_mtime >= newest):

@@ -72,31 +72,40 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
     if not rows:
         return
     if rows < numbers["batch"]:
-        yield f"{rows} rows are fewer than one batch of {numbers['batch']}"
+        yield (
+            f"{rows} rows are fewer than one batch of {numbers['batch']}: lower `per_device_train_batch_size` or "
+            "`gradient_accumulation_steps`, or add rows"
+        )
     turns, all_rows = numbers["conversations"], rows + (numbers["held_out_rows"] or 0)
     if 0 < turns < all_rows:
         yield (
-            f"the prompts of {out_of(turns, all_rows)} rows are conversations, and the others plain text: the model is "
-            "trained on two formats"
+            f"the prompts of {out_of(turns, all_rows)} rows are conversations, and the others plain text, so the model "
+            "is trained on two formats: write all in one; `chat: true` takes text as a user's turn"
         )
     for name, count in numbers["cut"].items():
         if count > MANY_CUT * rows:
             key = "max_prompt_length" if name == "prompt" else "max_completion_length"
             what, then = ("prompts", "lose their beginning") if name == "prompt" else ("replies", "have no EOS")
             what = what if name in ("prompt", "reply") else f"{name} {what}"
-            yield f"{out_of(count, rows)} {what} are longer than {key} {limits[key]}, and {then}"
+            yield f"{out_of(count, rows)} {what} are longer than {key} {limits[key]}, and {then}: {_raise_or_drop(key)}"
     for what, count in numbers["max_length"].items():
         if count > MANY_CUT * rows and not (what == "left_out" and count == rows):  # which is an error
-            yield f"{out_of(count, rows)} rows are longer than max_length {limits['max_length']}, and are {said(what)}"
+            yield (
+                f"{out_of(count, rows)} rows are longer than max_length {limits['max_length']}, and are {said(what)}: "
+                "raise it, or set `max_prompt_length` and `max_completion_length`"
+            )
     if numbers["beyond_model"]:
         samples = kinds.get(numbers["kind"]).samples
         reply = f" with a reply of {limits['response_length']} tokens" if samples else ""
         yield (
             f"{out_of(numbers['beyond_model'], rows)} rows{reply} are longer than the {limits['max_positions']:,} "
-            "tokens that the model has positions for"
+            f"tokens that the model has positions for: set {_limits_on_all(samples)}"
         )
     if replies["without_loss"] and replies["without_loss"] < rows:
-        yield f"all labels are masked in {out_of(replies['without_loss'], rows)} rows"
+        yield (
+            f"all labels are masked in {out_of(replies['without_loss'], rows)} rows, so they teach nothing: where the "
+            "prompt alone fills `max_length`, set `max_prompt_length`; else remove them"
+        )
     yield from _warnings_of_repetition(numbers)
     if numbers["pairs"] and rows >= 20:
         yield from _warnings_of_length(numbers["pairs"])
@@ -108,8 +117,8 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
         )
     if numbers["bos_doubled"]:
         yield (
-            f"{out_of(numbers['bos_doubled'], rows)} rows begin with BOS twice: the tokenizer adds one, so the text "
-            "should have none"
+            f"{out_of(numbers['bos_doubled'], rows)} rows begin with BOS twice, as the tokenizer adds one: take it out "
+            "of the text"
         )
 
 
@@ -120,12 +129,16 @@ def _warnings_of_repetition(numbers: dict[str, Any]) -> Iterator[str]:
             often = out_of(doubles, rows)
             yield f"{often} prompts repeat an earlier one, so they are asked more often; if not meant, remove them"
     elif MANY_DUPLICATES * rows < doubles <= TOO_MANY_DUPLICATES * rows:
-        yield f"{out_of(doubles, rows)} rows repeat an earlier one"
+        yield f"{out_of(doubles, rows)} rows repeat an earlier one, so they count double: if not meant, remove them"
     if numbers["equal_pairs"] and numbers["equal_pairs"] < rows:
-        yield f"in {out_of(numbers['equal_pairs'], rows)} pairs the two replies are the same, and teach nothing"
+        equal = out_of(numbers["equal_pairs"], rows)
+        yield f"in {equal} pairs the two replies are the same, and teach nothing: remove them"
     if both and both["held_out_rows"]:
         share = out_of(both["held_out_rows"], numbers["held_out_rows"])
-        yield f"the prompts of {share} held-out rows are trained on too, so evaluation looks too good"
+        yield (
+            f"the prompts of {share} held-out rows are trained on too, so evaluation looks too good: hold out other "
+            "prompts; `eval_fraction` does"
+        )
 
 
 def _warnings_of_length(pairs: dict[str, Any]) -> Iterator[str]:
@@ -134,7 +147,8 @@ def _warnings_of_length(pairs: dict[str, Any]) -> Iterator[str]:
         longer = "longer" if right > 0.5 else "shorter"
         yield (
             f"the {longer} reply is the chosen one in {max(right, 1 - right):.0%} of the pairs (correlation of length "
-            f"and being chosen {pairs['length_correlation']:+.2f}): a reward model may learn length alone"
+            f"and being chosen {pairs['length_correlation']:+.2f}), so a reward model may learn length alone: add "
+            "pairs in which it is the other one"
         )
 
 
@@ -154,8 +168,8 @@ def across(stages: dict[str, dict[str, Any]], judged_on: Sequence[Prompt] = ()) 
     warnings = []
     if turns and text:
         warnings.append(
-            f"the prompts of {_and(turns)} are conversations, and those of {_and(text)} plain text: the stages train "
-            "the model on two formats"
+            f"the prompts of {_and(turns)} are conversations, and those of {_and(text)} plain text, so the stages "
+            "train the model on two formats: write all in one; `chat: true` in `data` takes text as a user's turn"
         )
     elif judged_on and (odd := sum(isinstance(prompt, list) != bool(turns) for prompt in judged_on)):
         formats = ("plain text", "conversations")
@@ -185,6 +199,18 @@ def across(stages: dict[str, dict[str, Any]], judged_on: Sequence[Prompt] = ()) 
 
 def _and(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _raise_or_drop(key: str) -> str:
+    return f"raise `{key}`, or leave such rows out with `too_long: drop`"
+
+
+def _limits_on_all(samples: bool) -> str:
+    return (
+        "`max_prompt_length`, or lower `response_length`"
+        if samples
+        else ("`max_prompt_length` and `max_completion_length`")
+    )
 
 
 def said(what: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Recipe, Stage
+from rlhf_pipeline.shares import Z, interval
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
@@ -110,10 +111,30 @@ def _number(metrics: dict[str, Any], name: str) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def describe(outcomes: dict[str, dict[str, Any]]) -> str:
-    """What did not pass, in one line; empty where all did."""
-    failed = [(metric, outcome) for metric, outcome in outcomes.items() if not outcome["passed"]]
-    return "; ".join(f"{metric} {_said(metric, outcome)}, not {outcome['bound']}" for metric, outcome in failed)
+def describe(outcomes: dict[str, dict[str, Any]], metrics: dict[str, Any]) -> str:
+    """What did not pass, in one line; empty where all did.
+
+    Args:
+        outcomes: from `outcomes`.
+        metrics: the stage's, which tell how sure a value is.
+    """
+    said = []
+    for metric, outcome in outcomes.items():
+        if not outcome["passed"]:
+            sure = "" if "se" in outcome else how_sure(metric, outcome["value"], metrics)
+            said.append(f"{metric} {_said(metric, outcome)}{sure}, not {outcome['bound']}")
+    return "; ".join(said)
+
+
+def how_sure(metric: str, value: float | None, metrics: dict[str, Any]) -> str:
+    """The 95 % interval of a value, to stand after it: ` (3 of 5 pairs, 95 %: 0.17 to 0.93)`; empty if nobody knows."""
+    pairs, error = _number(metrics, kinds.PAIRS), _number(metrics, f"{metric}_se")
+    if value is not None and metric in kinds.SHARES and pairs and 0 <= value <= 1:
+        low, high = interval(value * pairs, int(pairs))
+        return f" ({value * pairs:.4g} of {pairs:,} pairs, 95 %: {low:.2f} to {high:.2f})"
+    if value is not None and error:
+        return f" (95 %: {value - Z * error:.3g} to {value + Z * error:.3g})"
+    return ""
 
 
 def _said(metric: str, outcome: dict[str, Any]) -> str:
@@ -178,7 +199,7 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
     held_out = stage.data.holds_out
     certain, possible = _of_ppo(stage, held_out) if stage.facts.own_loop else _of_trl(stage, held_out)
     if recipe.evaluate and stage.facts.is_policy:
-        certain |= {kinds.JUDGED, "judge_replies"}
+        certain |= {kinds.JUDGED, kinds.REPLIES}
         (certain if recipe.evaluate.n > 1 else possible).add(f"{kinds.JUDGED}_se")
     return certain, possible
 

@@ -133,7 +133,7 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
             pictures.append(Picture(curve.title, curve.caption, svg, legend))
     known = kinds.find(kind)
     if known and known.own_loop:
-        pictures[2:2] = [*_frontier(chosen, name, len(runs) > 1), *_gold(chosen, name, len(runs) > 1)]
+        pictures[2:2] = [*_frontier(chosen, name, len(runs) > 1), *_score_and_judge(chosen, name, len(runs) > 1)]
     if known and known.makes == "reward":
         pictures += _pairs(chosen, name, len(runs) > 1)
     return pictures
@@ -159,7 +159,7 @@ def others(runs: Sequence[Run], name: str) -> list[tuple[str, Markup, str]]:
 
 def of_comparison(runs: Sequence[Run]) -> list[Picture]:
     """The pictures of the policies side by side."""
-    return [*_rewards(runs), *_win_rates(runs), *_proxy_and_gold(runs)]
+    return [*_rewards(runs), *_win_rates(runs), *_judge_over_reward(runs)]
 
 
 def budgets(stages: Sequence[Stage]) -> list[tuple[float, str]]:
@@ -214,18 +214,18 @@ def _frontier(chosen: Chosen, name: str, several: bool) -> list[Picture]:
     ]  # fmt: skip
 
 
-def _gold(chosen: Chosen, name: str, several: bool) -> list[Picture]:
+def _score_and_judge(chosen: Chosen, name: str, several: bool) -> list[Picture]:
     score = _lines(chosen, (("gold/score_mean", "reward model"),), several)
-    judge = _lines(chosen, (("gold/judge_mean", "gold judge"),), several)
+    judge = _lines(chosen, (("gold/judge_mean", "judge"),), several)
     if not score or not judge:
         return []
-    panels = (Panel(score, title="reward model's score"), Panel(judge, title="gold judge"))
-    svg = charts.curves(f"{name}: proxy reward and gold judge", *panels)
+    panels = (Panel(score, title="reward model's score"), Panel(judge, title="judge"))
+    svg = charts.curves(f"{name}: score and judge", *panels)
     caption = (
         "The same replies to held-out prompts, scored by the reward model (above) and by the judge, who knows better "
         "(below). Both should rise. Score up while the judge falls is reward hacking: stop where the judge was best."
     )
-    return [Picture("Proxy and gold", caption, svg, [_entry(line) for line in score] if several else [])]
+    return [Picture("Score and judge", caption, svg, [_entry(line) for line in score] if several else [])]
 
 
 def _pairs(chosen: Chosen, name: str, several: bool) -> list[Picture]:
@@ -361,7 +361,7 @@ def _win_rates(runs: Sequence[Run]) -> list[Picture]:
                     color = i if several else policy_color(str(one.get("a")), policies(run))
                     rows.append((f"{run.label}: {label}" if several else label, rate, low, high, color))
         if rows:
-            who = "the gold judge" if by == "judge" else "the reward model"
+            who = "the judge" if by == "judge" else "the reward model"
             caption = f"How often {who} prefers the first one's reply to the same prompt; ties count half. " + (
                 "An interval (95 %) that touches the middle decides nothing."
                 if by == "judge"
@@ -372,7 +372,7 @@ def _win_rates(runs: Sequence[Run]) -> list[Picture]:
     return pictures
 
 
-def _proxy_and_gold(runs: Sequence[Run]) -> list[Picture]:
+def _judge_over_reward(runs: Sequence[Run]) -> list[Picture]:
     points = []
     for i, run in enumerate(runs):
         names = policies(run)
@@ -385,12 +385,12 @@ def _proxy_and_gold(runs: Sequence[Run]) -> list[Picture]:
                 points.append((label, float(reward.mean()), float(judge.mean()), color))
     if len(points) < 2:
         return []
-    svg = charts.scatter("Gold judge over proxy reward by policy", points, "mean score of the reward model")
+    svg = charts.scatter("Judge over reward by policy", points, "mean score of the reward model")
     caption = (
-        "Each policy's mean by the gold judge (upwards) over its mean by the reward model (to the right). A policy "
+        "Each policy's mean by the judge (upwards) over its mean by the reward model (to the right). A policy "
         "further right but lower has learned what the reward model likes, not what is good."
     ) + _of_their_own(runs)
-    return [Picture("Gold over proxy", caption, svg)]
+    return [Picture("Judge over reward", caption, svg)]
 
 
 def _from_outside(value: str, nodes: list[tuple[str, str, str]], otherwise: str) -> str:

@@ -54,12 +54,13 @@ def render(runs: Sequence[Run]) -> str:
     environment.globals |= {"swatch": charts.swatch, "step_scale": charts.step_scale}
     names = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
     summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
+    found = {run.label: alarms.alarms(run) for run in runs}
     page = {
-        "runs": [_header(run) for run in runs],
+        "runs": [_header(run) | {"verdict": alarms.verdict(found[run.label])} for run in runs],
         "several": len(runs) > 1,
         "summary": summary,
         "gated": any(row["gates"] for row in summary),
-        "alarms": [(run.label, alarm) for run in runs for alarm in alarms.alarms(run)],
+        "alarms": [(label, alarm) for label, listed in found.items() for alarm in listed],
         "origins": [_origin(run) for run in runs],
         "differences": _differences(runs),
         "stages": [_stage(runs, name) for name in names],
@@ -121,10 +122,10 @@ def _progress(stage: Stage) -> str:
 
 
 def _summary(run: Run, stage: Stage) -> dict[str, Any]:
-    metrics = {metric: stage.final(metric) for metric in order(stage.kind)}
+    metrics = stage.record.metrics | {metric: stage.final(metric) for metric in order(stage.kind)}
     logged = {key: values.values.tolist() for key in metrics if (values := stage.series.get(key))}
     numbers = [
-        (one.name, None if one.before is None else short(one.before), short(one.after))
+        (one.name, None if one.before is None else short(one.before), short(one.after), one.rests_on)
         for one in headline(stage.kind, metrics, logged, _judged_before(run, stage))
     ]
     ignored = stage.record.gates_ignored

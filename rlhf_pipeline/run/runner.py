@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_pipeline import plan
+from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
@@ -27,6 +27,7 @@ from rlhf_pipeline.run.explain import SAFE, explain
 from rlhf_pipeline.run.launch import STOP_SIGNAL, Launcher
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import durable, jsonl
+from rlhf_pipeline.rundir.headline import headline
 from rlhf_pipeline.rundir.layout import (
     ADAPTER,
     JOB,
@@ -42,6 +43,7 @@ from rlhf_pipeline.rundir.layout import (
 )
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact, scrub
+from rlhf_pipeline.rundir.words import duration
 
 Say = Callable[[str], None]
 SAME_TO_ALL = 10  # replies with one and the same number, from which a judge is doubted
@@ -57,6 +59,7 @@ def run(
     ignore_gates: bool = False,
     reuse: bool = True,
     compare: bool = True,
+    also_check: Recipe | None = None,
     say: Say = print,
 ) -> list[StagePlan]:
     """Bring a recipe's run directory up to date.
@@ -70,6 +73,7 @@ def run(
         ignore_gates: continue past gates that are closed, and record that.
         reuse: take what another run beside this one, or this one formerly, has made of the same inputs.
         compare: at the end, send the same prompts through all policies that are there.
+        also_check: of a smoke, the same recipe with settings that are not cut: the warnings are then those about it.
         say: takes one line at a time, about what is going on.
 
     Returns:
@@ -117,7 +121,11 @@ def run(
             if to_check:
                 directory.note("checking settings and data")
                 say("check   settings and data of every stage")
-                _check(recipe, to_check, launcher, scratch, say)
+                warnings = _check(recipe, to_check, launcher, scratch)
+                if also_check is not None:
+                    warnings = _check(also_check, to_check, launcher, scratch)
+                for warning in warnings:
+                    say(f"warning: {warning}")
             durable.write_text(directory.path / RECIPE, redact(to_yaml(recipe)))
             trained: set[str | None] = set()
             for name in wanted.stages:
@@ -164,7 +172,7 @@ def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say
             "gate, or continue with `run --ignore-gates`",
         )
     if record.gates_ignored:
-        say(f"{name:<7} gates ignored: {gates.describe(record.gates)}")
+        say(f"{name:<7} gates ignored: {gates.describe(record.gates, record.metrics)}")
 
 
 @contextlib.contextmanager
@@ -191,12 +199,14 @@ def _stop_on_signals(launcher: Launcher, say: Say) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def check(recipe: Recipe, say: Say = print) -> None:
+def check(recipe: Recipe) -> list[str]:
     """Check settings and data of every stage of a recipe, in a worker.
 
     Args:
         recipe: from `recipe.load`.
-        say: takes warnings, a line each.
+
+    Returns:
+        Warnings, a sentence each.
 
     Raises:
         InputError: for all that was found wrong.
@@ -204,7 +214,7 @@ def check(recipe: Recipe, say: Say = print) -> None:
     trackers.require(recipe.report_to)
     plan.shapes(recipe)
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
-        _check(recipe, plan.make(recipe), launcher, scratch, say)
+        return _check(recipe, plan.make(recipe), launcher, scratch)
 
 
 @contextlib.contextmanager
@@ -214,15 +224,15 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, say: Say) -> None:
+def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path) -> list[str]:
     result, _ = jobs.do(
         recipe, launcher, "check", scratch / "check.json", scratch / "check.log", "the check of settings and data",
         stages=[stage.name for stage in stages],
     )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before anything was trained")
-    for warning in result["warnings"]:
-        say(f"warning: {warning}")
+    warnings: list[str] = result["warnings"]
+    return warnings
 
 
 def _train(
@@ -290,21 +300,22 @@ def _train(
             with contextlib.suppress(OSError):  # a disk that is full stays so; the record of the start is there
                 directory.write_record(stage.name, record.updated(**ended))
         raise
-    say(f"{stage.name:<7} done in {took:.0f} s" + _judged(stage.name, answer["metrics"], say))
+    say(f"{stage.name:<7} done in {duration(took)}" + _judged(stage, answer["metrics"], say))
     return done
 
 
-def _judged(name: str, metrics: dict[str, Any], say: Say) -> str:
+def _judged(stage: StagePlan, metrics: dict[str, Any], say: Say) -> str:
     """The judge's number, for the end of a line; a judge that says the same of everything is warned of."""
-    if "judge_mean" not in metrics:
+    if kinds.JUDGED not in metrics:
         return ""
-    mean, error, replies = metrics["judge_mean"], metrics.get("judge_mean_se"), metrics.get("judge_replies")
-    if error == 0 and replies and replies >= SAME_TO_ALL:
+    replies = metrics.get(kinds.REPLIES)
+    if metrics.get(f"{kinds.JUDGED}_se") == 0 and replies and replies >= SAME_TO_ALL:
         say(
-            f"warning: the judge gave all {replies} replies of `{name}` the same number, {mean:g}: look at them in "
-            f"{name}/samples.jsonl, and at what it reads"
+            f"warning: the judge gave all {replies} replies of `{stage.name}` the same number, "
+            f"{metrics[kinds.JUDGED]:g}: look at them in {stage.name}/samples.jsonl, and at what it reads"
         )
-    return f", judge_mean {mean:.3f}" + (f" ± {error:.3f}" if error else "")
+    numbers = headline(stage.kind, metrics)
+    return "".join(f", {number.name} {number.text}" for number in numbers if number.metric == kinds.JUDGED)
 
 
 def _take(stage: StagePlan, directory: RunDirectory, say: Say) -> Record | None:
@@ -426,7 +437,7 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
     trained = {name: value for name, value in stage.record.metrics.items() if not name.startswith("judge_")}
     metrics = trained | result["metrics"]
-    say(f"{stage.name:<7} judged again" + _judged(stage.name, result["metrics"], say))
+    say(f"{stage.name:<7} judged again" + _judged(stage, result["metrics"], say))
     return stage.record.updated(metrics=metrics, judging=stage.judging)
 
 

@@ -99,7 +99,7 @@ def settled(recipe: Recipe, name: str, record: Record, trust_versions: bool, ign
     closed = {metric: outcome["bound"] for metric, outcome in outcomes.items() if not outcome["passed"]}
     before = record.gates_ignored
     ignored = {metric: bound for metric, bound in closed.items() if ignore_gates or before.get(metric) == bound}
-    error = None if ignored == closed else f"a gate is closed: {gates.describe(outcomes)}"
+    error = None if ignored == closed else f"a gate is closed: {gates.describe(outcomes, record.metrics)}"
     changes = {
         "state": GATE_CLOSED if error else "done", "error": error, "gates": outcomes, "gates_ignored": ignored,
     }  # fmt: skip

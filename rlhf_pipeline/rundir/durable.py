@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 Contents = dict[str, list]  # a file's path inside its folder -> its size in bytes and its SHA-256
@@ -37,7 +38,7 @@ def contents(folder: Path) -> Contents:
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
 
 
-def difference(folder: Path, expected: Contents) -> str | None:
+def difference(folder: Path, expected: Mapping[str, Sequence[Any]]) -> str | None:
     """How a folder differs from what was written to it, as one phrase; None where every file is as it was.
 
     Files that came later do not count.

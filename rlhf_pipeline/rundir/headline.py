@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.rundir.words import ends
+from rlhf_pipeline.rundir.words import ends, short
+
+FEW = 200  # pairs: an accuracy over fewer is shown with their number; its 95 % interval is more than 0.14 wide
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,24 @@ class Headline:
         metric: its name among the final metrics.
         before: where it began; None where it has no beginning, or nobody knows it.
         after: what it came to.
+        rests_on: what that rests on, as ` (7 of 8 pairs)` or ` ± 0.049`; empty where nobody knows it.
     """
 
     name: str
     metric: str
     before: float | None
     after: float
+    rests_on: str
+
+    @property
+    def text(self) -> str:
+        """What it came to, in words."""
+        return short(self.after) + self.rests_on
+
+    @property
+    def change(self) -> str:
+        """Where it began, if that is known, and what it came to."""
+        return self.text if self.before is None else f"{short(self.before)} → {self.text}"
 
 
 def headline(
@@ -52,8 +66,22 @@ def headline(
         elif number.changes and logged and len(values := logged.get(number.logged or "", ())) > 1:
             before = ends(values)[0]
         if is_number(after):
-            found.append(Headline(number.name, number.metric, before, after))
+            found.append(Headline(number.name, number.metric, before, after, rests_on(number.metric, after, metrics)))
     return found
+
+
+def rests_on(metric: str, value: float, metrics: Mapping[str, Any]) -> str:
+    """What a final number rests on, to stand after it: of how many pairs a share is, else its standard error.
+
+    Args:
+        metric: its name.
+        value: it.
+        metrics: `metrics` of its `stage.json`, those of earlier versions included.
+    """
+    pairs, error = metrics.get(kinds.PAIRS), metrics.get(f"{metric}_se")
+    if metric in kinds.SHARES and is_number(pairs) and 0 < pairs < FEW:
+        return f" ({short(round(value * pairs, 1))} of {short(pairs)} pairs)"
+    return f" ± {error:.2g}" if is_number(error) and error > 0 else ""
 
 
 def series(kind: object, rows: Iterable[dict[str, Any]]) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -161,7 +161,7 @@ class RunDirectory:
         folder.rename(aside)
         return aside
 
-    def copy_of(self, name: str, source: Path, files: durable.Contents) -> Path | None:
+    def copy_of(self, name: str, source: Path, files: Mapping[str, Sequence[Any]]) -> Path | None:
         """Copy a stage of another run, but for its record and `work/`, to a place beside this run's stages; see `put`.
 
         The weights are a hard link where the disk allows it: nothing ever writes to published weights.

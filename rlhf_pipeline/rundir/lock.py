@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Literal, NoReturn
 
 from rlhf_pipeline.errors import RunError
+from rlhf_pipeline.rundir.words import duration
 
 BEAT_S = 15.0  # how often the holder shows that it is alive
 SILENT_S = 120.0  # a holder on another machine that has shown nothing for so long is taken for dead
@@ -175,7 +176,7 @@ class Lock:
         watch = f"`rlhf-pipeline watch {shlex.quote(str(self.folder))}` shows it"
         hint = f"{watch}; wait for it, or give this recipe another `name`"
         if holder is not None and holder.host != socket.gethostname():
-            hint += f"; if it died, its hold ends {SILENT_S:.0f} s after its last sign of life"
+            hint += f"; if it died, its hold ends {duration(SILENT_S)} after its last sign of life"
         raise RunError(f"{self.folder} is in use by {holder or 'another process'}", hint=hint)
 
 

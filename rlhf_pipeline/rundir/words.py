@@ -46,9 +46,13 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time as people say it: the two largest units that matter; nothing where it is not known."""
+    """A time as people say it: the two largest units that matter, below ten seconds with a decimal; nothing where it is
+    not known.
+    """
     if seconds is None:
         return ""
+    if seconds < 9.95:
+        return f"{round(seconds, 1):g} s"
     whole = round(seconds)
     for size, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:

@@ -37,7 +37,7 @@ LAYER_KEYS = (
 )  # fmt: skip
 
 
-def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Recipe, dict[str, str], list[str]]:
+def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Recipe, Recipe, dict[str, str], list[str]]:
     """The recipe as it is smoked.
 
     Args:
@@ -46,7 +46,8 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
         tokenizer: see `smoke`.
 
     Returns:
-        The recipe; which path of it replaces which of the original; and what that leaves untested.
+        The recipe; the same with the original's lengths, batches and steps, by which its rows are checked; which path
+        of both replaces which of the original; and what all of it leaves untested.
     """
     cut = recipe.model_copy(deep=True)
     notes: list[str] = []
@@ -96,8 +97,10 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
             path = str(first[0]) if len(first) == 1 else path
         source.path, source.subset, source.revision, source.split = str(file), None, None, "train"
         origins[str(file)] = path
-    _cut_settings(cut, notes)
-    return cut, origins, notes
+    _leave_out_what_needs_a_gpu(cut, notes)
+    uncut = cut.model_copy(deep=True)
+    _cut_settings(cut)
+    return cut, uncut, origins, notes
 
 
 def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
@@ -236,13 +239,19 @@ def _fit_llama(lora: dict[str, Any]) -> bool:
     return lora != before
 
 
-def _cut_settings(recipe: Recipe, notes: list[str]) -> None:
-    """Few steps, small batches and short sequences in every stage."""
+def _leave_out_what_needs_a_gpu(recipe: Recipe, notes: list[str]) -> None:
     left_out: dict[str, None] = {}
     for stage in recipe.stages.values():
         for key in GPU_ONLY:
             if stage.trainer.pop(key, False):
                 left_out[key] = None
+    if left_out:
+        notes.append(f"{', '.join(f'`{key}`' for key in left_out)}: left out, since a CPU does not use them")
+
+
+def _cut_settings(recipe: Recipe) -> None:
+    """Few steps, small batches and short sequences in every stage."""
+    for stage in recipe.stages.values():
         kind = kinds.get(stage.kind)
         if kind.own_loop:
             _cut_ppo(stage.trainer)
@@ -251,8 +260,6 @@ def _cut_settings(recipe: Recipe, notes: list[str]) -> None:
         _cut_data(stage.data, replies=kind.reads != "prompts")
         if stage.ptx_data:
             _cut_data(stage.ptx_data, replies=True)
-    if left_out:
-        notes.append(f"{', '.join(f'`{key}`' for key in left_out)}: left out, since a CPU does not use them")
     if recipe.evaluate:
         _cut_data(recipe.evaluate.data, replies=False)
         recipe.evaluate.n = min(recipe.evaluate.n, BATCH)

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import tempfile
 import time
@@ -15,15 +16,18 @@ from types import FrameType
 from typing import Any
 
 from rlhf_pipeline import plan
+from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.errors import InputError, InputErrors, RunError
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import runner
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
 from rlhf_pipeline.rundir.layout import METRICS, RunDirectory
-from rlhf_pipeline.smoke.cut import cut_recipe
+from rlhf_pipeline.rundir.words import duration
+from rlhf_pipeline.smoke.cut import ROWS, cut_recipe
 
 Say = Callable[[str], None]
+WARNING = "warning: "
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Smoked:
     def __str__(self) -> str:
         parts = [f"{self.name:<7}", self.state]
         if self.seconds is not None:
-            parts.append(f"{self.seconds:.1f} s")
+            parts.append(duration(self.seconds))
         if self.state == "ok" and self.first is not None and self.last is not None:
             parts.append(f"{self.metric} {self.first:.4g} → {self.last:.4g}")
         return "  ".join([*parts, *([self.error] if self.error else [])])
@@ -64,6 +68,7 @@ class Report:
     Attributes:
         stages: those of the recipe, in its order.
         notes: what was not tested, or stood in for something else.
+        warnings: what may be wrong with the first rows of the data, as `validate` says it of all.
         seconds: how long all of it took.
         failure: the whole message of what failed.
         hint: what to do about it.
@@ -71,6 +76,7 @@ class Report:
 
     stages: list[Smoked]
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     failure: str | None = None
     hint: str | None = None
@@ -101,18 +107,21 @@ def smoke(recipe: Recipe, *, tokenizer: str | None = None, keep: Path | None = N
     began = time.perf_counter()
     plan.shapes(recipe)  # what the first rows show needs no model
     with _folder(keep) as folder, _environment(folder):
-        cut, origins, notes = cut_recipe(recipe, folder, tokenizer)
+        cut, uncut, origins, notes = cut_recipe(recipe, folder, tokenizer)
         for note in notes:
             say(f"note: {note}")
         report = Report([Smoked(name, stage.kind) for name, stage in recipe.stages.items()], notes)
+
+        def pass_on(line: str) -> None:
+            if "gates ignored" in line or _of_few_rows(line, uncut):
+                return
+            if line.startswith(WARNING):
+                line = _replaced(line, origins)
+                report.warnings.append(line.removeprefix(WARNING))
+            say(line)
+
         try:
-            runner.run(
-                cut,
-                ignore_gates=True,
-                reuse=False,
-                compare=False,
-                say=lambda line: None if _of_the_real_run(line) else say(line),
-            )
+            runner.run(cut, ignore_gates=True, reuse=False, compare=False, also_check=uncut, say=pass_on)
         except InputError as error:
             raise _in_their_words(error, origins) from None
         except RunError as error:
@@ -126,9 +135,13 @@ def smoke(recipe: Recipe, *, tokenizer: str | None = None, keep: Path | None = N
     return report
 
 
-def _of_the_real_run(line: str) -> bool:
-    """Whether a line is about gates, or about what all rows together are like, of which there are only a few here."""
-    return line.startswith("warning: ") or "gates ignored" in line
+def _of_few_rows(line: str, uncut: Recipe) -> bool:
+    """Whether a line warns of too few rows, where there are more of which only the first ones were taken."""
+    found = re.match(rf"{WARNING}stages\.([\w-]+)\.(data|ptx_data): \d+ rows are fewer than one batch", line)
+    if found is None:
+        return False
+    data = getattr(uncut.stages[found[1]], found[2])
+    return any(len(first_rows(source, ROWS) or ()) == ROWS for source in data.sources)
 
 
 def _see(stage: Smoked, directory: RunDirectory, origins: dict[str, str]) -> None:

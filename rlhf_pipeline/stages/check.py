@@ -298,9 +298,8 @@ def _evaluate_report(recipe: Recipe, reader: Reader) -> tuple[dict[str, Any], li
     except InputError as error:
         return found | {"warnings": []}, error.all
     positions = getattr(reader.config.get_text_config(), "max_position_embeddings", None)
-    seen_by = Trainer(
-        response_length=recipe.evaluate.max_new_tokens, stop_token=tokenizer.eos_token_id, max_positions=positions
-    )
+    stops = stop_tokens(tokenizer, reader.generation_config, {})
+    seen_by = Trainer(response_length=recipe.evaluate.max_new_tokens, stop_tokens=stops, max_positions=positions)
     found["data"] = measure.measure(like, prepared, spec, tokenizer, seen_by)
     if recipe.model.chat_template:
         found["data"]["chat_template"] = "recipe"
@@ -338,6 +337,6 @@ def _judged_on_what_is_trained_on(recipe: Recipe, names: Sequence[str], reader: 
         if seen:
             warnings.append(
                 f"evaluate.data: {problems.out_of(seen, len(judged))} of its prompts are trained on in `{name}`, so "
-                "`judge_mean` flatters"
+                "the judge's mean looks too good: give `evaluate` prompts that no stage trains on"
             )
     return warnings

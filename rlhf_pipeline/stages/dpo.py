@@ -32,6 +32,7 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
     """
 
     kind = kinds.get("dpo")
+    loss_weights: list[float]
 
     def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
         """The pairs, and the tokens of their replies; chosen ones are the first half of a batch."""
@@ -41,7 +42,7 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, each of its terms weighed by what it is over; see `Resumable.weight`."""
-        usual: list[float] = self.loss_weights
+        usual = self.loss_weights
         losses: list[str] = self.loss_types
         if self.model.training or "sft" in losses:
             weights = [self.weight(inputs, "chosen tokens" if loss == "sft" else "rows") for loss in losses]

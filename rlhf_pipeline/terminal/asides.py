@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf_pipeline.rundir.headline import headline
+from rlhf_pipeline.rundir.words import duration
 
 
 def show(asides: list[dict[str, Any]], console: Console) -> None:
@@ -24,8 +25,9 @@ def show(asides: list[dict[str, Any]], console: Console) -> None:
         was = aside["state"] or "without a record"
         numbers = aside["metrics"] if isinstance(aside["metrics"], dict) else {}
         for number in headline(aside["kind"], numbers)[:1]:
-            was += f", {number.name} {number.after:.3g}"
-        age = _age(time.time() - aside["moved_at"])
+            was += f", {number.name} {number.text}"
+        seconds = time.time() - aside["moved_at"]
+        age = duration(seconds) if seconds >= 60 else "just now"
         table.add_row(escape(aside["name"]), escape(was), age, size_text(aside["bytes"]))
     console.print(table)
     total = size_text(sum(aside["bytes"] for aside in asides))
@@ -39,10 +41,3 @@ def size_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def _age(seconds: float) -> str:
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return "just now"

@@ -14,10 +14,12 @@ from rich.live import Live
 from rich.text import Text
 
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.report import alarms
 from rlhf_pipeline.rundir.headline import is_number
 from rlhf_pipeline.rundir.layout import LOG, RunDirectory
 from rlhf_pipeline.rundir.secrets import redact
-from rlhf_pipeline.rundir.words import duration, one_line, printable
+from rlhf_pipeline.rundir.words import duration, one_line, printable, short
+from rlhf_pipeline.terminal.alarms import show_alarms, style_of
 from rlhf_pipeline.terminal.console import Console
 from rlhf_pipeline.terminal.tables import STYLES
 from rlhf_pipeline.terminal.watching import RunView, StageView
@@ -116,7 +118,10 @@ def watch(run: Path, say: Say, console: Console, *, verbose: bool = False) -> No
             return
     view = RunView(run, locked=lambda: False)
     view.refresh()
+    view.alarms = []  # they are shown in full, those of all stages
     console.print(Display(view))
+    if any(stage.record.model_fields_set for stage in view.stages):
+        show_alarms(alarms.read(run), console)
     say(f"the run in {run} has ended" if watched else f"nothing is running in {run}")
 
 
@@ -179,6 +184,7 @@ class _Plain:
         self.due = 0.0
         self.last: tuple[str, int] | None = None
         self.doing: str | None = None
+        self.alarms: list[alarms.Alarm] = []
 
     def refresh(self) -> None:
         self.view.refresh()
@@ -186,6 +192,10 @@ class _Plain:
             self.say(one_line(str(self.view.doing)))
         self.doing = self.view.doing
         now, stage = time.monotonic(), self.view.at_work
+        if self.view.alarms != self.alarms:
+            self.alarms = self.view.alarms
+            if self.alarms:
+                self.say(one_line(alarms.verdict(self.alarms)))
         if stage is not self.stage:
             self.stage, self.due, self.last = stage, now + PLAIN_EVERY_S, None
         elif stage and now >= self.due and (stage.phase, stage.step) != self.last:
@@ -281,19 +291,23 @@ class Display:
     def _lines(self, width: int, height: int, signs: "_Signs") -> list[Text]:
         stage = self.view.at_work
         stages = [self._stage(one, width, signs) for one in self.view.stages]
+        found = self.view.alarms
+        verdict = signs.fit(f" {one_line(alarms.verdict(found))}", width)
+        said = [Text(verdict, style=style_of(found))] if found else []
         if stage is None:
-            if not self.view.doing:
-                return _around(stages, 0, height, signs)
-            doing = Text(signs.fit(f"  {one_line(self.view.doing)}", width))
-            return [*_around(stages, 0, height - 1, signs), doing] if height > 1 and stages else [doing]
+            doing = [Text(signs.fit(f"  {one_line(self.view.doing)}", width))] if self.view.doing else []
+            said = said if height > len(doing) + 1 else []
+            return [*(_around(stages, 0, height - len(said) - len(doing), signs) if stages else []), *said, *doing]
         work = [_bar(stage, width, signs), *_trends(stage, width, signs)]
         sample = _sample(stage, width, signs, self.now)
         if height < len(work) + 3:
             return work[: max(height, 1)]
-        if height < len(stages) + len(work) + len(sample) + 2:
+        if height < len(stages) + len(said) + len(work) + len(sample) + 2:
             sample = []
-        stages = _around(stages, self.view.stages.index(stage), height - len(work) - 1, signs)
-        return [*stages, Text(), *work, *([Text(), *sample] if sample else [])]
+        if height < len(said) + len(work) + 3:
+            said = []
+        stages = _around(stages, self.view.stages.index(stage), height - len(said) - len(work) - 1, signs)
+        return [*stages, *said, Text(), *work, *([Text(), *sample] if sample else [])]
 
     def _stage(self, stage: StageView, width: int, signs: "_Signs") -> Text:
         word = self.view.word(stage)
@@ -306,11 +320,11 @@ class Display:
         line.append(f"{signs.of_state(stage.state, current)} ", style=style)
         line.append(f"{signs.fit(stage.name, min(names, 24)):<{min(names, 24)}}  ", style="bold" if current else "")
         line.append(f"{word:<{max(9, *(len(self.view.word(one)) for one in self.view.stages))}}  ", style=style)
-        time_of = "" if wall_s is None else duration(wall_s)
+        time_of = duration(round(wall_s) if current and wall_s is not None else wall_s)
         line.append(f"{time_of:>12}   ")
         about = ""
         if stage.state == "done":
-            about = "   ".join(f"{name} {_short(value)}" for name, value in stage.final.items())
+            about = "   ".join(f"{name} {value}" for name, value in stage.final.items())
         elif not current and stage.state != "missing":
             about = one_line(stage.reason)
         line.append(signs.fit(about, width - line.cell_len), style="dim")
@@ -337,6 +351,8 @@ class _Signs:
 
     def fit(self, text: str, width: int) -> str:
         """`text` in characters of the terminal, cut at its end where it is too wide."""
+        if self.plain:
+            text = text.replace("\N{MINUS SIGN}", "-").replace("±", "+-")
         text = text.encode(self.encoding, "replace").decode(self.encoding)
         if cell_len(text) <= width:
             return text
@@ -400,8 +416,8 @@ def _numbers(stage: StageView) -> list[str]:
 
 def _value(stage: StageView, name: str) -> str:
     """The last value of a number; the KL with what bounds it."""
-    of = f" of {stage.bound_of_kl:g}" if stage.logged[name] == "objective/kl" and stage.bound_of_kl else ""
-    return _short(stage.values[name][-1]) + of
+    of = f" of {short(stage.bound_of_kl)}" if stage.logged[name] == "objective/kl" and stage.bound_of_kl else ""
+    return short(stage.values[name][-1]) + of
 
 
 def _trends(stage: StageView, width: int, signs: _Signs) -> list[Text]:
@@ -416,7 +432,7 @@ def _trends(stage: StageView, width: int, signs: _Signs) -> list[Text]:
     for name in names:
         line = Text("  ")
         line.append(f"{name:<{widest}}  ", style="dim")
-        line.append(f"{values[name]:<{widest_value}}   ", style="bold")
+        line.append(f"{signs.fit(values[name], width):<{widest_value}}   ", style="bold")
         line.append(signs.trend(stage.values[name], length), style="cyan")
         lines.append(line)
     return lines
@@ -428,7 +444,7 @@ def _sample(stage: StageView, width: int, signs: _Signs, now: float) -> list[Tex
         return []
     row = stage.samples[int(now / SAMPLE_S) % len(stage.samples)]
     facts = [f"step {row['step']}"] if isinstance(row.get("step"), int) else []
-    facts += [f"{name} {_short(row[name])}" for name in ("score", "kl", "judge") if is_number(row.get(name))]
+    facts += [f"{name} {short(row[name])}" for name in ("score", "kl", "judge") if is_number(row.get(name))]
     facts += ["did not end"] if row.get("ended") is False else []
     lines = [Text("  ").append(signs.fit("a sample: " + ", ".join(facts), width - 2), style="dim")]
     for name, text in (("prompt", _words_of(row.get("prompt"))), ("reply", _words_of(row.get("completion")))):
@@ -469,7 +485,3 @@ def _around(lines: list[Text], place: int, height: int, signs: _Signs) -> list[T
     start = min(max(place - room // 2, 0), len(lines) - room)
     more = Text(f"   {signs.more} {len(lines) - room} more", style="dim")
     return [*lines[start : start + room], more][: max(height, 1)]
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"

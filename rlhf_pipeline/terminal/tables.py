@@ -43,7 +43,7 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
     for plan in plans:
         summary = plan.summary()
         wall_s = summary["wall_s"]
-        numbers = "  ".join(f"{number.name} {number.after:.3g}" for number in headline(plan.kind, summary["metrics"]))
+        numbers = "  ".join(f"{number.name} {number.text}" for number in headline(plan.kind, summary["metrics"]))
         unremarkable = plan.state == "done" and numbers and not plan.record.gates_ignored
         about = numbers if unremarkable else escape(_why(plan))
         if plan.is_current and plan.state != "done" and numbers:
@@ -94,10 +94,7 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
 def _changes(plan: StagePlan, run: Path, metrics: dict[str, Any], judged: float | None) -> list[str]:
     """The numbers that tell what a stage did, with where they began."""
     numbers = headline(plan.kind, metrics, series(plan.kind, jsonl.rows(run / plan.name / METRICS)), judged)
-    return [
-        f"{number.name} " + ("" if number.before is None else f"{number.before:.3g} → ") + f"{number.after:.3g}"
-        for number in numbers
-    ]
+    return [f"{number.name} {number.change}" for number in numbers]
 
 
 def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:

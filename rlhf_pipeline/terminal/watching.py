@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.report import alarms
 from rlhf_pipeline.rundir.headline import headline, is_number
 from rlhf_pipeline.rundir.jsonl import parse
 from rlhf_pipeline.rundir.layout import JOB, METRICS, PROGRESS, RECIPE, RECORD, SAMPLES, RunDirectory, read_json
@@ -131,9 +132,9 @@ class StageView:
         return next((bound for bound in bounds if isinstance(bound, (int, float))), None)
 
     @property
-    def final(self) -> dict[str, float]:
-        """The numbers to show of a stage that is done."""
-        return {number.name: number.after for number in headline(self.kind, self.record.metrics)}
+    def final(self) -> dict[str, str]:
+        """The numbers to show of a stage that is done, in words."""
+        return {number.name: number.text for number in headline(self.kind, self.record.metrics)}
 
     @property
     def logged(self) -> dict[str, str]:
@@ -205,6 +206,7 @@ class RunView:
         at_work: the stage that is, if one is.
         doing: what the run does where no stage is at work, as it checks or compares; None where nobody knows, and of a
             run of this process.
+        alarms: the bad ones of stages that are finished, their states apart.
     """
 
     def __init__(self, run: Path, recipe: Recipe | None = None, locked: Callable[[], bool] | None = None) -> None:
@@ -212,6 +214,7 @@ class RunView:
         self.stages: list[StageView] = []
         self.at_work: StageView | None = None
         self.doing: str | None = None
+        self.alarms: list[alarms.Alarm] = []
         self._recipe = {"stages": recipe.model_dump()["stages"]} if recipe else {}
         self._locked, self._follows_recipe = locked, recipe is None
         self._recipe_written: Written | None = None
@@ -269,6 +272,11 @@ class RunView:
                 view = StageView(self.directory, found.name, found.kind)
             view.state, view.reason, view.record = found.state, found.reason, found.record
             self.stages.append(view)
+        finished = [stage.name for stage in self.stages if stage.record.is_finished]
+        listed = alarms.read(self.directory.path) if finished else []
+        self.alarms = [
+            alarm for alarm in listed if alarm.level == "bad" and alarm.where in finished and not alarm.is_state
+        ]
 
 
 def _written(file: Path) -> Written | None:

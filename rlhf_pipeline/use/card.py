@@ -13,7 +13,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe import TINY, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
-from rlhf_pipeline.rundir.headline import order, shown_as
+from rlhf_pipeline.rundir.headline import is_number, order, rests_on, shown_as
 from rlhf_pipeline.rundir.jsonl import rows
 from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
 from rlhf_pipeline.rundir.record import Record
@@ -79,7 +79,7 @@ def text(
         origins=_origins(records),
         sources=_sources(inputs),
         settings=[[key, *(_value(one.get(key)) for one in inputs.values())] for key in settings],
-        metrics=[[shown_as(kind.name, name), _value(metrics[stage][name])] for name in listed],
+        metrics=[[shown_as(kind.name, name), _number(metrics[stage], name)] for name in listed],
         judging=judging | {"prompts": str(judging.get("data", "")).rpartition("@")[0]},
         judged=bool(judging) and "judge_mean" in metrics[stage],
         judged_before=[
@@ -173,6 +173,12 @@ def _sources(inputs: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
             for source in filter(None, str(of_stage.get(key) or "").split(" + ")):
                 path, at, digest = source.rpartition("@")
                 yield [name, key, path if at else source, digest if at else ""]
+
+
+def _number(metrics: dict[str, Any], name: str) -> str:
+    """A final number with what it rests on, where that is known."""
+    value = metrics[name]
+    return _value(value) + (rests_on(name, value, metrics) if is_number(value) else "")
 
 
 def _value(value: Any) -> str:

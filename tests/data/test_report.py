@@ -1,6 +1,7 @@
 """What is said of the data is what the trainers read, and what would spoil training is found."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -335,8 +336,12 @@ class TestWarnings:
     def test_more_than_a_tenth_cut(self, data, measure, long, warned):
         rows = [*demonstrations(20 - long), *[{"prompt": f"long {i}", "completion": " is" * 9} for i in range(long)]]
         for limits, trainer, words in (
-            ({"max_completion_length": 6}, Trainer(), "max_completion_length 6, and have no EOS"),
-            ({}, Trainer(max_length=9), "max_length 9, and are cut there"),
+            (
+                {"max_completion_length": 6},
+                Trainer(),
+                "length 6, and have no EOS: raise `max_completion_length`, or",
+            ),
+            ({}, Trainer(max_length=9), "max_length 9, and are cut there: raise it, or set"),
         ):
             errors, warnings = found(measure("sft", data(rows, **limits), trainer))
             assert errors == []
@@ -378,13 +383,17 @@ class TestWarnings:
         seen = data(pairs(3))
         _, warnings = found(measure("dpo", spec.model_copy(update={"eval_data": seen})))
         assert warnings == [
-            "stages.x.data: the prompts of 3 of 3 (100%) held-out rows are trained on too, so evaluation looks too good"
+            "stages.x.data: the prompts of 3 of 3 (100%) held-out rows are trained on too, so evaluation looks too "
+            "good: hold out other prompts; `eval_fraction` does"
         ]
 
     def test_fewer_rows_than_a_batch(self, data, measure):
         assert found(measure("sft", data(demonstrations(7)), Trainer(batch=7)))[1] == []
         _, warnings = found(measure("sft", data(demonstrations(7)), Trainer(batch=8)))
-        assert warnings == ["stages.x.data: 7 rows are fewer than one batch of 8"]
+        assert warnings == [
+            "stages.x.data: 7 rows are fewer than one batch of 8: lower `per_device_train_batch_size` or "
+            "`gradient_accumulation_steps`, or add rows"
+        ]
 
     @pytest.mark.parametrize("kind", ["sft", "reward", "ppo", "dpo"])
     def test_rows_beyond_the_models_positions(self, data, measure, kind, tokenizer):
@@ -410,6 +419,22 @@ class TestWarnings:
         rows[3]["prompt"] = "<bos>" + rows[3]["prompt"]
         _, warnings = found(measure("sft", data(rows), tokenizer=tokenizer))
         assert [warning for warning in warnings if "1 of 20 (5%) rows begin with BOS twice" in warning]
+
+    def test_every_one_says_what_to_do(self, data, measure):
+        numbers = measure("dpo", data(pairs(20, longer=20)))
+        numbers |= {
+            "batch": 99, "conversations": 3, "cut": {"prompt": 9, "chosen": 9}, "max_length": {"cut": 9, "left_out": 9},
+            "beyond_model": 2, "duplicates": {"rows": 3, "prompts": 3}, "equal_pairs": 1, "held_out_rows": 4,
+            "both_sides": {"prompts": 1, "held_out_rows": 1}, "bos_doubled": 1,
+            "held_out_max_length": {"cut": 0, "left_out": 0},
+            "run_together": {"rows": 20, "of": 20, "example": "a:b"},
+            "replies": numbers["replies"] | {"without_loss": 2},
+            "limits": numbers["limits"] | {"max_prompt_length": 8, "max_completion_length": 8, "max_positions": 64},
+        }  # fmt: skip
+        warnings = found(numbers)[1]
+        assert len(warnings) == 14
+        to_do = r"(: |; else |; |, )(lower|raise|set|write|take|remove|hold|add|end prompts|if not meant, remove) "
+        assert [warning for warning in warnings if not re.search(to_do, warning + " ")] == []
 
 
 class TestAcross:

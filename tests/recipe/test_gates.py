@@ -99,15 +99,28 @@ def test_outcomes_hold_every_gate_against_its_metric():
 
 def test_what_did_not_pass_is_described_in_one_line():
     gates = {"eval_accuracy": ">= 0.65", "eval_loss": "< 1", "gone": "> 0"}
-    text = describe(outcomes(gates, {"eval_accuracy": 0.61, "eval_loss": 0.5}))
+    text = describe(outcomes(gates, {"eval_accuracy": 0.61, "eval_loss": 0.5}), {})
     assert text == "eval_accuracy is 0.61, not >= 0.65; gone has no value, not > 0"
-    assert describe(outcomes(gates, {"eval_accuracy": 0.7, "eval_loss": 0.5, "gone": 1})) == ""
-    assert describe({}) == ""
+    assert describe(outcomes(gates, {"eval_accuracy": 0.7, "eval_loss": 0.5, "gone": 1}), {}) == ""
+    assert describe({}, {}) == ""
 
 
 def test_a_value_just_beyond_its_bound_is_not_rounded_onto_it():
-    assert describe(outcomes({"m": ">= 0.65"}, {"m": 0.6499999})) == "m is 0.6499999, not >= 0.65"
-    assert describe(outcomes({"m": "<= 10"}, {"m": 12.3456789})) == "m is 12.35, not <= 10"
+    assert describe(outcomes({"m": ">= 0.65"}, {"m": 0.6499999}), {}) == "m is 0.6499999, not >= 0.65"
+    assert describe(outcomes({"m": "<= 10"}, {"m": 12.3456789}), {}) == "m is 12.35, not <= 10"
+
+
+def test_a_share_of_pairs_that_did_not_pass_is_described_with_its_interval():
+    """By Wilson's with continuity correction; 3 of 5 say little."""
+    metrics = {"eval_accuracy": 0.6, "eval_pairs": 5}
+    said = "eval_accuracy is 0.6 (3 of 5 pairs, 95 %: 0.17 to 0.93), not >= 0.65"
+    assert describe(outcomes({"eval_accuracy": ">= 0.65"}, metrics), metrics) == said
+
+
+def test_a_mean_of_the_judge_that_did_not_pass_is_described_with_its_interval():
+    metrics = {"judge_mean": 0.55, "judge_mean_se": 0.049}
+    said = "judge_mean is 0.55 (95 %: 0.454 to 0.646), not >= 0.6"
+    assert describe(outcomes({"judge_mean": ">= 0.6"}, metrics), metrics) == said
 
 
 def test_a_margin_beyond_the_noise_is_added_to_the_bound():
@@ -116,12 +129,13 @@ def test_a_margin_beyond_the_noise_is_added_to_the_bound():
     assert parse("judge_mean", gates["judge_mean"]) == Gate("judge_mean", ">=", 0.6, 2.0)
     assert parse("judge_mean", "<=0.2-1.5se") == Gate("judge_mean", "<=", 0.2, -1.5)
     assert outcomes(gates, {"judge_mean": 0.71, "judge_mean_se": 0.05})["judge_mean"]["passed"]
-    closed = outcomes(gates, {"judge_mean": 0.69, "judge_mean_se": 0.05})
+    metrics = {"judge_mean": 0.69, "judge_mean_se": 0.05}
+    closed = outcomes(gates, metrics)
     assert closed["judge_mean"] == {"bound": ">= 0.6 + 2 se", "value": 0.69, "se": 0.05, "passed": False}
-    assert describe(closed) == "judge_mean is 0.69 (se 0.05), not >= 0.6 + 2 se"
+    assert describe(closed, metrics) == "judge_mean is 0.69 (se 0.05), not >= 0.6 + 2 se"
     unknown = outcomes(gates, {"judge_mean": 0.99})
     assert not unknown["judge_mean"]["passed"]
-    assert describe(unknown) == "judge_mean has no standard error, not >= 0.6 + 2 se"
+    assert describe(unknown, {}) == "judge_mean has no standard error, not >= 0.6 + 2 se"
 
 
 def test_a_margin_needs_a_metric_with_a_standard_error(load):

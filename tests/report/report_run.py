@@ -53,9 +53,12 @@ def metrics(kind: str, steps: int) -> list[dict[str, Any]]:
         rows.append(row)
     if kind == "ppo":
         rows += [
-            {"step": step, "time": 1.8e9, "gold/judge_mean": judge, "gold/score_mean": score, "gold/kl": 0.0}
+            {
+                "step": step, "time": 1.8e9, "gold/judge_mean": judge, "gold/judge_mean_se": 0.03,
+                "gold/score_mean": score, "gold/kl": 0.0,
+            }
             for step, judge, score in ((0, 0.5, 1.0), (steps // 2, 0.8, 1.5), (steps, 0.9, 2.0))
-        ]
+        ]  # fmt: skip
     return rows
 
 

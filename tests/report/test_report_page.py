@@ -350,7 +350,7 @@ def test_a_sound_run_has_no_alarms(run):
         ("ppo", {}, [{"policy/clipfrac_avg": 0.6}] * 5, "look ppo 60% of the policy's updates are clipped"),
         ("ppo", {}, [{"gold/judge_mean": 0.3, "gold/score_mean": 9.0}], "bad ppo Reward hacking: since step 60"),
         ("sft", {}, [{"loss": None}] * 3, "bad sft Not a finite number, 3 times at most: loss"),
-        ("reward", {"metrics": {"eval_accuracy": 0.51}}, [], "bad reward Accuracy is 0.51"),
+        ("reward", {"metrics": {"eval_accuracy": 0.51}}, [], "bad reward Held-out accuracy is 0.51, 204 of 400 pairs"),
         ("reward", {}, [], "look reward Prefers longer replies"),
         ("dpo", {}, [{"rewards/accuracies": 0.5}] * 5, "look dpo Accuracy is 0.5"),
     ],

@@ -128,8 +128,8 @@ def test_the_table_tells_what_each_was_and_the_total(run: Path):
     lines = text(asides).splitlines()
     assert lines[0].split() == ["moved", "aside", "was", "age", "size"]
     assert lines[1].split() == ["reward.1", "done,", "held-out", "accuracy", "0.61", "2", "d", "2.5", "MB"]
-    assert lines[2].split() == ["sft.2", "without", "a", "record", "2", "h", "40", "B"]
-    assert lines[3].split() == ["ppo.3", "failed", "2", "min", "12", "kB"]
+    assert lines[2].split() == ["sft.2", "without", "a", "record", "2", "h", "1", "min", "40", "B"]
+    assert lines[3].split() == ["ppo.3", "failed", "2", "min", "10", "s", "12", "kB"]
     assert lines[4] == "3 folders, 2.5 MB"
 
 

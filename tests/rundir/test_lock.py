@@ -18,6 +18,7 @@ import pytest
 
 from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.rundir.lock import SILENT_S, Holder, Lock
+from rlhf_pipeline.rundir.words import duration
 
 # A process that holds the lock until a line comes in. What it may see otherwise: another host's name, how often it
 # shows that it is alive, and a file system without locks.
@@ -250,7 +251,7 @@ def test_a_holder_on_another_machine_that_lives_is_respected_though_its_lock_is_
     leave(lock, "elsewhere", SILENT_S / 2)
     error = refusal(lock)
     assert "in use by process 4711 on elsewhere, since 2026-01-02 03:04:05" in error.message
-    assert f"its hold ends {SILENT_S:.0f} s after its last sign of life" in error.hint
+    assert f"its hold ends {duration(SILENT_S)} after its last sign of life" in error.hint
     assert json.loads(lock.file.read_text())["pid"] == 4711
 
 

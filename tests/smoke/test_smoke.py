@@ -145,6 +145,17 @@ class TestFourStages:
         ]  # fmt: skip
         assert report["seconds"] < 120
 
+    def test_what_validate_warns_of_is_said_of_the_first_rows(self, smoked):
+        """And not what follows from there being so few of them: DPO's batch is of 512 pairs."""
+        warnings = json.loads(smoked[2].stdout)["warnings"]
+        assert [f"warning: {warning}" for warning in warnings] == [
+            line for line in smoked[2].stderr.splitlines() if line.startswith("warning: ")
+        ]
+        said = "\n".join(warnings)
+        assert "stages.ppo.data: the prompts of 8 of 8 (100%) held-out rows are trained on too" in said
+        assert "stages.reward.trainer.learning_rate is not set" in said
+        assert "fewer than one batch" not in said
+
     def test_model_is_a_small_one_of_the_same_architecture(self, smoked):
         config = json.loads((smoked[1] / "model" / "config.json").read_text())
         assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("qwen3", 2, 64)

@@ -533,6 +533,7 @@ def test_watch_waits_for_a_run_and_shows_its_check(tmp_path, monkeypatch):
         f"the run in {directory.path} has ended",
     ]
     assert output.getvalue().split()[:3] == ["✓", "sft", "done"]
+    assert "No alarms. " in output.getvalue()
 
 
 def test_the_display_says_what_a_run_does_while_no_stage_is_at_work(run):

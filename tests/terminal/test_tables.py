@@ -140,8 +140,11 @@ def test_the_json_object_holds_every_stage_and_nothing_internal():
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.4, "0 s"), (16.3, "16 s"), (59.6, "1 min"), (200, "3 min 20 s"), (4320, "1 h 12 min"), (93600, "1 d 2 h")],
-)
+    [
+        (0, "0 s"), (0.43, "0.4 s"), (9.97, "10 s"), (16.3, "16 s"), (59.6, "1 min"), (200, "3 min 20 s"),
+        (4320, "1 h 12 min"), (93600, "1 d 2 h"),
+    ],
+)  # fmt: skip
 def test_times_are_said_as_people_do(seconds, said):
     assert duration(seconds) == said
 

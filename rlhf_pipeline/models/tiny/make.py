@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_pipeline.models.tiny import world
+from rlhf_pipeline.rundir.words import duration
 
 SEED = 0
 CONTEXT = 64  # tokens per pretraining sequence
@@ -134,7 +135,7 @@ def main() -> None:
     model = pretrain(tokenizer, texts, arguments.steps)
     model.to(torch.bfloat16).save_pretrained(arguments.folder / "checkpoint")  # half the size; loaded in float32
     tokenizer.save_pretrained(arguments.folder / "checkpoint")
-    print(f"made {arguments.folder} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    print(f"made {arguments.folder} in {duration(time.perf_counter() - started)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
