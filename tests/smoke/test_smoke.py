@@ -244,7 +244,8 @@ def test_bad_rows_are_a_fault_of_the_recipe(tmp_path, second, said):
     done = run(folder)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert f"error: {folder}/rows.jsonl{said}" in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{folder}/rows.jsonl{said}" in error
     assert tree(folder) == before
     assert list((tmp_path / "tmp").iterdir()) == []
 
