@@ -8,7 +8,7 @@ from rlhf_pipeline.kinds import Makes
 from rlhf_pipeline.recipe.schema import BASE, Model, Recipe
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory
-from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 
 
 def done(run: Path, recipe: Recipe, makes: Makes) -> list[str]:
@@ -21,7 +21,7 @@ def done(run: Path, recipe: Recipe, makes: Makes) -> list[str]:
         name
         for name, stage in recipe.stages.items()
         if stage.facts.makes == makes
-        and (directory.record(name) or Record()).is_finished
+        and (directory.record(name) or Record()).state in ("done", GATE_CLOSED)
         and (directory.adapter(name) / WEIGHTS).is_file()
     ]
 
