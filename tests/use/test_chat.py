@@ -352,7 +352,8 @@ def fail(*names: str) -> Callable[[Path], None]:
     def mark(run: Path) -> None:
         for name in names:
             file = run / name / "stage.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "failed"}))
+            failed = {"state": "failed", "artifact": None, "error": "no memory"}
+            file.write_text(json.dumps(json.loads(file.read_text()) | failed))
 
     return mark
 
@@ -363,7 +364,7 @@ WRONG: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
     "not done": (
         ["--stage", "ppo"],
         fail("ppo"),
-        "stage `ppo` is not done but failed: it does not pass its gates\nhint: stages with a model that answers: ba",
+        "stage `ppo` is not done but failed: no memory\nhint: stages with a model that answers: ba",
     ),
     "none done": ([], fail(*STAGES), "no stage with a model that answers is done"),
     "no model": ([], lose_model, "model.path: /nowhere/model: this is neither a model folder"),

@@ -300,7 +300,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(run: Path, tmp_path: Path
     with pytest.raises(InputError, match="exists already"):
         export(run, "sft", tmp_path / "full")
     record = json.loads((run / "dpo" / "stage.json").read_text())
-    (run / "dpo" / "stage.json").write_text(json.dumps(record | {"state": "failed"}))
+    (run / "dpo" / "stage.json").write_text(json.dumps(record | {"state": "failed", "artifact": None}))
     with pytest.raises(InputError, match="`dpo` is not done but failed"):
         export(run, "dpo", tmp_path / "out")
     shutil.rmtree(run / "dpo")
