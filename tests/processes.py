@@ -78,9 +78,9 @@ class _Server:
         self.pid, self._reap = pid, reap
         self.stdin, self.stdout = os.fdopen(requests, "w"), os.fdopen(answers)
 
-    def kill(self) -> None:
+    def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
 
     def wait(self) -> None:
         self._reap()
@@ -145,7 +145,7 @@ def _become_server(requests: int, answers: int, log: Path) -> None:
     for end, place in ((requests, 0), (answers, 1), (os.open(log, os.O_WRONLY | os.O_CREAT), 2)):
         os.dup2(end, place)
     sys.stdin, sys.stderr = os.fdopen(0, closefd=False), os.fdopen(2, "w", closefd=False)
-    server.serve(os.getppid())
+    server.serve(os.getppid(), fork=True)
 
 
 class Started:

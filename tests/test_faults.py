@@ -384,6 +384,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert_same_end(folder, unbroken)
 
 
+def test_a_checkpoint_of_something_else_is_named_and_the_one_before_is_used(
+    broken_off: Path, unbroken: Path, command: Command, tmp_path: Path
+) -> None:
+    """Its manifest is true of its files: only who reads them can tell that they are not this stage's."""
+    folder = Path(shutil.copytree(broken_off, tmp_path / "copy"))
+    work = folder / "runs" / "short" / "sft" / "work"
+    for step, file, content in (
+        (3, "trainer_state.json", '{"global_step": 3, "foreign": 1}'),
+        (2, "memory.json", '{"means": []}'),
+    ):
+        (work / f"checkpoint-{step}" / file).write_text(content)
+        manifest = json.dumps(durable.contents(work / f"checkpoint-{step}"))
+        (work / f"checkpoint-{step}" / "manifest.json").write_text(manifest)
+    code, said = command(folder, "--until", "sft")
+    assert code == 0, said
+    lines = [line for line in said.splitlines() if " is damaged: " in line]
+    assert [line.split(": ")[0] for line in lines] == [f"sft     checkpoint-{step} is damaged" for step in (3, 2)]
+    assert "'foreign'" in lines[0] and lines[0].endswith("; resumes from step 2 of 4")
+    assert lines[1].endswith("; resumes from step 1 of 4") and record(folder, "sft")["resumed_from_step"] == 1
+    assert_same_end(folder, unbroken)
+
+
 @pytest.mark.parametrize("content", ["{half", "", '["a list"]'])
 def test_a_record_that_cannot_be_read(
     broken_off: Path, unbroken: Path, command: Command, tmp_path: Path, content: str

@@ -87,7 +87,7 @@ def read(folder: Path, shared: SharedBase, memory: Memory) -> None:
     noted = json.loads((folder / "ppo_state.json").read_text())
     for role, checksum in shared.checksums(*FROZEN).items():
         if noted["frozen"][role] != checksum:
-            raise ValueError(f"{folder} cannot be resumed from: its {role} is not the one of this run")
+            raise ValueError(f"its {role} is not the one of this run")
     for role in TRAINED:
         put_back(shared, role, load_file(folder / f"{role}.safetensors"))
     memory.kl_control.coefficient = noted["kl_control"]["coefficient"]

@@ -124,7 +124,8 @@ class PPOTrainer(Trainer):
             resume_from_checkpoint: a checkpoint's path, or True for the latest in `output_dir`.
 
         Raises:
-            ValueError: there is no such checkpoint, or it is of another reference or reward.
+            ValueError: there is no such checkpoint.
+            CheckpointError: it cannot be read, or is of another reference or reward.
             RuntimeError: too many optimizer steps in a row had gradients that were not finite.
         """
         self._begin(durable.locate(self.args.output_dir, resume_from_checkpoint))
@@ -450,14 +451,16 @@ class PPOTrainer(Trainer):
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
         self._save_rng_state(str(folder))
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.state.save_to_json(str(folder / durable.STATE))
 
     def _load_checkpoint(self, folder: Path) -> None:
-        checkpoint.read(folder, self.shared, self.memory)
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", "cpu", weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", "cpu", weights_only=True))
-        self.state = PPOState.load_from_json(str(folder / "trainer_state.json"))
-        self._load_rng_state(str(folder))
+        with durable.taking_up(folder):
+            durable.check_state(folder)
+            checkpoint.read(folder, self.shared, self.memory)
+            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", "cpu", weights_only=True))
+            self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", "cpu", weights_only=True))
+            self.state = PPOState.load_from_json(str(folder / durable.STATE))
+            self._load_rng_state(str(folder))
 
     def _prompts(self, update: int) -> list[list[int]]:
         """The prompts of an update, counted from 0; they follow from the seed alone, so a resumed run has the same."""

@@ -7,6 +7,7 @@ from rlhf_pipeline.errors import InputError, InputErrors, RunError
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run.explain import SAFE, explain_no_room, explain_signal, explain_vanished, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
+from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import RESULT, read_json
 from rlhf_pipeline.rundir.secrets import redact, scrub
 
@@ -37,6 +38,7 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
 
     Raises:
         InputError: the check found something wrong.
+        CheckpointError: the checkpoint that it should resume from cannot be.
         RunError: the job failed, or its worker ended without a result, with whatever exit code.
         OSError: the job cannot be written down.
     """
@@ -50,6 +52,8 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
         return Ended(result, stopped=False)
     if code == 2 and task == "check" and result is not None:
         raise InputErrors([InputError(**problem) for problem in result["problems"]])
+    if code == 1 and result is not None and "unusable" in result:
+        raise durable.CheckpointError(Path(result["unusable"]["checkpoint"]), redact(result["unusable"]["why"]))
     # Without a result and without having been asked, a worker that ends with this code was ended by somebody's code.
     stopped = code == STOPPED and (result is not None or launcher.stopping)
     if stopped or (launcher.stopping and (code == -STOP_SIGNAL or task != "train")):

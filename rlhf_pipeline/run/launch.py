@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK
 
 STOP_SIGNAL = signal.SIGUSR1  # asks a worker to stop where it can be resumed from
 STOPPED = 3  # the exit code of a worker that has
+END_SIGNAL = signal.SIGUSR2  # ends the server with its worker and all that this has started
 
 
 def one_device(environment: Mapping[str, str]) -> dict[str, str]:
@@ -65,7 +67,8 @@ def environment() -> dict[str, str]:
     return PREFERENCES | os.environ | ENVIRONMENT | one_device(os.environ)
 
 
-def _command(module: str, *arguments: str) -> list[str]:
+def command(module: str, *arguments: str) -> list[str]:
+    """How a module of ours is started as a process."""
     # -P: a folder or file of the user's in the current folder must not replace a library.
     return [sys.executable, "-P", "-m", module, *arguments]
 
@@ -75,7 +78,8 @@ class Launcher:
 
     Args:
         log: where the server's own output goes.
-        fork: fork workers from a warm server; by default wherever the platform allows it.
+        fork: have the server import all once and fork workers, by default wherever the platform allows it; else it
+            spawns them.
 
     Attributes:
         stopping: `stop` was called.
@@ -83,7 +87,7 @@ class Launcher:
     """
 
     def __init__(self, log: Path, fork: bool | None = None) -> None:
-        self._fork = sys.platform == "linux" if fork is None else fork
+        self._how = "fork" if (sys.platform == "linux" if fork is None else fork) else "spawn"
         self._log = log
         self._server: subprocess.Popen[str] | None = None
         self._worker: int | None = None
@@ -91,21 +95,20 @@ class Launcher:
 
     def __enter__(self) -> "Launcher":
         """Start importing at once; the first job waits for it."""
-        if self._fork:
-            self._server = subprocess.Popen(
-                _command("rlhf_pipeline.run.server", str(os.getpid())),
-                env=environment(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log.open("w"),
-                text=True,
-            )
+        self._server = subprocess.Popen(
+            command("rlhf_pipeline.run.server", str(os.getpid()), self._how),
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.open("w"),
+            text=True,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the server, and with it any worker that is still at work."""
+        """End the server, and with it any worker that is still at work, and what this has started."""
         if self._server:
-            self._server.kill()
+            self._server.send_signal(END_SIGNAL)
             self._server.wait()
 
     @property
@@ -135,27 +138,14 @@ class Launcher:
             RunError: the server is gone.
         """
         durable.write_text(job_file, json.dumps(job))
-        if self._server:
-            answer = self._ask({"job": str(job_file), "log": str(log)})
-            if "exit" in answer:
-                return answer["exit"]
-            self._fork = False  # forking turned out to be unsafe: spawn from now on
+        request = {"job": str(job_file), "log": str(log)}
+        answer = self._ask(request)
+        if "unsafe" in answer:  # to fork: have workers spawned from now on
             self.__exit__()
-            self._server = None
-        with log.open("a") as output:
-            worker = subprocess.Popen(
-                _command("rlhf_pipeline.run.worker", str(job_file), str(os.getpid())),
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            self._started(worker.pid)
-            try:
-                return worker.wait()
-            finally:
-                self._worker = None
-                worker.kill()
+            self._how = "spawn"
+            self.__enter__()
+            answer = self._ask(request)
+        return answer["exit"]
 
     def _ask(self, request: dict[str, str]) -> dict[str, Any]:
         assert self._server and self._server.stdin and self._server.stdout
@@ -180,9 +170,44 @@ class Launcher:
             self.stop()
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends. Linux only, as is the server."""
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends. Linux only; else nothing."""
+    if sys.platform != "linux":
+        return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
     if os.getppid() != parent:
         os._exit(1)  # it ended before that took effect
+
+
+def adopt_orphans() -> None:
+    """Have this process become the parent of what its descendants leave behind as they end. Linux only."""
+    if sys.platform == "linux":
+        set_child_subreaper = 36  # PR_SET_CHILD_SUBREAPER in <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_child_subreaper, 1)
+
+
+def end_children() -> None:
+    """Kill all that this process has started, and, since it adopts them, what those leave behind. Linux only.
+
+    Those that the kernel cannot end at once are given up after some seconds.
+    """
+    deadline = time.monotonic() + 5.0
+    while (children := _children()) and time.monotonic() < deadline:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.002)
+
+
+def _children() -> list[int]:
+    """The processes whose parent is this one."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
+            found += [int(stat.parent.name)] if int(parent) == os.getpid() else []
+    return found

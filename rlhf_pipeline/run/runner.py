@@ -267,10 +267,17 @@ def _train(
             reward = f", with the reward of {parents['reward']}" if "reward" in parents else ""
             say(f"{stage.name:<7} training, from {parents['init']}{reward}")
         if progress is None or progress.point != "finished":
-            answer, stopped = jobs.do(
-                recipe, launcher, "train", work / JOB, folder / LOG, f"stage `{stage.name}`",
-                stage=stage.name, record=record.as_json(),
-            )  # fmt: skip
+            outcome: jobs.Ended | None = None
+            while outcome is None:
+                try:
+                    outcome = jobs.do(
+                        recipe, launcher, "train", work / JOB, folder / LOG, f"stage `{stage.name}`",
+                        stage=stage.name, record=record.as_json(),
+                    )  # fmt: skip
+                except durable.CheckpointError as error:
+                    record = record.updated(resumed_from_step=_step_before(stage.name, error, directory, say))
+                    directory.write_record(stage.name, record)
+            answer, stopped = outcome
             if stopped:
                 raise Interrupted(_stopped_at(stage.name, answer.get("step"), directory))
         else:
@@ -302,6 +309,17 @@ def _train(
         raise
     say(f"{stage.name:<7} done in {duration(took)}" + _judged(stage, answer["metrics"], say))
     return done
+
+
+def _step_before(name: str, error: durable.CheckpointError, directory: RunDirectory, say: Say) -> int | None:
+    """Put a checkpoint away that cannot be used; the step of the one before, None where there is none."""
+    directory.put_away(name, error.checkpoint)
+    progress = directory.progress(name)
+    goes_on = str(progress) if progress else "there is none before it: trained from the start"
+    say(f"{name:<7} {error.checkpoint} is damaged: {error.why}; {goes_on}")
+    for damaged in progress.damaged if progress else {}:
+        directory.put_away(name, damaged)
+    return progress.step if progress else None
 
 
 def _judged(stage: StagePlan, metrics: dict[str, Any], say: Say) -> str:

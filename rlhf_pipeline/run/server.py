@@ -1,19 +1,30 @@
-"""The warm server: imports TRL once, then forks a worker for each job that it reads from standard input.
+"""The server, parent of all workers: imports TRL once, then forks one for each job that it reads from standard input.
 
 One JSON object a line: `{"job": FILE, "log": FILE}` in; `{"worker": PID}` and, when it has ended, `{"exit": CODE}` out.
-Where a fork would not be safe, `{"unsafe": REASON}` comes back instead, and the asker spawns.
+Where a fork would not be safe, `{"unsafe": REASON}` comes back instead, and the asker starts a server that spawns them.
 """
 
 import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
-from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
+from rlhf_pipeline.run.launch import (
+    END_SIGNAL,
+    STOP_SIGNAL,
+    STOPPED,
+    adopt_orphans,
+    command,
+    die_with,
+    end_children,
+)
 
 SPOILED = 113  # the exit code of a fork in which CUDA cannot be used; no worker uses it
 
@@ -40,45 +51,83 @@ def cuda_is_spoiled() -> bool:
     return torch.cuda._is_in_bad_fork()
 
 
-def serve(runner: int) -> None:
-    """Answer jobs until standard input ends, or the process `runner` does."""
-    die_with(runner)
+def serve(runner: int, fork: bool) -> None:
+    """Answer jobs until standard input ends, or the process `runner` does.
+
+    When a worker ends, and when the runner does, however they end, all that the worker has started ends, too: a judge
+    may have started a server, say.
+
+    Args:
+        runner: the id of the process that asks.
+        fork: import what workers need, and fork them; else spawn them.
+    """
+    die_with(runner, END_SIGNAL)
+    adopt_orphans()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they may reach the whole process group; the runner decides
-
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # until a worker listens, its request waits
-
-    gc.disable()  # a collector that walks what is being imported takes a fifth of the time
-    from rlhf_pipeline.callbacks.checkpoints import Stopped
-    from rlhf_pipeline.run import worker  # seconds of imports, which every fork then has
-
-    me = os.getpid()
-    gc.enable()
-    gc.freeze()  # a worker's collector need not walk, and so copy, all that was imported; TRL's PPO calls it often
+    if fork:
+        _import_all()
+    signal.signal(END_SIGNAL, _end)  # not before: it ends what still imports, at once
     for line in sys.stdin:
         request = json.loads(line)
-        hazard = fork_hazard()
+        hazard = fork_hazard() if fork else None
         answer: dict[str, str | int]
         if hazard:
             answer = {"unsafe": hazard}
         else:
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    _become_worker(request["log"], me)
-                    code = SPOILED if cuda_is_spoiled() else worker.main(request["job"])
-                except Stopped:  # it was asked just before its job began, or when that was over
-                    code = STOPPED
-                finally:
-                    os._exit(code)
-            _answer(answers, {"worker": child})
-            _, status = os.waitpid(child, 0)
-            code = os.waitstatus_to_exitcode(status)
+            worker = _fork(request) if fork else _spawn(request)
+            _answer(answers, {"worker": worker})
+            code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+            end_children()
             answer = {"unsafe": "CUDA was touched before the fork"} if code == SPOILED else {"exit": code}
         _answer(answers, answer)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    end_children()
+    os._exit(1)
+
+
+def _import_all() -> None:
+    """Import what workers need: seconds, which every fork then is spared."""
+    gc.disable()  # a collector that walks what is being imported takes a fifth of the time
+    from rlhf_pipeline.run import worker  # noqa: F401
+
+    gc.enable()
+    gc.freeze()  # a worker's collector need not walk, and so copy, all that was imported; TRL's PPO calls it often
+
+
+def _fork(request: dict[str, str]) -> int:
+    """Fork a worker; its process id."""
+    from rlhf_pipeline.callbacks.checkpoints import Stopped
+    from rlhf_pipeline.run import worker
+
+    server = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        _become_worker(request["log"], server)
+        code = SPOILED if cuda_is_spoiled() else worker.main(request["job"])
+    except Stopped:  # it was asked just before its job began, or when that was over
+        code = STOPPED
+    finally:
+        os._exit(code)
+
+
+def _spawn(request: dict[str, str]) -> int:
+    """Start a worker that imports for itself; its process id."""
+    with Path(request["log"]).open("a") as output:
+        return subprocess.Popen(
+            command("rlhf_pipeline.run.worker", request["job"], str(os.getpid())),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        ).pid
 
 
 def _answer(answers: TextIO, answer: Mapping[str, str | int]) -> None:
@@ -91,6 +140,7 @@ def _become_worker(log: str, server: int) -> None:
     from rlhf_pipeline.callbacks.checkpoints import REQUEST
 
     die_with(server)
+    signal.signal(END_SIGNAL, signal.SIG_DFL)
     REQUEST.listen(STOP_SIGNAL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -101,4 +151,4 @@ def _become_worker(log: str, server: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), sys.argv[2] == "fork")

@@ -6,6 +6,7 @@ The job is a JSON file; the answer is written beside it as `result.json`.
 import contextlib
 import json
 import resource
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -56,6 +57,10 @@ def main(job_file: str) -> int:
             result, code = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}, 0
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED
+    except durable.CheckpointError as error:
+        traceback.print_exc()
+        unusable = {"checkpoint": error.checkpoint, "why": error.why}
+        result, code = {"message": str(error), "hint": None, "unusable": unusable}, 1
     except InputError as error:
         # A judge that was tried may have said anything.
         problems = [{"message": redact(one.message), "place": one.place, "hint": one.hint} for one in error.all]
@@ -107,10 +112,10 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        die_with(int(sys.argv[2]))
+    die_with(int(sys.argv[2]))
     try:
         REQUEST.listen(STOP_SIGNAL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})  # as the server has left it
         status = main(sys.argv[1])
     except Stopped:  # it was asked just before its job began, or when that was over
         status = STOPPED

@@ -4,16 +4,65 @@ A checkpoint is `checkpoint-<step>` with a `manifest.json` that holds the size a
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+STATE = "trainer_state.json"  # in a checkpoint: how far it is, in Transformers' words
+# Of an `OSError`, what says that a file is not there, or is damaged; any other is no fault of a checkpoint.
+_OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 Contents = dict[str, list]  # a file's path inside its folder -> its size in bytes and its SHA-256
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be taken up: its files are what was written, but not what this stage would have written.
+
+    Args:
+        checkpoint: its folder.
+        why: in one sentence.
+    """
+
+    def __init__(self, checkpoint: Path, why: str) -> None:
+        super().__init__(f"{checkpoint.name} cannot be resumed from: {why}")
+        self.checkpoint = checkpoint.name
+        self.why = why
+
+
+@contextlib.contextmanager
+def taking_up(checkpoint: str | Path) -> Iterator[None]:
+    """Around all that reads a checkpoint: what goes wrong is a fault of it, except for memory and the system's limits.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of something else.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        of_memory = isinstance(error, MemoryError) or "out of memory" in str(error)
+        if of_memory or (isinstance(error, OSError) and error.errno not in (None, *_OF_A_FILE)):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(Path(checkpoint), f"{type(error).__name__}: {first[:200]}") from error
+
+
+def check_state(checkpoint: str | Path) -> None:
+    """See that a checkpoint's `trainer_state.json` is of its step.
+
+    Raises:
+        ValueError: it is not.
+    """
+    folder = Path(checkpoint)
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or state.get("global_step") != step(folder):
+        raise ValueError(f"{STATE} is not of step {step(folder)}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,7 +107,7 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, as one phrase; None where it can be trusted."""
     try:
         expected = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        return difference(checkpoint, expected)
+        return difference(checkpoint, expected) if expected else f"{MANIFEST} names no file"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -67,7 +116,7 @@ def damage(checkpoint: Path) -> str | None:
 
 def newest_first(work: Path) -> list[Path]:
     """The checkpoints in a folder."""
-    found = [path for path in work.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    found = [path for path in work.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=step, reverse=True)
 
 

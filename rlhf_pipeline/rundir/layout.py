@@ -127,8 +127,8 @@ class RunDirectory:
         checkpoint, damaged = durable.newest_sound(work)
         if checkpoint is None:
             return None
-        state = read_json(checkpoint / "trainer_state.json") or {}
-        return Progress("checkpoint", durable.step(checkpoint), state.get("max_steps"), damaged)
+        of = (read_json(checkpoint / durable.STATE) or {}).get("max_steps")
+        return Progress("checkpoint", durable.step(checkpoint), of if isinstance(of, int) else None, damaged)
 
     def prepare(self, name: str, progress: Progress | None) -> None:
         """Leave in a stage's `work/` what it resumes from, and remove everything that could be mistaken for it."""
@@ -144,8 +144,13 @@ class RunDirectory:
             for unpublished in (work / ADAPTER, self.adapter(name)):  # moved, but never recorded
                 shutil.rmtree(unpublished, ignore_errors=True)
             for damaged in progress.damaged:
-                shutil.rmtree(work / f"damaged-{damaged}", ignore_errors=True)
-                (work / damaged).rename(work / f"damaged-{damaged}")
+                self.put_away(name, damaged)
+
+    def put_away(self, name: str, checkpoint: str) -> None:
+        """Rename a checkpoint of a stage that cannot be used, so that nothing resumes from it."""
+        work = self.work(name)
+        shutil.rmtree(work / f"damaged-{checkpoint}", ignore_errors=True)
+        (work / checkpoint).rename(work / f"damaged-{checkpoint}")
 
     def set_aside(self, name: str) -> Path | None:
         """Move a stage's folder to `<stage>.<time>`, so that nothing is lost; None where there is none."""

@@ -40,6 +40,7 @@ class Resumable(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._checkpoint = Path()
         self._memory: dict[str, Any] | None = None
         self._epoch_start = torch.get_rng_state()
         self._usual: dict[Over, float] = {}  # what a batch is over on average, among those that it is weighed against
@@ -126,7 +127,7 @@ class Resumable(Trainer):
         self._save_rng_state(str(folder))
         torch.save(self._epoch_start, folder / EPOCH_START)
         self.store_flos()
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.state.save_to_json(str(folder / durable.STATE))
         memory = {
             "running_loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
@@ -137,17 +138,47 @@ class Resumable(Trainer):
         }
         (folder / MEMORY).write_text(json.dumps(memory))
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train.
+
+        Raises:
+            CheckpointError: what it shall resume from cannot be read, or is of something else.
+        """
+        if resume_from_checkpoint:
+            self._checkpoint = Path(resume_from_checkpoint)
+            with durable.taking_up(self._checkpoint):
+                durable.check_state(self._checkpoint)
+                TrainerState.load_from_json(str(self._checkpoint / durable.STATE))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        adapters.restore(self.model, "default", folder)
-        self._memory = json.loads((folder / MEMORY).read_text())
+        with durable.taking_up(folder):
+            adapters.restore(self.model, "default", folder)
+            self._memory = json.loads((folder / MEMORY).read_text())
         self.args.eval_on_start = False  # that was then
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with durable.taking_up(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with durable.taking_up(checkpoint or ""):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with durable.taking_up(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
 
     def recall(self) -> None:
         """Take up the sums where the checkpoint left them; Transformers has just set them to zero."""
         if self._memory is None:
             return
         memory, self._memory = self._memory, None
+        with durable.taking_up(self._checkpoint):
+            self._take_up(memory)
+
+    def _take_up(self, memory: dict[str, Any]) -> None:
         self._tr_loss += memory["running_loss"]
         self._total_loss_scalar = memory["total_loss"]
         self._globalstep_last_logged = memory["last_logged"]
@@ -165,7 +196,8 @@ class Resumable(Trainer):
         if resumed is not None and within:
             # Some samplers draw their order from the global generator when an epoch begins. Transformers restores the
             # generator's later state itself, once it has skipped what was trained on.
-            torch.set_rng_state(torch.load(Path(resumed) / EPOCH_START, weights_only=True))
+            with durable.taking_up(resumed):
+                torch.set_rng_state(torch.load(Path(resumed) / EPOCH_START, weights_only=True))
         self._epoch_start = torch.get_rng_state()
         super()._run_epoch(*args, **kwargs)
 

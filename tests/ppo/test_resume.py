@@ -25,6 +25,7 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.rundir import durable
 
 UPDATES = 5
 # Everything that has a state to lose. Eight of twenty prompts an update, so that passes end within updates.
@@ -330,6 +331,30 @@ def test_a_trained_role_of_another_shape_is_refused_by_name(artifacts, uninterru
     trainer = build(artifacts, tmp_path)
     with pytest.raises(ValueError, match="these are not the weights of this value"):
         trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named_whatever_is_wrong_with_it(
+    artifacts, uninterrupted: Finished, tmp_path: Path
+) -> None:
+    """JSON of the right syntax and the wrong type, files of something else, and none at all."""
+    trainer, whole = build(artifacts, tmp_path), uninterrupted.folder / "checkpoint-2"
+    wrong: dict[str, list[bytes | None]] = {
+        "trainer_state.json": [b"[]", b'{"global_step": 3}', b'{"global_step": 2, "foreign": 1}', b'"2"', None],
+        "ppo_state.json": [b"[]", b'{"frozen": 3}', b"\xff", None],
+        "policy.safetensors": [b"", (whole / "value.safetensors").read_bytes(), None],
+        "optimizer.pt": [b"text", (whole / "scheduler.pt").read_bytes(), None],
+        "scheduler.pt": [(whole / "rng_state.pth").read_bytes()],
+        "rng_state.pth": [(whole / "scheduler.pt").read_bytes()],
+    }
+    for name, contents in wrong.items():
+        folder = Path(shutil.copytree(whole, tmp_path / name / "checkpoint-2"))
+        for content in contents:
+            (folder / name).unlink(missing_ok=True)
+            if content is not None:
+                (folder / name).write_bytes(content)
+            with pytest.raises(durable.CheckpointError, match=r"^checkpoint-2 cannot be resumed from: ") as caught:
+                trainer.train(resume_from_checkpoint=str(folder))
+            assert caught.value.checkpoint == "checkpoint-2", (name, content)
 
 
 def test_where_there_is_no_checkpoint_to_go_on_from_that_is_said(artifacts, tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
 """What a worker sees of the machine: one accelerator, whichever way it was started."""
 
 import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
+from processes import Started
 
+from rlhf_pipeline import plan
+from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.cli.shared import quiet_libraries
+from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher, one_device
 
 GPU, MIG = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/2"
@@ -62,19 +69,103 @@ def test_devices_of_intel(given: str, used: str) -> None:
     assert one_device({"ZE_AFFINITY_MASK": given}) == {"CUDA_VISIBLE_DEVICES": "0", "ZE_AFFINITY_MASK": used}
 
 
+# What a worker has started
+
+
+def is_gone(process: int) -> bool:
+    """Whether a process has ended, within a second."""
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# Two processes: one plain, and one in a session of its own whose parent ends at once.
+STARTS = """
+import subprocess, sys, time
+sleeper = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+away = subprocess.run(["sh", "-c", "setsid sleep 1001 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True)
+with open({file!r} + ".new", "w") as started:
+    started.write(f"{{sleeper.pid}} {{away.stdout}}")
+import os; os.rename({file!r} + ".new", {file!r})
+"""
+RECIPE = """
+model: {path: tiny, quantization: none}
+evaluate: {data: tiny:heldout, judge: "my_judge:judge", n: 2}
+stages:
+  sft: {data: tiny:demonstrations, trainer: {max_steps: 1, learning_rate: 1e-4}}
+"""
+JUDGE = """
+time.sleep({seconds})
+def judge(completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+def write_judge(folder: Path, seconds: float) -> Path:
+    """A recipe whose judge starts processes as it is imported, and takes its time; returns the file with their ids."""
+    started = folder / "started"
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "my_judge.py").write_text(STARTS.format(file=str(started)) + JUDGE.format(seconds=seconds))
+    return started
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process adopt orphans")
+def test_what_a_judge_has_started_ends_with_its_worker(tmp_path: Path, warm_server: Launcher) -> None:
+    started = write_judge(tmp_path, 0.0)
+    loaded = recipes.load(str(tmp_path / "recipe.yaml"))
+    runner._check(loaded, plan.make(loaded), warm_server, tmp_path, print)
+    processes = [int(word) for word in started.read_text().split()]
+    assert len(processes) == 2 and all(map(is_gone, processes))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process adopt orphans")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_what_a_judge_has_started_ends_with_the_run(tmp_path: Path, number: int) -> None:
+    """By SIGKILL, and by a second Ctrl-C."""
+    started = write_judge(tmp_path, 60.0)
+    with (tmp_path / "said.txt").open("w") as said:
+        command = Started(["run", "recipe.yaml"], tmp_path, {}, said.fileno())
+    deadline = time.monotonic() + 60
+    while not started.exists():
+        assert command.poll() is None and time.monotonic() < deadline, (tmp_path / "said.txt").read_text()
+        time.sleep(0.01)
+    processes = [int(word) for word in started.read_text().split()]
+    assert all(Path(f"/proc/{process}").exists() for process in processes)
+    command.send_signal(number)
+    if number == signal.SIGINT:
+        time.sleep(0.2)
+        command.send_signal(number)
+    command.wait(30)
+    assert all(map(is_gone, processes))
+
+
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_worker_sees_one_device_and_the_runner_all(
     fork: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that cannot be read is enough: the environment is that of the process from its beginning."""
     seen = tmp_path / "seen"
-    (tmp_path / "sitecustomize.py").write_text(PROBE.format(file=str(seen)))
+    started = tmp_path / "started"
+    starts = 'if "rlhf_pipeline.run.worker" in sys.orig_argv:\n' + textwrap.indent(
+        STARTS.format(file=str(started)), "  "
+    )
+    (tmp_path / "sitecustomize.py").write_text(PROBE.format(file=str(seen)) + starts)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{MIG},{GPU}")
     with Launcher(tmp_path / "server.log", fork=fork) as launcher:
         assert launcher.run({}, tmp_path / "job.json", tmp_path / "log.txt") != 0
-    module = "rlhf_pipeline.run.server" if fork else "rlhf_pipeline.run.worker"
-    assert seen.read_text() == f"{module} {MIG}\n"
+        if not fork and sys.platform == "linux":  # it ends, and with it what it has started
+            assert all(is_gone(int(word)) for word in started.read_text().split())
+    processes = ["server"] if fork else ["server", "worker"]
+    assert seen.read_text() == "".join(f"rlhf_pipeline.run.{process} {MIG}\n" for process in processes)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == f"{MIG},{GPU}"
 
 
