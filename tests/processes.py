@@ -105,7 +105,9 @@ class WarmLauncher(Launcher):
         self.environment, self._prepare = dict(environment or {}), prepare
 
     def __enter__(self) -> Launcher:
-        """Start the server."""
+        """Start the server; one that spawns workers, as a launcher has it once a fork was refused, is the real one."""
+        if self._how == "spawn":
+            return super().__enter__()
         requests, to_server = context().Pipe(duplex=False)
         from_server, answers = context().Pipe(duplex=False)
         environment = dict(os.environ) | self.environment

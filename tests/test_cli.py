@@ -153,7 +153,7 @@ def test_json_of_a_fresh_directory(folder):
         assert [stage["name"] for stage in object_["stages"]] == ["sft", "reward", "ppo"]
         for stage in object_["stages"]:
             keys = {"name", "kind", "state", "reason", "init", "reward", "fingerprint", "wall_s", "peak_memory_bytes",
-                    "metrics", "artifact", "log", "step", "gates"}  # fmt: skip
+                    "metrics", "artifact", "taken_from", "log", "step", "gates"}  # fmt: skip
             assert set(stage) == keys | ({"will", "will_run", "data"} if command == "plan" else set())
             assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)
     assert [(stage["init"], stage["reward"]) for stage in shown["status"]["stages"]] == [

@@ -139,7 +139,7 @@ def test_a_run_stopped_again_and_again_ends_as_one_that_nothing_stopped(
 
     command = start(copied)
     in_ppo = stop_at_a_step(command, "ppo", signal.SIGTERM, alone=True)
-    assert "sft " not in command.said and "resumes from step" not in command.said
+    assert "\nsft " not in command.said and "resumes from step" not in command.said
 
     command = start(copied)
     assert command.wait_for(lambda: state(run, "ppo") == "done"), command.said
@@ -180,7 +180,8 @@ def test_before_anything_is_trained_a_run_stops_at_once(tmp_path: Path, start: C
 
     # All of the shipped pairs: that takes a while to check.
     checking = start(folders[1], "reward.data.path=tiny:preferences", "dpo.data.path=tiny:preferences")
-    assert checking.wait_for(lambda: workers(checking), pause_s=0.01)
+    # It is at work, and known to be: the runner reads of it a moment after it was forked.
+    assert checking.wait_for(lambda: any(seconds_used(worker) > 0.2 for worker in workers(checking)), pause_s=0.01)
     assert "\nstopped before anything was trained\n" in stop(checking, signal.SIGTERM)
     assert not any((folder / "runs").exists() for folder in folders)
 

@@ -51,7 +51,7 @@ class Part:
         self.file.seek(0)
         size = sum(len(line) for line in itertools.islice(self.file, self.kept))
         self.file.truncate(size)
-        durable.write_text(self.note, json.dumps(made_of))
+        durable.write_text(self.note, strict_json.dumps(made_of))
 
     def _whole_lines(self) -> int:
         """How many lines there are; one without its end, which a kill has left, is none."""

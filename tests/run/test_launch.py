@@ -120,7 +120,7 @@ def write_judge(folder: Path, seconds: float) -> Path:
 def test_what_a_judge_has_started_ends_with_its_worker(tmp_path: Path, warm_server: Launcher) -> None:
     started = write_judge(tmp_path, 0.0)
     loaded = recipes.load(str(tmp_path / "recipe.yaml"))
-    runner._check(loaded, plan.make(loaded), warm_server, tmp_path, print)
+    runner._check(loaded, plan.make(loaded), warm_server, tmp_path)
     processes = [int(word) for word in started.read_text().split()]
     assert len(processes) == 2 and all(map(is_gone, processes))
 

@@ -238,9 +238,9 @@ def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(tmp_path:
     recipe = write(tmp_path, FINE)
     job = {"task": "check", "recipe": recipe.model_dump(), "folder": str(tmp_path), "stages": ["sft"]}
     with WarmLauncher(tmp_path / "server.log", prepare=start_a_thread) as launcher:
-        assert launcher._server is not None
+        assert launcher._how == "fork"
         assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
-        assert launcher._server is None
+        assert launcher._how == "spawn"
     assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings"}
 
 
@@ -256,7 +256,7 @@ def refuse(job: str, answers: Path) -> None:
     os.dup2(output, 1)
     torch.cuda._is_in_bad_fork = lambda: True
     sys.stdin = requests()
-    server.serve(os.getppid())
+    server.serve(os.getppid(), fork=True)
 
 
 def test_the_server_refuses_to_fork_where_that_is_not_safe(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ STALE, KILLED = "stale: sft ran again", "failed: the run ended before the stage 
 def test_status_watch_report_and_diff_say_the_same_word(recorded, harmed, command, tmp_path):
     assert from_status(command, harmed) == WORDS
     watched = command("watch", harmed).out.splitlines()
-    assert {line.split()[1]: line.split()[2] for line in watched if line.split()[1:2]} == WORDS
+    shown = {line.split()[1]: line.split()[2] for line in watched if line.split()[1:2]}
+    assert {stage: shown[stage] for stage in WORDS} == WORDS
     assert any("sft ran again" in line for line in watched)
 
     assert command("report", harmed).code == 0
