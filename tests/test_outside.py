@@ -175,7 +175,7 @@ def test_kl_of_a_comparison_is_from_the_adapter_too(load, tmp_path, batch):
         ({"init": "./gone"}, "ppo.init", "there is no adapter folder", "relative paths start from"),
         ({"init": "adapters"}, "ppo.init", "needs stage `adapters`, which is not in the recipe", "earlier stages"),
         ({"init": "./adapters"}, "ppo.init", "is not an adapter: it has no adapter_config.json", "save_pretrained"),
-        ({"init": "./runs/other"}, "ppo.init", "is not an adapter", "name one of its stages, as `./runs/other:dpo`"),
+        ({"init": "./runs/other"}, "ppo.init", "is not an adapter", "its stages, `./runs/other:STAGE`: dpo"),
         ({"init": "runs/othr:sft"}, "ppo.init", "there is no run directory", "relative paths start from"),
         ({"init": "runs/other:sfd"}, "ppo.init", "has no stage `sfd`", "did you mean `sft`?"),
         ({"init": "runs/other:dpo"}, "ppo.init", "stage `dpo` of", "status"),

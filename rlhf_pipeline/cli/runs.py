@@ -150,8 +150,8 @@ def status(
     else:
         console = Console()
         tables.results(run, stages, console)
-        if found := alarms.read(run):
-            shown.show_alarms(found, console)
+        if any(stage.record.model_fields_set for stage in stages):
+            shown.show_alarms(alarms.read(run), console)
 
 
 @app.command(

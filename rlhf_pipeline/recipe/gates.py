@@ -82,7 +82,10 @@ def parse(metric: str, text: str) -> Gate:
     """
     condition = CONDITION.fullmatch(text.strip())
     if condition is None or not math.isfinite(float(condition[2])):
-        raise ValueError(f"{text!r} is not a condition on `{metric}`: an operator and a number, such as `>= 0.65`")
+        raise ValueError(
+            f"{text!r} is not a condition on `{metric}`: an operator and a number, such as `>= 0.65`, "
+            "or `>= 0.65 + 2 se` to hold beyond the noise"
+        )
     margin = float(f"{condition[3]}{condition[4]}") if condition[3] else 0.0
     return Gate(metric, condition[1], float(condition[2]), margin)
 
@@ -133,7 +136,10 @@ def how_sure(metric: str, value: float | None, metrics: dict[str, Any]) -> str:
         low, high = interval(value * pairs, int(pairs))
         return f" ({value * pairs:.4g} of {pairs:,} pairs, 95 %: {low:.2f} to {high:.2f})"
     if value is not None and error:
-        return f" (95 %: {value - Z * error:.3g} to {value + Z * error:.3g})"
+        low, high = value - Z * error, value + Z * error
+        if metric == kinds.JUDGED and value in (0, 1):  # replies that were all judged so: a share ends there
+            low, high = max(low, 0.0), min(high, 1.0)
+        return f" (95 %: {low:.3g} to {high:.3g})"
     return ""
 
 

@@ -45,7 +45,7 @@ def resolve(value: str, start: Path) -> str:
             return str(local)
         hint = "name the folder that `save_pretrained` of PEFT wrote"
         if any(local.glob("*/stage.json")):
-            hint = f"it is a run directory: name one of its stages, as `{value}:{_stages(local)[0]}`"
+            hint = f"it is a run directory: name one of its stages, `{value}:STAGE`: {', '.join(_stages(local))}"
         raise InputError(f"{local} is not an adapter: it has no {CONFIG}", hint=hint)
     run, colon, stage = str(local).rpartition(":")
     if colon and "/" not in stage:

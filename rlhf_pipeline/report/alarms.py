@@ -29,6 +29,7 @@ BY_LENGTH = 0.25  # accuracy where the chosen reply is longer, less where it is 
 FELL = 0.02  # of the judge's own range over training; less is no matter, however sure
 SCORE_FELL = 0.1  # of the score's own range over training
 WORSE = 2.33  # standard errors by which a policy is worse than what it started from: chance alone does that in 1 %
+SAME_TO_ALL = 10  # replies with one and the same number, from which a judge is doubted
 LATEST = 5  # values at the end of a series whose mean is meant by "now"
 MOST_NAMED = 6  # alarms in a verdict
 
@@ -70,6 +71,7 @@ def alarms(run: Run) -> list[Alarm]:
             found += _of_ppo(run, stage)
         elif kind and kind.reads == "preferences":
             found += _of_reward(stage) if kind.makes == "reward" else _of_dpo(stage)
+        found += _same_to_all(stage)
         if not any(alarm.where == stage.name and alarm.what == HACKING for alarm in found):
             found += _worse_than_before(run, stage)
     versions = {tuple(sorted(stage.record.versions.items())) for stage in run.stages}
@@ -391,6 +393,17 @@ def _worse_than_before(run: Run, stage: Stage) -> Iterator[Alarm]:
             f"Worse by the judge than {parent.name}, which it started from: {short(theirs[0])} → {short(ours[0])}. "
             f"Read the replies of both (`rlhf-pipeline compare`); then {kept}train for less, or with a lower learning "
             f"rate{_at_present(stage, 'learning_rate')}.",
+        )  # fmt: skip
+
+
+def _same_to_all(stage: Stage) -> Iterator[Alarm]:
+    """A judge that gave all replies of a stage the same number: it may read something else than they are."""
+    given = [value for one in stage.samples if (value := number(one.get("judge"))) is not None]
+    if len(given) >= SAME_TO_ALL and len(set(given)) == 1:
+        yield Alarm(
+            "look", stage.name, "the same number from the judge for all replies",
+            f"The judge gave all {len(given):,} replies the same number, {short(given[0])}: read some of them in "
+            f"{stage.name}/samples.jsonl, and see that it looks at what it should.",
         )  # fmt: skip
 
 

@@ -268,7 +268,7 @@ def _rows(file: Path, notes: list[str], last: int | None = None) -> list[dict[st
         return []
     if damaged:
         broken = len(damaged)
-        notes.append(f"{file.name} has {broken:,} line{'s' * (broken != 1)} that cannot be read and are left out.")
+        notes.append(f"{file.name} has {broken:,} line{'s' * (broken != 1)} that cannot be read, left out here.")
     return [line.row for line in lines]
 
 

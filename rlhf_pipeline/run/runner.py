@@ -46,7 +46,6 @@ from rlhf_pipeline.rundir.secrets import redact, scrub
 from rlhf_pipeline.rundir.words import duration
 
 Say = Callable[[str], None]
-SAME_TO_ALL = 10  # replies with one and the same number, from which a judge is doubted
 
 
 def run(
@@ -307,7 +306,7 @@ def _train(
             with contextlib.suppress(OSError):  # a disk that is full stays so; the record of the start is there
                 directory.write_record(stage.name, record.updated(**ended))
         raise
-    say(f"{stage.name:<7} done in {duration(took)}" + _judged(stage, answer["metrics"], say))
+    say(f"{stage.name:<7} done in {duration(took)}" + _judged(stage, answer["metrics"]))
     return done
 
 
@@ -322,16 +321,8 @@ def _step_before(name: str, error: durable.CheckpointError, directory: RunDirect
     return progress.step if progress else None
 
 
-def _judged(stage: StagePlan, metrics: dict[str, Any], say: Say) -> str:
-    """The judge's number, for the end of a line; a judge that says the same of everything is warned of."""
-    if kinds.JUDGED not in metrics:
-        return ""
-    replies = metrics.get(kinds.REPLIES)
-    if metrics.get(f"{kinds.JUDGED}_se") == 0 and replies and replies >= SAME_TO_ALL:
-        say(
-            f"warning: the judge gave all {replies} replies of `{stage.name}` the same number, "
-            f"{metrics[kinds.JUDGED]:g}: look at them in {stage.name}/samples.jsonl, and at what it reads"
-        )
+def _judged(stage: StagePlan, metrics: dict[str, Any]) -> str:
+    """The judge's number, for the end of a line."""
     numbers = headline(stage.kind, metrics)
     return "".join(f", {number.name} {number.text}" for number in numbers if number.metric == kinds.JUDGED)
 
@@ -455,7 +446,7 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
     trained = {name: value for name, value in stage.record.metrics.items() if not name.startswith("judge_")}
     metrics = trained | result["metrics"]
-    say(f"{stage.name:<7} judged again" + _judged(stage, result["metrics"], say))
+    say(f"{stage.name:<7} judged again" + _judged(stage, result["metrics"]))
     return stage.record.updated(metrics=metrics, judging=stage.judging)
 
 

@@ -21,6 +21,7 @@ from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
 
 CONFIG = DPOConfig
+ON_CHOSEN = "sft"  # what TRL calls the loss that is over the tokens of the chosen replies
 read = rows.preferences  # the rows of such a stage
 
 
@@ -44,8 +45,8 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         """TRL's loss, each of its terms weighed by what it is over; see `Resumable.weight`."""
         usual = self.loss_weights
         losses: list[str] = self.loss_types
-        if self.model.training or "sft" in losses:
-            weights = [self.weight(inputs, "chosen tokens" if loss == "sft" else "rows") for loss in losses]
+        if self.model.training or ON_CHOSEN in losses:
+            weights = [self.weight(inputs, "chosen tokens" if loss == ON_CHOSEN else "rows") for loss in losses]
             rows = 1.0 if self.model.training else self.weight(inputs, "rows")  # in evaluation, the loss is over rows
             self.loss_weights = [one * weight / rows for one, weight in zip(usual, weights, strict=True)]
         try:
@@ -55,7 +56,7 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """See `Resumable.evaluation_loop`."""
-        if "sft" in self.loss_types:
+        if ON_CHOSEN in self.loss_types:
             with torch.random.fork_rng():  # a pass over the batches draws a number
                 self.weigh_against(dataloader)
         return super().evaluation_loop(dataloader, *args, **kwargs)

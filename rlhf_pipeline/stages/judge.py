@@ -154,9 +154,11 @@ def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:
         times: how often each prompt was answered.
 
     Returns:
-        `judge_mean`, the mean over prompts; `judge_mean_se`, its standard error, which is that of drawing prompts: the
-        deviation of their means over √prompts; nothing where there is but one; and `judge_replies`, how many replies
-        have a score.
+        `judge_mean`, the mean over prompts; `judge_mean_se`, its standard error; and `judge_replies`, how many replies
+        have a score. The error is that of drawing prompts: the deviation of their means over √prompts. Where all are 0
+        or all 1 that would be 0, as if nothing else could come; it is then that of a share after Agresti and Coull
+        (1998), "Approximate is better than exact": with two of each kind added. There is none of a single prompt, nor
+        where all are the same number otherwise.
 
     Raises:
         JudgeError: none has.
@@ -167,8 +169,11 @@ def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:
     if not means:
         raise JudgeError("the judge has no opinion on any reply: it returned None for all")
     numbers: dict[str, float] = {"judge_mean": sum(means) / len(means), "judge_replies": sum(map(len, by_prompt))}
-    if len(means) > 1:
+    if len(set(means)) > 1:
         numbers["judge_mean_se"] = statistics.stdev(means) / math.sqrt(len(means))
+    elif len(means) > 1 and means[0] in (0, 1):
+        share = (sum(means) + 2) / (len(means) + 4)
+        numbers["judge_mean_se"] = math.sqrt(share * (1 - share) / (len(means) + 4))
     return numbers
 
 

@@ -31,6 +31,14 @@ def prepare(job: Job) -> Inputs:
             place=f"stages.{job.name}.data.{'eval_data' if job.stage.data.eval_data else 'eval_fraction'}",
             hint="set `eval_steps` in `trainer`, or remove it",
         )
+    tokens = job.reader.config.get_text_config().vocab_size
+    wrong = [token for token in _listed(args.stop_token_id) if not 0 <= token < tokens]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]} is no token of this model, which has {tokens:,}",
+            place=f"stages.{job.name}.trainer.stop_token_id",
+            hint="tokens are counted from 0; with a wrong one, no reply would end",
+        )
     data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     ptx_data = job.reader.read(rows.demonstrations, job.stage.ptx_data) if job.stage.ptx_data else None
@@ -39,6 +47,10 @@ def prepare(job: Job) -> Inputs:
     except ValueError as error:
         raise InputError(str(error), place=f"stages.{job.name}") from None
     return Inputs(args, job.reader.tokenizer, data, ptx_data)
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else value
 
 
 def run(job: Job) -> dict[str, Any]:

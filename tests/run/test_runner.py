@@ -25,6 +25,7 @@ from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, Interrupted, RunError
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.report import alarms
 from rlhf_pipeline.run import runner, server
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir.layout import RunDirectory
@@ -155,7 +156,9 @@ def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
     adapter = tmp_path / "runs" / "short" / "sft" / "adapter" / "adapter_model.safetensors"
     closed = "sft.gates={judge_mean: '> 1'}"
     for attempt in range(2):
-        with pytest.raises(RunError, match="stage `sft`: a gate is closed: judge_mean is 1, not > 1") as error:
+        with pytest.raises(
+            RunError, match=r"stage `sft`: a gate is closed: judge_mean is 1 \(95 %: 0.7 to 1\), not > 1"
+        ) as error:
             run(closed)
         assert "--ignore-gates" in str(error.value.hint) and str(adapter.parent) in str(error.value.hint)
         assert any("training" in line for line in said) == (attempt == 0)
@@ -165,7 +168,9 @@ def test_a_closed_gate_ends_the_run_and_what_opens_it_trains_nothing_again(
 
     done = run(closed, ignore_gates=True)
     assert (done["state"], done["gates_ignored"]) == ("done", {"judge_mean": "> 1"})
-    assert "sft     gates ignored: judge_mean is 1, not > 1" in said and record("dpo")["state"] == "done"
+    assert (
+        "sft     gates ignored: judge_mean is 1 (95 %: 0.7 to 1), not > 1" in said and record("dpo")["state"] == "done"
+    )
     assert run(closed)["gates_ignored"] == {"judge_mean": "> 1"}  # it was said once
     with pytest.raises(RunError, match="a gate is closed"):  # but not of this one
         run("sft.gates={judge_mean: '>= 2'}")
@@ -193,13 +198,17 @@ def test_a_worker_that_vanishes_is_one_sentence_however_it_ended(tmp_path: Path,
 
 
 @pytest.mark.usefixtures("warm")
-def test_a_judge_that_says_the_same_of_all_replies_is_warned_of(tmp_path: Path) -> None:
+def test_a_judge_that_says_the_same_of_all_replies_is_a_thing_to_look_at(tmp_path: Path) -> None:
+    """In the report and the verdict, which stay; and no gate with a margin believes it."""
     recipe = write(tmp_path, SAYS_THE_SAME)
     recipe.evaluate.n = 12
-    said: list[str] = []
-    runner.run(recipe, only="sft", say=said.append)
-    (warning,) = (line for line in said if line.startswith("warning: the judge"))
-    assert "gave all 12 replies of `sft` the same number, 2: " in warning
+    recipe.stages["sft"].gates = {"judge_mean": ">= 1 + 2 se"}
+    with pytest.raises(RunError, match="judge_mean has no standard error"):
+        runner.run(recipe, only="sft", say=lambda line: None)
+    found = alarms.read(recipe.run)
+    assert next(alarm.text for alarm in found if alarm.what.startswith("the same number")).startswith(
+        "The judge gave all 12 replies the same number, 2: "
+    )
 
 
 @pytest.mark.usefixtures("warm")

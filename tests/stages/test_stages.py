@@ -321,6 +321,14 @@ def judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dic
     return with_judge
 
 
+def test_a_stop_token_that_the_model_does_not_have_is_refused(folder: Path) -> None:
+    for token in ("[5, 999999]", "-1"):
+        recipe = recipes.load(str(folder / "recipe.yaml"), [f"ppo.trainer.stop_token_id={token}"])
+        with pytest.raises(InputError, match="is no token of this model") as error:
+            stages.BY_KIND["ppo"].prepare(Job(recipe, "ppo", recipe.run))
+        assert error.value.place == "stages.ppo.trainer.stop_token_id"
+
+
 def test_the_judge_gets_prompts_replies_and_columns_and_its_mean_is_the_metric(
     judged: Callable[[str], dict[str, float]], folder: Path
 ) -> None:
@@ -396,6 +404,10 @@ def test_the_mean_of_a_judge_and_its_standard_error() -> None:
     expected = {"judge_mean": 2 / 3, "judge_replies": 6, "judge_mean_se": statistics.stdev(means) / math.sqrt(3)}
     assert summary(scores, 2) == pytest.approx(expected)
     assert summary([0.5], 1) == {"judge_mean": 0.5, "judge_replies": 1}
+    # Sixteen of sixteen do not show that all would be; and of a constant that is no share nobody knows its error.
+    assert summary([1.0] * 16, 1)["judge_mean_se"] == pytest.approx(math.sqrt(0.9 * 0.1 / 20))
+    assert summary([0.0] * 16, 1)["judge_mean_se"] == pytest.approx(math.sqrt(0.1 * 0.9 / 20))
+    assert summary([7.0] * 16, 1) == {"judge_mean": 7.0, "judge_replies": 16}
     with pytest.raises(JudgeError, match="no opinion on any reply"):
         summary([None, None], 1)
 
