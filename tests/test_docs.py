@@ -324,6 +324,22 @@ def test_nobody_is_told_to_install_what_has_our_name_on_the_index(name):
     assert not re.search(r"(pip|uv|pipx)[\w -]* install[^\n`]* [\"']?rlhf-pipeline(\[|[\"'\s`]|==|$)", text_of(name))
 
 
+def test_what_the_pages_say_of_the_tiny_world_is_what_the_benchmarks_measured():
+    """A run of it takes minutes; the table of benchmarks/README.md is made of such runs, and the pages quote it."""
+    table = next(one for one in tables("benchmarks/README.md") if one[0][:2] == ["seed", "gold SFT"])
+    columns = {name: [float(row[i]) for row in table[1:] if row[0].isdigit()] for i, name in enumerate(table[0]) if i}
+    found = re.search(r"SFT ([\d.]+) to\s+([\d.]+), DPO ([\d.]+) to\s+([\d.]+), PPO ([\d.]+) to\s+([\d.]+)\.",
+                      text_of("docs/choosing.md"))  # fmt: skip
+    assert found
+    measured = [end(columns[f"gold {kind}"]) for kind in ("SFT", "DPO", "PPO, 0.5") for end in (min, max)]
+    assert [float(number) for number in found.groups()] == pytest.approx(measured, abs=0.0051)
+    # The run whose numbers docs/ppo.md shows is the one of the picture on the front page.
+    picture = re.sub(r"<[^>]+>", "", text_of("docs/images/run.svg")).replace("&#160;", " ")
+    start = re.search(r"done in [^,]+, judge ([\d.]+) ±", picture)
+    shown = re.search(r"judge ([\d.]+) → ([\d.]+)\.", text_of("docs/ppo.md"))
+    assert start and shown and float(shown[1]) == pytest.approx(float(start[1]), abs=0.0051)
+
+
 # Links
 
 

@@ -393,10 +393,10 @@ def drain(end: int, shown: str = "", until: str | None = None, timeout_s: float 
     """What a terminal shows more, until it shows something, or as long as something comes."""
     deadline = time.monotonic() + timeout_s
     while until is None or until not in shown:
+        assert until is None or time.monotonic() < deadline, shown[-5000:]
         if not select.select([end], [], [], 0.1 if until is None else 1.0)[0]:
             if until is None:
                 break
-            assert time.monotonic() < deadline, shown
             continue
         try:
             shown += os.read(end, 65536).decode("utf-8", "replace")
