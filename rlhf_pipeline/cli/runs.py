@@ -25,7 +25,6 @@ from rlhf_pipeline.cli.shared import (
 )
 from rlhf_pipeline.errors import InputError, Interrupted, RunError
 from rlhf_pipeline.rundir import strict_json
-from rlhf_pipeline.rundir.layout import REPORT
 
 
 @app.command(
@@ -84,7 +83,7 @@ def run(
     tables.finished(loaded.run, plans, Console())
     verdict = _show_alarms(loaded.run)
     if strict and verdict:
-        raise RunError(f"--strict: {verdict}", hint=f"{loaded.run / REPORT} shows what they are about")
+        raise RunError(f"--strict: {verdict}", hint=f"`rlhf-pipeline report {recipe}` shows what they are about")
 
 
 @app.command(
@@ -304,6 +303,8 @@ def _show_alarms(run: Path, on_stderr: bool = False) -> str:
 
 def _report(run: Path) -> None:
     """Write a run's report where something is newer than it. It never changes how the run ended."""
+    from rlhf_pipeline.rundir.layout import REPORT
+
     file = run / REPORT
     newest = max((one.stat().st_mtime for one in (*run.glob("*.json"), *run.glob("*/*.json*"))), default=0.0)
     if not newest or (file.is_file() and file.stat().st_mtime >= newest):

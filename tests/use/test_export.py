@@ -219,7 +219,7 @@ def test_the_card_says_what_is_recorded_and_its_code_runs(
     assert f"| trl | {record['versions']['trl']} |" in text
     other = ("eval_loss", "eval_loss") if stage == "reward" else ("judge_mean", "judge (judge_mean)")
     for metric, shown in (("train_loss", "train_loss"), other):
-        assert f"| {shown} | {record['metrics'][metric]:.6g} |" in text
+        assert f"| {shown} | {record['metrics'][metric]:.6g}" in text
     for path in (tmp_path, run, TINY, Path.home()):
         assert str(path) not in text
     assert "ppo" not in text  # it is no part of how this came about
