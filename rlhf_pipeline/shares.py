@@ -1,4 +1,4 @@
-"""The interval of a share: what so many cases say of all that there could be. No torch."""
+"""How sure a share is: what so many cases say of all that there could be. No torch."""
 
 import math
 
@@ -28,3 +28,19 @@ def interval(successes: float, count: int) -> tuple[float, float]:
         max(0.0, (middle - 1 - Z * math.sqrt(max(low, 0.0))) / within) if successes > 0 else 0.0,
         min(1.0, (middle + 1 + Z * math.sqrt(max(high, 0.0))) / within) if successes < count else 1.0,
     )
+
+
+def standard_error(successes: float, count: int) -> float:
+    """The standard error of a share, √(p (1 - p) / n).
+
+    Where all cases are successes, or none is, that would be 0, as if nothing else could come. It is then the one of
+    Agresti and Coull 1998, "Approximate is better than exact": with two cases of each kind added.
+
+    Args:
+        successes: how many cases.
+        count: of how many, at least 1.
+    """
+    if successes in (0, count):
+        successes, count = successes + 2, count + 4
+    share = successes / count
+    return math.sqrt(share * (1 - share) / count)

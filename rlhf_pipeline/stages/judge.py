@@ -23,6 +23,7 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.layout import SAMPLES
+from rlhf_pipeline.shares import standard_error
 from rlhf_pipeline.stages.job import Job
 
 Judge = Callable[..., Sequence[float | None]]
@@ -156,9 +157,8 @@ def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:
     Returns:
         `judge_mean`, the mean over prompts; `judge_mean_se`, its standard error; and `judge_replies`, how many replies
         have a score. The error is that of drawing prompts: the deviation of their means over √prompts. Where all are 0
-        or all 1 that would be 0, as if nothing else could come; it is then that of a share after Agresti and Coull
-        (1998), "Approximate is better than exact": with two of each kind added. There is none of a single prompt, nor
-        where all are the same number otherwise.
+        or all 1 it is that of a share; see `shares.standard_error`. There is none of a single prompt, nor where all
+        are the same number otherwise.
 
     Raises:
         JudgeError: none has.
@@ -172,8 +172,7 @@ def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:
     if len(set(means)) > 1:
         numbers["judge_mean_se"] = statistics.stdev(means) / math.sqrt(len(means))
     elif len(means) > 1 and means[0] in (0, 1):
-        share = (sum(means) + 2) / (len(means) + 4)
-        numbers["judge_mean_se"] = math.sqrt(share * (1 - share) / (len(means) + 4))
+        numbers["judge_mean_se"] = standard_error(sum(means), len(means))
     return numbers
 
 

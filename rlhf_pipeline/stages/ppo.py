@@ -8,6 +8,7 @@ from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.prompts import check_data
@@ -32,8 +33,9 @@ def prepare(job: Job) -> Inputs:
             hint="set `eval_steps` in `trainer`, or remove it",
         )
     tokens = job.reader.config.get_text_config().vocab_size
-    wrong = [token for token in _listed(args.stop_token_id) if not 0 <= token < tokens]
-    if wrong:
+    stops = stop_tokens(job.reader.tokenizer, job.reader.generation_config, job.stage.trainer)
+    wrong = [token for token in stops if not 0 <= token < tokens]
+    if wrong and args.stop_token_id is not None:
         raise InputError(
             f"{wrong[0]} is no token of this model, which has {tokens:,}",
             place=f"stages.{job.name}.trainer.stop_token_id",
@@ -47,10 +49,6 @@ def prepare(job: Job) -> Inputs:
     except ValueError as error:
         raise InputError(str(error), place=f"stages.{job.name}") from None
     return Inputs(args, job.reader.tokenizer, data, ptx_data)
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else value
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What TRL's SFT, reward and DPO trainers lack to be stopped anywhere and resumed to the same end."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from rlhf_pipeline.kinds import Kind, Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
 from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.shares import standard_error
 
 MEMORY = "memory.json"
 EPOCH_START = "epoch_start.pt"
@@ -109,10 +109,9 @@ class Resumable(Trainer):
         output.metrics["eval_loss"] = numbers.pop("loss")
         self._metrics["eval"].update({name: [value] for name, value in numbers.items()})
         if self.kind.accuracy:
-            pairs = sum(count for _, count in self._evaluated["loss"])
-            share = numbers[self.kind.accuracy]
-            error = math.sqrt(share * (1 - share) / pairs)
-            output.metrics.update({"eval_pairs": int(pairs), f"eval_{self.kind.accuracy}_se": error})
+            pairs = int(sum(count for _, count in self._evaluated["loss"]))
+            error = standard_error(round(numbers[self.kind.accuracy] * pairs), pairs)
+            output.metrics.update({"eval_pairs": pairs, f"eval_{self.kind.accuracy}_se": error})
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

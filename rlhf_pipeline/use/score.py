@@ -374,10 +374,10 @@ def _shape(rows: list[dict[str, Any]], chat: bool | None, place: str) -> Shape:
 def _records(rows: Iterator[Located], shape: Shape) -> Iterator[tuple[int, Located, Record]]:
     for number, located in enumerate(rows, 1):
         try:
-            jsonl = shape.read(located.row)
+            records = shape.read(located.row)
         except RowError as problem:
             raise _bad_row(str(problem), located) from None
-        for record in jsonl:
+        for record in records:
             yield number, located, record
 
 

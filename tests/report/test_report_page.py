@@ -17,6 +17,7 @@ import pytest
 import report_run
 
 from rlhf_pipeline import cli, report, shares
+from rlhf_pipeline.recipe import gates
 from rlhf_pipeline.recipe.yaml import dump, parse_document
 from rlhf_pipeline.report import alarms, charts, gather, measures
 from rlhf_pipeline.report.gather import Series
@@ -242,6 +243,15 @@ def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
     for (successes, count), expected in examples.items():
         assert shares.interval(successes, count) == pytest.approx(expected, abs=6e-5)
     assert shares.interval(20, 20)[1] == 1.0 and shares.interval(0, 20)[0] == 0.0
+
+
+def test_the_error_of_a_share_is_never_nothing():
+    """Else three of three pairs would pass any gate with a margin beyond the noise."""
+    assert shares.standard_error(15, 20) == pytest.approx(math.sqrt(0.75 * 0.25 / 20))
+    for successes in (0, 3):
+        assert shares.standard_error(successes, 3) == pytest.approx(math.sqrt(2 / 7 * 5 / 7 / 7))
+    accuracy = {"eval_accuracy": 1.0, "eval_accuracy_se": shares.standard_error(3, 3)}
+    assert not gates.outcomes({"eval_accuracy": ">= 0.9 + 2 se"}, accuracy)["eval_accuracy"]["passed"]
 
 
 def test_thinning_keeps_every_extreme_and_both_ends():
