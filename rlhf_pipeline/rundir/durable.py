@@ -67,10 +67,15 @@ def check_state(checkpoint: str | Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, finds the old text or the new and nothing between."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same of a file that is not text."""
     temporary = path.with_name(path.name + ".new")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

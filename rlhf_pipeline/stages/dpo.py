@@ -1,11 +1,14 @@
 """Direct preference optimization: TRL's DPOTrainer on preference pairs, the start as its reference."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -15,6 +18,7 @@ from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base, remove_dropout
+from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
@@ -61,6 +65,35 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
                 self.weigh_against(dataloader)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
+    def _precompute_ref_logps(self, dataset: Dataset, _name: str, _batch_size: int) -> Dataset:
+        """See `add_reference`; TRL's reference is not whole yet, and its cache does not know `max_length`."""
+        return dataset
+
+    def add_reference(self, file: Path) -> None:
+        """Compute what the reference, adapter `ref`, says of all pairs: for `precompute_ref_log_probs`.
+
+        Args:
+            file: where it is kept for when the stage is resumed.
+        """
+        datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
+        known = load_file(file) if file.is_file() else {}
+        if not known:
+            known = {name: self._reference_log_probs(rows) for name, rows in datasets.items() if rows is not None}
+            durable.write_bytes(file, save(known))
+        for name, (chosen, rejected) in known.items():
+            rows = datasets[name].add_column("ref_chosen_logps", chosen.tolist())
+            setattr(self, f"{name}_dataset", rows.add_column("ref_rejected_logps", rejected.tolist()))
+
+    def _reference_log_probs(self, dataset: Dataset) -> Tensor:
+        """The log-probabilities of all chosen and all rejected replies under the reference, float32 `[2, pairs]`."""
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        self.model.eval()
+        batches = [
+            torch.stack(self.compute_ref_log_probs(self.model, self._prepare_inputs(batch)))
+            for batch in DataLoader(dataset, size, collate_fn=self.data_collator)
+        ]
+        return torch.cat(batches, dim=1).float().cpu()
+
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
         limit = args.max_length
         if limit is None or args.truncation_mode != "keep_start":
@@ -99,6 +132,8 @@ def run(job: Job) -> dict[str, Any]:
             callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         )
     adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
+    if args.precompute_ref_log_probs:
+        trainer.add_reference(job.work / "reference.safetensors")
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

@@ -298,6 +298,25 @@ def test_the_first_dpo_loss_is_ln_2_from_an_sft_adapter(folder: Path, quantizati
     assert logged(job)[0]["rewards/margins"] == 0
 
 
+def test_precomputed_log_probs_are_those_of_this_reference_and_these_settings(folder: Path) -> None:
+    """TRL computes them before its copy of the policy is whole, and its cache knows neither cuts nor `ld_alpha`."""
+    lora = "lora.target_modules=[embed_tokens,q_proj]"
+    shutil.rmtree(folder / "runs" / "short" / "sft")
+    train(folder, "sft", lora)
+    losses: dict[tuple[str, bool], tuple[float, float]] = {}
+    for setting in ("max_length=40", "max_length=22", "ld_alpha=0.3"):
+        for precomputed in (True, False):
+            settings = (setting, "max_steps=2", "learning_rate=1e-2", *["precompute_ref_log_probs=true"] * precomputed)
+            overrides = [lora, "stages.dpo.data.eval_fraction=0.5", *(f"stages.dpo.trainer.{one}" for one in settings)]
+            job, metrics = train(folder, "dpo", *overrides)
+            assert logged(job)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+            assert (job.work / "reference.safetensors").is_file() == precomputed
+            losses[setting, precomputed] = logged(job)[1]["loss"], metrics["eval_loss"]
+            shutil.rmtree(job.folder)
+        assert losses[setting, True] == pytest.approx(losses[setting, False], rel=1e-5)
+    assert len({losses[setting, False] for setting, _ in losses}) == 3  # what TRL's cache would have mixed up
+
+
 EVALUATE = "evaluate={data: asked.jsonl, judge: 'my_judge:judge', n: 3, max_new_tokens: 4, batch_size: 2}"
 
 
