@@ -15,6 +15,7 @@ Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts"]
 Over = Literal["rows", "tokens", "chosen tokens", "rejected tokens", "least", "most", "last"]
 JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
 REPLIES = "judge_replies"  # how many replies that is the mean of
+GAP = "generation_gap"  # how far it samples from what whole passes give, in nats a token
 PAIRS = "eval_pairs"  # how many held-out pairs an accuracy is the share of
 
 

@@ -205,7 +205,7 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
     held_out = stage.data.holds_out
     certain, possible = _of_ppo(stage, held_out) if stage.facts.own_loop else _of_trl(stage, held_out)
     if recipe.evaluate and stage.facts.is_policy:
-        certain |= {kinds.JUDGED, kinds.REPLIES}
+        certain |= {kinds.JUDGED, kinds.REPLIES, kinds.GAP}
         (certain if recipe.evaluate.n > 1 else possible).add(f"{kinds.JUDGED}_se")
     return certain, possible
 

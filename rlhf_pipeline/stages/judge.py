@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.data.turns import Prompt
@@ -24,6 +25,7 @@ from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.shares import standard_error
+from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.job import Job
 
 Judge = Callable[..., Sequence[float | None]]
@@ -117,7 +119,8 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         tokenizer: the stage's tokenizer.
 
     Returns:
-        What `summary` says, or nothing where the recipe has no `evaluate`.
+        What `summary` says, and `generation_gap`, see `soundness.generation_gap`; or nothing where the recipe has no
+        `evaluate`.
 
     Raises:
         JudgeError: see `ask`.
@@ -144,7 +147,9 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         for prompt, reply, score in zip(prompts, replies, scores, strict=True)
     )
     jsonl.rewrite(job.folder / SAMPLES, lambda row: "judge" not in row, judged)
-    return summary(scores, times)
+    some = encode_prompts(tokenizer, spec.data, prompts[: soundness.PROMPTS])
+    gap = soundness.generation_gap(model, some, tokenizer.pad_token_id)
+    return summary(scores, times) | {kinds.GAP: gap}
 
 
 def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.prompts import check_data
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
+from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.judge import prepare as prepare_judging
@@ -62,6 +63,8 @@ def run(job: Job) -> dict[str, Any]:
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer)
     shared = SharedBase(base, job.stage.lora, job.init, job.reward, job.reward_lora)
+    some = data.train[: soundness.PROMPTS]["input_ids"]
+    soundness.check_generation(shared.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
     trainer = PPOTrainer(
         args,
         tokenizer,

@@ -14,6 +14,7 @@ from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir.layout import METRICS
+from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
@@ -59,6 +60,9 @@ def run(job: Job) -> dict[str, Any]:
             processing_class=tokenizer,
             callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         )
+    if (args.packing or args.eval_packing) and args.packing_strategy != "wrapped":  # which cuts rows anywhere
+        place = f"stages.{job.name}.trainer.{'packing' if args.packing else 'eval_packing'}"
+        soundness.check_packing(model, trainer.data_collator, data.train[: soundness.ROWS]["input_ids"], place)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

@@ -186,6 +186,14 @@ def test_what_the_judge_said_of_replies_tells_the_noise_of_an_earlier_version(ru
     assert "Worse by the judge than sft" in texts(run)
 
 
+def test_replies_that_generation_computes_otherwise_are_not_quite_the_models(run):
+    report_run.change(run, "sft", metrics={"generation_gap": 0.03})
+    assert texts(run) == ""
+    report_run.change(run, "sft", metrics={"generation_gap": 0.4})
+    assert "look sft Generation computes other log-probabilities" in texts(run)
+    assert "by 0.4 nats" in texts(run)
+
+
 # Accuracy of few pairs
 
 

@@ -298,6 +298,18 @@ def test_the_first_dpo_loss_is_ln_2_from_an_sft_adapter(folder: Path, quantizati
     assert logged(job)[0]["rewards/margins"] == 0
 
 
+def test_sft_with_packing_is_checked_by_the_trainers_own_batches(folder: Path) -> None:
+    """TRL tells the model where packed rows begin only where those for training are packed, too."""
+    settings = ("data.eval_fraction=0.5", "trainer.max_length=64", "trainer.eval_packing=true", "trainer.max_steps=1")
+    overrides = [f"stages.sft.{one}" for one in settings]
+    shutil.rmtree(folder / "runs" / "short" / "sft")
+    with pytest.raises(InputError, match="packed rows see each other") as error:
+        train(folder, "sft", *overrides)
+    assert error.value.place == "stages.sft.trainer.eval_packing"
+    shutil.rmtree(folder / "runs" / "short" / "sft")
+    train(folder, "sft", *overrides, "stages.sft.trainer.packing=true")
+
+
 def test_precomputed_log_probs_are_those_of_this_reference_and_these_settings(folder: Path) -> None:
     """TRL computes them before its copy of the policy is whole, and its cache knows neither cuts nor `ld_alpha`."""
     lora = "lora.target_modules=[embed_tokens,q_proj]"
@@ -357,7 +369,10 @@ def test_the_judge_gets_prompts_replies_and_columns_and_its_mean_is_the_metric(
         "    assert all(isinstance(reply, str) for reply in completions)\n"
         "    return weight\n"
     )
-    assert metrics == {"judge_mean": 3.0, "judge_replies": 3, "judge_mean_se": pytest.approx(1.0)}
+    gap = pytest.approx(0, abs=1e-5)
+    assert metrics == {
+        "judge_mean": 3.0, "judge_replies": 3, "judge_mean_se": pytest.approx(1.0), "generation_gap": gap
+    }  # fmt: skip
     samples = [json.loads(line) for line in (folder / "runs/short/sft/samples.jsonl").read_text().splitlines()]
     assert [sample["judge"] for sample in samples] == [2.0, 2.0, 5.0]
 
