@@ -7,6 +7,7 @@ why, is here too: a key that would be ignored is an error, never silence.
 import ast
 import functools
 import importlib.util
+import math
 import re
 import typing
 from collections.abc import Callable, Collection
@@ -115,6 +116,17 @@ _DPO_LOSS_KEYS = {
     "label_smoothing": ("exo_pair", "robust", "aot", "aot_unpaired"),
     "discopop_tau": ("discopop",),
 }
+
+# The least, and the most, that a number may be: where the libraries do not say so, or only when a stage trains.
+_RANGES: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, math.inf), "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf), "precompute_ref_batch_size": (1, math.inf),
+    "max_length": (1, math.inf), "data_seed": (0, 2**32 - 1),
+    "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, math.inf), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, math.inf),
+    "beta": (0, math.inf), "label_smoothing": (0, 1), "label_smoothing_factor": (0, 1), "ld_alpha": (0, 1),
+    "r": (1, math.inf), "lora_dropout": (0, 1),
+}  # fmt: skip
 
 # These change what is written or how fast, not what is learned; the fingerprint leaves them out.
 WITHOUT_EFFECT_ON_RESULT = {
@@ -385,6 +397,18 @@ def _trainer_keys_without_effect(given: dict[str, Any], useless: Callable[..., N
 # What the names in annotations mean, beside the choices; the library itself checks values of any other type.
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "Literal": Literal,
           "Optional": typing.Optional, "Union": typing.Union, "typing": typing}  # fmt: skip
+
+
+def out_of_range(key: str, value: Any) -> str | None:
+    """What a number should be instead, as `a number of at least 1`; None where it is right, or no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if key == "num_train_epochs" and value <= 0:
+        return "a number more than 0"
+    least, most = _RANGES.get(key, (-math.inf, math.inf))
+    if least <= value <= most:
+        return None
+    return f"a number of at least {least}" if most == math.inf else f"a number from {least} to {most:,}"
 
 
 def type_errors(annotation: str, value: Any) -> list[ErrorDetails]:

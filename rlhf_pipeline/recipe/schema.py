@@ -210,7 +210,7 @@ class Recipe(_Strict):
     output_dir: str = "runs"
     """Where run directories are; a relative path starts from the recipe's folder."""
 
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds everything random in every stage."""
 
     model: Model

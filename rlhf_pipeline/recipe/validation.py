@@ -168,7 +168,7 @@ def _expected(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> 
         return PATTERNS[str(path[-1])][0]
     if kind in BOUNDS:
         name, bound = BOUNDS[kind]
-        return f"a number {bound} {context[name]:g}"
+        return f"a number {bound} {context[name]:,.12g}"
     raise AssertionError(f"no words for pydantic's `{kind}`")
 
 
@@ -344,6 +344,9 @@ def _check_section(
             problems.add(here, f"`{key}` cannot be set: {reason}", advice, of_key=True)
         elif errors := library_keys.type_errors(known[key], value):
             _note_type(errors, value, here, f"see {owner}", problems)
+            problems.break_(here)
+        elif expected := library_keys.out_of_range(key, value):
+            problems.add(here, f"expected {expected}, got {shown(value)}")
             problems.break_(here)
         elif config == "lora" and key == "init_lora_weights" and value not in (True, "gaussian"):
             problems.add(

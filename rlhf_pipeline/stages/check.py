@@ -26,6 +26,7 @@ from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.stages import judge
 from rlhf_pipeline.stages.job import Job, Reader
+from rlhf_pipeline.stages.trial import try_trainer
 
 EVALUATE = "evaluate"  # among the names of stages: the prompts on which policies are judged
 # Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
@@ -61,7 +62,8 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]
     for job in jobs:
-        attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
+        if inputs := attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job)):
+            attempt(functools.partial(try_trainer, job, inputs))
     policies = [job for job in jobs if job.stage.facts.is_policy]
     judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
     if judging:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from rlhf_pipeline import kinds
@@ -69,12 +70,15 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         """See `add_reference`; TRL's reference is not whole yet, and its cache does not know `max_length`."""
         return dataset
 
-    def add_reference(self, file: Path) -> None:
-        """Compute what the reference, adapter `ref`, says of all pairs: for `precompute_ref_log_probs`.
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Resumable.train`."""
+        if self.args.precompute_ref_log_probs:
+            self.add_reference()
+        return super().train(*args, **kwargs)
 
-        Args:
-            file: where it is kept for when the stage is resumed.
-        """
+    def add_reference(self) -> None:
+        """Have what the reference, adapter `ref`, says of all pairs; a stage that is resumed finds it in a file."""
+        file = Path(self.args.output_dir) / "reference.safetensors"
         datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
         known = load_file(file) if file.is_file() else {}
         if not known:
@@ -110,6 +114,30 @@ def prepare(job: Job) -> Inputs:
     return Inputs(args, job.reader.tokenizer, data)
 
 
+def make_trainer(
+    args: DPOConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    held_out: Dataset | None,
+    callbacks: list[TrainerCallback],
+) -> EncodedDPOTrainer:
+    """See `sft.make_trainer`."""
+    if args.disable_dropout:
+        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
+    with adapters.exact_adapters(model):
+        trainer = EncodedDPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
+    return trainer
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train, evaluate, save the adapter and judge it; returns the final metrics. Resumes from the last checkpoint.
 
@@ -120,20 +148,8 @@ def run(job: Job) -> dict[str, Any]:
     args, tokenizer, data, _ = prepare(job)
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
-    if args.disable_dropout:
-        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
-    with adapters.exact_adapters(model):
-        trainer = EncodedDPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=data.train,
-            eval_dataset=data.held_out,
-            processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
-        )
-    adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
-    if args.precompute_ref_log_probs:
-        trainer.add_reference(job.work / "reference.safetensors")
+    callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
+    trainer = make_trainer(args, model, tokenizer, data.train, data.held_out, callbacks)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_pipeline import kinds
@@ -49,6 +51,28 @@ def prepare(job: Job) -> Inputs:
     return Inputs(args, job.reader.tokenizer, data)
 
 
+def make_trainer(
+    args: RewardConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    held_out: Dataset | None,
+    callbacks: list[TrainerCallback],
+) -> ResumableRewardTrainer:
+    """See `sft.make_trainer`."""
+    if args.disable_dropout:
+        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
+    with adapters.exact_adapters(model):
+        return ResumableRewardTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train, evaluate on the held-out pairs and save the adapter with its score head; returns the final metrics.
 
@@ -59,17 +83,8 @@ def run(job: Job) -> dict[str, Any]:
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer, head="score")
     model = adapters.with_reward_adapter(base, job.stage.lora, job.init)
-    if args.disable_dropout:
-        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
-    with adapters.exact_adapters(model):
-        trainer = ResumableRewardTrainer(
-            model=model,
-            args=args,
-            train_dataset=pairs.train,
-            eval_dataset=pairs.held_out,
-            processing_class=tokenizer,
-            callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
-        )
+    callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
+    trainer = make_trainer(args, model, tokenizer, pairs.train, pairs.held_out, callbacks)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if pairs.held_out is not None:
         trainer.evaluate()

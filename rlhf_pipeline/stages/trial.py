@@ -1,0 +1,90 @@
+"""A step of a stage's trainer on a model of a few weights: what the libraries refuse, they refuse before anything runs.
+
+TRL, Transformers and torch refuse settings in many places: when a trainer is built, its optimizer, its schedule or its
+batches are, or with the first loss. The check of a recipe goes through all of them, so that no stage is refused after
+hours of another one.
+"""
+
+import copy
+import gc
+import re
+import tempfile
+from typing import Any
+
+from datasets import Dataset
+from peft import TaskType, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer
+
+from rlhf_pipeline import stages
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.kinds import Encoding
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.stages.job import Inputs, Job
+
+# A row as a trainer gets it.
+ROWS: dict[Encoding, dict[str, list[int]]] = {
+    "demonstrations": {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+    "pairs": {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4, 3]},
+    "whole_pairs": {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 4, 3]},
+    "prompts": {"input_ids": [1, 2, 3]},
+}
+COUNT = 16
+
+
+def try_trainer(job: Job, inputs: Inputs) -> None:
+    """Build a stage's trainer and take a step; of PPO, build the optimizer and the schedule.
+
+    Args:
+        job: the stage.
+        inputs: what its `prepare` gave; its rows are not read.
+
+    Raises:
+        InputError: a library refuses the settings.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        args = copy.copy(inputs.args)
+        args.output_dir, args.report_to, args.max_steps = folder, [], 1
+        args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+        gc.freeze()  # training begins with a search for garbage, which takes longer than all else here
+        try:
+            trainer = _trainer(job, args, inputs)
+            if job.stage.facts.own_loop:
+                trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            elif not (args.optim_target_modules or args.torch_compile) and len(trainer.train_dataset):
+                # Else they are modules of the real model, it takes a minute, or `max_length` has left no row.
+                trainer.train()
+        except Exception as error:  # a library's refusal may be of any type
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            place = ".".join(("stages", job.name, "trainer", *_key(said, job.stage.trainer)))
+            raise InputError(f"it is refused by the library that trains: {said}", place=place) from None
+        finally:
+            gc.unfreeze()
+
+
+def _trainer(job: Job, args: Any, inputs: Inputs) -> Trainer:
+    """The trainer of a stage's kind over a small random Llama; of PPO, what it has of Transformers' own."""
+    facts = job.stage.facts
+    row = ROWS[facts.encoding]
+    rows = Dataset.from_dict({name: [value] * COUNT for name, value in row.items()})
+    if facts.own_loop:
+        return Trainer(model=nn.Linear(1, 1), args=args, train_dataset=rows)
+    config = LlamaConfig(
+        vocab_size=len(inputs.tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, pad_token_id=inputs.tokenizer.pad_token_id, num_labels=1,
+    )  # fmt: skip
+    if hasattr(job.reader.config.get_text_config(), "output_router_logits"):
+        config.output_router_logits = False  # TRL has keys for mixtures of experts alone
+    of_reward = facts.makes == "reward"
+    lora = adapters.lora_config(
+        {"r": 1, "target_modules": ["q_proj"]}, TaskType.SEQ_CLS if of_reward else TaskType.CAUSAL_LM
+    )
+    model = get_peft_model(LlamaForSequenceClassification(config) if of_reward else LlamaForCausalLM(config), lora)
+    held_out = rows if inputs.data.held_out is not None else None
+    return stages.BY_KIND[job.stage.kind].make_trainer(args, model, inputs.tokenizer, rows, held_out, [])
+
+
+def _key(said: str, trainer: dict[str, Any]) -> list[str]:
+    """The key of the recipe that a message names, if any: the longest of several."""
+    words = re.sub(r"\W+", "_", said.lower())
+    return sorted((key for key in trainer if key in words), key=len)[-1:]
