@@ -141,7 +141,7 @@ def _of_all_replies(
             keys.append(np.array([hash_of(prompt) for _, (prompt, _, _) in batch]))
             yield {
                 "prompt": [json.dumps(prompt) for _, (prompt, _, _) in batch],
-                "reply": [reply for _, (_, reply, _) in batch],
+                "reply": [json.dumps(reply) for _, (_, reply, _) in batch],
                 "score": [score for _, (_, _, score) in batch],
                 "place": [located.place for located, _ in batch],
                 "number": [located.number for located, _ in batch],
@@ -162,7 +162,7 @@ def _of_all_replies(
         )
         for text, of_prompt in itertools.groupby(rows, key=lambda row: row["prompt"]):
             replies = list(of_prompt)
-            made = shape.of_replies([(row["reply"], row["score"]) for row in replies])
+            made = shape.of_replies([(json.loads(row["reply"]), row["score"]) for row in replies])
             if not made:
                 counts["rows_without_pair"] += len(replies)
             for record in made:
@@ -264,7 +264,7 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _code_hash() -> str:
     """A hash of the code that reads and encodes."""
     here = Path(__file__).parent
-    names = ("cache", "encode", "files", "peek", "shapes", "sources", "turns", "../models/tokenizer")
+    names = ("cache", "encode", "files", "parts", "peek", "shapes", "sources", "turns", "../models/tokenizer")
     sources = [(here / f"{name}.py").read_bytes() for name in names]
     libraries = [version(name).encode() for name in ("transformers", "tokenizers", "datasets")]
     return hashlib.blake2b(b"\0".join(sources + libraries), digest_size=16).hexdigest()

@@ -133,7 +133,7 @@ def measure(
     }
 
 
-LEFT_OUT = ("bad_rows", "too_long", "rows_without_pair")
+LEFT_OUT = ("bad_rows", "too_long", "rows_without_pair", "not_trained")
 
 
 def _source(source: Source) -> dict[str, Any]:

@@ -36,10 +36,10 @@ class Prepared:
             `rejected_length`, which count the EOS.
         held_out_table: the same of the rows to evaluate on.
         shapes: what was recognised in each source, those of `eval_data` apart: its `name`, and what it `says`.
-        counts: `rows` that were read; `bad_rows`, `too_long` and `rows_without_pair`, which were left out; of rows with
-            labels `good_replies` and `bad_replies`, of which demonstrations leave the bad ones out; `conversations`,
-            the rows in use whose prompts go through the chat template. Those of `eval_data` have names that begin with
-            `eval_`.
+        counts: `rows` that were read; `bad_rows`, `too_long`, `rows_without_pair`, `not_trained` (of weight 0 alone),
+            which were left out; of rows with labels `good_replies` and `bad_replies`, of which demonstrations leave the
+            bad ones out; `conversations`, the rows in use whose prompts go through the chat template. Those of
+            `eval_data` have names that begin with `eval_`.
     """
 
     train: Dataset

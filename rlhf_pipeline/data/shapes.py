@@ -17,10 +17,12 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.data.turns import (
     Prompt,
     Record,
+    Reply,
     Row,
     RowError,
+    as_reply,
     before_reply,
-    conversation,
+    demonstration,
     framed,
     is_blank,
     is_transcript,
@@ -36,7 +38,7 @@ from rlhf_pipeline.data.turns import (
 from rlhf_pipeline.errors import ColumnsError
 
 Wanted = Literal["demonstrations", "preferences", "prompts"]
-Scored = list[tuple[str, float]]  # replies to one prompt, each with its score
+Scored = list[tuple[Reply, float]]  # replies to one prompt, each with its score
 
 ASKED = ("prompt", "instruction", "question")
 REPLY = ("completion", "response", "reply", "output", "answer")
@@ -187,7 +189,7 @@ def _demonstrations(known: Row, chat: bool | None) -> Shape | None:
     column = _whole(known)
     if column and "chosen" not in known:
         says = f"{column}: conversations, whose last turn is the reply"
-        return Shape(column, says, lambda row: [conversation(row, column)])
+        return Shape(column, says, lambda row: demonstration(row, column))
     preferences = _preferences(known, chat)
     if preferences is not None:  # rankings and chosen/rejected; labels and scores were looked for above
         if "chosen" in known or "preferred" in known:
@@ -234,7 +236,7 @@ def _prompts(known: Row, chat: bool | None) -> Shape | None:
 
 def _whole(known: Row) -> str | None:
     """The column with whole conversations."""
-    return next((name for name in ("messages", "conversations") if name in known), None)
+    return next((name for name in ("messages", "conversations", "contents") if name in known), None)
 
 
 # What is asked
@@ -317,9 +319,11 @@ def _whole_conversations(row: Row, better: str) -> Record:
     chosen, rejected = turns_of(row, better), turns_of(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise RowError(f"`{better}` and `rejected` differ before their last turn")
+    for column in (better, "rejected"):
+        reply_of(row | {column: row[column][-1]}, column)  # which may be trained
     before = with_system(without_reply(chosen, better), row)
     without_reply(rejected, "rejected")
-    return before, chosen[-1]["content"], rejected[-1]["content"]
+    return before, as_reply(chosen[-1], better), as_reply(rejected[-1], "rejected")
 
 
 def _whole_transcripts(chosen: str, rejected: str, row: Row, better: str) -> Record:
@@ -398,7 +402,7 @@ def _scored_replies(row: Row, column: str, order: str | None) -> Scored:
         raise RowError(what_is_wrong(column, values, "a list of replies"))
     if len(values) < 2:
         raise RowError(f"`{column}` should be two replies or more, and has {len(values)}")
-    texts: list[str] = []
+    texts: list[Reply] = []
     within: Any = []
     for value in values:
         if isinstance(value, dict) and "role" not in value:

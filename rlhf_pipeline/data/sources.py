@@ -22,7 +22,7 @@ from rlhf_pipeline.recipe.schema import Data, Source
 BATCH = 1000  # rows that are handled at once
 # What a sound row without a record is counted as.
 NO_RECORD: dict[Wanted, str] = {
-    "demonstrations": "bad_replies",
+    "demonstrations": "not_trained",
     "preferences": "rows_without_pair",
     "prompts": "rows_without_prompt",
 }
@@ -142,7 +142,8 @@ def records(
             counts["bad_rows"] += 1
             continue
         if not found:
-            counts[NO_RECORD[wanted]] += 1
+            bad = wanted == "demonstrations" and shape.labelled
+            counts["bad_replies" if bad else NO_RECORD[wanted]] += 1
         if shape.labelled and found:
             good = wanted == "demonstrations" or found[0][2] > 0
             counts["good_replies" if good else "bad_replies"] += 1

@@ -3,15 +3,28 @@
 Every function that takes a row or turns raises a RowError where they are not as they should be.
 """
 
-import json
 import re
 from typing import Any
 
-Prompt = str | list[dict[str, str]]  # text as the model reads it, or the turns {role, content} of a conversation
-Row = dict[str, Any]
+from rlhf_pipeline.data.parts import (
+    CALLS,
+    ROLES,
+    Row,
+    RowError,
+    Turn,
+    encodable,
+    is_trained,
+    one_turn,
+    tools_of,
+    what_is_wrong,
+)
+
+# Text as the model reads it, or the turns {role, content} of a conversation. Their first one has the `tools` of the
+# conversation, if there are any; see `parts` for what else a turn may hold.
+Prompt = str | list[Turn]
+Reply = str | Turn  # a turn where there is more than text: `reasoning_content`, `tool_calls`
 Record = tuple[Any, ...]  # (prompt, reply), (prompt, chosen, rejected), or (prompt,)
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # Which roles may follow a role; None is the beginning.
 AFTER: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -22,29 +35,15 @@ AFTER: dict[str | None, tuple[str, ...]] = {
 }
 
 
-class RowError(Exception):
-    """A row lacks something; the message says what, and who reads the rows adds where."""
-
-
 def text_of(row: Row, column: str) -> str:
     """A column's text, which may not be empty."""
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise RowError(what_is_wrong(column, value))
-    return _encodable(value, column)
+    return encodable(value, column)
 
 
-def _encodable(text: str, column: str) -> str:
-    """The text itself. JSON can hold half of a character, where text was cut within an emoji."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start]).strip("'")
-        raise RowError(f"`{column}` has half of a character, {half}, which is no text") from None
-    return text
-
-
-def reply_of(row: Row, column: str) -> str:
+def reply_of(row: Row, column: str) -> Reply:
     """A reply: text, one turn, or a list of one turn."""
     value = row.get(column)
     if isinstance(value, dict):
@@ -57,15 +56,24 @@ def reply_of(row: Row, column: str) -> str:
             if value
             else what_is_wrong(column, value)
         )
-    turn = _turn(value[0], column)
+    turn = one_turn(value[0], column)
     if turn["role"] != "assistant":
         raise RowError(f"the reply in `{column}` is the turn of {turn['role']}, and not of the assistant")
+    if not is_trained(value[0], column):
+        raise RowError(f"the reply in `{column}` has the weight 0, so it may not be trained")
+    return as_reply(turn, column)
+
+
+def as_reply(turn: Turn, column: str) -> Reply:
+    """An assistant's turn as a reply."""
+    if "tool_calls" in turn:
+        return turn
     if not turn["content"].strip():
         raise RowError(f"the reply in `{column}` is empty")
-    return turn["content"]
+    return turn if "reasoning_content" in turn else turn["content"]
 
 
-def turns_of(row: Row, column: str) -> list[dict[str, str]]:
+def turns_of(row: Row, column: str) -> list[Turn]:
     """The turns of a conversation, as {role, content} or as {from, value}.
 
     Raises:
@@ -74,24 +82,21 @@ def turns_of(row: Row, column: str) -> list[dict[str, str]]:
     value = row.get(column)
     if not isinstance(value, list) or not value:
         raise RowError(what_is_wrong(column, value, "a list of turns"))
-    return _in_order([_turn(turn, column) for turn in value], column)
+    return _in_order(_with_calls([one_turn(turn, column) for turn in value]), column)
 
 
-def _turn(turn: Any, column: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
-    if "from" in turn and turn.get("role") is None:
-        role, content = SPEAKERS.get(str(turn["from"]), turn["from"]), turn.get("value")
-    else:
-        role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
-    if role not in ("system", "user", "assistant", "tool"):
-        raise RowError(f"a turn of `{column}` has the role `{role}`; roles are system, user, assistant and tool")
-    return {"role": role, "content": _encodable(content, column)}
+def _with_calls(turns: list[Turn]) -> list[Turn]:
+    """The same, with the calls of tools that are turns of their own in the assistant's turn before them."""
+    found: list[Turn] = []
+    for turn in turns:
+        if "tool_calls" in turn and not turn["content"] and found and found[-1]["role"] == "assistant":
+            found[-1] = found[-1] | {"tool_calls": [*found[-1].get("tool_calls", []), *turn["tool_calls"]]}
+        else:
+            found.append(turn)
+    return found
 
 
-def _in_order(turns: list[dict[str, str]], column: str) -> list[dict[str, str]]:
+def _in_order(turns: list[Turn], column: str) -> list[Turn]:
     before = None
     for number, turn in enumerate(turns, 1):
         role = turn["role"]
@@ -101,25 +106,41 @@ def _in_order(turns: list[dict[str, str]], column: str) -> list[dict[str, str]]:
                 f"turn {number} of `{column}` is of {role}, and {there} comes one of {' or '.join(AFTER[before])}"
             )
         before = role
-        may_be_empty = role == "tool" or (role == "assistant" and number == len(turns))  # the reply is looked at later
+        # The reply is looked at later, and a call of a tool needs no words.
+        may_be_empty = role == "tool" or "tool_calls" in turn or (role == "assistant" and number == len(turns))
         if not turn["content"].strip() and not may_be_empty:
             raise RowError(f"turn {number} of `{column}`, of {role}, is empty")
     return turns
 
 
-def without_reply(turns: list[dict[str, str]], column: str) -> list[dict[str, str]]:
+def without_reply(turns: list[Turn], column: str) -> list[Turn]:
     """A conversation without the assistant's reply that ends it, and has to."""
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise RowError(f"`{column}` does not end with an assistant's reply to a prompt")
-    if not turns[-1]["content"].strip():
-        raise RowError(f"the reply in `{column}` is empty")
+    as_reply(turns[-1], column)
     return turns[:-1]
 
 
-def conversation(row: Row, column: str) -> Record:
-    """A demonstration: a whole conversation, whose last turn is the reply."""
+def demonstration(row: Row, column: str) -> list[Record]:
+    """A whole conversation up to its last reply that may be trained; nothing where none may."""
+    value = row.get(column)
+    if isinstance(value, list):
+        last = len(value)
+        while last and _is_assistants(value[last - 1]) and not is_trained(value[last - 1], column):
+            last -= 1
+            while last and not _is_assistants(value[last - 1]):
+                last -= 1
+        if value and not last:
+            turns_of(row, column)  # which is sound, or an error
+            return []
+        row = row | {column: value[:last]}
     turns = turns_of(row, column)
-    return with_system(without_reply(turns, column), row), turns[-1]["content"]
+    return [(with_system(without_reply(turns, column), row), as_reply(turns[-1], column))]
+
+
+def _is_assistants(turn: Any) -> bool:
+    who = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(str(who)) == "assistant" or who in CALLS
 
 
 def before_reply(row: Row, column: str) -> Prompt:
@@ -137,16 +158,6 @@ def to_be_answered(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def what_is_wrong(column: str, value: Any, wanted: str = "text") -> str:
-    """Why a column's value is not what it should be."""
-    if value is None:
-        return f"`{column}` is missing"
-    if value in ([], {}) or (isinstance(value, str) and not value.strip()):
-        return f"`{column}` is empty"
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return f"`{column}` should be {wanted}, and is {shown if len(shown) <= 60 else shown[:57] + '…'}"
-
-
 # Before the prompt
 
 
@@ -154,6 +165,10 @@ def framed(text: str, row: Row, as_turn: bool) -> Prompt:
     """Text as a user's turn after the row's `system`, or as text with that before it."""
     if as_turn:
         return with_system([{"role": "user", "content": text}], row)
+    if tools_of(row):
+        raise RowError(
+            "`tools` go through a chat template, and this prompt is plain text: `chat: true` makes it a turn"
+        )
     system = _system(row)
     return f"{system}\n\n{text}" if system else text
 
@@ -163,17 +178,16 @@ def typed(text: str, as_turn: bool) -> Prompt:
     return [{"role": "user", "content": text}] if as_turn else text.replace("\\n", "\n")
 
 
-def with_system(turns: list[dict[str, str]], row: Row) -> list[dict[str, str]]:
-    """A conversation that begins with the row's `system`, where it has one."""
-    system = _system(row)
-    if not system:
-        return turns
-    first = {"role": "system", "content": system}
-    if turns[0]["role"] == "system":
-        if turns[0] != first:
+def with_system(turns: list[Turn], row: Row) -> list[Turn]:
+    """A conversation that begins with the row's `system`, and has its `tools`, where there are some."""
+    system, tools = _system(row), tools_of(row)
+    if system:
+        first: Turn = {"role": "system", "content": system}
+        if turns[0]["role"] != "system":
+            turns = [first, *turns]
+        elif turns[0] != first:
             raise RowError("`system` is another one than the system turn of the conversation")
-        return turns
-    return [first, *turns]
+    return [turns[0] | {"tools": tools}, *turns[1:]] if tools else turns
 
 
 def is_blank(value: Any) -> bool:
@@ -187,7 +201,7 @@ def _system(row: Row) -> str:
         return ""
     if not isinstance(value, str):
         raise RowError(what_is_wrong("system", value))
-    return _encodable(value, "system")
+    return encodable(value, "system")
 
 
 # Conversations written as text
@@ -198,7 +212,7 @@ def is_transcript(text: Any) -> bool:
     return isinstance(text, str) and re.match(r"\s*Human:", text) is not None
 
 
-def turns_of_transcript(text: str, column: str) -> list[dict[str, str]]:
+def turns_of_transcript(text: str, column: str) -> list[Turn]:
     """The turns of a text in which `Human:` and `Assistant:` begin paragraphs."""
     start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if start.strip():

@@ -19,6 +19,7 @@ LEFT_OUT = {
     "too_long": "too long",
     "rows_without_pair": "without a pair",
     "bad_replies": "with a bad reply alone",
+    "not_trained": "with replies of weight 0 alone",
 }
 TEMPLATES = {
     "own": "the model's chat template",

@@ -1,0 +1,149 @@
+"""What turns hold beside their text: parts, calls of tools, reasoning, weights, and the roles that people write."""
+
+import pytest
+
+from rlhf_pipeline.data.parts import RowError
+from rlhf_pipeline.data.shapes import recognise
+
+USER = {"role": "user", "content": "Weather in Rome?"}
+CALL = {"id": "c7", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+CALLED = {"id": "c7", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+RESULT = {"role": "tool", "tool_call_id": "c7", "content": "sun"}
+REPLY = {"role": "assistant", "content": "It is sunny."}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def read(row, wanted="demonstrations"):
+    return recognise([row], wanted).read(row)
+
+
+@pytest.mark.parametrize("words", [{}, {"content": None}, {"content": ""}], ids=["absent", "null", "empty"])
+@pytest.mark.parametrize("calls", [{"tool_calls": [CALL]}, {"function_call": CALL["function"]}], ids=["new", "former"])
+def test_calls_of_tools_stay_in_the_prompt_with_arguments_as_a_mapping(words, calls):
+    asking = {"role": "assistant"} | words | calls
+    ((prompt, reply),) = read({"messages": [USER, asking, RESULT, REPLY], "tools": [TOOL]})
+    call = CALLED if "tool_calls" in calls else {"type": "function", "function": CALLED["function"]}
+    assert prompt == [
+        USER | {"tools": [TOOL]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        RESULT,
+    ]
+    assert reply == "It is sunny."
+
+
+def test_a_reply_that_calls_a_tool_is_a_turn():
+    ((prompt, reply),) = read({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]})
+    assert (prompt, reply) == ([USER], {"role": "assistant", "content": "", "tool_calls": [CALLED]})
+
+
+def test_calls_that_are_turns_belong_to_the_assistants_turn_before_them():
+    said = [
+        {"from": "human", "value": "Weather in Rome and Oslo?"},
+        {"from": "gpt", "value": "Let me look."},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}'},
+        {"from": "observation", "value": "sun"},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "Sun and rain."},
+    ]
+    ((prompt, reply),) = read({"conversations": said, "tools": "[]"})
+    cities = [call["function"]["arguments"]["city"] for call in prompt[1]["tool_calls"]]
+    assert (prompt[1]["content"], cities) == ("Let me look.", ["Rome", "Oslo"])
+    assert [turn["role"] for turn in prompt] == ["user", "assistant", "tool", "tool"]
+    assert "tools" not in prompt[0]
+    assert reply == "Sun and rain."
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [TOOL],
+        '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]',
+        [{"name": "weather", "parameters": {"type": "object", "properties": {}, "required": None}}],
+        ['{"name": "weather", "parameters": {"type": "object", "properties": {}}}'],
+    ],
+    ids=["list", "JSON", "functions with nulls of a table", "list of JSON"],
+)
+def test_tools_come_in_several_ways(tools):
+    assert read({"messages": [USER, REPLY], "tools": tools})[0][0] == [USER | {"tools": [TOOL]}]
+
+
+def test_reasoning_is_part_of_the_reply_whatever_its_name():
+    whole = {"role": "assistant", "content": "2", "reasoning_content": "One and one."}
+    for turn in (
+        whole,
+        {"role": "assistant", "content": "2", "thinking": "One and one."},
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "One and one."}, {"type": "text", "text": "2"}],
+        },
+    ):
+        assert read({"messages": [USER, turn]}) == [([USER], whole)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "Weather in "}, {"type": "text", "text": "Rome?", "image_url": None}],
+        ["Weather in Rome?"],
+        [{"text": "Weather in Rome?"}],
+    ],
+)
+def test_parts_that_are_text_are_text(content):
+    assert read({"messages": [{"role": "user", "content": content}, REPLY]}) == [([USER], "It is sunny.")]
+    assert read(
+        {"prompt": [USER], "completion": [{"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]}
+    )
+
+
+def test_contents_of_roles_user_and_model_are_a_conversation():
+    row = {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello."}]}]}
+    assert read(row) == [([{"role": "user", "content": "Hi"}], "Hello.")]
+
+
+def test_a_developer_is_the_system():
+    row = {"messages": [{"role": "developer", "content": "Be brief."}, USER, REPLY]}
+    assert read(row)[0][0] == [{"role": "system", "content": "Be brief."}, USER]
+
+
+BAD, GOOD = {"role": "assistant", "content": "Go away.", "weight": 0}, REPLY | {"weight": 1}
+
+
+@pytest.mark.parametrize(
+    ("turns", "reply", "before"),
+    [
+        ([USER, BAD, USER, GOOD], "It is sunny.", 3),
+        ([USER, GOOD, USER, BAD], "It is sunny.", 1),
+        ([USER, REPLY | {"train": True}, USER, REPLY | {"train": False}], "It is sunny.", 1),
+    ],
+    ids=["earlier", "last", "train: false"],
+)
+def test_a_reply_of_weight_0_is_not_trained(turns, reply, before):
+    ((prompt, found),) = read({"messages": turns})
+    assert (found, len(prompt)) == (reply, before)
+
+
+def test_a_row_of_weight_0_alone_gives_nothing():
+    assert read({"messages": [USER, BAD]}) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"messages": [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, REPLY]}, "`image_url`"),
+        ({"messages": [USER | {"content": [{"type": "text", "text": None, "audio": "x"}]}, REPLY]}, "`text`"),
+        ({"messages": [USER | {"images": ["x.png"]}, REPLY]}, "`images`"),
+        ({"messages": [USER | {"reasoning_content": "Hm."}, REPLY]}, "`reasoning_content`, which is an assistant's"),
+        ({"messages": [USER, REPLY | {"weight": 0.5}]}, "the weight 0.5"),
+        ({"messages": [USER, REPLY], "tools": "a weather service"}, "`tools` should be a list of functions"),
+        ({"messages": [USER, REPLY], "tools": [{"type": "retrieval"}]}, "an entry of `tools`"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "c7"}]}]}, "a call of a tool in `messages`"),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "f(1)"}]}, "not JSON"),
+        ({"prompt": "Weather?", "completion": "Sun.", "tools": [TOOL]}, "`tools` go through a chat template"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "`rejected` has the weight 0"),
+        ({"chosen": [USER, BAD], "rejected": [USER, GOOD]}, "`chosen` has the weight 0"),
+    ],
+)
+def test_what_no_stage_can_use_is_refused_by_name(row, names):
+    with pytest.raises(RowError, match="^.*" + names.replace("(", r"\(")):
+        read(row, "preferences" if "rejected" in row else "demonstrations")
