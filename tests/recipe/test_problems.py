@@ -230,7 +230,7 @@ def test_a_key_that_the_recipe_decides_is_answered_with_the_recipes_own(problems
         ("2e-5", "-2e-5", "expected a number of at least 0, got -2e-05", None),
         ("learning_rate: 2e-5", "per_device_train_batch_size: 0", "expected a number of at least 1, got 0", None),
         ("learning_rate: 2e-5", "num_train_epochs: 0", "expected a number more than 0, got 0", None),
-        ("learning_rate: 2e-5", "data_seed: 4294967296", "expected a number from 0 to 4,294,967,295, got 4294967296", None),
+        ("learning_rate: 2e-5", "data_seed: -1", "expected a number from 0 to 4,294,967,295, got -1", None),
         ("learning_rate: 2e-5", "adam_beta2: 1.5", "expected a number from 0 to 1, got 1.5", None),
         ("stages:\n", "seed: -1\nstages:\n", "expected a number of at least 0, got -1", None),
         ("stages:\n", "seed: 4294967296\nstages:\n", "expected a number less than 4,294,967,296, got 4294967296", None),
