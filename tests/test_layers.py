@@ -23,7 +23,7 @@ LAYERS = [
     ["fingerprint"],
     ["rundir"],
     ["recipe"],
-    ["hub", "kinds", "shares"],
+    ["hub", "kinds", "local", "shares"],
     ["errors"],
     ["__init__"],
 ]

@@ -4,8 +4,10 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,7 +182,17 @@ def _why(error: Exception) -> str:
 def _csv(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Rows of text; a first line names the columns."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(_lines(file, content), strict=True)
+    lines = _lines(file, content)
+    first = next(lines, "")
+    other = next((sign for sign in (";", "\t", "|") if sign in first and "," not in first), None)
+    if other:
+        raise InputError(
+            f"the columns are separated by {other!r}, and should be by commas",
+            place=f"{file}:1",
+            hint='write it with commas: `python -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader('
+            f'sys.stdin, delimiter={other!r}))" < {shlex.quote(file.name)} > commas.csv`',
+        )
+    reader = csv.reader(itertools.chain([first], lines), strict=True)
     try:
         names = next(reader, [])
         twice = next((name for name in names if names.count(name) > 1), None)

@@ -36,6 +36,7 @@ from rlhf_pipeline.data.turns import (
     without_reply,
 )
 from rlhf_pipeline.errors import ColumnsError
+from rlhf_pipeline.recipe.yaml import dump_inline
 
 Wanted = Literal["demonstrations", "preferences", "prompts"]
 Scored = list[tuple[Reply, float]]  # replies to one prompt, each with its score
@@ -157,7 +158,7 @@ def _advice(
         return f"`{lacking[0]}` is null in the first rows: fill it in, or give `columns` another one to take for it"
     if missing and len(found) == len(missing):
         renames = {**columns, **found}
-        return f"perhaps `columns: {{{', '.join(f'{expected}: {name}' for expected, name in renames.items())}}}`"
+        return f"perhaps `columns: {dump_inline(renames)}`"
     if others:
         return f"they are {others[0]}, which a stage of kind {' or '.join(_kinds_that_read(others[0]))} takes"
     return "`columns: {expected: yours}` gives your columns the names that are expected"

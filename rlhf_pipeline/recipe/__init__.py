@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.local import resolved
 from rlhf_pipeline.recipe import gates, outside
 from rlhf_pipeline.recipe.layers import OF_SOURCE, read
 from rlhf_pipeline.recipe.origins import Origins
@@ -146,7 +147,7 @@ def _file_of_run(run: Path) -> tuple[Path, Path]:
     file = run / "recipe.yaml"
     if not file.is_file():
         raise InputError("there is no recipe in this run directory yet", place=str(file), hint="name the recipe itself")
-    return file, _folder_of_run(run) or run.resolve()
+    return file, _folder_of_run(run) or resolved(run)
 
 
 def _folder_of_run(run: Path) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml as pyyaml
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe.origins import Origin, Origins, Problems, Source
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.recipe.shipped import shipped
@@ -78,10 +79,10 @@ def _read_file(
     if "extends" not in content:
         _write_out_short_forms(content, origins)
         return content, origins.written
-    base_file, base_source = _extended(content.pop("extends"), origins, problems, [*chain, file.resolve()])
+    base_file, base_source = _extended(content.pop("extends"), origins, problems, [*chain, resolved(file)])
     origins.forget(("extends",))
     _write_out_short_forms(content, origins)
-    base, base_origins = _read_file(base_file, base_source, problems, [*chain, file.resolve()])
+    base, base_origins = _read_file(base_file, base_source, problems, [*chain, resolved(file)])
     base.pop("name", None)  # or two recipes would share a run directory
     below = Origins(base_source)
     below.written = base_origins
@@ -108,7 +109,7 @@ def _extended(value: Any, origins: Origins, problems: Problems, chain: list[Path
             hint="one recipe extends one other, which may extend a further one",
         )
     else:
-        file = Path(origins.source.name).parent / Path(value).expanduser()
+        file = Path(origins.source.name).parent / expanded(value)
         if not file.is_file() and value in shipped():
             return shipped()[value], Source(str(shipped()[value]), origins.source.folder, level)
         if not file.is_file():
@@ -116,12 +117,12 @@ def _extended(value: Any, origins: Origins, problems: Problems, chain: list[Path
             near = difflib.get_close_matches(file.stem, names, n=1)
             hint = f"did you mean `{names[near[0]]}`?" if near else "the path starts from the folder of this file"
             error = InputError(f"there is no recipe {file}", place=place, hint=hint)
-        elif file.resolve() in chain:
-            circle = [*chain[chain.index(file.resolve()) :], file.resolve()]
+        elif resolved(file) in chain:
+            circle = [*chain[chain.index(resolved(file)) :], resolved(file)]
             said = " → ".join(one.name for one in circle)
             error = InputError(f"a recipe cannot extend itself: {said}", place=place, hint="remove one `extends`")
         else:
-            return file, Source(str(file), file.resolve().parent, level)
+            return file, Source(str(file), resolved(file).parent, level)
     problems.add_error(error, origins.source, mark.value)
     problems.raise_if_any()
     raise error

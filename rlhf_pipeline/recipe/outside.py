@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe import library_keys
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT calls them
@@ -39,7 +40,7 @@ def resolve(value: str, start: Path) -> str:
     Raises:
         InputError: there is no such adapter on disk, and it is no hub id either.
     """
-    local = (start / Path(value).expanduser()).resolve()
+    local = resolved(start / expanded(value))
     if local.is_dir():
         if (local / CONFIG).is_file():
             return str(local)

@@ -5,6 +5,7 @@ import glob
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe import data_files, schema
 from rlhf_pipeline.recipe.layers import KEYS_TIED_TO_PATH, OF_SOURCE
 from rlhf_pipeline.recipe.origins import Problems
@@ -20,7 +21,10 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
     """Make paths absolute, and see that what is named is there; what is wrong is noted."""
     origins = problems.origins
     recipe._folder = origins.folder(("evaluate", "judge"))
-    recipe.output_dir = str((origins.folder(("output_dir",)) / Path(recipe.output_dir).expanduser()).resolve())
+    if recipe.output_dir.startswith("~") and not expanded(recipe.output_dir).is_absolute():
+        whose = recipe.output_dir.partition("/")[0]
+        problems.add(("output_dir",), f"there is no home folder `{whose}`", "name a folder, or set HOME for `~`")
+    recipe.output_dir = str(resolved(origins.folder(("output_dir",)) / expanded(recipe.output_dir)))
     model = recipe.model
     model.path = _model_path(model.path, ("model", "path"), problems)
     if Path(model.path).is_absolute() and model.revision is not None:
@@ -143,10 +147,10 @@ def _is_set(source: schema.Source, key: str) -> bool:
 def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
     if path == "tiny":
         return str(TINY / "checkpoint")
-    local = problems.origins.folder(key) / Path(path).expanduser()
+    local = problems.origins.folder(key) / expanded(path)
     if not local.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            problems.add(key, f"there is no model folder {local}", RELATIVE)
+            problems.add(key, _not_there("model folder", local), RELATIVE)
         return path  # a hub id
     pickled = sorted(file.name for file in local.iterdir() if file.suffix in PICKLE_SUFFIXES) if local.is_dir() else []
     if not (local / "config.json").is_file():
@@ -156,7 +160,7 @@ def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
             "name the folder that `save_pretrained` wrote",
         )
     elif any(local.glob("*.safetensors")):
-        return str(local.resolve())
+        return str(resolved(local))
     elif pickled:
         problems.add(
             key,
@@ -171,13 +175,13 @@ def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
             f"{local} holds no *.safetensors weights",
             "load the model with Transformers and save it with `save_pretrained`",
         )
-    return str(local.resolve())
+    return str(resolved(local))
 
 
 def _template_path(path: str, key: KeyPath, problems: Problems) -> str:
-    file = problems.origins.folder(key) / Path(path).expanduser()
+    file = problems.origins.folder(key) / expanded(path)
     if not file.is_file():
-        problems.add(key, f"there is no chat template {file}", f"name a file with a Jinja template; {RELATIVE}")
+        problems.add(key, _not_there("chat template", file), f"name a file with a Jinja template; {RELATIVE}")
         return path
     try:
         text = file.read_text(encoding="utf-8")
@@ -188,7 +192,7 @@ def _template_path(path: str, key: KeyPath, problems: Problems) -> str:
         problems.add(key, f"the chat template {file} is empty", "write a template, or remove `chat_template`")
     elif problem := _template_problem(text):
         problems.add(key, f"the chat template {file} is no Jinja template: {problem}", "correct the template")
-    return str(file.resolve())
+    return str(resolved(file))
 
 
 def _template_problem(text: str) -> str | None:
@@ -224,24 +228,29 @@ def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
             problems.add(key, f"the tiny world has no data `{path}`", f"it has {known}")
         return str(file)
     folder = problems.origins.folder(key)
-    local = folder / Path(path).expanduser()
+    local = folder / expanded(path)
     if "://" in path:
         problems.add(key, "web addresses are not read", "download the file first, or name the hub dataset by its id")
     elif local.is_file():
         _check_file(local, key, problems)
     elif local.is_dir() or glob.has_magic(path):
-        pattern = str(local) if local.is_dir() or Path(path).expanduser().is_absolute() else _inside(folder, path)
+        pattern = str(local) if local.is_dir() or expanded(path).is_absolute() else _inside(folder, path)
         _check_several(str(pattern), local, key, problems)
-        return str(local.resolve()) if local.is_dir() else pattern
+        return str(resolved(local)) if local.is_dir() else pattern
     elif _names_a_file(path):
-        files = sorted(local.parent.iterdir()) if local.parent.is_dir() else []
+        files = sorted(file for file in local.parent.iterdir() if file.exists()) if local.parent.is_dir() else []
         beside = {file.name.partition(".")[0]: file.name for file in files if data_files.file_type(file)}
         near = difflib.get_close_matches(local.name.partition(".")[0], beside, n=1)
         hint = f"did you mean `{beside[near[0]]}`?" if near else RELATIVE
-        problems.add(key, f"there is no data file {local}", hint)
+        problems.add(key, _not_there("data file", local), hint)
     else:
         return path  # a hub dataset
-    return str(local.resolve())
+    return str(resolved(local))
+
+
+def _not_there(what: str, path: Path) -> str:
+    """Why a path cannot be opened: nothing is there, or a link that leads nowhere."""
+    return f"there is no {what} {path}" + (f", only a link to {path.readlink()}" if path.is_symlink() else "")
 
 
 def _names_a_file(path: str) -> bool:
@@ -253,7 +262,7 @@ def _names_a_file(path: str) -> bool:
 
 def _inside(folder: Path, pattern: str) -> str:
     """A pattern under a folder, whose own name is no pattern."""
-    return f"{glob.escape(str(folder))}/{Path(pattern).expanduser()}"
+    return f"{glob.escape(str(folder))}/{expanded(pattern)}"
 
 
 def _check_file(file: Path, key: KeyPath, problems: Problems) -> None:

@@ -5,6 +5,7 @@ import importlib.resources
 from pathlib import Path
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.local import resolved
 
 PACKAGE = Path(str(importlib.resources.files("rlhf_pipeline")))
 TINY = PACKAGE / "models" / "tiny"
@@ -47,7 +48,7 @@ def find(recipe: str) -> tuple[Path, Path]:
     """
     path = Path(recipe)
     if path.is_file():
-        return path, path.resolve().parent
+        return path, resolved(path).parent
     if recipe in shipped():
         return shipped()[recipe], Path.cwd()
     if path.is_dir():

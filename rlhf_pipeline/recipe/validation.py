@@ -12,7 +12,7 @@ from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys, schema
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, MixedSource, Model, Recipe, Stage
-from rlhf_pipeline.recipe.yaml import KeyPath, parse_value, shown
+from rlhf_pipeline.recipe.yaml import KeyPath, dump_inline, parse_value, shown
 
 # What people write for a key that has another name here, or in TRL and PEFT.
 OTHER_WORDS = {
@@ -30,7 +30,7 @@ OTHER_WORDS = {
 EXPECTED = {
     "string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
     "bool_type": "true or false", "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list",
-    "finite_number": "a finite number",
+    "finite_number": "a finite number", "string_unicode": "text in UTF-8",
 }  # fmt: skip
 PATTERNS = {
     "name": ("letters, digits, _, - and .", "the run directory is named after it; by default it is the file's name"),
@@ -177,7 +177,7 @@ def _hint(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str 
     if kind == "literal_error":
         near = difflib.get_close_matches(str(given).lower(), re.findall(r"'([^']*)'", context["expected"]), n=1)
         return f"did you mean `{near[0]}`?" if near else None
-    if kind == "string_pattern_mismatch":
+    if kind in ("string_pattern_mismatch", "string_unicode") and path[-1] in PATTERNS:
         return PATTERNS[str(path[-1])][1]
     if kind == "list_type" and isinstance(given, (str, int, float)):
         return f"write [{shown(given)}]"
@@ -189,7 +189,7 @@ def _hint(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str 
     if kind in ("model_type", "dict_type") and given is None:
         return "is what belongs to it indented?"
     if path == ("model",) and isinstance(given, str):
-        return f"write `model: {{path: {given}}}`"
+        return f"write `model: {dump_inline({'path': given})}`"
     if path == ("stages",):
         return "for example `stages: {sft: {data: FILE}}`"
     return None

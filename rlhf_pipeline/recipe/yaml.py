@@ -110,7 +110,13 @@ def dump_inline(value: Any) -> str:
     """Write a value on one line, so that `parse_document` reads the same one."""
     style = '"' if isinstance(value, str) and "\n" in value else None
     text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, default_style=style, allow_unicode=True, width=10**9
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=True,
+        default_style=style,
+        allow_unicode=True,
+        width=10**9,
     )
     return text.removesuffix("...\n").strip()
 

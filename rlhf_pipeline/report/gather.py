@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.local import resolved
 from rlhf_pipeline.rundir import jsonl, state
 from rlhf_pipeline.rundir.layout import (
     COMPARISON,
@@ -175,7 +176,7 @@ def read_run(folder: Path) -> Run:
                 "`rlhf-pipeline compare` makes it again."
             )
     named = found.recipe.get("name")
-    name = named if isinstance(named, str) else folder.resolve().name
+    name = named if isinstance(named, str) else resolved(folder).name
     return Run(folder, _label(name), found.state, found.recipe, stages, comparison, notes)
 
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from rlhf_pipeline import local
 from rlhf_pipeline.errors import InputError
 
 # A file changed within its time stamps' resolution could change again and keep them; 2 s is the coarsest in use.
@@ -24,8 +25,7 @@ class FileDigests:
     """
 
     def __init__(self) -> None:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.memory = Path(cache) / "rlhf-pipeline" / "digests.json"
+        self.memory = local.caches() / "rlhf-pipeline" / "digests.json"
         self.known = self._remembered()
 
     def of_file(self, path: Path) -> str:

@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from rlhf_pipeline import local
+
 REPLACEMENT = "***"
 # By its name, the value of an environment variable is secret. A tokenizer is not.
 SECRET_NAME = re.compile(
@@ -64,5 +66,5 @@ def _secrets() -> list[str]:
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     login = os.path.expandvars(os.environ.get("HF_TOKEN_PATH") or f"{home}/token")
     with contextlib.suppress(OSError, ValueError):
-        found.append(Path(login).expanduser().read_text(encoding="utf-8"))
+        found.append(local.expanded(login).read_text(encoding="utf-8"))
     return found

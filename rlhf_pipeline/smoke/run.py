@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_pipeline import plan
+from rlhf_pipeline import local, plan
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.errors import InputError, InputErrors, RunError
 from rlhf_pipeline.recipe import Recipe
@@ -188,9 +188,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 @contextlib.contextmanager
 def _environment(folder: Path) -> Iterator[None]:
     """Have our processes use no GPU, which others may need, and keep what they remember in the smoke's folder."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     own = {
-        "HF_HOME": os.environ.get("HF_HOME") or str(caches / "huggingface"),  # else it would follow the next one
+        "HF_HOME": os.environ.get("HF_HOME") or str(local.caches() / "huggingface"),  # else, in the next one
         "XDG_CACHE_HOME": str(folder / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONDONTWRITEBYTECODE": "1",

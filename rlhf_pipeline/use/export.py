@@ -14,6 +14,7 @@ from rlhf_pipeline import hub, kinds
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.fingerprint import Digests
+from rlhf_pipeline.local import resolved
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.finished import trained_with, warning
@@ -67,7 +68,7 @@ def export(
             recipe,
             license=_license(recipe),
             dtype=dtype,
-            name=push_to or out.resolve().name,
+            name=push_to or resolved(out).name,
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
     if push_to is not None:
@@ -131,7 +132,7 @@ def _write(run: Path, stage: str, recipe: Recipe, record: Record, folder: Path, 
 @contextlib.contextmanager
 def _in_one_step(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place if all goes well, and is gone if not."""
-    out = out.resolve()
+    out = resolved(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -22,6 +22,7 @@ from rlhf_pipeline.data.shapes import SCORE, THUMB, Shape, recognise
 from rlhf_pipeline.data.turns import Prompt, Record, RowError
 from rlhf_pipeline.errors import InputError, Interrupted
 from rlhf_pipeline.fingerprint import Digests
+from rlhf_pipeline.local import expanded
 from rlhf_pipeline.models.roles import ScoreView
 from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.ppo.forward import reply_scores
@@ -176,7 +177,7 @@ def source(file: str, columns: str | None, out: Path | None) -> Source:
         raise InputError(
             f"`{columns}` names no columns", place="--columns", hint="it is expected=yours, as prompt=question"
         )
-    path = TINY / "data" / f"{file[5:]}.jsonl" if file.startswith("tiny:") else Path(file).expanduser().absolute()
+    path = TINY / "data" / f"{file[5:]}.jsonl" if file.startswith("tiny:") else expanded(file).absolute()
     found = Source(path=str(path), columns=names)
     files = local_files(found)
     if out is not None and not out.parent.is_dir():

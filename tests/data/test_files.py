@@ -178,6 +178,9 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(tmp_path):
         ("a.csv", b'a,b\n1,"x\ny"\n3,4,5\n', 4, "this row has 3 values, and there are 2 columns"),
         ("a.csv", b'a,b\n1,"2" 3\n', 2, "this is not CSV"),
         ("a.csv", b"a,b,a\n1,2,3\n", 1, "two columns `a`"),
+        ("a.csv", b"a;b\n1;2,3\n", 1, "the columns are separated by ';', and should be by commas"),
+        ("a.csv", b'"a"\t"b"\n1\t2\n', 1, r"the columns are separated by '\t', and should be by commas"),
+        ("a.csv", b"a|b\n1|2\n", 1, "the columns are separated by '|'"),
         ("a.csv", b"a,b\n1,caf\xe9\n", 2, "not UTF-8"),
         ("a.parquet", b"not parquet at all", None, "cannot be read as parquet"),
         ("a.parquet", content(".parquet", TABLE)[:-20], None, "cannot be read as parquet"),
@@ -192,6 +195,23 @@ def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, name, text, lin
     assert message in caught.value.message
     assert caught.value.place == (f"{file}:{line}" if line else str(file))
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_the_command_that_writes_a_csv_file_with_commas_works(tmp_path, sign):
+    file = tmp_path / "my rows.csv"
+    file.write_text(f'prompt{sign}completion\n"say ""a, b"""{sign}"c\nd"\n')
+    with pytest.raises(InputError) as caught:
+        rows(file)
+    assert caught.value.hint is not None
+    command = caught.value.hint.split("`")[1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert rows(tmp_path / "commas.csv") == [{"prompt": 'say "a, b"', "completion": "c\nd"}]
+
+
+def test_a_csv_file_of_one_column_may_have_other_signs_in_its_values(tmp_path):
+    (tmp_path / "a.csv").write_text("text\na; b | c\n")
+    assert rows(tmp_path / "a.csv") == [{"text": "a; b | c"}]
 
 
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz"])

@@ -10,6 +10,7 @@ import pytest
 from rlhf_pipeline.data.shapes import recognise, split_texts
 from rlhf_pipeline.data.turns import RowError
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.yaml import parse_value
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "hi"}
@@ -463,6 +464,14 @@ def test_what_a_recipe_renames_already_stays_in_what_is_suggested() -> None:
     with pytest.raises(InputError) as caught:
         recognise([{"prompt": "a", "chosen": "b", "loser": "c"}], "preferences", columns={"chosen": "winner"})
     assert caught.value.hint == "perhaps `columns: {chosen: winner, rejected: loser}`"
+
+
+@pytest.mark.parametrize("name", ["Winner: the reply", "#winner", "a, b", "win {ner}", "winner's", "yes", "7", "é ?"])
+def test_a_suggested_name_is_yaml_that_means_it(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recognise([{"prompt": "a", "chosen": "b", "loser": "c"}], "preferences", columns={"chosen": name})
+    suggested = str(caught.value.hint).removeprefix("perhaps `columns: ").removesuffix("`")
+    assert parse_value(suggested) == {"chosen": name, "rejected": "loser"}
 
 
 def test_columns_that_are_null_everywhere_do_not_count():

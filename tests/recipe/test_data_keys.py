@@ -123,6 +123,39 @@ def test_files_that_cannot_be_read_are_refused_with_a_way_out(folder, path, mess
         assert hint in found.hint
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("stages.sft.data=~nobody-here/a.jsonl", "there is no data file"),
+        ("stages.sft.data=loop.jsonl", "loop.jsonl, only a link to loop.jsonl"),
+        ("stages.sft.data=gone.jsonl", "gone.jsonl, only a link to moved.jsonl"),
+        ("model.path=~nobody-here/model", "there is no model folder"),
+        ("model.path=./gone.jsonl", "gone.jsonl, only a link to moved.jsonl"),
+        ("model.chat_template=~nobody-here/t.jinja", "there is no chat template"),
+        ("model.chat_template=loop.jsonl", "only a link to loop.jsonl"),
+        ("output_dir=~nobody-here/runs", "there is no home folder `~nobody-here`"),
+        ("stages.sft.init=~nobody-here/adapter", "there is no adapter folder"),
+        ("stages.sft.init=./loop.jsonl", "there is no adapter folder"),
+    ],
+)
+def test_homes_of_nobody_and_links_to_nowhere_are_refused_in_a_sentence(folder, keys, message):
+    (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    (folder / "gone.jsonl").symlink_to("moved.jsonl")
+    (folder / "r.yaml").write_text(FULL.replace("DATA", "a.jsonl"))
+    with pytest.raises(InputError) as caught:
+        recipe.load(str(folder / "r.yaml"), [keys])
+    assert message in caught.value.message
+    assert "loop.jsonl`?" not in str(caught.value.hint)
+
+
+def test_a_recipe_whose_file_has_no_name_in_utf_8(folder):
+    (folder / os.fsdecode(b"caf\xe9.yaml")).write_text(FULL.replace("DATA", "a.jsonl"))
+    with pytest.raises(InputError, match="expected text in UTF-8") as caught:
+        recipe.load(str(folder / os.fsdecode(b"caf\xe9.yaml")))
+    assert "the run directory is named after it" in str(caught.value.hint)
+    assert recipe.load(str(folder / os.fsdecode(b"caf\xe9.yaml")), ["name=cafe"]).name == "cafe"
+
+
 @pytest.mark.parametrize("path", ["org/name", "name"])
 def test_what_is_no_file_is_a_hub_dataset(folder, path):
     data = load(folder, f"{{path: {path}, subset: x, revision: v1, split: 'train[:10%]'}}")
