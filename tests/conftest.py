@@ -25,6 +25,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
     Qwen3Config,
+    dynamic_module_utils,
 )
 
 import rlhf_pipeline.models.tiny
@@ -123,6 +124,8 @@ def own_cache_home(tmp_path_factory) -> Iterator[None]:
     """Keep what the package remembers for the user out of the user's real home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_MODULES_CACHE", modules := str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)  # read when the library was imported
         yield
 
 

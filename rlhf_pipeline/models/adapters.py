@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_pipeline.models.score_head import HEAD
 from rlhf_pipeline.rundir.layout import WEIGHTS as WEIGHTS
 
 _PREFIX = "base_model.model."  # of PEFT's names for a base's modules
@@ -44,33 +45,20 @@ def with_policy_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path 
 
 
 def with_reward_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path | None) -> PeftModel:
-    """A one-label sequence classifier with a trainable adapter `default`, started from `init`, and a trainable head.
+    """A model of `score_head` with a trainable adapter `default`, started from `init`, and a trainable head.
 
     The head is drawn from N(0, 1/(d+1)), d the hidden size, so that first rewards have about unit variance
     (Stiennon et al. 2020, "Learning to summarize from human feedback"; Huang et al. 2024, "The N+ Implementation
     Details of RLHF with PPO").
     """
-    name = head_name(base)
-    head = base.get_submodule(name)
+    head = base.get_submodule(HEAD)
     torch.nn.init.normal_(head.weight, std=(head.weight.shape[-1] + 1) ** -0.5)
     config = lora_config(lora, TaskType.SEQ_CLS)
-    config.modules_to_save = [name]
+    config.modules_to_save = [HEAD]
     model = get_peft_model(base, config)
     if init is not None:
         load_weights(model, init, "default")
     return model
-
-
-def head_name(classifier: PreTrainedModel) -> str:
-    """The name of a sequence classifier's head: its one child with weights beside the backbone."""
-    names = [
-        name
-        for name, child in classifier.named_children()
-        if name != classifier.base_model_prefix and any(True for _ in child.parameters())
-    ]
-    if len(names) != 1:
-        raise ValueError(f"{type(classifier).__name__} has no single head: {names}")
-    return names[0]
 
 
 def load_weights(model: PeftModel, folder: Path, adapter: str) -> None:
@@ -84,16 +72,17 @@ def load_weights(model: PeftModel, folder: Path, adapter: str) -> None:
         ValueError: the adapter has less room than the artifact needs.
     """
     theirs = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "lora_" in name}
-    problem = misfit({name: tensor.shape for name, tensor in theirs.items()}, adapter_shapes(model, adapter))
+    shapes, ours = {name: tensor.shape for name, tensor in theirs.items()}, adapter_shapes(model, adapter)
+    problem = misfit(shapes, ours)
     if problem:
         raise ValueError(f"{folder} does not fit: {problem}")
     config = LoraConfig.from_pretrained(str(folder))
     state = get_peft_model_state_dict(model, adapter_name=adapter)
-    for name, tensor in theirs.items():
-        module, part = _split(name)
+    for their_name, name in our_names(shapes, ours).items():
+        tensor, (module, part) = theirs[their_name], _split(name)
         if part in _SECOND_FACTOR:
             layer: Any = model.get_submodule(module)
-            tensor = tensor * (_scaling(config, module) / layer.scaling[adapter])
+            tensor = tensor * (_scaling(config, _split(their_name)[0]) / layer.scaling[adapter])
         larger = state[name].detach().clone()
         larger[tuple(slice(size) for size in tensor.shape)] = tensor.to(larger)
         state[name] = larger
@@ -115,6 +104,42 @@ def stored_shapes(folder: Path, head: bool = False) -> dict[str, torch.Size]:
 
 def misfit(theirs: dict[str, torch.Size], ours: dict[str, torch.Size]) -> str | None:
     """Why an adapter of the shapes `ours` cannot begin as one of the shapes `theirs`; None where it can."""
+    return _misfit({our_names(theirs, ours)[name]: shape for name, shape in theirs.items()}, ours)
+
+
+def our_names(theirs: dict[str, torch.Size], ours: dict[str, torch.Size]) -> dict[str, str]:
+    """What each of an artifact's weights is called in a model; other than there, where the backbone has another place.
+
+    The layers of one composite model are at `model.layers` in its causal LM and at `model.language_model.layers` in
+    its sequence classifier. So the beginning of all names may be another one, where only one makes them fit.
+    """
+    names = {name: name for name in theirs}
+    if _misfit(theirs, ours) is None:
+        return names
+    found: list[dict[str, str]] = []
+    for begin, other in _beginnings(min(theirs), ours):
+        moved = {name: other + name.removeprefix(begin) for name in names}
+        fits = all(name.startswith(begin) for name in names)
+        fits = fits and _misfit({moved[name]: shape for name, shape in theirs.items()}, ours) is None
+        if fits and moved not in found:
+            found.append(moved)
+    return found[0] if len(found) == 1 else names
+
+
+def _beginnings(name: str, ours: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Beginnings of a name, each with another that makes it one of `ours`; none of them as far as a layer's number."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        if parts[count - 1].isdigit():
+            return
+        begin, rest = (".".join(some) for some in (parts[:count], parts[count:]))
+        for our in ours:
+            other = our.removesuffix(f".{rest}")
+            if other != our and not any(part.isdigit() for part in other.split(".")):
+                yield begin, other
+
+
+def _misfit(theirs: dict[str, torch.Size], ours: dict[str, torch.Size]) -> str | None:
     for name, needed in sorted(theirs.items()):
         module, part = _split(name)
         module = module.removeprefix(_PREFIX)

@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
+from rlhf_pipeline.models.score_head import backbone_name, with_score_head
 from rlhf_pipeline.recipe import PICKLE_SUFFIXES
 from rlhf_pipeline.recipe.schema import Model
 
@@ -49,12 +49,12 @@ def resolve_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_config(spec: Model, head: Head = "causal") -> PretrainedConfig:
-    """A model's configuration, checked for the head it shall get.
+def load_config(spec: Model) -> PretrainedConfig:
+    """The configuration of a causal LM.
 
     Raises:
         InputError: it cannot be loaded, brings code that the recipe does not trust, is not safe to open, or
-            Transformers has no such model class for it.
+            is not that of a causal LM.
     """
     check_files(spec)
     try:
@@ -62,20 +62,12 @@ def load_config(spec: Model, head: Head = "causal") -> PretrainedConfig:
     except (OSError, ValueError) as error:
         refuse_untrusted_code(spec, error)
         raise _unreachable(spec, error) from None
-    require_head(config, spec, head)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not _brings_class(config, spec):
+        raise InputError(
+            f"Transformers cannot load `{config.model_type}` as a causal language model",
+            place=f"model.path: {spec.path}",
+        )
     return config
-
-
-def require_head(config: PretrainedConfig, spec: Model, head: Head) -> None:
-    """See that a model can have a head.
-
-    Raises:
-        InputError: Transformers has no such model class for it, or one that the recipe does not trust.
-    """
-    auto = _auto_class(head)
-    if type(config) not in auto._model_mapping and not _brings_class(config, auto, spec):
-        what = "a causal language model" if head == "causal" else "a sequence classifier, which a reward model is"
-        raise InputError(f"Transformers cannot load `{config.model_type}` as {what}", place=f"model.path: {spec.path}")
 
 
 def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig | None = None) -> PreTrainedModel:
@@ -89,17 +81,14 @@ def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig
     Raises:
         InputError: see `load_config`.
     """
-    auto = _auto_class(head)
-    if config is None:
-        config = load_config(spec, head)
-    else:
-        require_head(config, spec, head)
-        config = copy.deepcopy(config)  # a model changes its own
+    config = load_config(spec) if config is None else copy.deepcopy(config)  # a model changes its own
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    registered = type(config) in auto._model_mapping and not type(config).__module__.startswith("transformers.")
-    if _brings_class(config, auto, spec) and not registered:
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    registered = known and not type(config).__module__.startswith("transformers.")
+    if _brings_class(config, spec) and not registered:
         options["code_revision"] = spec.revision  # else Transformers takes the code of the newest commit
-    return auto.from_config(config, **options)
+    model = AutoModelForCausalLM.from_config(config, **options)
+    return with_score_head(model) if head == "score" else model
 
 
 def refuse_untrusted_code(spec: Model, error: Exception) -> None:
@@ -116,19 +105,15 @@ def _untrusted(spec: Model) -> InputError:
     )
 
 
-def _auto_class(head: Head) -> Any:
-    return AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
-
-
-def _brings_class(config: PretrainedConfig, auto: Any, spec: Model) -> bool:
+def _brings_class(config: PretrainedConfig, spec: Model) -> bool:
     """Whether the model's class comes with it, and may be used.
 
     Raises:
         InputError: it does, may not be used, and Transformers has none instead.
     """
-    if auto.__name__ not in (getattr(config, "auto_map", None) or {}):
+    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         return False
-    if type(config) not in auto._model_mapping and not spec.trust_remote_code:
+    if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise _untrusted(spec)
     return spec.trust_remote_code
 
@@ -210,7 +195,7 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
     Args:
         spec: the recipe's `model`.
         tokenizer: the one from `load_tokenizer`; its pad becomes the model's, and its EOS one of what ends a text.
-        head: `causal`, or `score` for a sequence classifier with one output, whose head is freshly drawn.
+        head: `causal`, or `score` for a reward model, whose head is freshly drawn; see `score_head`.
 
     Returns:
         The model on `device()`, in evaluation mode, no parameter trainable.
@@ -218,7 +203,7 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
     Raises:
         InputError: see `load_config`.
     """
-    config = load_config(spec, head)
+    load_config(spec)
     options = {
         "revision": spec.revision,
         "trust_remote_code": spec.trust_remote_code,
@@ -227,13 +212,11 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
         "device_map": {"": device()},
         "use_safetensors": True,
     }
-    if head == "causal":
-        model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
-    else:
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_pretrained(spec.path, config=config, **options)
+    model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
+    if head == "score":
+        model = with_score_head(model)
     model.requires_grad_(False)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     # A checkpoint's own sampling settings (top-p, repetition penalty) would make what is sampled differ from what the
     # log-probabilities are taken of. What ends a text by them stays: see `reply_end.stop_tokens`.
     checkpoint = getattr(model, "generation_config", None) or GenerationConfig()  # a classifier has none
@@ -270,19 +253,20 @@ def find_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     ids = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[0]
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        name = backbone_name(model)
+        backbone = getattr(model, name)
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
         embedding = model.get_output_embeddings()
         # To the bit: an untrained model's logits are so small that a cap on them hardly shows.
         if torch.equal(embedding(hidden[None])[0], expected):
             return embedding
 
         def with_stand_in(states: torch.Tensor) -> torch.Tensor:
-            backbone = model.base_model
-            model._modules[model.base_model_prefix] = _StandIn(states[None])
+            model._modules[name] = _StandIn(states[None])
             try:
                 return model(input_ids=ids[:, :1], use_cache=False).logits[0]
             finally:
-                model._modules[model.base_model_prefix] = backbone
+                model._modules[name] = backbone
 
         try:
             same = torch.allclose(with_stand_in(hidden), expected, rtol=1e-3, atol=1e-3)

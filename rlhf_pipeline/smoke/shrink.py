@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
@@ -44,8 +45,12 @@ _SMALL = {
     "sliding_window": 32, "attention_chunk_size": 32, "window_size": 32,
     "rotary_dim": HEAD_DIM,
 }  # fmt: skip
-_HIDDEN = ("hidden_size", "embed_dim", "projection_dim", "out_hidden_size")  # what must be as wide as the hidden states
+_HIDDEN = (  # what must be as wide as the hidden states
+    "hidden_size", "embed_dim", "projection_dim", "out_hidden_size", "vision_output_dim", "projector_input_dim",
+    "projector_output_dim",
+)  # fmt: skip
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")  # lists of layers by their numbers
 # After how many layers a pattern starts again.
 _PERIODS = (
     "_sliding_window_pattern", "sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval",
@@ -197,6 +202,7 @@ def _drop_layers(config: PretrainedConfig, keys: dict[str, Any]) -> None:
     """Keep as many layers, at least two, as it takes to have every kind of layer."""
     layers = config.num_hidden_layers
     by_layer = {name: value for name, value in keys.items() if isinstance(value, list) and len(value) == layers}
+    numbers = {name: by_layer.pop(name, keys[name]) for name in _LAYER_NUMBERS if keys.get(name)}
     kept = 2
     for value in by_layer.values():
         kinds = [repr(kind) for kind in value]
@@ -212,8 +218,8 @@ def _drop_layers(config: PretrainedConfig, keys: dict[str, Any]) -> None:
     for name in ("max_window_layers", "num_kv_shared_layers"):
         if keys.get(name):
             setattr(config, name, min(keys[name], kept))
-    if keys.get("mlp_only_layers"):
-        config.mlp_only_layers = [layer for layer in config.mlp_only_layers if layer < kept]
+    for name, value in numbers.items():
+        setattr(config, name, [layer for layer in value if layer < kept])
 
 
 def _tokenizer(spec: Model) -> PreTrainedTokenizerBase:
@@ -259,17 +265,23 @@ def _build(config: PretrainedConfig, name: str) -> PreTrainedModel:
     """The model with weights drawn from a seed, once it has been seen to be small and to work."""
     place, what = f"model.path: {name}", f"a small `{config.model_type}` cannot be made"
     rows = config.get_text_config().vocab_size
+    causal = AutoModelForCausalLM._model_mapping[type(config)]
+    # Of a composite model, stages load the part that is a causal LM, and the checkpoint holds the whole.
+    is_part = causal.config_class is config.sub_configs.get("text_config")
+    whole = AutoModelForMultimodalLM if is_part else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config)
-        shapes = {key: value.shape for key, value in shape.named_parameters() if rows not in value.shape}
+            shape = whole.from_config(config)
+        shapes = {key: value.shape for key, value in shape.named_parameters()}
+        shapes = {key: sizes for key, sizes in shapes.items() if not any(0 <= size - rows <= HIDDEN for size in sizes)}
         small = sum(size.numel() for size in shapes.values()) <= LARGEST
         if small:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SEED)
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+                model = whole.from_config(config, dtype=torch.float32).eval()
+                stage = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval() if is_part else model
             with torch.no_grad():
-                logits = model(input_ids=torch.arange(8)[None] % rows, use_cache=False).logits
+                logits = stage(input_ids=torch.arange(8)[None] % rows, use_cache=False).logits
     except Exception as error:  # sizes that do not go together show in as many ways as there are models
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{what}: {reason}", place=place) from error

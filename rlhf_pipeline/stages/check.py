@@ -20,7 +20,7 @@ from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.base import require_head, without_weights
+from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
@@ -47,9 +47,6 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """
     reader = Reader(recipe)
     config = reader.config
-    used = [recipe.stages[name].facts for name in names]
-    if any("reward" in (kind.makes, *(parent.role for parent in kind.parents)) for kind in used):
-        require_head(config, recipe.model, "score")
     found: list[InputError] = []
 
     def attempt(task: Callable[[], Any]) -> Any:

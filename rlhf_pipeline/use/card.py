@@ -27,7 +27,7 @@ Records = dict[str, Record]
 
 
 def text(
-    run: Path, stage: str, recipe: Recipe, *, license: dict[str, str], dtype: str | None, name: str
+    run: Path, stage: str, recipe: Recipe, *, license: dict[str, str], dtype: str | None, own_class: bool, name: str
 ) -> str:  # fmt: skip
     """The card, as Markdown with the head that the hub reads.
 
@@ -37,6 +37,7 @@ def text(
         recipe: the run's.
         license: `license`, `license_name` and `license_link` of the base, as far as they are known.
         dtype: of the merged weights; None where the adapter is exported.
+        own_class: whether its class comes with it, as Transformers has none.
         name: what the model is loaded by: a hub id or a folder.
     """
     directory = RunDirectory(run)
@@ -70,6 +71,7 @@ def text(
         reward=kind.makes == "reward",
         by_reward=any(parent.makes == "reward" for parent in kind.parents),
         dtype=dtype,
+        own_class=own_class,
         hub_id=hub_id,
         folder=base.name,
         tiny=base.is_relative_to(TINY),

@@ -68,6 +68,7 @@ def export(
             recipe,
             license=_license(recipe),
             dtype=dtype,
+            own_class=(folder / "reward_model.py").is_file(),
             name=push_to or resolved(out).name,
         )
         (folder / "README.md").write_text(text, encoding="utf-8")

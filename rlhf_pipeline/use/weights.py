@@ -1,33 +1,39 @@
 """A stage's model as files that Transformers and PEFT load by themselves: the adapter, or base and adapter as one."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import adapters, score_head
 from rlhf_pipeline.models.adapters import WEIGHTS
-from rlhf_pipeline.models.base import Head, load_config, load_generation_config
+from rlhf_pipeline.models.base import Head, load_config, load_generation_config, without_weights
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
+from rlhf_pipeline.models.score_head import HEAD, with_score_head
 from rlhf_pipeline.recipe.schema import Model
 
+OWN_CLASS = ("reward_model.py", "RewardModel")  # of reward models that Transformers has no class for
 SHARD_SIZE = "5GB"  # what Transformers' files were long cut to, and what most tools expect
 
 
 def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, settings: dict[str, Any]) -> None:
-    """Write an adapter that names its base.
+    """Write an adapter that names its base; see `_write_own_class` for some reward models.
 
     Args:
         spec: the base.
@@ -36,7 +42,11 @@ def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, settings: 
         head: `causal`, or `score` for a reward model.
         settings: the `trainer` of the stage, which may say what ends a reply.
     """
-    shutil.copy2(artifact / WEIGHTS, out / WEIGHTS)
+    names = _names_in_transformers(spec, artifact) if head == "score" else {}
+    if names is None:
+        _write_own_class(without_weights(spec, "score"), out)
+    state = {(names or {}).get(name, name): tensor for name, tensor in load_file(artifact / WEIGHTS).items()}
+    save_file(state, out / WEIGHTS, {"format": "pt"})
     config = json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": spec.path, "revision": spec.revision}
     if config["modules_to_save"]:
@@ -68,7 +78,7 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: d
     Raises:
         InputError: the base cannot be loaded, is itself quantized, or PEFT cannot merge such an adapter.
     """
-    config = load_config(spec, head)
+    config = load_config(spec)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
             "the base is itself stored quantized, so there are no full weights to merge into",
@@ -77,20 +87,18 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: d
         )
     tokenizer = AutoTokenizer.from_pretrained(artifact, trust_remote_code=spec.trust_remote_code)
     dtype = getattr(torch, spec.dtype) if spec.dtype != "auto" else config.dtype or torch.float32
-    if head == "score":
-        config.num_labels = 1
-        config.problem_type = "regression"  # else Transformers' pipelines pass the score through a sigmoid
-    auto: Any = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
-    base = auto.from_pretrained(
+    base = AutoModelForCausalLM.from_pretrained(
         spec.path,
-        config=config,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
         dtype=dtype,
         use_safetensors=True,
         device_map={"": "cpu"},
     )
-    model = PeftModel.from_pretrained(base, str(artifact))
+    if head == "score":
+        base = with_score_head(base)
+        base.score = adapters.load_head(artifact).to(dtype)
+    model = _with_adapter(base, artifact)
     _untie(base)
     try:
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
@@ -100,9 +108,17 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: d
             place=artifact.parent.name,
             hint="export the adapter, without `--merge`",
         ) from None
-    merged.config.pad_token_id, merged.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for holder in (merged.config, merged.config.get_text_config()):
+        holder.pad_token_id, holder.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     if head == "causal":
         merged.generation_config = _generation_config(tokenizer, base.generation_config, settings)
+    else:
+        merged.config.problem_type = "regression"  # else Transformers' pipelines pass the score through a sigmoid
+        theirs = _classifier_of_transformers(merged.config)
+        if theirs is not None and _shapes(theirs) == _shapes(merged):
+            merged.__class__ = type(theirs)
+        else:
+            _write_own_class(merged, out)
     merged.save_pretrained(out, max_shard_size=SHARD_SIZE)
     folder = Path(spec.path)
     if spec.trust_remote_code and folder.is_dir():
@@ -111,6 +127,72 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: d
             shutil.copy2(file, out / file.relative_to(folder))
     _write_tokenizer(artifact, out, head)
     return str(dtype).removeprefix("torch.")
+
+
+def _with_adapter(base: PreTrainedModel, artifact: Path) -> PeftModel:
+    """A model with the LoRA weights of an artifact."""
+    config = LoraConfig.from_pretrained(str(artifact))
+    config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
+    model = get_peft_model(base, config)
+    adapters.load_weights(model, artifact, "default")
+    return model
+
+
+def _classifier_of_transformers(config: PretrainedConfig) -> PreTrainedModel | None:
+    """Transformers' sequence classifier for a configuration, without weights; None where it has none."""
+    classes = AutoModelForSequenceClassification._model_mapping
+    if type(config) not in classes or not classes[type(config)].__module__.startswith("transformers."):
+        return None
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        return classes[type(config)](config)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _names_in_transformers(spec: Model, artifact: Path) -> dict[str, str] | None:
+    """What the weights of a reward model's adapter are called in Transformers' class; None where it has no such class.
+
+    Of a composite model, Transformers may have a classifier with the whole of it, and a causal LM with a part.
+    """
+    theirs = _classifier_of_transformers(load_config(spec))
+    heads = [] if theirs is None else [name for name, _ in theirs.named_children() if name != theirs.base_model_prefix]
+    if theirs is None or heads != [HEAD]:
+        return None
+    stored, config = adapters.stored_shapes(artifact), LoraConfig.from_pretrained(str(artifact))
+    with torch.device("meta"):
+        shapes = adapters.adapter_shapes(get_peft_model(theirs, config), "default")
+    return None if adapters.misfit(stored, shapes) else adapters.our_names(stored, shapes)
+
+
+def _write_own_class(model: PreTrainedModel, out: Path) -> None:
+    """Write our class of a reward model as Python files, and name it in the configuration as code of the model's own.
+
+    Args:
+        model: from `with_score_head`.
+        out: the folder.
+    """
+    causal, config = type(model).__mro__[2], type(model.config)
+    places = [one.__module__ for one in (causal, config)]
+    # Code that came with the base comes along.
+    places = [f".{one.rpartition('.')[2]}" if one.startswith("transformers_modules.") else one for one in places]
+    file, name = OWN_CLASS
+    shutil.copy2(score_head.__file__, out / "score_head.py")
+    (out / file).write_text(
+        f'"""A reward model over {causal.__name__}."""\n\n'
+        f"from {places[0]} import {causal.__name__}\n"
+        f"from {places[1]} import {config.__name__}\n\n"
+        "from .score_head import ScoreHead\n\n\n"
+        f"class {name}(ScoreHead, {causal.__name__}):\n"
+        '    """Its backbone under a head that reads one number."""\n\n'
+        f"    config_class = {config.__name__}\n",
+        encoding="utf-8",
+    )
+    auto = getattr(model.config, "auto_map", None) or {}
+    model.config.auto_map = auto | {"AutoModelForSequenceClassification": f"{file.removesuffix('.py')}.{name}"}
 
 
 def _untie(base: PreTrainedModel) -> None:

@@ -268,21 +268,50 @@ class TestLoadWeights:
         assert torch.equal(model.get_parameter(name), before)
 
 
+class TestOurNames:
+    """An artifact's weights where the backbone sits elsewhere."""
+
+    def shapes(self, *modules: str, rank: int = 4, width: int = 8) -> dict[str, torch.Size]:
+        return {
+            f"base_model.model.{module}.lora_{part}": torch.Size(size)
+            for module in modules
+            for part, size in (("A.weight", (rank, width)), ("B.weight", (width, rank)))
+        }
+
+    def test_one_beginning_is_exchanged_for_another(self):
+        theirs = self.shapes("model.language_model.layers.0.q_proj", "model.language_model.layers.1.q_proj")
+        ours = self.shapes("model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.1.v_proj", rank=6)
+        names = adapters.our_names(theirs, ours)
+        assert names == {name: name.replace("language_model.", "") for name in theirs}
+        assert adapters.misfit(theirs, ours) is None
+        assert adapters.our_names(self.shapes("model.layers.0.q_proj"), theirs) == {
+            name: name.replace("model.layers", "model.language_model.layers")
+            for name in self.shapes("model.layers.0.q_proj")
+        }
+
+    def test_sizes_tell_two_places_apart(self):
+        """A vision model may have layers of the same names."""
+        theirs = self.shapes("model.layers.0.q_proj")
+        vision = self.shapes("model.vision.layers.0.q_proj", width=6)
+        names = adapters.our_names(theirs, vision | self.shapes("model.language_model.layers.0.q_proj"))
+        assert set(names.values()) == set(self.shapes("model.language_model.layers.0.q_proj"))
+
+    @pytest.mark.parametrize(
+        ("theirs", "ours"),
+        [
+            (["model.layers.5.q_proj"], ["model.layers.0.q_proj"]),  # another layer
+            (["model.layers.0.q_proj"], ["model.a.layers.0.q_proj", "model.b.layers.0.q_proj"]),  # one of two
+            (["model.text.layers.0.q_proj", "model.text.layers.0.o_proj"], ["model.layers.0.q_proj"]),  # too few
+            (["transformer.h.0.c_attn"], ["model.layers.0.q_proj"]),  # another architecture
+        ],
+    )
+    def test_nothing_is_guessed(self, theirs, ours):
+        theirs, ours = self.shapes(*theirs), self.shapes(*ours)
+        assert adapters.our_names(theirs, ours) == {name: name for name in theirs}
+        assert "no place for the weights" in adapters.misfit(theirs, ours)
+
+
 class TestHead:
-    @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
-    def test_head_name_is_the_child_that_scores(self, make_artifacts, shape):
-        """The named module maps hidden states to one label."""
-        model = classifier(make_artifacts(shape).spec)
-        head = model.get_submodule(adapters.head_name(model))
-        assert head is not model.base_model
-        assert (head.in_features, head.out_features) == (32, 1)
-
-    def test_model_without_a_head_is_refused(self, make_artifacts):
-        """A model with no child beside its backbone has no head, and says so."""
-        model = classifier(make_artifacts().spec)
-        with pytest.raises(ValueError, match="no single head"):
-            adapters.head_name(model.base_model)
-
     @pytest.mark.parametrize("shape", ["llama", "gpt2"])
     def test_loaded_head_is_the_saved_one(self, make_artifacts, shape):
         """`load_head` gives the numbers PEFT restores, in float32 and frozen."""

@@ -86,7 +86,7 @@ class TestAgainstSeparateModels:
         artifacts = make_artifacts(shape, quantization)
         shared, plain = share(artifacts), plain_reward(artifacts.spec, artifacts.reward)
         classifier = plain.get_base_model()
-        head = classifier.get_submodule(adapters.head_name(classifier))
+        head = classifier.score
         expected = head(classifier.base_model(**batch).last_hidden_state)
         assert real(expected, batch).std() > 0.05
         assert_close(real(shared.reward(**batch), batch), real(expected, batch), rtol=1e-5, atol=1e-5)
@@ -145,7 +145,7 @@ class TestParts:
         artifacts = make_artifacts(shape)
         shared, (ids, mask) = share(artifacts), moved_right(batch)
         classifier = plain_reward(artifacts.spec, artifacts.reward).get_base_model()
-        head = classifier.get_submodule(adapters.head_name(classifier))
+        head = classifier.score
         expected = real(head(classifier.base_model(**batch).last_hidden_state).squeeze(-1), batch)
         for view in (shared.reward, shared.value):
             with shared.acting_as("reference"):

@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "gemma2": {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": {},
     "gemma3": {},  # with a text model and a vision model nested in it
+    "qwen3_5": {},  # the same, and its causal LM is the text model alone
     "phi": {},
     "phi3": {
         "max_position_embeddings": 131072, "num_key_value_heads": 8,
