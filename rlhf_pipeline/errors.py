@@ -28,7 +28,26 @@ class InputError(Exception):
 
 
 class ColumnsError(InputError):
-    """The columns of data are not those that are needed; the place is a file, or what else the rows come from."""
+    """The columns of data are not those that are needed; the place is a file, or what else the rows come from.
+
+    Args:
+        message: see `InputError`.
+        place: see `InputError`.
+        hint: see `InputError`.
+        ways: where the columns can be read in more ways than one, how to say which: new names for columns, names that
+            are expected with those that they have, and what that does.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        place: str | None = None,
+        hint: str | None = None,
+        ways: Sequence[tuple[dict[str, str], str]] = (),
+    ) -> None:
+        super().__init__(message, place=place, hint=hint)
+        self.ways = ways
 
     def in_recipe(self, place: str) -> InputError:
         """The same with the place in a recipe that the data are for."""

@@ -163,17 +163,17 @@ def of_run(run: Path) -> list[StagePlan]:
     ]
 
 
-def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
+def shapes(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     """How the data of each stage are read, as their first rows tell.
 
     Returns:
-        For each stage, a `{"key": "data", "path": …, "shape": …}` for each of its sources; of a hub dataset, which may
-        have to be downloaded first, the shape is None.
+        For each stage, a `{"key": "data", "path": …, "shape": …, "used_as": {column: what it is taken for}}` for each
+        of its sources; of a hub dataset, which may have to be downloaded first, the last two are None.
 
     Raises:
         InputError: for all data that cannot be read, or are not what their stage needs.
     """
-    found: dict[str, list[dict[str, str | None]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     problems: list[InputError] = []
     for name, stage in recipe.stages.items():
         used: list[tuple[str, Wanted, Data, Source]]
@@ -190,7 +190,8 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, str | None]]]:
             try:
                 rows = first_rows(source)
                 shape = recognise(rows, wanted, data.chat, source.path, source.columns) if rows else None
-                found[name].append({"key": key, "path": source.path, "shape": shape.says if shape else None})
+                says, used_as = (shape.says, shape.used_as) if shape else (None, None)
+                found[name].append({"key": key, "path": source.path, "shape": says, "used_as": used_as})
             except ColumnsError as error:  # what they lack depends on the stage
                 problems.append(error.in_recipe(recipe.place("stages", name, *key.split("."))))
             except InputError as error:

@@ -39,12 +39,12 @@ class Encoded(NamedTuple):
 
     Attributes:
         table: the columns of a layout, with keys and lengths.
-        shape: what was recognised in the source: its `name`, and what it `says`.
+        shape: what was recognised in the source: its `name`, what it `says`, and what each column is `used_as`.
         counts: see `prepare.Prepared`.
     """
 
     table: Dataset
-    shape: dict[str, str]
+    shape: dict[str, Any]
     counts: dict[str, int]
 
 
@@ -120,7 +120,7 @@ def _encode_source(
         | dict.fromkeys(layout.lengths, NUMBER)
     )
     _write(file, schema, (encode(layout, batch, spec, tokenizer, counts) for batch in batched(found)))
-    return {"shape": {"name": shape.name, "says": shape.says}, "counts": counts}
+    return {"shape": {"name": shape.name, "says": shape.says, "used_as": shape.used_as}, "counts": counts}
 
 
 def _of_all_replies(
@@ -264,7 +264,10 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _code_hash() -> str:
     """A hash of the code that reads and encodes."""
     here = Path(__file__).parent
-    names = ("cache", "encode", "files", "parts", "peek", "shapes", "sources", "turns", "../models/tokenizer")
+    names = (
+        "advice", "asked", "cache", "columns", "encode", "files", "marks", "pairs", "parts", "peek", "shapes",
+        "sources", "turns", "../models/tokenizer",
+    )  # fmt: skip
     sources = [(here / f"{name}.py").read_bytes() for name in names]
     libraries = [version(name).encode() for name in ("transformers", "tokenizers", "datasets")]
     return hashlib.blake2b(b"\0".join(sources + libraries), digest_size=16).hexdigest()

@@ -89,7 +89,7 @@ def measure(
     return {
         "kind": kind,
         "sources": [
-            _source(source) | {"shape": shape["name"], "says": shape["says"]}
+            _source(source) | {"shape": shape["name"], "says": shape["says"], "used_as": shape["used_as"]}
             for source, shape in zip(spec.sources, prepared.shapes, strict=False)
         ],
         "eval_source": _source(spec.eval_data) if spec.eval_data else None,

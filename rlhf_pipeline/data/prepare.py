@@ -35,7 +35,8 @@ class Prepared:
             and the lengths in tokens before any cut: `prompt_length`, and `reply_length` or `chosen_length` and
             `rejected_length`, which count the EOS.
         held_out_table: the same of the rows to evaluate on.
-        shapes: what was recognised in each source, those of `eval_data` apart: its `name`, and what it `says`.
+        shapes: what was recognised in each source, those of `eval_data` apart: its `name`, what it `says`, and what
+            each column is `used_as`.
         counts: `rows` that were read; `bad_rows`, `too_long`, `rows_without_pair`, `not_trained` (of weight 0 alone),
             which were left out; of rows with labels `good_replies` and `bad_replies`, of which demonstrations leave the
             bad ones out; `conversations`, the rows in use whose prompts go through the chat template. Those of
@@ -46,7 +47,7 @@ class Prepared:
     held_out: Dataset | None
     table: Dataset
     held_out_table: Dataset | None
-    shapes: list[dict[str, str]]
+    shapes: list[dict[str, Any]]
     counts: dict[str, int]
 
 

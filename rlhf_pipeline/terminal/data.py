@@ -10,6 +10,7 @@ from rich.text import Text
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.rundir.words import printable
+from rlhf_pipeline.terminal.tables import columns
 
 MOST_TOKENS = 120  # of a stretch of an example: where it is longer, its middle is left out
 NEWLINE = "\n"
@@ -56,6 +57,7 @@ def _facts(numbers: dict[str, Any]) -> list[tuple[str, str | Text]]:
     for source in numbers["sources"]:
         facts.append(("from", Text(_named(source))))
         facts.append(("read as", Text(source["says"])))
+        facts.append(("columns", Text(columns(source["used_as"]).removeprefix("columns: "))))
     if numbers["eval_source"]:
         facts.append(("held out", Text(_named(numbers["eval_source"]))))
     facts.append(("rows", f"{rows:,}{kept}; {numbers['prompts']:,} distinct prompts"))

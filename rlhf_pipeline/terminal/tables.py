@@ -115,10 +115,17 @@ def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
     return [(f"rlhf-pipeline {command:<{widest}}", does) for command, does in commands]
 
 
+def columns(used_as: dict[str, str | None]) -> str:
+    """What became of each column of rows, in one line."""
+    used = [f"{name} ({use})" for name, use in used_as.items() if use is not None]
+    left = [name for name, use in used_as.items() if use is None]
+    return f"columns: {', '.join(used) or 'none'}" + (f"; not used: {', '.join(left)}" if left else "")
+
+
 def intentions(
     plans: list[StagePlan],
     wanted: ToDo,
-    shapes: dict[str, list[dict[str, str | None]]],
+    shapes: dict[str, list[dict[str, Any]]],
     remote_code: str | None,
     console: Console,
 ) -> None:
@@ -152,6 +159,8 @@ def intentions(
             key = "" if source["key"] == "data" else f"{source['key']}: "
             path = str(source["path"])
             known = source["shape"] or "known once it is downloaded"
+            if source["used_as"]:
+                known += f"\n{columns(source['used_as'])}"
             read.add_row(
                 plan.name, escape(key + (Path(path).name if Path(path).is_absolute() else path)), escape(known)
             )

@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from rlhf_pipeline.data.encode import Ids, encode_prompts, encode_replies
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
+from rlhf_pipeline.data.marks import SCORE, THUMB
 from rlhf_pipeline.data.peek import SAMPLE, column_names, renamed
 from rlhf_pipeline.data.prepare import first_prompts
-from rlhf_pipeline.data.shapes import SCORE, THUMB, Shape, recognise
+from rlhf_pipeline.data.shapes import Shape, recognise
 from rlhf_pipeline.data.turns import Prompt, Record, RowError
-from rlhf_pipeline.errors import InputError, Interrupted
+from rlhf_pipeline.errors import ColumnsError, InputError, Interrupted
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.local import expanded
 from rlhf_pipeline.models.roles import ScoreView
@@ -350,7 +351,7 @@ def read(source: Source, chat: bool | None) -> tuple[Iterator[tuple[int, Located
     """
     found = itertools.chain.from_iterable(rows_of_file(file) for file in local_files(source))
     rows = (
-        Located(place, number, {name: value for name, value in row.items() if name not in (*SCORE, *THUMB)})
+        Located(place, number, {name: value for name, value in row.items() if not _is_mark(name, value)})
         for place, number, row in renamed(found, source)
     )
     first = list(itertools.islice(rows, SAMPLE))
@@ -358,12 +359,22 @@ def read(source: Source, chat: bool | None) -> tuple[Iterator[tuple[int, Located
     return _records(itertools.chain(first, rows), shape), shape
 
 
+def _is_mark(name: str, value: Any) -> bool:
+    """Whether a column says how good one reply is; a list gives the order of several."""
+    return name in (*SCORE, *THUMB) and not isinstance(value, list)
+
+
 def _shape(rows: list[dict[str, Any]], chat: bool | None, place: str) -> Shape:
     for wanted in ("preferences", "demonstrations"):
         try:
             return recognise(rows, wanted, chat, place)
-        except InputError:
-            continue
+        except ColumnsError as error:
+            if error.ways:
+                ways = [
+                    f"`--columns {','.join(f'{expected}={theirs}' for expected, theirs in found.items())}` {does}"
+                    for found, does in error.ways
+                ]
+                raise InputError(error.message, place=place, hint="; ".join(ways)) from None
     raise InputError(
         f"the columns ({', '.join(column_names(rows)) or 'none'}) hold no replies; they need a prompt with a "
         "`completion`, or with `chosen` and `rejected`, or `messages`",

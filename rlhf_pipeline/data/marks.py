@@ -1,0 +1,385 @@
+"""How good replies are: labels and scores of single ones, and the order of several. No libraries."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Container
+from typing import Any, Literal, NamedTuple
+
+from rlhf_pipeline.data.columns import (
+    RANKED,
+    RANKED_IN_NO_ORDER,
+    UNUSED,
+    WRITE_LISTS,
+    Seen,
+    UnclearError,
+    is_empty,
+    plain,
+)
+from rlhf_pipeline.data.turns import Record, Reply, Row, RowError, reply_of, what_is_wrong
+
+Scored = list[tuple[Reply, float]]  # replies to one prompt, each with its score
+
+SCORE = ("score", "rating", "reward", "overall_score")
+THUMB = ("label", "thumbs", "thumb", "kto_tag", "feedback", "correct", "is_correct", "accepted", "is_good")
+GOOD = (
+    "true", "1", "+1", "up", "good", "yes", "y", "positive", "chosen", "accepted", "accept", "like", "liked", "correct",
+    "right", "pass", "desirable", "upvote", "thumbs up", "👍", "✅", "✔", "❤", "🙂", "😀",
+)  # fmt: skip
+BAD = (
+    "false", "0", "-1", "down", "bad", "no", "n", "negative", "rejected", "reject", "dislike", "disliked", "incorrect",
+    "wrong", "fail", "undesirable", "downvote", "thumbs down", "👎", "❌", "✖", "🙁", "😡",
+)  # fmt: skip
+THUMBS = dict.fromkeys(GOOD, True) | dict.fromkeys(BAD, False)
+
+# Numbers of several replies, beside their list or within it.
+RANKS = ("ranks", "rank")
+SCORES = ("scores", "ratings", "rewards", "overall_scores", *SCORE)
+# The number or the text of the best reply.
+BEST = re.compile(
+    r"(best|better|chosen|preferred|winner|winning|selected|top)(_(answer|response|reply|completion|output))?"
+    r"(_(id|idx|index))?"
+)
+MAY_BE_BEST = ("label", "choice", "preference", "human_preference", "vote")
+# Numbers that say nothing of how good a reply is.
+NO_MARK = re.compile(
+    r"(^|_)(ids?|idx|index|num|n|counts?|tokens?|len|lengths?|words?|chars?|seeds?|temperatures?|top_[pk]|turns?|times?|"
+    r"latency|costs?|logprobs?|created|timestamps?|years?|start|end)(_|$)"
+)
+TEXT_OF_REPLY = ("reply", "text", "content", "response", "answer", "completion", "output", "generation")
+
+
+# One reply in each row
+
+
+class Mark(NamedTuple):
+    """The column that says how good a row's reply is.
+
+    Attributes:
+        kind: "label", good or bad; or "score".
+        column: its name.
+    """
+
+    kind: Literal["label", "score"]
+    column: str
+
+
+def mark(seen: Seen, reply: str | None, pairs: bool) -> Mark | None:
+    """How single replies are marked.
+
+    Args:
+        seen: the first rows.
+        reply: the column with the reply, which a label may repeat; None of conversations.
+        pairs: whether pairs are to be made: then a score counts before a label, since it says more.
+
+    Raises:
+        UnclearError: a column marks some of the replies, and holds something else of others.
+    """
+    labels = [Mark("label", name) for name in THUMB if _labels(seen, name, reply)]
+    scores = [
+        Mark("score", name) if _scores(seen, name, pairs) else Mark("label", name)
+        for name in SCORE
+        if _scores(seen, name, pairs) or _labels(seen, name, reply)
+    ]
+    found = [*scores, *labels] if pairs else [*labels, *scores]
+    # Rows for pairs are of no use without a mark: each that has another value is named.
+    plain = [Mark("label", name) for name in THUMB[:2] if pairs and name in seen and not _repeats(seen, name, reply)]
+    return next(iter([*found, *plain]), None)
+
+
+def _scores(seen: Seen, name: str, pairs: bool) -> bool:
+    """Whether a column holds scores. For demonstrations 1 and 0 alone, or 1 and -1, are good and bad."""
+    values = {_as_word(value) for value in seen.values.get(name, ()) if is_number(value)}
+    return seen.mostly(name, is_number) and (pairs or values not in ({"0", "1"}, {"-1", "1"}))
+
+
+def _labels(seen: Seen, name: str, reply: str | None) -> bool:
+    """Whether a column says of each reply if it is good.
+
+    Raises:
+        UnclearError: it does of some rows, and has other numbers, or mostly other words, in others.
+    """
+    if not seen.share(name, is_thumb) or _repeats(seen, name, reply):
+        return False
+    values = {_as_word(value) for value in seen.values[name] if isinstance(value, str | int | float)}
+    numbers = {value for value in values if is_number(value)}
+    others = sorted(value for value in numbers if value not in THUMBS)
+    if {"0", "-1"} <= values:
+        others = ["-1, 0 and 1"]
+    if not others and seen.mostly(name, is_thumb):
+        return True
+    other = (others or [str(value) for value in seen.values[name] if not is_empty(value) and not is_thumb(value)])[0]
+    ways: list[tuple[dict[str, str], str]] = [({UNUSED: name}, "leaves it out")]
+    if others and not any(score in seen for score in SCORE):
+        ways.insert(0, ({"score": name}, "takes it for a score, the more the better"))
+    raise UnclearError(f"`{name}` may say whether a reply is good, and may not: it has {other}", *ways)
+
+
+def _repeats(seen: Seen, name: str, reply: str | None) -> bool:
+    """Whether a column holds the reply itself, as where the class of a text is what is asked for."""
+    if reply is None:
+        return False
+    rows = [row for row in seen.rows if not is_empty(row.get(name)) and isinstance(row.get(reply), str)]
+    same = sum(str(row[name]).strip().lower() == row[reply].strip().lower() for row in rows)
+    return 2 * same >= max(len(rows), 1)
+
+
+def require_no_other_mark(seen: Seen, uses: Container[str]) -> None:
+    """See that no column marks the replies under a name that differs in its letters alone, as `Label`.
+
+    Raises:
+        UnclearError: one does.
+    """
+    for name in seen.values:
+        known = plain(name)
+        test = is_number if known in SCORE else is_thumb
+        if name not in uses and known != name and known in (*THUMB, *SCORE) and seen.mostly(name, test):
+            raise UnclearError(
+                f"`{name}` may say how good the replies are",
+                ({known: name}, "uses it"),
+                ({UNUSED: name}, "leaves it out"),
+            )
+
+
+def thumb(row: Row, column: str) -> bool:
+    """Whether a reply is good."""
+    value: Any = row.get(column)
+    if not is_thumb(value):
+        raise RowError(what_is_wrong(column, value, "true or false, 1 or 0, up or down"))
+    return THUMBS[_as_word(value)]
+
+
+def is_thumb(value: Any) -> bool:
+    """Whether it says good or bad."""
+    return isinstance(value, str | int | float) and _as_word(value) in THUMBS
+
+
+def _as_word(value: str | float) -> str:
+    """A label in its plainest form: `1.0` is 1, a hand of any colour is a hand."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if is_number(value):
+        return f"{float(value):g}"
+    word = re.sub(
+        "[\N{VARIATION SELECTOR-16}\N{EMOJI MODIFIER FITZPATRICK TYPE-1-2}-\N{EMOJI MODIFIER FITZPATRICK TYPE-6}]",
+        "",
+        str(value),
+    )
+    return re.sub(r"[\s_-]+", " ", word).strip().lower()
+
+
+def number(value: Any, column: str) -> float:
+    """A score."""
+    if not is_number(value):
+        raise RowError(what_is_wrong(column, value, "a number"))
+    return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, or text that says one, as all of a CSV file is text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
+
+
+# Several replies in each row
+
+
+def pairs_of(replies: Scored) -> list[Record]:
+    """Every pair of a better and a worse reply, the best ones first; equal scores make none."""
+    ranked = sorted(replies, key=lambda reply: -reply[1])
+    return [(better, worse) for (better, high), (worse, low) in itertools.combinations(ranked, 2) if high > low]
+
+
+def best(replies: Scored) -> list[Record]:
+    """The reply with the highest score, the first of several."""
+    return [(max(replies, key=lambda reply: reply[1])[0],)]
+
+
+class Ranking(NamedTuple):
+    """Several replies in each row, and what gives their order.
+
+    Attributes:
+        column: the list.
+        scored: whether its replies have scores.
+        says: what gives the order, in words.
+        uses: what each column is taken for.
+        read: the replies of one row with their scores, the best the highest. Raises RowError.
+    """
+
+    column: str
+    scored: bool
+    says: str
+    uses: dict[str, str]
+    read: Callable[[Row], Scored]
+
+
+def ranking(seen: Seen) -> Ranking | None:
+    """The list of replies, and the column that gives its order.
+
+    Raises:
+        UnclearError: the order may be in a column or a key that is not known to give it.
+    """
+    names = [name for name in (*RANKED, *RANKED_IN_NO_ORDER) if name in seen]
+    lists = [name for name in names if any(isinstance(value, list) for value in seen.values[name])]
+    if not lists:
+        texts = [name for name in names if seen.mostly(name, lambda value: str(value).lstrip().startswith("["))]
+        if texts:
+            raise UnclearError(
+                f"`{texts[0]}` begins as a list does, and is neither JSON nor a list of Python", hint=WRITE_LISTS
+            )
+        return None
+    column = lists[0]
+    uses = {column: "replies"}
+
+    def made(order: str | None, says: str, read: Callable[[Row, list[Any]], list[float]], scored: bool) -> Ranking:
+        used = uses | ({order: "order of the replies"} if order else {})
+
+        def read_row(row: Row) -> Scored:
+            replies = _replies(row, column)
+            return list(zip([_text(reply, column) for reply in replies], read(row, replies), strict=True))
+
+        return Ranking(column, scored, says, used, read_row)
+
+    for order in (*RANKS, *SCORES):
+        is_rank = order in RANKS
+        words = "their ranks, 1 the best," if is_rank else "their scores"
+        if any(isinstance(value, list) for value in seen.values.get(order, ())):
+            return made(order, f"with {words} under `{order}`", _beside(column, order, is_rank), not is_rank)
+        if any(order in reply for reply in _of_dicts(seen, column)):
+            return made(None, f"with {words} under `{order}` in each", _within(column, order, is_rank), not is_rank)
+    for name in seen.values:
+        if BEST.fullmatch(name) and seen.mostly(name, lambda value: isinstance(value, str | int) or is_number(value)):
+            from_one = _counts_from_one(seen, column, name)
+            says = f"of which `{name}` is the best"
+            if seen.mostly(name, is_number):
+                says += f", counted from {int(from_one)}"
+            return made(name, says, _best_of(column, name, from_one), False)
+    _require_no_other_order(seen, column)
+    return made(None, "from best to worst", lambda _, replies: [float(-i) for i in range(len(replies))], False)
+
+
+def _replies(row: Row, column: str) -> list[Any]:
+    values = row.get(column)
+    if not isinstance(values, list):
+        raise RowError(what_is_wrong(column, values, "a list of replies"))
+    if len(values) < 2:
+        raise RowError(f"`{column}` should be two replies or more, and has {len(values)}")
+    return values
+
+
+def _text(reply: Any, column: str) -> Reply:
+    if not isinstance(reply, dict) or "role" in reply:
+        return reply_of({column: reply}, column)
+    name = next((name for name in TEXT_OF_REPLY if reply.get(name) is not None), None)
+    if name is None:
+        raise RowError(f"a reply of `{column}` has no text under {', '.join(f'`{one}`' for one in TEXT_OF_REPLY)}")
+    return reply_of(reply, name)
+
+
+def _of_dicts(seen: Seen, column: str) -> list[dict[str, Any]]:
+    """The replies of the first rows that are neither text nor turns."""
+    lists = [value for value in seen.values[column] if isinstance(value, list)]
+    return [reply for replies in lists for reply in replies if isinstance(reply, dict) and "role" not in reply]
+
+
+def _beside(column: str, order: str, is_rank: bool) -> Callable[[Row, list[Any]], list[float]]:
+    def read(row: Row, replies: list[Any]) -> list[float]:
+        values = row.get(order)
+        if not isinstance(values, list):
+            raise RowError(what_is_wrong(order, values, "a list of numbers"))
+        if len(values) != len(replies):
+            raise RowError(f"`{column}` has {len(replies)} replies, and `{order}` {len(values)} numbers")
+        return [(-1.0 if is_rank else 1.0) * _number_or_truth(value, order) for value in values]
+
+    return read
+
+
+def _within(column: str, order: str, is_rank: bool) -> Callable[[Row, list[Any]], list[float]]:
+    def read(row: Row, replies: list[Any]) -> list[float]:
+        values = [reply.get(order) if isinstance(reply, dict) else None for reply in replies]
+        return [(-1.0 if is_rank else 1.0) * _number_or_truth(value, order) for value in values]
+
+    return read
+
+
+def _number_or_truth(value: Any, column: str) -> float:
+    return float(value) if isinstance(value, bool) else number(value, column)
+
+
+def _best_of(column: str, name: str, from_one: bool) -> Callable[[Row, list[Any]], list[float]]:
+    def read(row: Row, replies: list[Any]) -> list[float]:
+        value = row.get(name)
+        if is_number(value) and float(value) == int(float(value)):
+            place = int(float(value)) - from_one
+        else:
+            texts = [_text(reply, column) for reply in replies]
+            place = texts.index(value) if value in texts else -1
+        if not 0 <= place < len(replies):
+            counted = f"a number from {int(from_one)} to {len(replies) - (not from_one)}, or the reply itself"
+            raise RowError(what_is_wrong(name, value, counted))
+        return [float(i == place) for i in range(len(replies))]
+
+    return read
+
+
+def _counts_from_one(seen: Seen, column: str, name: str) -> bool:
+    """Whether the number of the best reply is counted from 1: one is as large as there are replies, and none is 0."""
+    rows = [row for row in seen.rows if is_number(row.get(name)) and isinstance(row.get(column), list)]
+    found = [(float(row[name]), len(row[column])) for row in rows]
+    return any(value == count for value, count in found) and not any(value == 0 for value, _ in found)
+
+
+def _require_no_other_order(seen: Seen, column: str) -> None:
+    """See that no column holds what may be the order, before the order of the list is taken for it.
+
+    Raises:
+        UnclearError: one does.
+    """
+    for name in seen.values:
+        rows = [row for row in seen.rows if row.get(name) is not None and isinstance(row.get(column), list)]
+        beside = [row for row in rows if isinstance(row[name], list) and len(row[name]) == len(row[column])]
+        marks = [row for row in beside if all(_is_mark(value) for value in row[name])]
+        if name != column and not NO_MARK.search(name) and 2 * len(marks) >= len(rows) > 0:
+            steps = all(isinstance(value, bool) for row in marks for value in row[name])
+            raise UnclearError(
+                f"`{name}` may give the order of `{column}`, which else are from best to worst"
+                + (", or say which steps of one reply are right, which no stage reads" if steps else ""),
+                ({"scores": name}, "takes it for scores, the more the better"),
+                ({"ranks": name}, "for ranks, 1 the best"),
+                ({UNUSED: name}, "leaves it out"),
+            )
+        if name in MAY_BE_BEST or BEST.fullmatch(name):
+            raise UnclearError(
+                f"`{name}` may say which of `{column}` is the best, which else are from best to worst",
+                ({"best": name}, "takes it for the number of the best, counted from 0"),
+                ({UNUSED: name}, "leaves it out"),
+            )
+    for reply in _of_dicts(seen, column):
+        for name, value in reply.items():
+            nested = isinstance(value, dict | list) and bool(_numbers_in(value))
+            if name not in TEXT_OF_REPLY and not NO_MARK.search(name) and (_is_mark(value) or nested):
+                raise UnclearError(
+                    f"`{name}` in each of `{column}` may give their order, which else are from best to worst",
+                    hint="call it `score` (the more the better) or `rank` (1 the best) in the data, or take it out",
+                )
+    if column in RANKED_IN_NO_ORDER:
+        raise UnclearError(
+            f"nothing gives the order of `{column}`", ({"replies": column}, "says that they are from best to worst")
+        )
+
+
+def _is_mark(value: Any) -> bool:
+    return isinstance(value, bool) or is_number(value) or is_thumb(value)
+
+
+def _numbers_in(value: Any) -> list[Any]:
+    """The numbers within a dict or a list."""
+    if isinstance(value, dict):
+        value = [one for name, one in value.items() if not NO_MARK.search(name)]
+    if isinstance(value, list):
+        return [found for one in value for found in _numbers_in(one)]
+    return [value] if is_number(value) else []
