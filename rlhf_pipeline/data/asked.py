@@ -159,8 +159,10 @@ def require_all_used(seen: Seen, uses: dict[str, str]) -> dict[str, str]:
         UnclearError: one does not, so that a part of the prompt would be lost.
     """
     found = {}
+    rows = [row for row in seen.rows if any(not is_empty(row.get(name)) for name in uses)]
+    left = [name for name in seen.values if name not in uses and any(not is_empty(row.get(name)) for row in rows)]
     for name in OF_THE_PROMPT:
-        if name in uses or not seen.is_filled(name):
+        if name not in left:
             continue
         if name in PICTURES:
             raise UnclearError(
@@ -170,9 +172,9 @@ def require_all_used(seen: Seen, uses: dict[str, str]) -> dict[str, str]:
         if other is None:
             raise UnclearError(f"`{name}` is a part of the prompt, and would be left out", *_ways(seen, name, uses))
         found[name] = f"repeats a part of `{other}`"
-    for name in seen.values:
+    for name in left:
         known = plain(name)
-        if known == name or known not in OF_THE_PROMPT or known in seen or not seen.is_filled(name):
+        if known == name or known not in OF_THE_PROMPT or known in seen:
             continue
         other = seen.repeats(name, uses)
         if other is None:

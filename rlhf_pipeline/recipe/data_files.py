@@ -15,7 +15,13 @@ NOT_READ = {
     ".zst": "decompress it, or compress it as .gz, .bz2 or .xz", ".lz4": "decompress it, or compress it as .gz",
     ".zip": "unpack it", ".tar": "unpack it", ".tgz": "unpack it", ".7z": "unpack it",
 }  # fmt: skip
-SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-zA-Z])", re.IGNORECASE)
+# What the datasets library and others write beside rows, which is not rows.
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "dev": "dev",
+    "valid": "validation", "validation": "validation", "val": "validation", "eval": "eval", "evaluation": "eval",
+    "heldout": "held out", "holdout": "held out",
+}  # fmt: skip
 
 
 def is_local(path: str) -> bool:
@@ -46,13 +52,35 @@ def file_type(file: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def splits(files: list[Path]) -> list[str]:
-    """The splits that the names of files begin with, such as `test` of `test-00000.parquet`, each once."""
-    found = (SPLIT.match(file.name) for file in files)
-    return sorted({match[1].lower() for match in found if match})
+def splits(files: list[Path]) -> dict[str, list[Path]]:
+    """Files by the split that a word of their names says, as `test` of `my_test-0.parquet`; "" where none does."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        name = re.sub(r"(held|hold)[-_]?out", "heldout", file.name, flags=re.IGNORECASE)
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+        found.setdefault(next((SPLITS[word] for word in reversed(words) if word in SPLITS), ""), []).append(file)
+    return dict(sorted(found.items()))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder is what `save_to_disk` of the datasets library wrote: Arrow files, or folders of them."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
+    )
+
+
+def broken_links(path: str) -> list[Path]:
+    """The data files that an absolute path means and that are links to nothing, sorted."""
+    file = Path(path)
+    return [one for one in ([file] if file.is_symlink() else _found(path)) if one.is_symlink() and not one.exists()]
 
 
 def _candidates(path: str) -> list[Path]:
+    return [one for one in _found(path) if one.is_file() and one.name not in NOT_ROWS]
+
+
+def _found(path: str) -> list[Path]:
+    """All that is in a folder, or matches a glob, but for what is hidden."""
     file = Path(path)
     found = file.iterdir() if file.is_dir() else (Path(one) for one in glob.iglob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
-    return sorted(one for one in found if one.is_file() and not one.name.startswith("."))
+    return sorted(one for one in found if not one.name.startswith("."))

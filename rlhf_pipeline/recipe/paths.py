@@ -235,8 +235,10 @@ def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
         _check_file(local, key, problems)
     elif local.is_dir() or glob.has_magic(path):
         pattern = str(local) if local.is_dir() or expanded(path).is_absolute() else _inside(folder, path)
-        _check_several(str(pattern), local, key, problems)
+        _check_several(str(pattern), local, path, key, problems)
         return str(resolved(local)) if local.is_dir() else pattern
+    elif local.is_symlink():
+        _tell_of_broken_link(local, key, problems)
     elif _names_a_file(path):
         files = sorted(file for file in local.parent.iterdir() if file.exists()) if local.parent.is_dir() else []
         beside = {file.name.partition(".")[0]: file.name for file in files if data_files.file_type(file)}
@@ -245,7 +247,8 @@ def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
         problems.add(key, _not_there("data file", local), hint)
     else:
         return path  # a hub dataset
-    return str(resolved(local))
+    # A link keeps its own name: what it leads to, as in the hub's cache or in DVC's, may have none that tells a type.
+    return str(resolved(local.parent) / local.name)
 
 
 def _not_there(what: str, path: Path) -> str:
@@ -277,13 +280,40 @@ def _instead(file: Path) -> str:
     return data_files.NOT_READ.get(file.suffix.lower(), types)
 
 
-def _check_several(path: str, local: Path, key: KeyPath, problems: Problems) -> None:
-    """Check the files of a folder or a glob."""
+def _one_split(folder: Path, written: str, splits: dict[str, list[Path]]) -> str:
+    """A path, or a list of paths, of the files of one split: those to train on, if there are such."""
+    split = next((name for name in ("train", "") if name in splits), list(splits)[-1])
+    group = splits[split]
+    for pattern in (f"{split}*", f"*{split}*"):
+        if split and sorted(folder.glob(pattern)) == sorted(group):
+            return f"{written}/{pattern}"
+    names = [f"{written}/{file.name}" for file in group]
+    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
+
+
+def _tell_of_broken_link(link: Path, key: KeyPath, problems: Problems) -> None:
+    problems.add(key, _not_there("data file", link), "fetch what it leads to, as with `dvc pull` or `git annex get`")
+
+
+def _check_several(path: str, local: Path, written: str, key: KeyPath, problems: Problems) -> None:
+    """Check the files of a folder or a glob; `written` is how the recipe names it."""
     files = data_files.matching(path)
     is_folder = local.is_dir()
     types = sorted({str(data_files.file_type(file)) for file in files})
     splits = data_files.splits(files)
-    if not files:
+    broken = [link for link in data_files.broken_links(path) if data_files.file_type(link)]
+    if is_folder and data_files.is_saved_dataset(local):
+        parts = sorted(one.name for one in local.iterdir() if (one / "state.json").is_file())
+        part = next((f"[{one!r}]" for one in ("train", *parts) if one in parts), "")
+        problems.add(
+            key,
+            f"{local} is a dataset that `save_to_disk` wrote, in Arrow files, which are not read",
+            f'`python -c "import datasets; datasets.load_from_disk({str(local)!r}){part}.to_parquet('
+            f'{str(local) + ".parquet"!r})"` writes a file that is: {written}.parquet',
+        )
+    elif broken:
+        _tell_of_broken_link(broken[0], key, problems)
+    elif not files:
         others = data_files.not_read(path)
         below = is_folder and any(data_files.file_type(one) for one in local.rglob("*") if one.is_file())
         what = f"there are no data files in {local}" if is_folder else f"no data file matches {local}"
@@ -297,11 +327,15 @@ def _check_several(path: str, local: Path, key: KeyPath, problems: Problems) -> 
             f"{local} has files of several types: {', '.join(types)}",
             f"name those of one type: {local.name if is_folder else '...'}/*{types[-1]}",
         )
-    elif is_folder and len(splits) > 1:
+    elif is_folder and len(splits) > 1 and set(splits) != {"", "train"}:  # more to train on need not say so
+        named = [
+            split or f"and others, as {group[0].name}"
+            for split, group in sorted(splits.items(), key=lambda one: (not one[0], one[0]))
+        ]
         problems.add(
             key,
-            f"the files in {local} look like splits: {', '.join(splits)}",
-            f"name one of them, as {local.name}/{splits[-1]}*",
+            f"the files in {local} look like splits: {', '.join(named)}",
+            f"name one of them, as {_one_split(local, written.rstrip('/'), splits)}",
         )
     else:
         empty = next((file for file in files if file.stat().st_size == 0), None)

@@ -209,6 +209,8 @@ def test_a_cache_that_cannot_be_written_to_is_named(spec, tokenizer, tmp_path):
 def test_files_of_one_folder_are_rankings_of_the_same_columns(spec, tokenizer, tmp_path):
     """Their shape has one name, and yet the columns of one would not be read in the other."""
     spec({"prompt": "Q:", "replies": [" a", " b"]}), spec({"prompt": "Q:", "responses": [" a", " b"], "ranks": [2, 1]})
-    with pytest.raises(InputError, match=r"`responses` with their ranks, 1 the best, and those of rows0") as caught:
+    with pytest.raises(
+        InputError, match=r"`responses` with their ranks, 1 the best, under `ranks`, and those of rows0"
+    ) as caught:
         prepare.preferences(Data(path=str(tmp_path)), tokenizer, seed=0)
     assert caught.value.place == str(tmp_path / "rows1.jsonl")

@@ -31,12 +31,20 @@ def folder(tmp_path: Path) -> Path:
                  "old.jsonl.zst", "t.arrow", "data.jsonl.zip", "all/1.jsonl", "all/2.jsonl", "all/README.md",
                  "all/.hidden.jsonl", "mixed/1.jsonl", "mixed/2.csv", "splits/train-0.jsonl", "splits/test-0.jsonl",
                  "deep/er/1.jsonl", "texts/a.txt", "arrow/data.arrow", "[odd]/1.jsonl", "training/train_a.jsonl",
-                 "training/training_b.jsonl", "with-empty/1.jsonl"):  # fmt: skip
+                 "training/training_b.jsonl", "with-empty/1.jsonl", "mine/my_train.jsonl", "mine/my_test.jsonl",
+                 "camel/rowsTrain.jsonl", "camel/rowsVal.jsonl", "more/rows.jsonl", "more/train_2.jsonl",
+                 "some/rows.jsonl", "some/more.jsonl", "some/rows-heldout.jsonl", "saved/dataset_info.json",
+                 "saved/state.json", "saved/data-00000-of-00001.arrow", "dict/dataset_dict.json",
+                 "dict/train/state.json", "dict/test/state.json", "known/1.json", "known/dataset_info.json",
+                 "blobs/0f3a"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(ROW)
     for name in ("empty.jsonl", "with-empty/2.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    for name, target in (("rows.jsonl", "../blobs/0f3a"), ("gone.jsonl", "../blobs/77ff")):
+        (tmp_path / "snapshots" / name).symlink_to(target)
     return tmp_path
 
 
@@ -69,6 +77,9 @@ def refused(folder: Path, data: str, *overrides: str) -> InputError:
         ("splits/train*", ["splits/train-0.jsonl"]),
         ("splits/*", ["splits/test-0.jsonl", "splits/train-0.jsonl"]),  # whoever writes a glob has looked
         ("training", ["training/train_a.jsonl", "training/training_b.jsonl"]),
+        ("more", ["more/rows.jsonl", "more/train_2.jsonl"]),
+        ("known", ["known/1.json"]),  # beside what describes it
+        ("snapshots/rows.jsonl", ["snapshots/rows.jsonl"]),  # a link, as in the hub's cache, to what has no such name
     ],
 )
 def test_a_path_stands_for_one_file_or_for_many(folder, path, files):
@@ -106,6 +117,13 @@ def test_a_glob_in_a_folder_whose_name_looks_like_one(folder):
         ("mixed", "has files of several types: .csv, .jsonl", "mixed/*.jsonl"),
         ("mixed/*", "has files of several types: .csv, .jsonl", "*.jsonl"),
         ("splits", "look like splits: test, train", "splits/train*"),
+        ("mine", "look like splits: test, train", "mine/*train*"),
+        ("camel", "look like splits: train, validation", "camel/rowsTrain.jsonl"),
+        ("some", "look like splits: held out, and others, as more.jsonl", "[some/more.jsonl, some/rows.jsonl]"),
+        ("saved", "is a dataset that `save_to_disk` wrote", ".to_parquet("),
+        ("dict", "is a dataset that `save_to_disk` wrote", "['train'].to_parquet("),
+        ("snapshots", "gone.jsonl, only a link to ../blobs/77ff", "dvc pull"),
+        ("snapshots/gone.jsonl", "gone.jsonl, only a link to ../blobs/77ff", "dvc pull"),
         ("with-empty", "2.jsonl is empty", "remove it"),
         ("with-empty/*.jsonl", "2.jsonl is empty", "remove it"),
     ],

@@ -66,14 +66,20 @@ NO_DATA: dict[str, list] = {"sft": [], "ppo": [], "dpo": []}
 def test_intentions_say_what_the_data_are_read_as():
     says = "prompt/completion: text and the reply"
     sources = [
-        {"key": "data", "path": "/data/a[1].jsonl", "shape": says},
-        {"key": "data.eval_data", "path": "someone/questions", "shape": None},
+        {
+            "key": "data",
+            "path": "/data/a[1].jsonl",
+            "shape": says,
+            "used_as": {"id": None, "prompt": "prompt", "completion": "reply"},
+        },
+        {"key": "data.eval_data", "path": "someone/questions", "shape": None, "used_as": None},
     ]
     lines = [
         line.rstrip()
         for line in printed(tables.intentions, [stage("sft")], NOTHING, {"sft": sources}, None, width=160).splitlines()
     ]
-    assert lines[-2].split(maxsplit=2) == ["sft", "a[1].jsonl", says]
+    assert lines[-3].split(maxsplit=2) == ["sft", "a[1].jsonl", says]
+    assert lines[-2].strip() == "columns: prompt (prompt), completion (reply); not used: id"
     assert lines[-1].split(maxsplit=3)[:3] == ["sft", "data.eval_data:", "someone/questions"]
     assert "once it is downloaded" in lines[-1]
 
