@@ -313,8 +313,8 @@ def _number_or_truth(value: Any, column: str) -> float:
 def _best_of(column: str, name: str, from_one: bool) -> Callable[[Row, list[Any]], list[float]]:
     def read(row: Row, replies: list[Any]) -> list[float]:
         value = row.get(name)
-        if is_number(value) and float(value) == int(float(value)):
-            place = int(float(value)) - from_one
+        if is_number(value):
+            place = int(number(value, name)) - from_one if number(value, name).is_integer() else -1
         else:
             texts = [_text(reply, column) for reply in replies]
             place = texts.index(value) if value in texts else -1
