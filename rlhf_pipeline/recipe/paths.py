@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.local import expanded, resolved
-from rlhf_pipeline.recipe import data_files, schema
+from rlhf_pipeline.recipe import data_files, model_files, schema
 from rlhf_pipeline.recipe.layers import KEYS_TIED_TO_PATH, OF_SOURCE
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Data, Recipe
@@ -152,30 +152,42 @@ def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             problems.add(key, _not_there("model folder", local), RELATIVE)
         return path  # a hub id
-    pickled = sorted(file.name for file in local.iterdir() if file.suffix in PICKLE_SUFFIXES) if local.is_dir() else []
-    if not (local / "config.json").is_file():
-        problems.add(
-            key,
-            f"{local} is not a model folder: it has no config.json",
-            "name the folder that `save_pretrained` wrote",
+    if found := _no_model(local) or model_files.problem(local):
+        problems.add(key, *found)
+    return str(resolved(local))
+
+
+def _no_model(path: Path) -> model_files.Problem | None:
+    """Why something that is there is not a model folder with weights that are read; None where it is one."""
+    files = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
+    has = {suffix: name for name in reversed(files) for suffix in (Path(name).suffix,)}
+    pickled = next((has[suffix] for suffix in PICKLE_SUFFIXES if suffix in has), None)
+    if ".gguf" in has and ".safetensors" not in has:
+        return model_files.Problem(
+            f"{path} holds a model as GGUF, which llama.cpp reads and nothing trains",
+            "take the checkpoint that it was made of: config.json and *.safetensors",
         )
-    elif any(local.glob("*.safetensors")):
-        return str(resolved(local))
-    elif pickled:
-        problems.add(
-            key,
-            f"{local} holds its weights as a pickle, {pickled[0]}, which can run any code when it is opened, so only "
+    if "adapter_config.json" in files and "config.json" not in files:
+        return model_files.Problem(
+            f"{path} is an adapter, not a model",
+            "name the model that it was trained over here, and the adapter as `init` of the stage that starts from it",
+        )
+    if "config.json" not in files:
+        return model_files.Problem(
+            f"{path} is not a model folder: it has no config.json", "name the folder that `save_pretrained` wrote"
+        )
+    if ".safetensors" in has:
+        return None
+    if pickled:
+        return model_files.Problem(
+            f"{path} holds its weights as a pickle, {pickled}, which can run any code when it is opened, so only "
             "*.safetensors are read",
             "if you trust who made it, load model and tokenizer once with Transformers and `save_pretrained` both "
             "to a new folder",
         )
-    else:
-        problems.add(
-            key,
-            f"{local} holds no *.safetensors weights",
-            "load the model with Transformers and save it with `save_pretrained`",
-        )
-    return str(resolved(local))
+    return model_files.Problem(
+        f"{path} holds no *.safetensors weights", "load the model with Transformers and save it with `save_pretrained`"
+    )
 
 
 def _template_path(path: str, key: KeyPath, problems: Problems) -> str:
