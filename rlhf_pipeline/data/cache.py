@@ -22,7 +22,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline.data.encode import Layout, encode, hash_of
+from rlhf_pipeline.data.encode import Layout, Notes, encode, hash_of
 from rlhf_pipeline.data.files import Located, local_files
 from rlhf_pipeline.data.shapes import Shape
 from rlhf_pipeline.data.sources import BATCH, batched, load_hub, open_source, records
@@ -41,11 +41,13 @@ class Encoded(NamedTuple):
         table: the columns of a layout, with keys and lengths.
         shape: what was recognised in the source: its `name`, what it `says`, and what each column is `used_as`.
         counts: see `prepare.Prepared`.
+        unlike_template: see `encode.Notes`.
     """
 
     table: Dataset
     shape: dict[str, Any]
     counts: dict[str, int]
+    unlike_template: dict[str, str] | None = None
 
 
 class Known:
@@ -102,7 +104,7 @@ def _from_cache(
             place=source.path,
             hint=", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items()),
         )
-    return Encoded(table, about["shape"], counts)
+    return Encoded(table, about["shape"], counts, about["unlike_template"])
 
 
 def _encode_source(
@@ -110,7 +112,8 @@ def _encode_source(
 ) -> dict[str, Any]:
     """Read a source and write its rows as tokens; returns its shape and counts."""
     rows, shape = open_source(source, layout.wanted, spec.chat, hub)
-    counts = Counter[str]()
+    notes = Notes(Counter())
+    counts = notes.counts
     found = records(rows, shape, layout.wanted, spec, counts)
     if shape.of_replies is not None:
         found = _of_all_replies(found, shape, counts, file.parent)
@@ -119,8 +122,11 @@ def _encode_source(
         | dict.fromkeys(("prompt_key", "row_key"), KEY)
         | dict.fromkeys(layout.lengths, NUMBER)
     )
-    _write(file, schema, (encode(layout, batch, spec, tokenizer, counts) for batch in batched(found)))
-    return {"shape": {"name": shape.name, "says": shape.says, "used_as": shape.used_as}, "counts": counts}
+    _write(file, schema, (encode(layout, batch, spec, tokenizer, notes) for batch in batched(found)))
+    # Counts of nothing are left out, as a counter has them where nothing was found.
+    counted = {name: count for name, count in counts.items() if count}
+    shown = {"name": shape.name, "says": shape.says, "used_as": shape.used_as}
+    return {"shape": shown, "counts": counted, "unlike_template": notes.unlike_template}
 
 
 def _of_all_replies(

@@ -1,7 +1,8 @@
 """From records to token ids: one encoding for all stages.
 
 The prompt's tokens, then the reply's tokens and one EOS. So the reward is trained at the same token, the last of the
-reply, where PPO reads it.
+reply, where PPO reads it. A prompt's tokens are the same with and without a reply. A reply's are those that it has
+behind its prompt, in the whole text as the chat template writes it: alone, many tokenizers would begin it with a space.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline.data.files import Located
 from rlhf_pipeline.data.shapes import Wanted
 from rlhf_pipeline.data.sources import bad_row, where
-from rlhf_pipeline.data.turns import Prompt, Record
-from rlhf_pipeline.models.tokenizer import TemplateError, render
+from rlhf_pipeline.data.turns import Prompt, Record, Reply
+from rlhf_pipeline.models.tokenizer import TemplateError, after_reply, render, render_reply, without_end
 from rlhf_pipeline.recipe.schema import Data
 
 Ids = list[int]
@@ -48,30 +49,41 @@ PREFERENCES = Layout(
 PROMPTS = Layout("prompts", ("input_ids",), ("prompt_length",), lambda prompt: (prompt,))
 
 
+@dataclass
+class Notes:
+    """What was found while records were encoded.
+
+    Attributes:
+        counts: see `prepare.Prepared`.
+        unlike_template: of the first conversation that the chat template itself writes otherwise, `prompt_and_reply`
+            and the `template`'s text.
+    """
+
+    counts: Counter[str]
+    unlike_template: dict[str, str] | None = None
+
+
 def encode(
     layout: Layout,
     batch: list[tuple[Located, Record]],
     spec: Data,
     tokenizer: PreTrainedTokenizerBase,
-    counts: Counter[str],
+    notes: Notes,
 ) -> dict[str, list[Any]]:
     """A batch of records as the columns of a layout."""
-    asked = _prompt_ids(tokenizer, spec, batch, counts)
-    batch, asked = (
-        [one for one, ids in zip(batch, asked, strict=True) if ids is not None],
-        [ids for ids in asked if ids is not None],
-    )
-    replies = [_reply_ids(tokenizer, [record[which] for _, record in batch]) for which in range(1, len(layout.lengths))]
-    limits = [spec.max_prompt_length, *[spec.max_completion_length] * len(replies)]
+    limits = [spec.max_prompt_length, *[spec.max_completion_length] * (len(layout.lengths) - 1)]
     columns: dict[str, list[Any]] = {name: [] for name in (*layout.columns, "prompt_key", "row_key", *layout.lengths)}
-    for (_, record), *parts in zip(batch, asked, *replies, strict=True):
+    for (_, record), parts in zip(batch, _tokens(tokenizer, spec, batch, notes), strict=True):
+        if parts is None:
+            continue
         lengths = [len(part) for part in parts]
         if spec.too_long == "drop" and any(
             limit and length > limit for length, limit in zip(lengths, limits, strict=True)
         ):
-            counts["too_long"] += 1
+            notes.counts["too_long"] += 1
             continue
-        counts["conversations"] += isinstance(record[0], list)
+        notes.counts["conversations"] += isinstance(record[0], list)
+        notes.counts["eos_within"] += any(tokenizer.eos_token_id in part[:-1] for part in parts[1:])
         cut = [_last(parts[0], limits[0]), *(part[: limits[1]] for part in parts[1:])]
         row_key = hash_of(record)
         values = [*layout.join(*cut), hash_of(record[0]) if record[0] else row_key, row_key, *lengths]
@@ -88,64 +100,120 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, spec: Data, asked: Sequen
     Raises:
         InputError: the chat template refuses a prompt.
     """
-    located = [(Located(where(spec), number, {}), (prompt,)) for number, prompt in enumerate(asked, 1)]
-    strict = spec.model_copy(update={"bad_rows": "error"})
-    found = _prompt_ids(tokenizer, strict, located, Counter())
-    return [_last(ids, spec.max_prompt_length) for ids in found if ids is not None]
+    return [ids for (ids,) in encode_records(tokenizer, spec, [(prompt,) for prompt in asked])]
+
+
+def encode_records(tokenizer: PreTrainedTokenizerBase, spec: Data, records: Sequence[Record]) -> list[list[Ids]]:
+    """The token ids of each record's prompt and replies; a reply ends in one EOS.
+
+    A prompt longer than `max_prompt_length` keeps its last tokens. A reply longer than `max_completion_length` is cut
+    and has no EOS: it did not end there.
+
+    Raises:
+        InputError: the chat template refuses a prompt or a reply.
+    """
+    located = [(Located(where(spec), number, {}), record) for number, record in enumerate(records, 1)]
+    found = _tokens(tokenizer, spec.model_copy(update={"bad_rows": "error"}), located, Notes(Counter()))
+    return [
+        [_last(parts[0], spec.max_prompt_length), *(part[: spec.max_completion_length] for part in parts[1:])]
+        for parts in found
+        if parts is not None
+    ]
 
 
 def _last(ids: Ids, limit: int | None) -> Ids:
     return ids[-limit:] if limit else ids
 
 
-def encode_replies(tokenizer: PreTrainedTokenizerBase, spec: Data, replies: Sequence[str]) -> list[Ids]:
-    """Replies' token ids, encoded apart from their prompts as they are in generation; each ends in one EOS.
-
-    A reply longer than `max_completion_length` is cut and has no EOS: it did not end there.
-    """
-    return [ids[: spec.max_completion_length] for ids in _reply_ids(tokenizer, replies)]
-
-
-def _reply_ids(tokenizer: PreTrainedTokenizerBase, replies: Sequence[str]) -> list[Ids]:
-    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id  # each look-up costs as much as a short reply's encoding
-    bare = []
-    for reply in replies:
-        while reply.endswith(eos):
-            reply = reply.removesuffix(eos)
-        bare.append(reply)
-    if not bare:
-        return []
-    return [[*ids, eos_id] for ids in tokenizer(bare, add_special_tokens=False)["input_ids"]]
-
-
-def _prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, spec: Data, batch: list[tuple[Located, Record]], counts: Counter[str]
-) -> list[Ids | None]:
-    """The token ids of prompts, not cut; None for a bad row that is left out."""
-    found: list[Ids | None] = [None] * len(batch)
-    texts = [i for i, (_, record) in enumerate(batch) if isinstance(record[0], str)]
-    if texts:
-        written = [batch[i][1][0] for i in texts]
-        eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-        # Some tokenizers close every text; a prompt is not closed.
-        for i, text, ids in zip(texts, written, tokenizer(written)["input_ids"], strict=True):
-            found[i] = ids[:-1] if ids and ids[-1] == eos_id and not text.endswith(eos) else ids
-    rendered: dict[int, str] = {}
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, spec: Data, batch: list[tuple[Located, Record]], notes: Notes
+) -> list[list[Ids] | None]:
+    """The token ids of prompts and replies, not cut; None for a bad row that is left out."""
+    found: list[list[Ids] | None] = [None] * len(batch)
+    eos = tokenizer.eos_token
+    end = after_reply(tokenizer) if any(not isinstance(record[0], str) for _, record in batch) else None
+    texts: dict[int, list[str]] = {}
+    turns: dict[int, list[str]] = {}
     for i, (located, record) in enumerate(batch):
-        if isinstance(record[0], str):
-            continue
         try:
-            rendered[i] = render(tokenizer, record[0])
+            if isinstance(record[0], str):
+                texts[i] = [record[0], *(without_end(_text(reply), eos) for reply in record[1:])]
+            else:
+                turns[i] = _rendered(tokenizer, record, end, notes)
         except TemplateError as error:
             if spec.bad_rows == "error":
                 raise bad_row(str(error), located) from None
-            counts["bad_rows"] += 1
-    if rendered:
-        for i, ids in zip(
-            rendered, tokenizer(list(rendered.values()), add_special_tokens=False)["input_ids"], strict=True
-        ):
-            found[i] = ids
+            notes.counts["bad_rows"] += 1
+    for written, special in ((texts, True), (turns, False)):
+        if written:
+            for i, parts in zip(written, _encoded(tokenizer, list(written.values()), special), strict=True):
+                found[i] = parts
     return found
+
+
+def _text(reply: Reply) -> str:
+    """A reply that follows plain text."""
+    if isinstance(reply, str):
+        return reply
+    part = "tool_calls" if "tool_calls" in reply else "reasoning_content"
+    raise TemplateError(f"the reply has `{part}`, and its prompt is plain text, which goes through no chat template")
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, record: Record, end: str | None, notes: Notes) -> list[str]:
+    """A conversation's prompt and replies as text."""
+    prompt = render(tokenizer, record[0])
+    written, differs = [prompt], False
+    for reply in record[1:]:
+        text, whole = render_reply(tokenizer, record[0], prompt, reply, end)
+        written.append(text)
+        if whole is not None:
+            differs = True
+            notes.unlike_template = notes.unlike_template or {"prompt_and_reply": prompt + text, "template": whole}
+    notes.counts["unlike_template"] += differs
+    return written
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, written: list[list[str]], special: bool) -> list[list[Ids]]:
+    """The token ids of prompts and the replies behind them.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        written: of each record the text of its prompt and of its replies.
+        special: whether the tokenizer adds its own special tokens, as a BOS.
+    """
+    asked = _ids(tokenizer, [prompt for prompt, *_ in written], special)
+    wholes = iter(_ids(tokenizer, [prompt + reply for prompt, *replies in written for reply in replies], special))
+    eos_id = tokenizer.eos_token_id
+    return [
+        [ids, *([*_behind(tokenizer, ids, next(wholes), reply), eos_id] for reply in replies)]
+        for ids, (_, *replies) in zip(asked, written, strict=True)
+    ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[Ids]:
+    if not texts:
+        return []
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id  # each look-up costs as much as a short text's encoding
+    found = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    if not special:
+        return found
+    # Some tokenizers close every text; what is put together here is closed by hand.
+    return [
+        ids[:-1] if ids and ids[-1] == eos_id and not text.endswith(eos) else ids
+        for text, ids in zip(texts, found, strict=True)
+    ]
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, prompt: Ids, whole: Ids, reply: str) -> Ids:
+    """The tokens of a reply in those of the whole.
+
+    Where its beginning and the end of the prompt share a token in the whole, as two line breaks may, they are those
+    that it has at the beginning of a line: the prompt's tokens are the same whatever follows.
+    """
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    line, behind_it, alone = tokenizer(["\n", "\n" + reply, reply], add_special_tokens=False)["input_ids"]
+    return behind_it[len(line) :] if behind_it[: len(line)] == line else alone
 
 
 def hash_of(value: Any) -> int:

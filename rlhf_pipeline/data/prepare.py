@@ -40,7 +40,9 @@ class Prepared:
         counts: `rows` that were read; `bad_rows`, `too_long`, `rows_without_pair`, `not_trained` (of weight 0 alone),
             which were left out; of rows with labels `good_replies` and `bad_replies`, of which demonstrations leave the
             bad ones out; `conversations`, the rows in use whose prompts go through the chat template. Those of
-            `eval_data` have names that begin with `eval_`.
+            `eval_data` have names that begin with `eval_`; `unlike_template`, the rows that the chat template itself
+            writes otherwise; and `eos_within`, those with an EOS before the end of a reply.
+        unlike_template: see `encode.Notes`.
     """
 
     train: Dataset
@@ -49,6 +51,7 @@ class Prepared:
     held_out_table: Dataset | None
     shapes: list[dict[str, Any]]
     counts: dict[str, int]
+    unlike_template: dict[str, str] | None = None
 
 
 def demonstrations(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None) -> Prepared:
@@ -156,7 +159,7 @@ def _prepare(
     table = _mixed(tables, taken, seed)
     held_out = None
     if spec.eval_data is not None:
-        held_out, _, of_source = encoded(spec.eval_data)
+        held_out, _, of_source, _ = encoded(spec.eval_data)
         counts.update({f"eval_{name}": count for name, count in of_source.items()})
     elif spec.eval_fraction:
         table, held_out = _split(table, spec, seed)
@@ -168,6 +171,7 @@ def _prepare(
         held_out,
         [one.shape for one in found],
         dict(counts),
+        next((one.unlike_template for one in found if one.unlike_template), None),
     )
 
 

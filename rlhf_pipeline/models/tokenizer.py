@@ -1,6 +1,9 @@
 """One tokenizer for all stages: left padding, a pad token that is nothing else, and a chat template."""
 
 import contextlib
+import json
+import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,14 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import check_files, load_config, refuse_untrusted_code
 from rlhf_pipeline.recipe.schema import Model
 
-# The chat template of a model that has none. Prompt and reply are encoded apart; here they meet at a line break, so
-# that a reply's first word is encoded as at the beginning of any line.
+# The chat template of a model that has none. Prompt and reply meet at a line break, so that a reply's first word is
+# encoded as at the beginning of any line.
 DEFAULT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+# What `strftime_now` gives in a chat template: with today's date, the same weights would have other scores tomorrow.
+# It is the day that Llama 3's templates name where they are not told of another.
+DAY = date(2024, 7, 26)
+# A question and its answer, by which it is found out how a template writes a turn.
+QUESTION, ANSWER = {"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}
 
 
 class TemplateError(Exception):
@@ -29,7 +37,9 @@ def load_tokenizer(model: Model | str) -> PreTrainedTokenizerBase:
     never contains takes its place. The embedding is never resized: it belongs to the base.
 
     The chat template is the recipe's `chat_template`, else the tokenizer's own, else a plain default; see
-    `has_default_template`. It is saved with the tokenizer.
+    `has_default_template`. What the recipe says in `chat_template_kwargs`, a fixed day for `strftime_now`, and the
+    beginning of a reply where `add_generation_prompt` gives none are written into it, so that whoever renders it writes
+    the same. It is saved with the tokenizer.
 
     Args:
         model: the recipe's `model`; a folder or hub id alone means one with all else as by default.
@@ -89,6 +99,68 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, spec: Model) -> None:
         raise InputError(
             f"the chat template is not valid Jinja: {error.message}", place=f"{place}:{error.lineno}"
         ) from None
+    own = tokenizer.chat_template  # text, or several by name
+    texts = own if isinstance(own, dict) else {"": own}
+    for name in spec.chat_template_kwargs:
+        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts.values()):
+            raise InputError(
+                f"the chat template does not use `{name}`, so it would be ignored",
+                place=f"model.chat_template_kwargs.{name}",
+                hint="remove it, or check its spelling in the template",
+            )
+    texts = {name: _fixed(text, spec.chat_template_kwargs) for name, text in texts.items()}
+    tokenizer.chat_template = texts if isinstance(own, dict) else _with_header(tokenizer, texts[""])
+
+
+def _fixed(template: str, settings: dict[str, Any]) -> str:
+    """A chat template that begins with the recipe's settings, and in which today is `DAY`."""
+    before = "".join(
+        f"{{% set {name} = {name} if {name} is defined else {_literal(value)} %}}" for name, value in settings.items()
+    )
+    if "strftime_now" in template and pinned_day(template) is None:
+        directives = "".join(
+            f" | replace({json.dumps('%' + one)}, {json.dumps(DAY.strftime('%' + one), ensure_ascii=False)})"
+            for one in ("-d", "-m", *"aAbBcdDeFGhHIjmMpSTuUVwWxXyY")
+        )
+        before += f"{{# today is {DAY.isoformat()} #}}"
+        before += f"{{% macro strftime_now(format) %}}{{{{ format{directives} }}}}{{% endmacro %}}"
+    if template.startswith(before):
+        return template
+    return before + ("{{ '' }}" if template.startswith("\n") else "") + template  # a block takes a line break after it
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it; `json.dumps` but for null."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(one)}' for key, one in value.items())}}}"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def pinned_day(template: str | dict[str, str] | None) -> str | None:
+    """The day that `load_tokenizer` has put in the place of today, in ISO 8601; None where a template asks for none."""
+    found = re.search(r"\{# today is (\S+) #\}", str(template))
+    return found[1] if found else None
+
+
+def _with_header(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """A template that writes the beginning of the assistant's turn where `add_generation_prompt` asks for it.
+
+    Some know nothing of it, so that a model would have to write `<|assistant|>` itself. Spaces at its end belong to the
+    reply, as a word has the space before it.
+    """
+    tokenizer.chat_template = template
+    try:
+        asked, begun = (_apply(tokenizer, [QUESTION], add_generation_prompt=add) for add in (False, True))
+        before, found, _ = _apply(tokenizer, [QUESTION, ANSWER]).rpartition(ANSWER["content"])
+    except TemplateError:
+        return template
+    header = before.removeprefix(asked).rstrip(" ")
+    if begun != asked or not found or not before.startswith(asked) or not header:
+        return template
+    # Jinja leaves out the last line break of a template.
+    return template.removesuffix("\n") + f"{{% if add_generation_prompt %}}{{{{ {_literal(header)} }}}}{{% endif %}}"
 
 
 def has_default_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -101,31 +173,174 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], times: i
     return tokenizer.bos_token_id is not None and ids[:times] == [tokenizer.bos_token_id] * times
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> str:
     """A conversation as text, up to where the assistant's reply begins.
 
     The text has all the special tokens it shall have: encode it with `add_special_tokens=False`.
 
+    Args:
+        tokenizer: from `load_tokenizer`.
+        turns: `{role, content}`, an assistant's perhaps with `tool_calls` and `reasoning_content`; the first one
+            perhaps with the `tools` of the conversation.
+
     Raises:
-        TemplateError: the chat template refuses the conversation, or fails on it.
+        TemplateError: the chat template refuses the conversation, fails on it, or leaves out a part of it.
     """
     return _apply(tokenizer, turns, add_generation_prompt=True)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a chat template writes behind an assistant's turn, or None where that is not known."""
-    content = "An answer."
-    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": content}]
+def after_reply(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a chat template writes behind an assistant's turn at the end, or None where that is not known."""
     try:
-        _, found, after = _apply(tokenizer, turns).rpartition(content)
+        _, found, after = _apply(tokenizer, [QUESTION, ANSWER]).rpartition(ANSWER["content"])
     except TemplateError:
         return None
-    return after.strip() if found else None
+    return after if found else None
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> str:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The same without the white space around it."""
+    after = after_reply(tokenizer)
+    return None if after is None else after.strip()
+
+
+def render_reply(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, Any]],
+    prompt: str,
+    reply: str | dict[str, Any],
+    end: str | None,
+) -> tuple[str, str | None]:
+    """A reply as the chat template writes it after its prompt, without the EOS that ends it.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        turns: the prompt, as for `render`.
+        prompt: what `render` made of it.
+        reply: its text, or an assistant's turn.
+        end: from `after_reply`.
+
+    Returns:
+        The text that follows the prompt; and None, or the template's own text of the whole conversation where that is
+        another one than prompt and reply: the reply then is as it was given.
+
+    Raises:
+        TemplateError: the chat template refuses the conversation, fails on it, or leaves out a part of the reply.
+    """
+    turn = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+    ends = [tokenizer.eos_token]
+    if end and end.strip() in tokenizer.get_added_vocab():
+        ends.append(end.strip())
+    content = without_end(turn["content"], *ends)
+    whole = _apply(tokenizer, [*turns, turn | {"content": content}])
+    # A prompt may open what belongs to the reply, as `<think>`.
+    opening = re.search(r"(<[^<>\s]+>|\[[A-Z_]+\])\s*$", prompt)
+    if whole.startswith(prompt):
+        said = whole[len(prompt) :]
+        if opening and said.lstrip().startswith(opening[1]):  # and the template opens it again
+            said = said.lstrip().removeprefix(opening[1]).lstrip()
+        there = _squeezed((opening[0] if opening else "") + said)
+        if all(_squeezed(part) in there for part in (content, turn.get("reasoning_content", ""))):
+            return _without_turns_end(said, content, end, tokenizer.eos_token), None
+    if not isinstance(reply, str):
+        part = "reasoning_content" if "reasoning_content" in reply else "tool_calls"
+        raise TemplateError(f"the chat template does not write the reply's `{part}` after its prompt")
+    if opening and content.lstrip().startswith(opening[1]):
+        said = content.lstrip()
+        said = said.removeprefix(opening[0]) if said.startswith(opening[0]) else said.removeprefix(opening[1]).lstrip()
+        return said, None
+    return content, whole
+
+
+def without_end(text: str, *ends: str) -> str:
+    """A reply without the tokens that end it, and the white space behind them."""
+    while found := next((end for end in ends if text.rstrip().endswith(end)), None):
+        text = text.rstrip().removesuffix(found)
+    return text
+
+
+def _without_turns_end(said: str, content: str, end: str | None, eos: str) -> str:
+    """What a template writes of a reply, up to the EOS or, where that is none, up to the end of the turn."""
+    if end is not None and said.endswith(end):
+        before, found, _ = end.partition(eos)
+        said = said.removesuffix(end) + (before if found and not before.strip() else "")
+    elif eos in said:
+        said = said[: said.rindex(eos)]
+    elif content.strip() in said:
+        said = said[: said.rindex(content.strip()) + len(content.strip())]
+    return without_end(said, eos)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], **options: Any) -> str:
+    """A conversation as a template writes it, with all its parts.
+
+    Templates differ in how they take the arguments of a call: as a mapping or as JSON. The first way counts in which
+    the calls are written.
+    """
+    tools = turns[0].get("tools")
+    plain = [{key: value for key, value in turn.items() if key != "tools"} for turn in turns]
+    for turn in plain:
+        if "reasoning_content" in turn:
+            turn["thinking"] = turn["reasoning"] = turn["reasoning_content"]  # as some templates call it
+    if any("tool_calls" in turn for turn in plain):
+        text = _with_calls(tokenizer, plain, tools, options)
+    else:
+        text = _rendered(tokenizer, plain, tools, options)
+    if tools and text == _or_none(tokenizer, plain, None, options):
+        raise TemplateError("the chat template does not write `tools`; `model.chat_template` can name one that does")
+    results = [turn for turn in plain if turn["role"] != "tool"]
+    if len(results) < len(plain) and text == _or_none(tokenizer, results, tools, options):
+        raise TemplateError("the chat template does not write the turns of tools")
+    return text
+
+
+def _with_calls(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]
+) -> str:
+    without = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
+    bare = _or_none(tokenizer, without, tools, options)
+    refusal = TemplateError(
+        "the chat template does not write `tool_calls`; `model.chat_template` can name one that does"
+    )
+    for as_json in (False, True):
+        tried = [_as_called(turn) if as_json and "tool_calls" in turn else turn for turn in turns]
+        try:
+            text = _rendered(tokenizer, tried, tools, options)
+        except TemplateError as error:
+            refusal = refusal if as_json else error
+            continue
+        names = [call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())]
+        if text != bare and all(name in text for name in names):
+            return text
+    raise refusal
+
+
+def _as_called(turn: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's turn whose calls have their arguments as JSON."""
+    functions = [call["function"] for call in turn["tool_calls"]]
+    as_json = [one | {"arguments": json.dumps(one["arguments"], ensure_ascii=False)} for one in functions]
+    calls = [call | {"function": one} for call, one in zip(turn["tool_calls"], as_json, strict=True)]
+    return turn | {"tool_calls": calls}
+
+
+def _or_none(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]
+) -> str | None:
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return _rendered(tokenizer, turns, tools, options)
+    except TemplateError:
+        return None
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options)
     except TemplateSyntaxError:  # found when the tokenizer is loaded
         raise
     except (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -34,6 +34,9 @@ class Model(_Strict):
     chat_template: str | None = Field(default=None, min_length=1)
     """A file with the Jinja chat template to use instead of the tokenizer's own."""
 
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template is told beside the conversation: {enable_thinking: false}."""
+
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     """How the base is loaded: 4-bit NF4, 8-bit, or not quantized."""
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from rlhf_pipeline.data.encode import Ids, encode_prompts, encode_replies
+from rlhf_pipeline.data.encode import Ids, encode_records
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
 from rlhf_pipeline.data.marks import SCORE, THUMB
 from rlhf_pipeline.data.peek import SAMPLE, column_names, renamed
@@ -234,9 +234,7 @@ class Scorer:
         """
         rows, done = iter(rows), 0
         while window := list(itertools.islice(rows, BATCHES_AT_ONCE * batch_size)):
-            prompts = self._prompts(window)
-            replies = [encode_replies(self.tokenizer, self.spec, list(record[1:])) for _, _, record in window]
-            pairs = [(ids, reply) for ids, of_row in zip(prompts, replies, strict=True) for reply in of_row]
+            pairs = [(prompt, reply) for prompt, *replies in self._tokens(window) for reply in replies]
             so_far, size = done, len(window)
             scores = iter(self.scores(pairs, batch_size, lambda share: tell(so_far + share * size)))  # noqa: B023
             lines = []
@@ -256,13 +254,13 @@ class Scorer:
             done += size
             yield lines
 
-    def _prompts(self, window: Sequence[tuple[int, Located, Record]]) -> list[Ids]:
+    def _tokens(self, window: Sequence[tuple[int, Located, Record]]) -> list[list[Ids]]:
         try:
-            return encode_prompts(self.tokenizer, self.spec, [record[0] for _, _, record in window])
+            return encode_records(self.tokenizer, self.spec, [record for _, _, record in window])
         except InputError:  # one of them, and which one it is, is not said
             for _, located, record in window:
                 try:
-                    encode_prompts(self.tokenizer, self.spec, [record[0]])
+                    encode_records(self.tokenizer, self.spec, [record])
                 except InputError as error:
                     raise _bad_row(error.message, located) from None
             raise

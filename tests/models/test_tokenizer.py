@@ -207,7 +207,10 @@ class TestOwnTemplate:
         file.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}|{% endfor %}")
         spec = make_artifacts().spec.model_copy(update={"chat_template": str(file)})
         tokenizer = load_tokenizer(spec)
-        assert render(tokenizer, [USER, REPLY]) == "[user] What is a lemon?|[assistant] A fruit.|"
+        # A template that knows no `add_generation_prompt` gets the beginning of the assistant's turn.
+        assert render(tokenizer, [USER, REPLY, AGAIN]) == (
+            "[user] What is a lemon?|[assistant] A fruit.|[user] Which colour?|[assistant]"
+        )
         assert not has_default_template(tokenizer)
         assert end_of_turn(tokenizer) == "|"
 
@@ -246,7 +249,7 @@ class TestOwnTemplate:
         path = folder_with(["<pad>", "<end>"], eos_token="<end>", pad_token="<pad>")
         (tmp_path / "mine.jinja").write_text(REFUSING)
         tokenizer = load_tokenizer(Model(path=path, chat_template=str(tmp_path / "mine.jinja")))
-        assert render(tokenizer, [USER]) == "<turn>What is a lemon?"
+        assert render(tokenizer, [USER]) == "<turn>What is a lemon?<turn>"
         with pytest.raises(TemplateError, match="System role not supported"):
             render(tokenizer, [SYSTEM, USER])
 

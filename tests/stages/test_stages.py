@@ -98,8 +98,7 @@ def test_the_first_sft_loss_is_that_of_the_replies_alone(prepared: tuple[Path, d
     spec = recipe.stages["sft"].data
     for line in Path(spec.path).read_text().splitlines():
         row = json.loads(line)
-        (prompt,) = encode.encode_prompts(tokenizer, spec, [row["prompt"]])
-        (reply,) = encode.encode_replies(tokenizer, spec, [row["completion"]])
+        ((prompt, reply),) = encode.encode_records(tokenizer, spec, [(row["prompt"], row["completion"])])
         ids = torch.tensor([prompt + reply])
         logits = base(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(reply), reduction="none"))
