@@ -182,6 +182,7 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     if recipe.model.chat_template:
         template = Path(recipe.model.chat_template)
         inputs["model.chat_template"] = f"{template.name}@{digests.of_file(template)}"
+    inputs |= {f"model.chat_template_kwargs.{key}": value for key, value in recipe.model.chat_template_kwargs.items()}
     inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
     inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
     inputs |= data_inputs("data", stage.data, digests)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.prepare import Prepared, column, row_order
 from rlhf_pipeline.kinds import Encoding
-from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template
+from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template, pinned_day
 from rlhf_pipeline.recipe.schema import Data, Source
 
 # The columns of rows in each encoding, and the replies that they hold.
@@ -123,6 +123,14 @@ def measure(
         },
         "both_sides": None if held_out is None else _both_sides(distinct, column(held_out, "prompt_key")),
         "pairs": _pairs(lengths["chosen"], lengths["rejected"]) if "chosen" in lengths else None,
+        "unlike_template": (
+            {"rows": sum(prepared.counts.get(f"{name}unlike_template", 0) for name in ("", "eval_"))}
+            | prepared.unlike_template
+            if prepared.unlike_template
+            else None
+        ),
+        "eos_within": sum(prepared.counts.get(f"{name}eos_within", 0) for name in ("", "eval_")),
+        "template_day": pinned_day(tokenizer.chat_template),
         "chat_template": "default" if has_default_template(tokenizer) else "own",
         "end_of_turn": end_of_turn(tokenizer),
         "end_of_reply": tokenizer.eos_token,

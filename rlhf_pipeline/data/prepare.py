@@ -157,9 +157,10 @@ def _prepare(
     taken = _taken(tables, spec)
     counts["conversations"] = sum(round(share * count) for share, count in zip(turns, taken, strict=True))
     table = _mixed(tables, taken, seed)
-    held_out = None
+    held_out, apart = None, []
     if spec.eval_data is not None:
-        held_out, _, of_source, _ = encoded(spec.eval_data)
+        apart = [encoded(spec.eval_data)]
+        held_out, of_source = apart[0].table, apart[0].counts
         counts.update({f"eval_{name}": count for name, count in of_source.items()})
     elif spec.eval_fraction:
         table, held_out = _split(table, spec, seed)
@@ -171,7 +172,7 @@ def _prepare(
         held_out,
         [one.shape for one in found],
         dict(counts),
-        next((one.unlike_template for one in found if one.unlike_template), None),
+        next((one.unlike_template for one in [*found, *apart] if one.unlike_template), None),
     )
 
 

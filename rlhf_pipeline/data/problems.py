@@ -109,6 +109,18 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
     yield from _warnings_of_repetition(numbers)
     if numbers["pairs"] and rows >= 20:
         yield from _warnings_of_length(numbers["pairs"])
+    if unlike := numbers["unlike_template"]:
+        ours, own = _where_they_differ(unlike["prompt_and_reply"], unlike["template"])
+        yield (
+            f"in {unlike['rows']:,} rows prompt and reply are another text than the chat template's own of the whole "
+            f"conversation: {ours!r}, and the template's is {own!r}; change the replies, `model.chat_template`, or "
+            "what it is told in `model.chat_template_kwargs`"
+        )
+    if numbers["eos_within"]:
+        yield (
+            f"in {numbers['eos_within']:,} rows a reply has an EOS before its end, so the model learns to go on after "
+            "one: cut such replies there"
+        )
     together = numbers["run_together"]
     if together and together["rows"] > together["of"] / 2:
         yield (
@@ -189,12 +201,27 @@ def across(stages: dict[str, dict[str, Any]], judged_on: Sequence[Prompt] = ()) 
             "the model has no chat template, so turns are written in a plain default: set `model.chat_template` to "
             "have another one (`rlhf-pipeline docs data`)"
         )
+    if turns and one["template_day"]:
+        warnings.append(
+            f"the chat template writes today's date, which would change every score from day to day: it is "
+            f"{one['template_day']} in all stages and in what is exported; name a template of your own with "
+            "`model.chat_template` to have another one"
+        )
     if turns and end and not end.startswith(eos):
         warnings.append(
             f"the chat template ends the assistant's turns in {end!r}, and the replies that are trained end in EOS, "
             f"{eos!r}: stop generation at that, or make the template's end the tokenizer's `eos_token`"
         )
     return warnings
+
+
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """Two texts around the first place at which they differ."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    begin = max(at - 40, 0)
+    return tuple(
+        ("…" if begin else "") + text[begin : at + 40] + ("…" if at + 40 < len(text) else "") for text in (one, other)
+    )
 
 
 def _and(names: list[str]) -> str:

@@ -204,6 +204,15 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if after is None else after.strip()
 
 
+def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes a space between a prompt and a reply, as in `ASSISTANT: Yes`."""
+    try:
+        whole = _apply(tokenizer, [QUESTION, ANSWER])
+        return whole.startswith(render(tokenizer, [QUESTION]) + " " + ANSWER["content"])
+    except TemplateError:
+        return False
+
+
 def render_reply(
     tokenizer: PreTrainedTokenizerBase,
     turns: list[dict[str, Any]],

@@ -183,6 +183,8 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump()
     if recipe.model.chat_template is None:
         del content["model"]["chat_template"]
+    if not recipe.model.chat_template_kwargs:
+        del content["model"]["chat_template_kwargs"]
     for name, stage in recipe.stages.items():
         content["stages"][name]["data"] = _content_of_data(stage.data)
         if stage.ptx_data:

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         )
     if model.chat_template is not None and not problems.is_broken(("model", "chat_template")):
         model.chat_template = _template_path(model.chat_template, ("model", "chat_template"), problems)
+    _check_template_settings(model.chat_template_kwargs, problems)
     for name, stage in recipe.stages.items():
         path = ("stages", name, "data")
         _resolve_data(stage.data, path, dict(stage.facts.unread), problems)
@@ -205,6 +207,36 @@ def _template_path(path: str, key: KeyPath, problems: Problems) -> str:
     elif problem := _template_problem(text):
         problems.add(key, f"the chat template {file} is no Jinja template: {problem}", "correct the template")
     return str(resolved(file))
+
+
+# What a chat template is told in any case.
+GIVEN = (
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token",
+    "pad_token", "unk_token", "strftime_now", "raise_exception",
+)  # fmt: skip
+
+
+def _check_template_settings(settings: dict[str, Any], problems: Problems) -> None:
+    """Note what of `chat_template_kwargs` no template could take."""
+    for name, value in settings.items():
+        path = ("model", "chat_template_kwargs", name)
+        if name in GIVEN:
+            problems.add(path, f"`{name}` cannot be set: every chat template is given it", "remove it", of_key=True)
+        elif not (name.isascii() and name.isidentifier()):
+            problems.add(
+                path, f"`{name}` cannot be a name in a chat template", "use letters, digits and _", of_key=True
+            )
+        elif not _is_plain(value):
+            problems.add(path, f"a chat template cannot be told {value!r}", "put it between quotes, to make it text")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has such a value."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _template_problem(text: str) -> str | None:

@@ -286,6 +286,7 @@ def _train(
             state="done",
             artifact=f"{stage.name}/{ADAPTER}",
             artifact_files=files,
+            template_day=answer.get("template_day"),
             metrics=answer["metrics"],
             finished_at=_now(),
             wall_s=(took := so_far()),

@@ -18,6 +18,7 @@ from rlhf_pipeline import stages
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.comparison import measure
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models.tokenizer import pinned_day
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.explain import explain, recognise
@@ -54,7 +55,9 @@ def main(job_file: str) -> int:
                     metrics = train(stage)
             else:
                 metrics = judge.judge_artifact(stage, stage.published)
-            result, code = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}, 0
+            day = pinned_day(stage.reader.tokenizer.chat_template)
+            result = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}
+            result, code = result | {"template_day": day}, 0
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED
     except durable.CheckpointError as error:

@@ -84,6 +84,9 @@ class Record(BaseModel):
     artifact_files: dict[str, Annotated[tuple[int, str], Field(strict=False)]] = {}
     """The size in bytes and the SHA-256 of each file of the artifact, by its path inside."""
 
+    template_day: str | None = None
+    """The day that the chat template gives for today, in ISO 8601; None where it asks for none."""
+
     metrics: dict[str, Any] = {}
     """Final numbers under TRL's names."""
 

@@ -221,6 +221,9 @@ def _tell_of_model(recipe: Recipe, answer: dict[str, Any], tokenizer: str | None
             if stage.trainer.pop("stop_token_id", None) is not None:
                 stage.trainer["stop_token"] = "eos"
                 notes.append("`stop_token_id` belongs to the model's own tokenizer: EOS is used instead")
+        if spec.chat_template_kwargs and spec.chat_template is None:
+            spec.chat_template_kwargs = {}
+            notes.append("`chat_template_kwargs` belong to the model's own chat template: they are left out")
     if spec.dtype == "float16":
         spec.dtype = "bfloat16"
         notes.append("`dtype: float16` needs a GPU: bfloat16 is used instead")

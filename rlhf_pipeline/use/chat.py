@@ -13,7 +13,7 @@ from rlhf_pipeline.data.turns import typed
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
-from rlhf_pipeline.models.tokenizer import has_default_template
+from rlhf_pipeline.models.tokenizer import begins_with_space, has_default_template
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe
 from rlhf_pipeline.rundir.finished import choose, done, model_of, trained_with, warning
 from rlhf_pipeline.rundir.words import printable, show
@@ -113,7 +113,9 @@ class Chat:
         show("\n")
         self.last = ids, tokens
         if self.is_chat:
-            self.turns = [*turns, {"role": "assistant", "content": reply}]
+            # The template will write it again.
+            said = reply.removeprefix(" ") if begins_with_space(self.tokenizer) else reply
+            self.turns = [*turns, {"role": "assistant", "content": said}]
         return interrupted
 
     def stops(self) -> list[int]:

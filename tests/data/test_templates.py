@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from rlhf_pipeline.data import prepare
 from rlhf_pipeline.data.encode import encode_prompts, encode_records
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models.tokenizer import load_tokenizer, pinned_day, render
+from rlhf_pipeline.models.tokenizer import begins_with_space, load_tokenizer, pinned_day, render
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.recipe.schema import Data, Model
 
@@ -305,3 +305,8 @@ def test_where_a_template_writes_something_else_both_are_shown(loaded, tmp_path,
         "template": "What is a lemon?<|turn|>A fruit.</s>",
     }
     assert prepare.demonstrations(spec, loaded("chatml"), 0).unlike_template is None
+
+
+def test_what_a_model_says_after_a_colon_is_not_given_two_spaces_in_the_next_turn(loaded):
+    assert begins_with_space(loaded("vicuna")) and begins_with_space(loaded("llama 2"))
+    assert not begins_with_space(loaded("chatml"))
