@@ -18,10 +18,21 @@ from rlhf_pipeline.data.files import Located
 from rlhf_pipeline.data.shapes import Wanted
 from rlhf_pipeline.data.sources import bad_row, where
 from rlhf_pipeline.data.turns import Prompt, Record, Reply
-from rlhf_pipeline.models.tokenizer import TemplateError, after_reply, render, render_reply, without_end
+from rlhf_pipeline.models.tokenizer import TemplateError, TurnEnd, render, render_reply, turn_end, without_end
 from rlhf_pipeline.recipe.schema import Data
 
 Ids = list[int]
+# What ends a turn or a text in well-known models.
+OTHER_ENDS = (
+    "</s>",
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<eos>",
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ def _tokens(
     """The token ids of prompts and replies, not cut; None for a bad row that is left out."""
     found: list[list[Ids] | None] = [None] * len(batch)
     eos = tokenizer.eos_token
-    end = after_reply(tokenizer) if any(not isinstance(record[0], str) for _, record in batch) else None
+    end = turn_end(tokenizer) if any(not isinstance(record[0], str) for _, record in batch) else TurnEnd(None, (eos,))
     texts: dict[int, list[str]] = {}
     turns: dict[int, list[str]] = {}
     for i, (located, record) in enumerate(batch):
@@ -144,7 +155,11 @@ def _tokens(
             if spec.bad_rows == "error":
                 raise bad_row(str(error), located) from None
             notes.counts["bad_rows"] += 1
+    unknown = tuple(one for one in OTHER_ENDS if tokenizer.convert_tokens_to_ids(one) in (None, tokenizer.unk_token_id))
     for written, special in ((texts, True), (turns, False)):
+        notes.counts["foreign_end"] += sum(
+            any(reply.rstrip().endswith(unknown) for reply in replies) for _, *replies in written.values()
+        )
         if written:
             for i, parts in zip(written, _encoded(tokenizer, list(written.values()), special), strict=True):
                 found[i] = parts
@@ -159,7 +174,7 @@ def _text(reply: Reply) -> str:
     raise TemplateError(f"the reply has `{part}`, and its prompt is plain text, which goes through no chat template")
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, record: Record, end: str | None, notes: Notes) -> list[str]:
+def _rendered(tokenizer: PreTrainedTokenizerBase, record: Record, end: TurnEnd, notes: Notes) -> list[str]:
     """A conversation's prompt and replies as text."""
     prompt = render(tokenizer, record[0])
     written, differs = [prompt], False

@@ -130,6 +130,7 @@ def measure(
             else None
         ),
         "eos_within": sum(prepared.counts.get(f"{name}eos_within", 0) for name in ("", "eval_")),
+        "foreign_end": sum(prepared.counts.get(f"{name}foreign_end", 0) for name in ("", "eval_")),
         "template_day": pinned_day(tokenizer.chat_template),
         "chat_template": "default" if has_default_template(tokenizer) else "own",
         "end_of_turn": end_of_turn(tokenizer),

@@ -41,7 +41,8 @@ class Prepared:
             which were left out; of rows with labels `good_replies` and `bad_replies`, of which demonstrations leave the
             bad ones out; `conversations`, the rows in use whose prompts go through the chat template. Those of
             `eval_data` have names that begin with `eval_`; `unlike_template`, the rows that the chat template itself
-            writes otherwise; and `eos_within`, those with an EOS before the end of a reply.
+            writes otherwise; `eos_within`, those with an EOS before the end of a reply; and `foreign_end`, those with a
+            reply that ends in the EOS of other models, which is text to this one.
         unlike_template: see `encode.Notes`.
     """
 

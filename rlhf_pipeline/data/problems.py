@@ -121,6 +121,12 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
             f"in {numbers['eos_within']:,} rows a reply has an EOS before its end, so the model learns to go on after "
             "one: cut such replies there"
         )
+    if numbers["foreign_end"]:
+        yield (
+            f"in {numbers['foreign_end']:,} rows a reply ends in another model's end of text, as `</s>` or "
+            f"`<|im_end|>`, which is text to this one and would be learned: remove it; {numbers['end_of_reply']!r} is "
+            "put there anyway"
+        )
     together = numbers["run_together"]
     if together and together["rows"] > together["of"] / 2:
         yield (
@@ -219,9 +225,8 @@ def _where_they_differ(one: str, other: str) -> tuple[str, str]:
     """Two texts around the first place at which they differ."""
     at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     begin = max(at - 40, 0)
-    return tuple(
-        ("…" if begin else "") + text[begin : at + 40] + ("…" if at + 40 < len(text) else "") for text in (one, other)
-    )
+    around = [("…" if begin else "") + text[begin : at + 40] + "…" * (at + 40 < len(text)) for text in (one, other)]
+    return around[0], around[1]
 
 
 def _and(names: list[str]) -> str:

@@ -5,7 +5,7 @@ import json
 import re
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError as JinjaError
 from jinja2 import TemplateSyntaxError
@@ -189,19 +189,35 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> s
     return _apply(tokenizer, turns, add_generation_prompt=True)
 
 
-def after_reply(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a chat template writes behind an assistant's turn at the end, or None where that is not known."""
+class TurnEnd(NamedTuple):
+    """What ends an assistant's turn.
+
+    Attributes:
+        text: what the chat template writes behind the last turn, or None where that is not known.
+        tokens: the tokens of which a reply that is given may have some at its end: EOS, and what is in `text`.
+    """
+
+    text: str | None
+    tokens: tuple[str, ...]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
+    """Find out what ends an assistant's turn."""
+    eos = tokenizer.eos_token
     try:
         _, found, after = _apply(tokenizer, [QUESTION, ANSWER]).rpartition(ANSWER["content"])
     except TemplateError:
-        return None
-    return after if found else None
+        return TurnEnd(None, (eos,))
+    if not found:
+        return TurnEnd(None, (eos,))
+    own = after.strip()
+    return TurnEnd(after, (eos, own) if own != eos and own in tokenizer.get_added_vocab() else (eos,))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The same without the white space around it."""
-    after = after_reply(tokenizer)
-    return None if after is None else after.strip()
+    """What a chat template writes behind an assistant's turn, or None where that is not known."""
+    text = turn_end(tokenizer).text
+    return None if text is None else text.strip()
 
 
 def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -218,7 +234,7 @@ def render_reply(
     turns: list[dict[str, Any]],
     prompt: str,
     reply: str | dict[str, Any],
-    end: str | None,
+    end: TurnEnd,
 ) -> tuple[str, str | None]:
     """A reply as the chat template writes it after its prompt, without the EOS that ends it.
 
@@ -227,7 +243,7 @@ def render_reply(
         turns: the prompt, as for `render`.
         prompt: what `render` made of it.
         reply: its text, or an assistant's turn.
-        end: from `after_reply`.
+        end: from `turn_end`.
 
     Returns:
         The text that follows the prompt; and None, or the template's own text of the whole conversation where that is
@@ -237,10 +253,7 @@ def render_reply(
         TemplateError: the chat template refuses the conversation, fails on it, or leaves out a part of the reply.
     """
     turn = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
-    ends = [tokenizer.eos_token]
-    if end and end.strip() in tokenizer.get_added_vocab():
-        ends.append(end.strip())
-    content = without_end(turn["content"], *ends)
+    content = without_end(turn["content"], *end.tokens)
     whole = _apply(tokenizer, [*turns, turn | {"content": content}])
     # A prompt may open what belongs to the reply, as `<think>`.
     opening = re.search(r"(<[^<>\s]+>|\[[A-Z_]+\])\s*$", prompt)
@@ -250,7 +263,7 @@ def render_reply(
             said = said.lstrip().removeprefix(opening[1]).lstrip()
         there = _squeezed((opening[0] if opening else "") + said)
         if all(_squeezed(part) in there for part in (content, turn.get("reasoning_content", ""))):
-            return _without_turns_end(said, content, end, tokenizer.eos_token), None
+            return _without_turns_end(said, content, end), None
     if not isinstance(reply, str):
         part = "reasoning_content" if "reasoning_content" in reply else "tool_calls"
         raise TemplateError(f"the chat template does not write the reply's `{part}` after its prompt")
@@ -268,11 +281,12 @@ def without_end(text: str, *ends: str) -> str:
     return text
 
 
-def _without_turns_end(said: str, content: str, end: str | None, eos: str) -> str:
+def _without_turns_end(said: str, content: str, end: TurnEnd) -> str:
     """What a template writes of a reply, up to the EOS or, where that is none, up to the end of the turn."""
-    if end is not None and said.endswith(end):
-        before, found, _ = end.partition(eos)
-        said = said.removesuffix(end) + (before if found and not before.strip() else "")
+    eos = end.tokens[0]
+    if end.text is not None and said.endswith(end.text):
+        before, found, _ = end.text.partition(eos)
+        said = said.removesuffix(end.text) + (before if found and not before.strip() else "")
     elif eos in said:
         said = said[: said.rindex(eos)]
     elif content.strip() in said:
