@@ -257,6 +257,13 @@ def test_the_content_of_the_chat_template_counts(folder):
     assert not set(before.values()) & set(after.values())
 
 
+def test_what_the_chat_template_is_told_counts(folder):
+    finish(folder)
+    plans = make(folder, "model.chat_template_kwargs={enable_thinking: false}")
+    assert set(states(plans).values()) == {"stale"}
+    assert plans["sft"].reason.startswith("model.chat_template_kwargs.enable_thinking")
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -14,7 +14,8 @@ from rlhf_pipeline.data import measure as measures
 from rlhf_pipeline.data import prepare, problems
 from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.models.tokenizer import DEFAULT_TEMPLATE, load_tokenizer
-from rlhf_pipeline.recipe.schema import Data, Source
+from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.recipe.schema import Data, Model, Source
 from rlhf_pipeline.stages.dpo import EncodedDPOTrainer
 
 EOS = 1  # of the shipped tokenizer
@@ -483,6 +484,38 @@ class TestAcross:
         numbers = measure("sft", data(CHATS), tokenizer=tokenizer)
         assert ["plain default" in warning for warning in problems.across({"sft": numbers})] == [True]
         assert problems.across({"dpo": measure("dpo", data(pairs(5)), tokenizer=tokenizer)}) == []
+
+    def test_prompt_and_reply_that_are_not_the_templates_text_are_shown_beside_it(self, data, measure, tmp_path):
+        opening = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}{{ '<assistant><think>' }}"
+        (tmp_path / "t.jinja").write_text(opening)
+        tokenizer = load_tokenizer(Model(path=str(TINY / "checkpoint"), chat_template=str(tmp_path / "t.jinja")))
+        numbers = measure("sft", data(CHATS), tokenizer=tokenizer)
+        assert numbers["unlike_template"]["rows"] == 5
+        (warning,) = (one for one in problems.problems(numbers, "sft.data")[1] if "another text" in one)
+        assert "'<user>Q 0<assistant><think>yes'" in warning
+        assert "'<user>Q 0<assistant>yes<assistant><think>'" in warning
+        assert measure("sft", data(CHATS))["unlike_template"] is None
+
+    def test_a_day_that_stands_still_is_said(self, data, measure, tmp_path):
+        (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+        tokenizer = load_tokenizer(Model(path=str(TINY / "checkpoint"), chat_template=str(tmp_path / "t.jinja")))
+        numbers = measure("sft", data(CHATS), tokenizer=tokenizer)
+        assert numbers["template_day"] == "2024-07-26"
+        assert ["2024-07-26" in warning for warning in problems.across({"sft": numbers}) if "today" in warning] == [
+            True
+        ]
+        assert measure("sft", data(CHATS))["template_day"] is None
+
+    @pytest.mark.parametrize(
+        ("reply", "within", "foreign"),
+        [(" yes.<|end|>\n", 0, 0), (" yes.<|end|> And on.", 1, 0), (" yes.</s>\n", 0, 1), (" <p>yes.</p>", 0, 0)],
+    )
+    def test_ends_in_and_behind_a_reply_are_counted(self, data, measure, reply, within, foreign):
+        numbers = measure("sft", data([{"prompt": "Q:", "completion": reply}, *demonstrations(3)]))
+        assert (numbers["eos_within"], numbers["foreign_end"]) == (within, foreign)
+        warnings = problems.problems(numbers, "sft.data")[1]
+        assert len([one for one in warnings if "EOS before its end" in one]) == within
+        assert len([one for one in warnings if "another model's end" in one]) == foreign
 
     def test_a_template_with_another_end(self, data, measure):
         tokenizer = load_tokenizer(str(recipe.TINY / "checkpoint"))
