@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.data.columns import ASKED, CHOSEN, OF_THE_PROMPT, REPLY, Seen, plain, renames
+from rlhf_pipeline.data.columns import ASKED, CHOSEN, OF_THE_PROMPT, REPLY, WHOLE, Seen, is_turns, plain, renames
 from rlhf_pipeline.data.marks import NO_MARK, SCORE, is_number
 
 Wanted = Literal["demonstrations", "preferences", "prompts"]
@@ -23,6 +23,7 @@ OTHER_NAMES = {
     "rejected": ("dispreferred", "worse", "loser", "negative", "bad"),
 }
 # Under which names each is read without `columns`.
+READ_BESIDE = ("chosen", "preferred", "rejected", *REPLY)
 READ_AS_IT_IS = {"prompt": (*ASKED, "input"), "completion": REPLY, "chosen": CHOSEN, "rejected": ("rejected",)}
 
 
@@ -60,6 +61,9 @@ def advice(wanted: Wanted, names: list[str], seen: Seen, columns: Mapping[str, s
         for name in names
         if name not in seen and any(name in READ_AS_IT_IS[expected] for expected in PLAINEST[wanted])
     ]
+    turns = [name for name in seen.values if seen.mostly(name, is_turns) and name not in (*WHOLE, *READ_BESIDE)]
+    if turns and not seen.first_of((*ASKED, *WHOLE)) and (wanted != "preferences" or "rejected" in seen):
+        return f"perhaps {renames(columns, {'messages': turns[0]})}"
     if lacking:
         return f"`{lacking[0]}` is null in the first rows: fill it in, or give `columns` another one to take for it"
     if missing and len(found) == len(missing):

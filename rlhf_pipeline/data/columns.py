@@ -26,8 +26,13 @@ LISTS = ("ranks", "scores", "ratings", "rating", "rewards", "history", "contexts
 OF_THE_PROMPT = (*ASKED, "input", *SYSTEM, "history", *CONTEXT, *PICTURES, *CHOICES)
 UNUSED = "unused"  # a column whose name begins so is not looked at
 
+NO_LIST = "is neither JSON nor a list of Python"
 WRITE_LISTS = "save the rows as .jsonl or .parquet, which hold lists as they are (`to_json(..., lines=True)` of pandas)"
-TURN = re.compile(r"""\s*\[?\s*\{\s*(["'])(?:role|from|content|value|parts)\1\s*:""")
+TEXT_OF_REPLY = ("reply", "text", "content", "response", "answer", "completion", "output", "generation")
+# Text that begins as turns do, and has the keys of one.
+TURNS = re.compile(
+    r"""\s*\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value|parts|tool_calls)["']\s*:)""", re.DOTALL
+)
 
 
 class UnclearError(Exception):
@@ -155,30 +160,54 @@ def _as_read(row: Row) -> Row:
 def listed(name: str, value: Any) -> Any:
     """A cell, or the list that it holds as text, as a cell of a CSV file does: JSON, or Python's way to write one.
 
-    Text that begins as a turn does, under any name, and text in brackets under the name of a list.
+    Text that is turns counts under any name, and other text in brackets under the name of a list. Replies in a table of
+    their own, {text: [...], score: [...]}, become a list of {text, score}.
 
     Raises:
-        RowError: it begins as turns do, and cannot be read.
+        RowError: it begins as turns or a list of replies do, and cannot be read.
     """
-    if not isinstance(value, str):
-        return value
-    is_turns = TURN.match(value) is not None
-    named = name in (*WHOLE, *RANKED, *RANKED_IN_NO_ORDER, *LISTS) and value.lstrip()[:1] in ("[", "{")
-    if not is_turns and not named:
-        return value
+    replies = name in (*RANKED, *RANKED_IN_NO_ORDER)
+    if isinstance(value, str):
+        is_list = replies or name in (*WHOLE, *LISTS)
+        if (is_list and value.lstrip()[:1] in ("[", "{")) or TURNS.match(value):
+            try:
+                found = _literal(value.strip())
+            except ValueError:
+                if TURNS.match(value) or replies or name in WHOLE:
+                    raise RowError(f"`{name}` begins as a list does, and {NO_LIST}: {WRITE_LISTS}") from None
+                return value
+            value = found if is_list or is_turns(found) else value
+    if replies and isinstance(value, dict) and set(value) - {"text", "answer_start"}:
+        columns = [column for column in value.values() if isinstance(column, list)]
+        if len(columns) == len(value) and len({len(column) for column in columns}) == 1:
+            return [dict(zip(value, one, strict=True)) for one in zip(*columns, strict=True)]
+    return value
+
+
+def is_turns(value: Any) -> bool:
+    """Whether it is one turn of a conversation, or a list of turns."""
+    turns = value if isinstance(value, list) else [value]
+    keys = ({"role", "content"}, {"role", "parts"}, {"role", "tool_calls"}, {"from", "value"})
+    return bool(turns) and all(isinstance(turn, dict) and any(these <= set(turn) for these in keys) for turn in turns)
+
+
+def _literal(text: str) -> Any:
+    """What a text writes as JSON or as Python does.
+
+    Raises:
+        ValueError: it is neither.
+    """
     try:
-        return json.loads(value)
+        return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
-        found = ast.literal_eval(value.strip())
-        if not _lacks_commas(value.strip()):
-            return found
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        pass
-    if is_turns or name in (*WHOLE, *RANKED, *RANKED_IN_NO_ORDER):
-        raise RowError(f"`{name}` begins as a list does, and is neither JSON nor a list of Python: {WRITE_LISTS}")
-    return value
+        found = ast.literal_eval(text)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error)) from None
+    if _lacks_commas(text):
+        raise ValueError("there are no commas")
+    return found
 
 
 def _lacks_commas(text: str) -> bool:

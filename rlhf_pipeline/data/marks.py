@@ -7,8 +7,10 @@ from collections.abc import Callable, Container
 from typing import Any, Literal, NamedTuple
 
 from rlhf_pipeline.data.columns import (
+    NO_LIST,
     RANKED,
     RANKED_IN_NO_ORDER,
+    TEXT_OF_REPLY,
     UNUSED,
     WRITE_LISTS,
     Seen,
@@ -46,7 +48,6 @@ NO_MARK = re.compile(
     r"(^|_)(ids?|idx|index|num|n|counts?|tokens?|len|lengths?|words?|chars?|seeds?|temperatures?|top_[pk]|turns?|times?|"
     r"latency|costs?|logprobs?|created|timestamps?|years?|start|end)(_|$)"
 )
-TEXT_OF_REPLY = ("reply", "text", "content", "response", "answer", "completion", "output", "generation")
 
 
 # One reply in each row
@@ -228,9 +229,7 @@ def ranking(seen: Seen) -> Ranking | None:
     if not lists:
         texts = [name for name in names if seen.mostly(name, lambda value: str(value).lstrip().startswith("["))]
         if texts:
-            raise UnclearError(
-                f"`{texts[0]}` begins as a list does, and is neither JSON nor a list of Python", hint=WRITE_LISTS
-            )
+            raise UnclearError(f"`{texts[0]}` begins as a list does, and {NO_LIST}", hint=WRITE_LISTS)
         return None
     column = lists[0]
     uses = {column: "replies"}

@@ -3,7 +3,7 @@
 import re
 
 from rlhf_pipeline.data.advice import OTHER_NAMES
-from rlhf_pipeline.data.columns import CONTEXT, SYSTEM, Seen, UnclearError
+from rlhf_pipeline.data.columns import CONTEXT, SYSTEM, Seen, UnclearError, is_turns
 from rlhf_pipeline.data.turns import (
     Record,
     Row,
@@ -69,6 +69,12 @@ def require_common_beginnings(seen: Seen, better: str) -> None:
     Raises:
         UnclearError: they may be replies to what is in another column.
     """
+    turns = [name for name in seen.values if name not in (better, "rejected") and seen.mostly(name, is_turns)]
+    if turns:
+        raise UnclearError(
+            f"`{better}` and `rejected` may be replies to `{turns[0]}`",
+            ({"messages": turns[0]}, "takes it for the conversation before them"),
+        )
     ends, rows = [], [row for row in seen.rows if isinstance(row.get(better), str)]
     for row in rows:
         try:

@@ -18,7 +18,7 @@ from rlhf_pipeline.data.columns import (
     OF_THE_PROMPT,
     REPLY,
     SYSTEM,
-    TURN,
+    TURNS,
     UNUSED,
     WHOLE,
     Seen,
@@ -212,7 +212,7 @@ def _text_alone(seen: Seen) -> Shape:
     Raises:
         UnclearError: it is not text alone.
     """
-    if seen.mostly("text", lambda value: TURN.match(str(value)) is not None or isinstance(value, list)):
+    if seen.mostly("text", lambda value: isinstance(value, list) or TURNS.match(str(value)) is not None):
         raise UnclearError("`text` holds turns", ({"messages": "text"}, "takes them for conversations"))
     if "role" in seen:
         raise UnclearError(

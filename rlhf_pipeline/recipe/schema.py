@@ -100,7 +100,8 @@ class Data(Source):
 
     chat: bool | None = None
     """Whether a prompt given as text is a user's turn, which goes through the chat template. By default that is so
-    under `instruction`, `question` and beside `system`, and not under `prompt`, which is text as the model reads it."""
+    under `instruction`, `question`, `query`, `input` and beside `system` or `history`, and not under `prompt`, which is
+    text as the model reads it."""
 
     max_prompt_length: int | None = Field(default=None, ge=1)
     """In tokens: a longer prompt keeps its last ones."""

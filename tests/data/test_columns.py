@@ -160,6 +160,15 @@ def test_replies_that_begin_alike_by_chance_have_their_prompt_in_another_column(
     assert "do not begin with one prompt" in error.message and "bad_rows" not in error.hint
 
 
+def test_turns_under_another_name_come_before_the_replies(tmp_path):
+    rows = [{"dialogue": [ASKS], "chosen": "It is so.", "rejected": "It is not."}]
+    assert ways_out(refused("preferences", *rows)) == [{"messages": "dialogue"}]
+    assert read("preferences", *pasted(tmp_path, rows, {"messages": "dialogue"}))[0] == [
+        ([ASKS], "It is so.", "It is not.")
+    ]
+    assert ways_out(refused("demonstrations", {"dialogue": [ASKS, SAYS]})) == [{"messages": "dialogue"}]
+
+
 def test_whole_texts_may_have_other_columns():
     row = {"source": "of some people", "chosen": "Q: hi\nA: yes", "rejected": "Q: hi\nA: no"}
     assert read("preferences", row)[0] == [("Q: hi\nA:", " yes", " no")]
@@ -293,6 +302,7 @@ def test_text_that_is_marked_or_is_one_turn_is_not_all_learned(more, tmp_path):
         ({"answers": ["go", "hello"], "best_response": "hello"}, "best_response"),
         ({"replies": '["go", "hello"]', "ranks": "[2, 1]"}, "ranks"),
         ({"replies": "['go', 'hello']", "scores": "[0, 1]"}, "scores"),
+        ({"answers": {"text": ["go", "hello"], "score": [1, 5]}}, None),  # as a table of columns holds rows
         ({"replies": ["hello", "go"]}, None),
         ({"replies": [{"text": "hello", "tokens": 1, "seed": 3}, {"text": "go", "tokens": 2, "seed": 1}]}, None),
     ],
@@ -304,7 +314,7 @@ def test_the_column_that_gives_the_order_decides_and_is_said(row, decides):
     assert read("demonstrations", row)[0] == [([ASKS], "hello")]
     assert [name for name, use in used_as.items() if use == "order of the replies"] == ([decides] if decides else [])
     says = recognise([row], "preferences").says
-    assert (f"`{decides}`" in says) if decides else ("`overall_score`" in says or "from best to worst" in says)
+    assert (f"`{decides}`" in says) if decides else ("in each" in says or "from best to worst" in says)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +380,11 @@ def test_a_list_in_a_cell_of_text_is_that_list(wanted, row, record, write):
     assert read(wanted, cells)[0] == [record]
 
 
-@pytest.mark.parametrize("reply", ['["a", "b"]', '{"name": "a"}', "[1] says so", "['a' 'b']", "{x}"])
+@pytest.mark.parametrize(
+    "reply",
+    ['["a", "b"]', '{"name": "a"}', "[1] says so", "['a' 'b']", "{x}", '{"value": 42}', '[{"content": "x"}]',
+     '{"role": "admin", "level": 3}', '{"from": "Oslo", "to": "Bergen"}'],
+)  # fmt: skip
 def test_a_reply_that_is_written_as_a_list_stays_text(reply):
     assert read("demonstrations", {"prompt": "hi", "completion": reply})[0] == [("hi", reply)]
 
