@@ -17,8 +17,8 @@ PLAINEST: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt",),
 }
 OTHER_NAMES = {
-    "prompt": (*ASKED, "input", "user", "human", "context", "request", "post", "problem", "history"),
-    "completion": (*REPLY, "assistant", "gpt", "target", "chosen", "solution"),
+    "prompt": (*ASKED, "input", "user", "human", "context", "request", "post", "problem", "history", "inputs"),
+    "completion": (*REPLY, "assistant", "gpt", "target", "targets", "chosen", "solution", "summary"),
     "chosen": ("preferred", "better", "winner", "accepted", "positive", "good"),
     "rejected": ("dispreferred", "worse", "loser", "negative", "bad"),
 }
@@ -67,7 +67,7 @@ def advice(wanted: Wanted, names: list[str], seen: Seen, columns: Mapping[str, s
     if lacking:
         return f"`{lacking[0]}` is null in the first rows: fill it in, or give `columns` another one to take for it"
     if missing and len(found) == len(missing):
-        more = {plain(name): name for name in seen.values if plain(name) != name}
+        more = {plain(name): name for name in seen.values if plain(name) != name and name not in found.values()}
         found |= {expected: name for expected, name in more.items() if expected in OF_THE_PROMPT[len(ASKED) :]}
         return f"perhaps {renames(columns, found)}"
     if wanted == "preferences" and others == ["demonstrations", "prompts"]:

@@ -103,8 +103,9 @@ def _labels(seen: Seen, name: str, reply: str | None) -> bool:
     if not seen.share(name, is_thumb) or _repeats(seen, name, reply):
         return False
     values = {_as_word(value) for value in seen.values[name] if isinstance(value, str | int | float)}
-    numbers = {value for value in values if is_number(value)}
-    others = sorted(value for value in numbers if value not in THUMBS)
+    numbers = [_as_word(value) for value in seen.values[name] if is_number(value) and not is_thumb(value)]
+    # One odd row is an error of its own.
+    others = sorted(numbers) if len(numbers) > 1 or 4 * len(numbers) > len(seen.values[name]) else []
     if {"0", "-1"} <= values:
         others = ["-1, 0 and 1"]
     if not others and seen.mostly(name, is_thumb):
@@ -347,8 +348,8 @@ def _require_no_other_order(seen: Seen, column: str) -> None:
             raise UnclearError(
                 f"`{name}` may give the order of `{column}`, which else are from best to worst"
                 + (", or say which steps of one reply are right, which no stage reads" if steps else ""),
-                ({"scores": name}, "takes it for scores, the more the better"),
-                ({"ranks": name}, "for ranks, 1 the best"),
+                ({"scores": name}, "takes it for each reply's score, the more the better"),
+                ({"ranks": name}, "for each one's rank, 1 the best"),
                 ({UNUSED: name}, "leaves it out"),
             )
         if name in MAY_BE_BEST or BEST.fullmatch(name):

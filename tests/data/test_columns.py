@@ -122,6 +122,8 @@ def test_a_part_of_the_prompt_without_a_place_is_refused_and_the_hint_can_be_pas
 def test_a_hint_for_other_names_takes_the_context_along():
     error = refused("demonstrations", {"Question": "hi", "Context": "C.", "Answer": "x"})
     assert ways_out(error) == [{"prompt": "Question", "completion": "Answer", "context": "Context"}]
+    error = refused("demonstrations", {"Context": "hi", "Response": "x"})
+    assert ways_out(error) == [{"prompt": "Context", "completion": "Response"}]
 
 
 def test_two_columns_can_be_left_out(tmp_path):
@@ -231,7 +233,9 @@ def test_marks_beside_whole_conversations(name, values):
     assert shape.used_as == {"messages": "conversation", name: "score" if name == "score" else "label"}
 
 
-@pytest.mark.parametrize(("name", "values"), [("label", ["?", 0, 1, 0]), ("score", ["N/A", 0.5, 0.1, 0.7])])
+@pytest.mark.parametrize(
+    ("name", "values"), [("label", ["?", 0, 1, 0]), ("label", [3, 0, 1, 0]), ("score", ["N/A", 0.5, 0.1, 0.7])]
+)
 def test_one_odd_row_does_not_decide_how_the_others_are_read(name, values):
     rows = marked(name, values)
     shape = recognise(rows, "demonstrations")
