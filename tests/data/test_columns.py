@@ -387,7 +387,8 @@ def test_a_list_in_a_cell_of_text_is_that_list(wanted, row, record, write):
 @pytest.mark.parametrize(
     "reply",
     ['["a", "b"]', '{"name": "a"}', "[1] says so", "['a' 'b']", "{x}", '{"value": 42}', '[{"content": "x"}]',
-     '{"role": "admin", "level": 3}', '{"from": "Oslo", "to": "Bergen"}', '{"role": "admin", "notes": [{"content": "x"}]}'],
+     '{"role": "admin", "level": 3}', '{"from": "Oslo", "to": "Bergen"}',
+     '{"role": "admin", "notes": [{"content": "x"}]}'],
 )  # fmt: skip
 def test_a_reply_that_is_written_as_a_list_stays_text(reply):
     assert read("demonstrations", {"prompt": "hi", "completion": reply})[0] == [("hi", reply)]
