@@ -250,6 +250,23 @@ def test_compare(tiny_run, tmp_path):
     assert some["policies"] == ["sft", "ppo"]
 
 
+def test_export(tiny_run, tmp_path):
+    """The adapter; a merged policy and a merged reward model, measured; and one that is not."""
+    asked = (
+        ("sft",),
+        ("dpo", "--merge", "--n", "2"),
+        ("reward", "--merge", "--n", "2"),
+        ("sft", "--merge", "--n", "0"),
+    )
+    found = [
+        output_here(tmp_path, "export", str(tiny_run), stage, f"out{number}", *options)
+        for number, (stage, *options) in enumerate(asked)
+    ]
+    compare("export", found)
+    assert [one["merged"] is None for one in found] == [True, False, False, False]
+    assert all(Path(one["folder"], "README.md").is_file() for one in found)
+
+
 def test_a_relative_path_where_an_absolute_one_is_promised_is_found(folder):
     shown = output(folder, "status", "one.yaml")
     shown["stages"][0]["log"] = "sft/log.txt"

@@ -1,7 +1,7 @@
 """Commands on what runs have made: report, diff, compare, chat, score, export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,6 +9,8 @@ from rlhf_pipeline.cli import completion
 from rlhf_pipeline.cli.shared import AsJson, RunArgument, app, examples, quiet_libraries, say
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir import strict_json
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @app.command(
@@ -255,10 +257,24 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the adapter into the base, which is not quantized for it.")
     ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of merged weights.", show_default="the base's, or float32 where that loses the change"),
+    ] = None,
+    dequantized: Annotated[
+        bool, typer.Option("--dequantized", help="Merge into the base as training read it, rounded to nf4 or int8.")
+    ] = False,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n", min=0, help="Measure what merging changed on so many prompts.", show_default="evaluate's, at most 64"
+        ),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Push it to this hub repository, too.", show_default=False)
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Let all see a repository that is made for it.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a stage's model as a folder that others load.
 
@@ -266,8 +282,20 @@ def export(
     measured, and how to use it.
     """
     from rlhf_pipeline import recipe as recipes
-    from rlhf_pipeline.use import export as exports
 
     with quiet_libraries():
-        exports.export(recipes.run_directory(run), stage, out, merge=merge, push_to=push_to_hub, public=public, say=say)
-    typer.echo(str(out))
+        from rlhf_pipeline.use import export as exports
+
+        found = exports.export(
+            recipes.run_directory(run),
+            stage,
+            out,
+            merge=merge,
+            dtype=dtype,
+            dequantized=dequantized,
+            n=n,
+            push_to=push_to_hub,
+            public=public,
+            say=say,
+        )
+    typer.echo(strict_json.dumps(found, indent=2) if as_json else str(out))

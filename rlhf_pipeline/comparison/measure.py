@@ -43,8 +43,17 @@ def default_prompts(recipe: Recipe, n: int) -> tuple[Asked, Data]:
     name, spec = wanted.default_data(recipe)
     if recipe.evaluate:
         return first_prompts(spec, n), spec
-    kind = recipe.stages[name.removesuffix(".data")].kind
-    prepared = stages.BY_KIND[kind].read(spec, load_tokenizer(recipe.model), recipe.seed)
+    return prompts_of(recipe, name.removesuffix(".data"), n)
+
+
+def prompts_of(recipe: Recipe, stage: str, n: int) -> tuple[Asked, Data]:
+    """The first distinct prompts of a stage's data, each with its row, and those data; the held-out ones come first.
+
+    Raises:
+        InputError: the data cannot be read.
+    """
+    spec = recipe.stages[stage].data
+    prepared = stages.BY_KIND[recipe.stages[stage].kind].read(spec, load_tokenizer(recipe.model), recipe.seed)
     found: Asked = []
     if prepared.held_out_table is not None:
         apart = spec.model_copy(update={"mix": [], **(spec.eval_data.model_dump() if spec.eval_data else {})})

@@ -27,7 +27,8 @@ Records = dict[str, Record]
 
 
 def text(
-    run: Path, stage: str, recipe: Recipe, *, license: dict[str, str], dtype: str | None, own_class: bool, name: str
+    run: Path, stage: str, recipe: Recipe, *, license: dict[str, str], merged: dict[str, Any] | None, own_class: bool,
+    name: str,
 ) -> str:  # fmt: skip
     """The card, as Markdown with the head that the hub reads.
 
@@ -36,7 +37,7 @@ def text(
         stage: the stage that is exported.
         recipe: the run's.
         license: `license`, `license_name` and `license_link` of the base, as far as they are known.
-        dtype: of the merged weights; None where the adapter is exported.
+        merged: how it was merged, as `export --json` says it; None where the adapter is exported.
         own_class: whether its class comes with it, as Transformers has none.
         name: what the model is loaded by: a hub id or a folder.
     """
@@ -46,6 +47,7 @@ def text(
     base = Path(recipe.model.path)  # a path of the machine that trained, or a hub id
     hub_id = None if base.is_absolute() else recipe.model.path
     metrics = {name: one.metrics for name, one in records.items()}
+    dtype = merged["dtype"] if merged else None
     kind, judging = kinds.get(record.kind), record.judging or {}
     logged = [name for name in metrics[stage] if not BOOKKEEPING.search(name)]
     listed = dict.fromkeys((*(name for name in order(kind.name) if name in logged), *logged))
@@ -60,6 +62,7 @@ def text(
         keep_trailing_newline=True,
     )
     environment.filters |= {"plain": _plain, "code": _code, "value": _value, "quoted": json.dumps}
+    environment.filters["capitalised"] = lambda sentence: sentence[:1].upper() + sentence[1:]
     card = environment.get_template("card.md.jinja").render(
         head=_head(recipe, records, record, license, dtype, hub_id),
         name=name,
@@ -72,6 +75,9 @@ def text(
         by_reward=any(parent.makes == "reward" for parent in kind.parents),
         dtype=dtype,
         own_class=own_class,
+        dequantized=bool(merged) and merged["base"] == "dequantized",
+        rounding=said_of_rounding(stage, merged) if merged else "",
+        merging=_without_folders(said_of_merging(merged)) if merged else "",
         hub_id=hub_id,
         folder=base.name,
         tiny=base.is_relative_to(TINY),
@@ -95,6 +101,45 @@ def text(
         versions=record.versions,
     )
     return redact(card)
+
+
+def said_of_rounding(stage: str, merged: dict[str, Any]) -> str:
+    """In which dtype a stage's model was merged, and what rounding to 16 bits keeps of what training changed.
+
+    Args:
+        stage: the stage.
+        merged: what `export --json` has under that name.
+    """
+    dtype, tried, kept = merged["dtype"], merged["tried"], merged["kept"]
+    if kept is None:
+        return f"the merged weights are in {dtype}"
+    share = f"{100 * kept:.3g} % of what `{stage}` changed since `{merged['since']}`"
+    if dtype != tried:
+        return f"the merged weights are in {dtype}, and to be loaded so: in {tried} they would keep {share}"
+    return f"the merged weights are in {dtype}, which keeps {share}"
+
+
+def said_of_merging(merged: dict[str, Any]) -> str:
+    """What merging changed on real prompts, in a sentence.
+
+    Args:
+        merged: what `export --json` has under that name.
+    """
+    found = merged["measured"]
+    if found is None:
+        return f"what merging changed was not measured: {merged['not_measured']}"
+    n, prompts = found["n"], f"`{found['prompts']}`"
+    if found["equal_replies"] is not None:
+        training = f"(what it changed since `{merged['since']}`: {_value(found['kl_of_training'])})"
+        return (
+            f"on {n} prompts of {prompts}, merging changed {_value(found['kl'])} nats of KL per token {training}, and "
+            f"{found['equal_replies']} of {n} greedy replies stayed the same"
+        )
+    return (
+        f"on {n} pairs of {prompts}, merging changed scores by {_value(found['score_difference'])} on average and "
+        f"{_value(found['score_difference_max'])} at most (their standard deviation: {_value(found['score_spread'])}), "
+        f"and {found['same_order']} of {n} pairs stayed in the same order"
+    )
 
 
 def _lineage(directory: RunDirectory, stage: str) -> list[str]:
@@ -195,8 +240,11 @@ def _value(value: Any) -> str:
 
 def _plain(text: Any) -> str:
     """Text as Markdown that shows it as it is, on one line, and without the folders of a path."""
-    text = re.sub(r"(?<![\w.:/])/(?:[^\s/,:'\"]+/)+([^\s/,'\"]*)", r"\1", str(text))
-    return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|<>#&~]", r"\\\g<0>", one_line(text))
+    return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|<>#&~]", r"\\\g<0>", one_line(_without_folders(str(text))))
+
+
+def _without_folders(text: str) -> str:
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/,:'\"]+/)+([^\s/,'\"]*)", r"\1", text)
 
 
 def _code(text: str) -> str:

@@ -12,13 +12,15 @@ import yaml
 
 from rlhf_pipeline import hub, kinds
 from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.comparison import wanted
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.local import resolved
-from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.recipe import BASE, Recipe, outside
+from rlhf_pipeline.run.explain import recognise
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.finished import trained_with, warning
-from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.use import card
@@ -32,20 +34,29 @@ def export(
     out: Path,
     *,
     merge: bool = False,
+    dtype: str | None = None,
+    dequantized: bool = False,
+    n: int | None = None,
     push_to: str | None = None,
     public: bool = False,
     say: Say = print,
-) -> None:
+) -> dict[str, Any]:
     """Write the model of a stage that is done to a folder that Transformers loads without us; push it if asked.
 
     Args:
         run: the run directory.
         stage: the stage's name.
         out: the folder, which must be new or empty; it is there whole or not at all.
-        merge: merge the adapter into the unquantized base, instead of naming the base.
+        merge: merge the adapter into the base, which is not quantized for it, instead of naming the base.
+        dtype: of the merged weights; None for that of the base, or float32 where that would lose the change.
+        dequantized: merge into what training computed with, the base rounded by `quantization`.
+        n: on how many prompts to measure what merging changed; None for as many as `compare` takes, 0 for none.
         push_to: the hub repository to push it to; it is made where there is none.
         public: have that repository seen by all, if it is made.
         say: takes one line at a time, about what is going on.
+
+    Returns:
+        What `export --json` prints; see docs/json.md.
 
     Raises:
         InputError: there is no such stage that is done, or it cannot be exported so.
@@ -54,6 +65,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already", hint="name a new or an empty folder")
     recipe = recipes.of_run(run)
+    _refuse_options(recipe, merge, dtype, dequantized)
     record = _record(run, stage, recipe)
     about = warning(run, stage)
     if about:
@@ -61,13 +73,17 @@ def export(
     if push_to is not None:
         _refuse_push(push_to, recipe, merge)
     with _in_one_step(out) as folder:
-        dtype = _write(run, stage, recipe, record, folder, merge, say)
+        if merge:
+            merged = _merge(run, stage, recipe, record, folder, dtype, dequantized, n, say)
+        else:
+            merged = None
+            _write_adapter(run, stage, recipe, record, folder)
         text = card.text(
             run,
             stage,
             recipe,
             license=_license(recipe),
-            dtype=dtype,
+            merged=merged,
             own_class=(folder / "reward_model.py").is_file(),
             name=push_to or resolved(out).name,
         )
@@ -75,6 +91,30 @@ def export(
     if push_to is not None:
         say(f"pushing to {push_to}, {'public' if public else 'private'} if it is new")
         _push(out, push_to, public)
+    return {
+        "run": str(run.absolute()),
+        "stage": stage,
+        "folder": str(out.absolute()),
+        "merged": merged,
+        "pushed_to": push_to,
+    }
+
+
+def _refuse_options(recipe: Recipe, merge: bool, dtype: str | None, dequantized: bool) -> None:
+    """See that the options go together.
+
+    Raises:
+        InputError: they do not.
+    """
+    for option, given in (("--dtype", dtype), ("--dequantized", dequantized)):
+        if given and not merge:
+            raise InputError("only a merged model has it", place=option, hint="add `--merge`")
+    if dequantized and recipe.model.quantization == "none":
+        raise InputError(
+            "the base was not quantized in training",
+            place="--dequantized",
+            hint="`--merge` alone merges into that base",
+        )
 
 
 def _record(run: Path, stage: str, recipe: Recipe) -> Record:
@@ -116,18 +156,82 @@ def _record(run: Path, stage: str, recipe: Recipe) -> Record:
     return record
 
 
-def _write(run: Path, stage: str, recipe: Recipe, record: Record, folder: Path, merge: bool, say: Say) -> str | None:
-    """Write weights, configuration and tokenizer; returns the dtype of merged weights."""
+def _head(record: Record) -> Any:
+    return "score" if kinds.get(record.kind).makes == "reward" else "causal"
+
+
+def _write_adapter(run: Path, stage: str, recipe: Recipe, record: Record, folder: Path) -> None:
+    """Write the adapter, configuration and tokenizer."""
     from rlhf_pipeline.use import weights
 
-    artifact = RunDirectory(run).adapter(stage)
-    head: Any = "score" if kinds.get(record.kind).makes == "reward" else "causal"
-    settings = trained_with(run, stage)
-    if not merge:
-        weights.write_adapter(recipe.model, artifact, folder, head, settings)
-        return None
-    say(f"merging into the unquantized base, on the CPU: {recipe.model.path}")
-    return weights.write_merged(recipe.model, artifact, folder, head, settings)
+    weights.write_adapter(
+        recipe.model, RunDirectory(run).adapter(stage), folder, _head(record), trained_with(run, stage)
+    )
+
+
+def _merge(
+    run: Path, stage: str, recipe: Recipe, record: Record, folder: Path,
+    dtype: str | None, dequantized: bool, n: int | None, say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the merged model, and measure what merging changed.
+
+    Returns:
+        What `--json` has under `merged`.
+    """
+    from rlhf_pipeline.use import merge_effect, weights
+
+    quantization = recipe.model.quantization
+    since, start = _start(run, record)
+    into = f"as training read it, in {quantization}" if dequantized else "as it is stored"
+    say(f"merging into the base {into}, on the CPU: {recipe.model.path}")
+    rounding = weights.write_merged(
+        recipe.model,
+        RunDirectory(run).adapter(stage),
+        folder,
+        _head(record),
+        trained_with(run, stage),
+        dtype=dtype,
+        dequantized=dequantized,
+        start=start,
+    )
+    merged: dict[str, Any] = {"base": "dequantized" if dequantized else "stored", "since": since, **rounding._asdict()}
+    merged |= {"measured": None, "not_measured": None}
+    say(card.said_of_rounding(stage, merged))
+    if rounding.dtype == rounding.tried and rounding.kept is not None and rounding.kept < weights.merge.ENOUGH:
+        say("warning: most of the rest is lost by rounding; `--dtype float32` keeps it")
+    n = wanted.default_settings(recipe)["n"] if n is None else n
+    try:
+        if n == 0:
+            merged["not_measured"] = "it was not asked for"
+        elif _head(record) == "score":
+            merged["measured"] = merge_effect.of_reward(run, recipe, stage, folder, n)
+        else:
+            merged["measured"] = merge_effect.of_policy(run, recipe, stage, start, folder, n)
+    except InputError as error:
+        merged["not_measured"] = f"{error.message} ({error.place})" if error.place else error.message
+    except Exception as error:  # whatever it is, the merged model is there
+        known = recognise(error, recipe, None, folder)
+        merged["not_measured"] = known[0] if known else f"{type(error).__name__}: {error}".splitlines()[0]
+    say(card.said_of_merging(merged))
+    if quantization != "none" and not dequantized:
+        say(f"training read the base rounded to {quantization}; `--dequantized` merges into that, and changes less")
+    return merged
+
+
+def _start(run: Path, record: Record) -> tuple[str, Path | None]:
+    """What a stage started from, as people read it, and its adapter folder; `base` where that is gone or changed."""
+    name, weights = record.init or BASE, None
+    try:
+        if outside.is_one(name):
+            weights = outside.folder(name)
+        elif name != BASE:
+            parent = RunDirectory(run).record(name)
+            same = parent and record.parent_weights.get(name) in (None, parent.weights)
+            weights = RunDirectory(run).adapter(name) if same else None
+    except InputError:
+        pass
+    there = weights is not None and (weights / WEIGHTS).is_file()
+    return (outside.said(name), weights) if there else (BASE, None)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,12 @@ from transformers import (
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters, score_head
 from rlhf_pipeline.models.adapters import WEIGHTS
-from rlhf_pipeline.models.base import Head, load_config, load_generation_config, without_weights
+from rlhf_pipeline.models.base import Head, load_base, load_config, load_generation_config, without_weights
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.score_head import HEAD, with_score_head
 from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.use import merge
+from rlhf_pipeline.use.merge import Rounding
 
 OWN_CLASS = ("reward_model.py", "RewardModel")  # of reward models that Transformers has no class for
 SHARD_SIZE = "5GB"  # what Transformers' files were long cut to, and what most tools expect
@@ -59,11 +61,21 @@ def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, settings: 
         _generation_config(tokenizer, checkpoint, settings).save_pretrained(out)
 
 
-def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: dict[str, Any]) -> str:
-    """Write the base with the adapter merged into its weights, never quantized.
+def write_merged(
+    spec: Model,
+    artifact: Path,
+    out: Path,
+    head: Head,
+    settings: dict[str, Any],
+    *,
+    dtype: str | None = None,
+    dequantized: bool = False,
+    start: Path | None = None,
+) -> Rounding:
+    """Write the base with the adapter merged into its weights, which are not quantized.
 
-    This happens on the CPU, where there is room for a base that was trained on in 4-bit. Weights are in the recipe's
-    `dtype`; `auto` is the one that the base's checkpoint is stored in.
+    The base is merged on the CPU, where there is room for one that was trained on in 4-bit. It is loaded in the
+    recipe's `dtype`; `auto` is the one that its checkpoint is stored in.
 
     Args:
         spec: the base.
@@ -71,9 +83,13 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: d
         out: a folder that is there.
         head: `causal`, or `score` for a reward model.
         settings: the `trainer` of the stage, which may say what ends a reply.
+        dtype: that of the weights, as `float32`; None for that of the base, unless it would round the change away; see
+            `merge.kept`.
+        dequantized: take for the base what training computed with, rounded by `quantization`, and not what is stored.
+        start: the adapter folder that the stage started from; None for the base. What it changed since counts.
 
     Returns:
-        The dtype.
+        The dtype, and how much of the change it keeps.
 
     Raises:
         InputError: the base cannot be loaded, is itself quantized, or PEFT cannot merge such an adapter.
@@ -86,28 +102,36 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: d
             hint="export the adapter, without `--merge`",
         )
     tokenizer = AutoTokenizer.from_pretrained(artifact, trust_remote_code=spec.trust_remote_code)
-    dtype = getattr(torch, spec.dtype) if spec.dtype != "auto" else config.dtype or torch.float32
+    wanted = getattr(torch, dtype) if dtype else None
+    usual = getattr(torch, spec.dtype) if spec.dtype != "auto" else config.dtype or torch.float32
+    if wanted not in (None, torch.float32):
+        usual = wanted
     base = AutoModelForCausalLM.from_pretrained(
         spec.path,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
-        dtype=dtype,
+        dtype=usual,
         use_safetensors=True,
         device_map={"": "cpu"},
     )
+    changed = merge.dequantize(base, load_base(spec, tokenizer)) if dequantized else []
     if head == "score":
         base = with_score_head(base)
-        base.score = adapters.load_head(artifact).to(dtype)
+        base.score = adapters.load_head(artifact)
     model = _with_adapter(base, artifact)
     _untie(base)
     try:
-        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+        if start is not None:
+            merge.add_start(model, start)
+        merged, rounding = merge.merge(model, usual, wanted, changed)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise InputError(
             f"PEFT cannot merge this adapter: {str(error).strip().splitlines()[0]}",
             place=artifact.parent.name,
             hint="export the adapter, without `--merge`",
         ) from None
+    if head == "score":
+        merged.score.to(getattr(torch, rounding.dtype))
     for holder in (merged.config, merged.config.get_text_config()):
         holder.pad_token_id, holder.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     if head == "causal":
@@ -126,7 +150,7 @@ def write_merged(spec: Model, artifact: Path, out: Path, head: Head, settings: d
             (out / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, out / file.relative_to(folder))
     _write_tokenizer(artifact, out, head)
-    return str(dtype).removeprefix("torch.")
+    return rounding
 
 
 def _with_adapter(base: PreTrainedModel, artifact: Path) -> PeftModel:

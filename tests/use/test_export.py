@@ -79,7 +79,7 @@ def test_a_policy_says_the_same_merged_and_as_an_adapter(shape: str, make_artifa
 
 def test_what_was_trained_in_four_bits_is_merged_into_the_unquantized_base(make_artifacts: Callable, out: Path) -> None:
     artifacts = make_artifacts("llama", "nf4")
-    assert write_merged(artifacts.spec, artifacts.init, out, "causal", {}) == "float32"
+    assert write_merged(artifacts.spec, artifacts.init, out, "causal", {}).dtype == "float32"
     merged = logits(AutoModelForCausalLM.from_pretrained(out))
     assert_same(merged, of_policy(artifacts.spec.model_copy(update={"quantization": "none"}), artifacts.init))
     assert (merged - of_policy(artifacts.spec, artifacts.init)).abs().max() > 0.05
@@ -98,7 +98,7 @@ def test_weights_are_in_the_recipe_s_dtype_or_that_of_the_checkpoint(
     ):
         folder = tmp_path / str(wanted)
         folder.mkdir()
-        assert f"torch.{write_merged(spec, artifact, folder, 'causal', {})}" == str(wanted)
+        assert f"torch.{write_merged(spec, artifact, folder, 'causal', {}).dtype}" == str(wanted)
         assert {one.dtype for one in AutoModelForCausalLM.from_pretrained(folder).parameters()} == {wanted}
 
 
@@ -166,7 +166,7 @@ def test_nothing_is_left_of_an_export_that_fails(tiny_run: Path, tmp_path: Path)
     del record["artifact_files"]["adapter_config.json"]  # else the change is found at once
     (run / "sft" / "stage.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="cannot merge"):
-        export(run, "sft", tmp_path / "out", merge=True)
+        export(run, "sft", tmp_path / "out", merge=True, n=0)
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
 
 
@@ -185,7 +185,7 @@ def card_of(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_generation_stops_at_the_end_of_a_reply(run: Path, tmp_path: Path) -> None:
-    export(run, "ppo", tmp_path / "out", merge=True)
+    export(run, "ppo", tmp_path / "out", merge=True, n=0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     prompts = [json.loads(line)["prompt"] for line in (run / "sft" / "samples.jsonl").read_text().splitlines()]
@@ -203,7 +203,7 @@ def test_generation_stops_at_the_end_of_a_reply(run: Path, tmp_path: Path) -> No
 def test_the_card_says_what_is_recorded_and_its_code_runs(
     stage: str, merge: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    export(run, stage, tmp_path / "of the run", merge=merge)
+    export(run, stage, tmp_path / "of the run", merge=merge, n=4)
     head, text = card_of(tmp_path / "of the run")
     assert head["library_name"] == ("transformers" if merge else "peft")
     assert head["pipeline_tag"] == ("text-classification" if stage == "reward" else "text-generation")
@@ -222,6 +222,9 @@ def test_the_card_says_what_is_recorded_and_its_code_runs(
         assert f"| {shown} | {record['metrics'][metric]:.6g}" in text
     for path in (tmp_path, run, TINY, Path.home()):
         assert str(path) not in text
+    if merge:
+        told = "4 of 4 pairs stayed in the same order" if stage == "reward" else "4 of 4 greedy replies stayed the same"
+        assert told in text and "The merged weights are in float32." in text
     assert "ppo" not in text  # it is no part of how this came about
     (code,) = re.findall("```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -237,7 +240,7 @@ def test_the_code_of_a_card_scores_as_the_stage_does(
     record = json.loads((run / "reward" / "stage.json").read_text())
     record["inputs"]["data.chat"] = True
     (run / "reward" / "stage.json").write_text(json.dumps(record))
-    export(run, "reward", tmp_path / "scorer", merge=True)
+    export(run, "reward", tmp_path / "scorer", merge=True, n=0)
     text = card_of(tmp_path / "scorer")[1]
     assert "through the chat template" in text
     monkeypatch.chdir(tmp_path)
@@ -401,7 +404,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_a_push_takes_every_file_to_the_hub_and_is_private_unless_asked(
     public: bool, run: Path, tmp_path: Path, hub: Hub
 ) -> None:
-    export(run, "sft", tmp_path / "out", merge=True, push_to="me/model", public=public)
+    export(run, "sft", tmp_path / "out", merge=True, n=0, push_to="me/model", public=public)
     (made,) = hub.made
     assert (made["organization"], made["name"]) == ("me", "model")
     assert (made.get("visibility") == "private" or made.get("private") is True) == (not public)
@@ -413,7 +416,7 @@ def test_a_push_takes_every_file_to_the_hub_and_is_private_unless_asked(
 def test_a_push_that_fails_leaves_the_folder_and_one_sentence(run: Path, tmp_path: Path, hub: Hub) -> None:
     hub.refuses = True
     with pytest.raises(RunError) as caught:
-        export(run, "sft", tmp_path / "out", merge=True, push_to="me/model")
+        export(run, "sft", tmp_path / "out", merge=True, n=0, push_to="me/model")
     assert "is written, but the hub did not take it" in caught.value.message
     assert "\n" not in caught.value.message and "hf_notarealtoken" not in caught.value.message
     assert str(caught.value.hint).startswith("`hf upload me/model")
@@ -425,7 +428,7 @@ def test_a_push_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     def refused(repo: str, merge: bool = True) -> str:
         with pytest.raises(InputError) as caught:
-            export(run, "sft", tmp_path / "out", merge=merge, push_to=repo)
+            export(run, "sft", tmp_path / "out", merge=merge, n=0, push_to=repo)
         assert not (tmp_path / "out").exists()
         return caught.value.message
 

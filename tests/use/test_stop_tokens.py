@@ -147,7 +147,7 @@ def test_a_reply_ends_with_the_same_token_wherever_it_is_sampled(
         assert ("no end" in talk.reward()) is (reply[-1] not in stops)
 
     export(run, "ppo", tmp_path / "adapter")
-    export(run, "ppo", tmp_path / "merged", merge=True)
+    export(run, "ppo", tmp_path / "merged", merge=True, n=0)
     written = [json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("adapter", "merged")]
     assert written[0]["eos_token_id"] == written[1]["eos_token_id"] == (stops[0] if which == "one" else stops)
     model, words = (auto.from_pretrained(tmp_path / "merged") for auto in (AutoModelForCausalLM, AutoTokenizer))
