@@ -75,7 +75,7 @@ def text(
         by_reward=any(parent.makes == "reward" for parent in kind.parents),
         dtype=dtype,
         own_class=own_class,
-        dequantized=bool(merged) and merged["base"] == "dequantized",
+        dequantized=merged is not None and merged["base"] == "dequantized",
         rounding=said_of_rounding(stage, merged) if merged else "",
         merging=_without_folders(said_of_merging(merged)) if merged else "",
         hub_id=hub_id,
