@@ -1,19 +1,20 @@
 """The base: loaded frozen, in 4-bit where asked, as a causal LM or under a score head."""
 
 import copy
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import loading
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.score_head import backbone_name, with_score_head
 from rlhf_pipeline.recipe import PICKLE_SUFFIXES
@@ -53,14 +55,18 @@ def load_config(spec: Model) -> PretrainedConfig:
     """The configuration of a causal LM.
 
     Raises:
-        InputError: it cannot be loaded, brings code that the recipe does not trust, is not safe to open, or
-            is not that of a causal LM.
+        InputError: it cannot be loaded, brings code that the recipe does not trust, is not safe to open, or is not
+            that of a causal LM.
     """
     check_files(spec)
     try:
         config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # also of what checks the types of a configuration
         refuse_untrusted_code(spec, error)
+        if Path(spec.path).is_dir() or "model type" in str(error):
+            raise _not_understood(spec, error) from None
+        if not isinstance(error, OSError | ValueError):
+            raise
         raise _unreachable(spec, error) from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not _brings_class(config, spec):
         raise InputError(
@@ -162,6 +168,24 @@ def _file_names(spec: Model) -> list[str]:
         return []
 
 
+def _not_understood(spec: Model, error: Exception) -> InputError:
+    """Of a configuration that is there."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    place = f"model.path: {spec.path}"
+    if unknown := re.search(r"model type `([^`]*)`", said[0]):
+        return InputError(
+            f"Transformers {transformers.__version__} does not know the model type `{unknown[1]}`",
+            place=place,
+            hint="a newer one may: `pip install --upgrade transformers`; or the model brings code of its own, which "
+            "`model.trust_remote_code: true` allows",
+        )
+    return InputError(
+        f"its config.json cannot be used: {' '.join(said[:2])}",
+        place=place,
+        hint="see that the folder is a whole model, as `save_pretrained` writes it",
+    )
+
+
 def _unreachable(spec: Model, error: Exception) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
@@ -169,24 +193,6 @@ def _unreachable(spec: Model, error: Exception) -> InputError:
         place=f"model.path: {spec.path}",
         hint="check the spelling, the network and, for gated models, `hf auth login`",
     )
-
-
-def quantization_config(spec: Model) -> BitsAndBytesConfig | None:
-    """How bitsandbytes shall load the base; None for `none`.
-
-    NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, section 3). Transformers leaves the output
-    embedding, or a classifier's head, as it is.
-    """
-    if spec.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=resolve_dtype(spec.dtype),
-        )
-    if spec.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return None
 
 
 def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "causal") -> PreTrainedModel:
@@ -201,18 +207,9 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
         The model on `device()`, in evaluation mode, no parameter trainable.
 
     Raises:
-        InputError: see `load_config`.
+        InputError: see `load_config` and `loading.load`.
     """
-    load_config(spec)
-    options = {
-        "revision": spec.revision,
-        "trust_remote_code": spec.trust_remote_code,
-        "dtype": resolve_dtype(spec.dtype),
-        "quantization_config": quantization_config(spec),
-        "device_map": {"": device()},
-        "use_safetensors": True,
-    }
-    model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
+    model = loading.load(spec, load_config(spec), device(), resolve_dtype(spec.dtype))
     if head == "score":
         model = with_score_head(model)
     model.requires_grad_(False)

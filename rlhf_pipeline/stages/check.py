@@ -21,6 +21,7 @@ from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import without_weights
+from rlhf_pipeline.models.loading import require_quantization, require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
@@ -55,6 +56,8 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
         except InputError as error:
             found.append(error)
 
+    attempt(lambda: require_quantization(config, recipe.model))
+    attempt(lambda: require_weights(recipe.model, config))
     attempt(lambda: check_lora(recipe, names, config))
     doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
-from rlhf_pipeline.models import adapters, base
+from rlhf_pipeline.models import adapters, base, loading
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
@@ -25,14 +25,15 @@ SAMPLING = GenerationConfig(max_new_tokens=6, do_sample=True, temperature=1.0 + 
 
 def plain_policy(spec, adapter):
     """A base of its own under a policy adapter, by the libraries' own loaders."""
-    model = AutoModelForCausalLM.from_pretrained(spec.path, quantization_config=base.quantization_config(spec))
+    quantization = loading.quantization_config(spec, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(spec.path, quantization_config=quantization)
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def plain_reward(spec, adapter):
     """A sequence classifier of its own under a reward adapter, by the libraries' own loaders."""
     classifier = AutoModelForSequenceClassification.from_pretrained(
-        spec.path, num_labels=1, quantization_config=base.quantization_config(spec)
+        spec.path, num_labels=1, quantization_config=loading.quantization_config(spec, torch.float32)
     )
     return PeftModel.from_pretrained(classifier, str(adapter)).eval()
 

@@ -1,0 +1,138 @@
+"""A causal LM from its checkpoint: with the weights that are stored there, all of them, and no others.
+
+Where a weight is missing, Transformers draws it at random; where one has no place, it leaves it out; where weights are
+stored in few bits and another quantization is asked for, it uses some of them for what they are not. All of that goes
+to a log. Here it is an error.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe import model_files
+from rlhf_pipeline.recipe.schema import Model
+
+# What older versions of Transformers and fairseq saved beside the weights: masks, positions, a number.
+NO_WEIGHT = re.compile(r"\.(masked_bias|attn(\.attention)?\.bias|inv_freq|position_ids|version)$")
+
+
+def require_quantization(config: PretrainedConfig, spec: Model) -> None:
+    """See that weights that are stored in few bits are used as they are stored.
+
+    Raises:
+        InputError: the recipe wants them otherwise, or adapters are not trained over such weights.
+    """
+    folder = Path(spec.path)
+    found = model_files.dtypes(folder) if folder.is_dir() else set()
+    problem = model_files.quantization_problem(stored_quantization(config), spec.quantization, found)
+    if problem:
+        raise InputError(problem.message, place=f"model.path: {spec.path}", hint=problem.hint)
+
+
+def stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """How the weights are stored, in the words of the configuration or of the text model's inside it."""
+    for one in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if (found := getattr(one, name, None)) is not None:
+                return dict(found) if isinstance(found, dict) else dict(found.to_dict())
+    return None
+
+
+def require_weights(spec: Model, config: PretrainedConfig) -> None:
+    """See that a folder has all weights of its model, by names and shapes; no weight is read.
+
+    Weights that are stored in few bits have other shapes; they are seen to when they are loaded.
+
+    Args:
+        spec: the recipe's `model`. Of one on the hub, which may not be here yet, nothing is asked.
+        config: from `base.load_config`.
+
+    Raises:
+        InputError: some are missing, or there are others.
+    """
+    if Path(spec.path).is_dir() and stored_quantization(config) is None:
+        _load(spec, config, torch.device("meta"), {})
+
+
+def load(spec: Model, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a causal LM, quantized as it is stored or as the recipe has it.
+
+    Args:
+        spec: the recipe's `model`.
+        config: from `base.load_config`.
+        device: where its weights shall be.
+        dtype: of weights that are not quantized, and of what is computed with those that are.
+
+    Raises:
+        InputError: weights are missing, or there are others; or see `require_quantization`.
+    """
+    require_quantization(config, spec)
+    require_weights(spec, config)  # shapes, too, which are not looked at where weights become 4 bits
+    config = copy.deepcopy(config)
+    stored = stored_quantization(config)
+    options: dict[str, Any] = {"dtype": dtype}
+    if stored is None:
+        options["quantization_config"] = quantization_config(spec, dtype)
+    else:
+        config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    return _load(spec, config, device, options)
+
+
+def quantization_config(spec: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes shall quantize what is loaded; None for `none`.
+
+    NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, section 3). Transformers leaves the output
+    embedding as it is.
+    """
+    if spec.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
+
+
+def _load(spec: Model, config: PretrainedConfig, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        spec.path,
+        config=copy.deepcopy(config),  # a model changes its own
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        device_map={"": device},
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are an error below, with their names
+        **options,
+    )
+    missing = sorted(found["missing_keys"])
+    # Of a model for several kinds of input, the text model alone may be what is loaded; what is missing still shows.
+    of_text = config.get_text_config() is config
+    others = sorted(name for name in found["unexpected_keys"] if of_text and not NO_WEIGHT.search(name))
+    shapes = [f"`{key}` is {list(theirs)} and should be {list(ours)}" for key, theirs, ours in found["mismatched_keys"]]
+    said = []
+    if missing:
+        said.append(f"lacks {_named(missing)}, which would be drawn at random")
+    if others:
+        said.append(f"has {_named(others)}, for which the model has no place")
+    if shapes:
+        said.append(f"has weights of another shape: {sorted(shapes)[0]}")
+    if said:
+        raise InputError(
+            f"the checkpoint is not that of a {type(model).__name__}: it {', and '.join(said)}",
+            place=f"model.path: {spec.path}",
+            hint="config.json and weights must be of one model, as `save_pretrained` writes them",
+        )
+    return model
+
+
+def _named(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - 1:,} more weights" if len(names) > 1 else ""
+    return f"`{names[0]}`{more}"

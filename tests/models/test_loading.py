@@ -1,0 +1,237 @@
+"""A checkpoint gives the weights that are in it, all of them and as they are stored; anything else is an error."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.models import base, loading
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.stages.check import check
+
+Weights = dict[str, Tensor]
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+def without(part: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
+
+
+def with_prefix(prefix: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {prefix + name: weight for name, weight in weights.items()}
+
+
+def with_another(name: str) -> Callable[[Weights], Weights]:
+    return lambda weights: weights | {name: torch.zeros(3)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The tiny model with an output embedding of its own."""
+    out = Path(shutil.copytree(TINY / "checkpoint", tmp_path / "model"))
+    AutoModelForCausalLM.from_pretrained(out, tie_word_embeddings=False).save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def change(folder: Path) -> Callable[[Callable[[Weights], Weights]], Model]:
+    """A function that changes its weights."""
+
+    def changed(how: Callable[[Weights], Weights]) -> Model:
+        save_file(how(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        return Model(path=str(folder), quantization="none")
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (without("lm_head"), "it lacks `lm_head.weight`, which would be drawn at random"),
+        (without("layers.1."), "it lacks `model.layers.1.input_layernorm.weight` and 8 more weights, which"),
+        (without(LAYER), f"it lacks `{LAYER}`, which"),
+        (
+            with_prefix("module."),
+            "and has `module.lm_head.weight` and 29 more weights, for which the model has no place",
+        ),
+        (
+            with_another("model.layers.9.mlp.up_proj.weight"),
+            "it has `model.layers.9.mlp.up_proj.weight`, for which the",
+        ),
+        (with_another("model.layers.0.self_attn.q_proj.bias"), "it has `model.layers.0.self_attn.q_proj.bias`, for"),
+        (
+            lambda weights: weights | {LAYER: torch.zeros(4, 128)},
+            f"another shape: `{LAYER}` is [4, 128] and should be [",
+        ),
+    ],
+)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_that_are_missing_or_others_are_named(change, how, said, quantization) -> None:
+    """By the check, which reads no weight, and by what loads it, in the same words."""
+    spec = change(how).model_copy(update={"quantization": quantization})
+    messages = []
+    for load in (
+        lambda: loading.require_weights(spec, base.load_config(spec)),
+        lambda: base.load_base(spec, load_tokenizer(spec)),
+        lambda: base.load_base(spec, load_tokenizer(spec), head="score"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)) as caught:
+            load()
+        messages.append(caught.value.message)
+        assert "the checkpoint is not that of a LlamaForCausalLM: " in caught.value.message
+    assert len(set(messages)) == 1
+
+
+def test_weights_of_another_architecture(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    AutoConfig.for_model(
+        "opt", vocab_size=1024, hidden_size=128, num_attention_heads=4, num_hidden_layers=3
+    ).save_pretrained(folder)
+    spec = Model(path=str(folder), quantization="none")
+    with pytest.raises(
+        InputError, match=r"not that of a OPTForCausalLM: it lacks .* and has .* for which the model has"
+    ):
+        loading.require_weights(spec, base.load_config(spec))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda weights: weights,
+        lambda weights: {
+            name.removeprefix("model."): weight for name, weight in weights.items()
+        },  # Transformers adds it
+        with_another("model.layers.0.self_attn.rotary_emb.inv_freq"),
+        with_another("model.layers.0.attn.masked_bias"),
+    ],
+)
+def test_whole_checkpoints_are_taken(change, how) -> None:
+    spec = change(how)
+    loading.require_weights(spec, base.load_config(spec))
+    assert base.load_base(spec, load_tokenizer(spec)) is not None
+
+
+def test_tied_weights_need_not_be_stored() -> None:
+    assert "lm_head.weight" not in load_file(TINY / "checkpoint" / "model.safetensors")
+    spec = Model(path=str(TINY / "checkpoint"), quantization="none")
+    loading.require_weights(spec, base.load_config(spec))
+    base.load_base(spec, load_tokenizer(spec))
+
+
+def test_the_check_of_a_recipe_says_it_before_anything_runs(change, folder: Path) -> None:
+    change(without("lm_head"))
+    recipe = recipes.load("tiny", [f"model.path={folder}"])
+    with pytest.raises(InputErrors, match=r"lacks `lm_head\.weight`"):
+        check(recipe, list(recipe.stages))
+
+
+# Weights that are stored in few bits
+
+
+def stored(folder: Path, quantization: BitsAndBytesConfig) -> Path:
+    """The tiny model as bitsandbytes stores it."""
+    out = Path(shutil.copytree(TINY / "checkpoint", folder / "stored"))
+    AutoModelForCausalLM.from_pretrained(out, quantization_config=quantization).save_pretrained(out)
+    return out
+
+
+def nf4(**more: object) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **more)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "how", "kind"),
+    [
+        ("nf4", nf4(bnb_4bit_compute_dtype=torch.bfloat16), bnb.nn.Linear4bit),
+        ("nf4", nf4(llm_int8_skip_modules=["lm_head"], bnb_4bit_use_double_quant=True), bnb.nn.Linear4bit),
+        ("int8", BitsAndBytesConfig(load_in_8bit=True), bnb.nn.Linear8bitLt),
+    ],
+)
+def test_stored_quantization_is_used_as_it_is_stored(tmp_path, quantization, how, kind) -> None:
+    """Its logits are those of Transformers alone, computed in the recipe's dtype; the score head stays whole."""
+    folder = stored(tmp_path, how)
+    spec, ids = Model(path=str(folder), quantization=quantization, dtype="float32"), torch.arange(5, 25)[None]
+    model = base.load_base(spec, load_tokenizer(spec))
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, kind)
+    if quantization == "nf4":
+        assert layer.compute_dtype in (None, torch.float32)
+        assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.float32
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["bnb_4bit_compute_dtype"] = "float32"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    scorer = base.load_base(spec, load_tokenizer(spec), head="score")
+    assert type(scorer.score) is torch.nn.Linear
+    assert scorer.score.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("quantization", "how", "said"),
+    [
+        ("none", nf4(), "stored in nf4, and `quantization` is none"),
+        ("int8", nf4(), "stored in nf4, and `quantization` is int8"),
+        ("nf4", BitsAndBytesConfig(load_in_8bit=True), "stored in int8, and `quantization` is nf4"),
+        ("nf4", BitsAndBytesConfig(load_in_4bit=True), "stored in fp4, over which adapters are not trained"),
+    ],
+)
+def test_stored_quantization_is_never_another(tmp_path, quantization, how, said) -> None:
+    folder = stored(tmp_path, how)
+    recipe = recipes.load("tiny", [f"model.path={folder}", f"model.quantization={quantization}"])
+    with pytest.raises(InputErrors, match=said):
+        check(recipe, list(recipe.stages))
+    with pytest.raises(InputError, match=said):
+        base.load_base(recipe.model, load_tokenizer(recipe.model))
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_other_stored_quantizations_are_refused(folder: Path, method: str, quantization: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    recipe = recipes.load("tiny", [f"model.path={folder}", f"model.quantization={quantization}"])
+    with pytest.raises(InputErrors, match=f"stored quantized by `{method}`"):
+        check(recipe, list(recipe.stages))
+    with pytest.raises(InputError, match=f"stored quantized by `{method}`"):
+        base.load_base(recipe.model, load_tokenizer(recipe.model))
+
+
+def test_raw_values_of_eight_bits_are_refused(change, folder: Path) -> None:
+    spec = change(lambda weights: weights | {LAYER: weights[LAYER].to(torch.float8_e4m3fn)})
+    with pytest.raises(InputError, match=r"stored as F8_E4M3, and config\.json does not say how to read them"):
+        base.load_base(spec, load_tokenizer(spec))
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"model_type": "no_such_type"}, "does not know the model type `no_such_type`"),
+        ({"hidden_size": 3}, "config.json cannot be used: Unrecognized model"),
+        (
+            {"model_type": "llama", "hidden_size": "wide"},
+            "config.json cannot be used: Validation error for field 'hidden_s",
+        ),
+        ("{", "config.json cannot be used: It looks like the config file"),
+    ],
+)
+def test_a_configuration_that_is_not_understood(folder: Path, content: object, said: str) -> None:
+    (folder / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        base.load_config(Model(path=str(folder)))
+    assert caught.value.place == f"model.path: {folder}"
