@@ -80,12 +80,20 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, warm_server: Launcher) -> 
     """A folder with a run that reported to every tracker that is installed, none of which went to the network."""
     folder = tmp_path_factory.mktemp("tracked")
     (folder / "tracked.yaml").write_text(RECIPE)
+    (folder / "day.jinja").write_text("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}")
     short_run.write_data(folder)
     before = descendants()
-    code, said = short_run.run_warm(warm_server, folder, "tracked.yaml", f"report_to=[{', '.join(INSTALLED)}]")
+    code, said = short_run.run_warm(
+        warm_server, folder, "tracked.yaml", f"report_to=[{', '.join(INSTALLED)}]", "model.chat_template=day.jinja"
+    )
     assert code == 0, said
     assert descendants() == before
     return folder
+
+
+def test_the_day_of_the_chat_template_is_recorded(tracked: Path) -> None:
+    records = [json.loads(file.read_text()) for file in (tracked / "runs").glob("*/*/stage.json")]
+    assert records and {record["template_day"] for record in records} == {"2024-07-26"}
 
 
 def wandb_records(file: Path) -> Iterator[Any]:

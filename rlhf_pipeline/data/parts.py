@@ -138,7 +138,8 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 def _text_of_parts(parts: list[Any], column: str) -> tuple[str, str | None]:
     """The text of parts, one after the other as chat templates write them, and the reasoning that is among them."""
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in parts:
         if isinstance(part, str):
             texts.append(part)

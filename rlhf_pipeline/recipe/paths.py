@@ -2,7 +2,6 @@
 
 import difflib
 import glob
-import math
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +217,7 @@ GIVEN = (
 
 def _check_template_settings(settings: dict[str, Any], problems: Problems) -> None:
     """Note what of `chat_template_kwargs` no template could take."""
-    for name, value in settings.items():
+    for name in settings:
         path = ("model", "chat_template_kwargs", name)
         if name in GIVEN:
             problems.add(path, f"`{name}` cannot be set: every chat template is given it", "remove it", of_key=True)
@@ -226,17 +225,6 @@ def _check_template_settings(settings: dict[str, Any], problems: Problems) -> No
             problems.add(
                 path, f"`{name}` cannot be a name in a chat template", "use letters, digits and _", of_key=True
             )
-        elif not _is_plain(value):
-            problems.add(path, f"a chat template cannot be told {value!r}", "put it between quotes, to make it text")
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON has such a value."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _template_problem(text: str) -> str | None:

@@ -189,6 +189,19 @@ def test_a_key_at_the_wrong_level_is_answered_with_the_right_one(problems, old, 
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("messages: []", "`messages` cannot be set: every chat template is given it"),
+        ("'enable-thinking': false", "`enable-thinking` cannot be a name in a chat template"),
+    ],
+)
+def test_what_a_chat_template_cannot_be_told(problems, setting, message):
+    ((place, found, _),) = problems(FULL, f"model.chat_template_kwargs={{{setting}}}")
+    assert found == message
+    assert "chat_template_kwargs" in place
+
+
+@pytest.mark.parametrize(
     ("stage", "setting", "hint"),
     [
         ("sft", "bf16: true", "set `model.dtype: bfloat16` instead"),

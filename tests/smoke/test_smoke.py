@@ -197,7 +197,7 @@ class TestFourStages:
 def test_failure_is_told_and_nothing_is_left(tmp_path):
     """A hub model that cannot be had has a stand-in, the stage after the failed one does not run, exit code 1."""
     recipe = """
-model: {path: nobody/no-such-model-7b, quantization: none}
+model: {path: nobody/no-such-model-7b, quantization: none, chat_template_kwargs: {enable_thinking: false}}
 lora: {target_modules: [c_attn, q_proj]}
 evaluate: {data: tiny:heldout, judge: "my_judge:judge"}
 stages:
@@ -219,11 +219,12 @@ def judge(prompts, completions, **columns):
     assert lines[0].startswith("sft      failed  ") and "no!" in lines[0]
     assert lines[1:] == ["dpo      not run"]
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 3
+    assert len(notes) == 4
     assert "nobody/no-such-model-7b is not available" in notes[0]
     assert "the shipped tokenizer and a Llama are used instead" in notes[0]
     assert "`all-linear` is used instead" in notes[1]
-    assert "rows of the tiny world are used instead" in notes[2]
+    assert "`chat_template_kwargs` belong to the model's own chat template" in notes[2]
+    assert "rows of the tiny world are used instead" in notes[3]
     assert "Traceback" not in done.stderr and str(tmp_path / "tmp") not in done.stderr
     assert "hint: `--keep FOLDER` keeps the whole log" in done.stderr
     assert tree(folder) == before

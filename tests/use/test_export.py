@@ -23,13 +23,14 @@ from transformers import (
     pipeline,
 )
 
+from rlhf_pipeline.data.encode import encode_records
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import TINY
-from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.recipe.schema import Data, Model
 from rlhf_pipeline.use.export import export
 from rlhf_pipeline.use.weights import write_adapter, write_merged
 
@@ -250,6 +251,9 @@ def test_the_code_of_a_card_scores_as_the_stage_does(
         {"reward": run / "reward" / "adapter"},
     )
     view = staged.reward("reward")
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    ((prompt, *replies),) = encode_records(staged.tokenizer, Data(path="x"), [(turns, *found["replies"])])
+    assert found["ids"] == [prompt + reply for reply in replies]
     for row, score in zip(found["ids"], found["scores"], strict=True):
         assert row[-1] == staged.tokenizer.eos_token_id
         with torch.no_grad():
@@ -262,6 +266,10 @@ def test_a_card_shows_text_as_text_and_no_secret_or_path(
     monkeypatch.setenv("MY_API_KEY", "do-not-tell-this")
     record = json.loads((run / "sft" / "stage.json").read_text())
     record["metrics"]["a|b<script>"] = 1.0
+    record |= {"template_day": "2024-07-26", "inputs": record["inputs"] | {"data.chat": True}}
+    recipe = (run / "recipe.yaml").read_text()
+    told = "model:\n  chat_template_kwargs: {enable_thinking: false}\n"
+    (run / "recipe.yaml").write_text(recipe.replace("model:\n", told, 1))
     record["inputs"]["trainer.note"] = "/home/me/secret/plan.txt do-not-tell-this\n| x |"
     (run / "sft" / "stage.json").write_text(json.dumps(record))
     export(run, "sft", tmp_path / "out")
@@ -270,6 +278,7 @@ def test_a_card_shows_text_as_text_and_no_secret_or_path(
     (line,) = [line for line in text.splitlines() if line.startswith("| trainer.note")]
     assert line == r"| trainer.note | plan.txt \*\*\* \| x \| |" or line == r"| trainer.note | plan.txt *** \| x \| |"
     assert "do-not-tell-this" not in text and "/home" not in text
+    assert 'It was told `{"enable_thinking": false}`' in text and "it writes 2024-07-26, as in training" in text
 
 
 def test_the_licence_is_that_of_the_base_s_own_card(
