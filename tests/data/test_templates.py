@@ -140,6 +140,8 @@ def test_sentencepiece_adds_no_second_space(loaded):
     assert tokenizer.convert_ids_to_tokens(ids)[0][0] == "T"
     ((_, after_text),) = encode_records(tokenizer, SPEC, [("Question: what?\nAnswer:\n", "That")])
     assert tokenizer.convert_ids_to_tokens(after_text)[0][0] == "T"
+    ((_, after_space),) = encode_records(tokenizer, SPEC, [("Question: what?\nAnswer: ", "That")])
+    assert tokenizer.convert_ids_to_tokens(after_space)[0][0] == "T"
     ((_, after_colon),) = encode_records(tokenizer, SPEC, [("Question: what?\nAnswer:", " That")])
     assert "".join(tokenizer.convert_ids_to_tokens(after_colon)) == "▁That</s>"
 
@@ -164,6 +166,10 @@ def test_a_reply_after_a_colon_has_the_templates_space(loaded):
     tokenizer = loaded("vicuna")
     prompt, ids = tokens(tokenizer, [QUESTION], "That")
     assert (text(tokenizer, prompt), text(tokenizer, ids)) == ("USER: What is a lemon? ASSISTANT:", " That")
+
+
+def test_spaces_around_a_reply_are_the_templates(loaded):
+    assert text(loaded("llama 2"), tokens(loaded("llama 2"), [QUESTION], "That")[1]) == " That "
 
 
 THOUGHT = "<think>\nSour.\n</think>\n\nA fruit."
@@ -282,6 +288,7 @@ WITHOUT_RESULTS = """\
         ("chatml", ([QUESTION | {"tools": [TOOL]}], "Yes."), "does not write `tools`"),
         ("chatml", ([QUESTION], CALLING), "`tool_calls`"),
         ("chatml", ([QUESTION, CALLING, QUESTION], "Yes."), "`tool_calls`"),
+        ("chatml", ([QUESTION | {"content": "The weather?"}], CALLING), "`tool_calls`"),
         ("chatml", ([QUESTION], THINKING), "`reasoning_content`"),
         ("opens thinking", ([QUESTION], THINKING), "`reasoning_content`"),
         ("chatml", ("1+1=", THINKING), "goes through no chat template"),
