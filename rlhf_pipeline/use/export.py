@@ -198,7 +198,7 @@ def _merge(
     merged |= {"measured": None, "not_measured": None}
     say(card.said_of_rounding(stage, merged))
     if rounding.dtype == rounding.tried and rounding.kept is not None and rounding.kept < weights.merge.ENOUGH:
-        say("warning: most of the rest is lost by rounding; `--dtype float32` keeps it")
+        say("warning: rounding loses the rest of it; `--dtype float32` keeps all")
     n = wanted.default_settings(recipe)["n"] if n is None else n
     try:
         if n == 0:
