@@ -175,7 +175,9 @@ def _scaling(config: LoraConfig, module: str) -> float:
 def load_head(folder: Path) -> torch.nn.Linear:
     """A reward artifact's score head in float32, from `hidden` to 1, without bias where it has none; not trainable."""
     weights = load_file(folder / WEIGHTS)
-    head = {name.rsplit(".", 1)[1]: tensor.float() for name, tensor in weights.items() if "lora_" not in name}
+    # PEFT stores an embedding that has an adapter beside it, as `base_layer`.
+    names = [name for name in weights if "lora_" not in name and ".base_layer." not in name]
+    head = {name.rsplit(".", 1)[1]: weights[name].float() for name in names}
     linear = torch.nn.Linear(head["weight"].shape[1], 1, bias="bias" in head)
     linear.load_state_dict(head)
     return linear.requires_grad_(False)

@@ -176,7 +176,7 @@ def _misfit_of(recipe: Recipe, value: str, place: str, config: PretrainedConfig,
     try:
         with torch.device("meta"):
             model = without_weights(recipe.model, "score" if makes == "reward" else "causal", config)
-            hidden = model.config.get_text_config().hidden_size
+            hidden = model.score.in_features if makes == "reward" else 0
             make = adapters.with_reward_adapter if makes == "reward" else adapters.with_policy_adapter
             ours_ = adapters.adapter_shapes(make(model, outside.lora(theirs), None), "default")
         problem = adapters.misfit({name: shape for name, shape in stored.items() if "lora_" in name}, ours_)
