@@ -216,7 +216,7 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     # A checkpoint's own sampling settings (top-p, repetition penalty) would make what is sampled differ from what the
     # log-probabilities are taken of. What ends a text by them stays: see `reply_end.stop_tokens`.
-    checkpoint = getattr(model, "generation_config", None) or GenerationConfig()  # a classifier has none
+    checkpoint = getattr(model, "generation_config", None) or GenerationConfig()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=as_eos_token_id(stop_tokens(tokenizer, checkpoint, {})),

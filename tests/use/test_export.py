@@ -260,6 +260,28 @@ def test_the_code_of_a_card_scores_as_the_stage_does(
             assert view.scores(view.hidden_states(torch.tensor([row]))[0, -1]).item() == pytest.approx(score, abs=1e-3)
 
 
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapter"])
+def test_the_card_of_a_reward_model_that_transformers_has_no_class_for(
+    merge: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code loads the class that came along, and gives the scores of the same model in Transformers' class."""
+    classes = AutoModelForSequenceClassification._model_mapping
+    monkeypatch.setattr(classes, "_extra_content", {})  # where the class is registered when it is loaded
+    monkeypatch.chdir(tmp_path)
+    scores = []
+    for name in ("known", "unknown"):
+        if name == "unknown":
+            monkeypatch.setattr(classes, "_model_mapping", {**classes._model_mapping})
+            del classes._model_mapping["llama"]
+        export(run, "reward", tmp_path / name, merge=merge)
+        text = card_of(tmp_path / name)[1]
+        assert ("Transformers has no class for such a reward model" in text) is (name == "unknown")
+        exec(re.findall("```python\n(.*?)```", text, re.DOTALL)[0], found := {})
+        scores.append(found["scores"])
+    assert type(found["model"].get_base_model() if not merge else found["model"]).__name__ == "RewardModel"
+    assert scores[1] == pytest.approx(scores[0], abs=1e-2)  # in bfloat16
+
+
 def test_a_card_shows_text_as_text_and_no_secret_or_path(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
