@@ -300,6 +300,7 @@ class TestOurNames:
         ("theirs", "ours"),
         [
             (["model.layers.5.q_proj"], ["model.layers.0.q_proj"]),  # another layer
+            (["model.layers.0.q_proj"], ["model.q_proj"]),  # no layer
             (["model.layers.0.q_proj"], ["model.a.layers.0.q_proj", "model.b.layers.0.q_proj"]),  # one of two
             (["model.text.layers.0.q_proj", "model.text.layers.0.o_proj"], ["model.layers.0.q_proj"]),  # too few
             (["transformer.h.0.c_attn"], ["model.layers.0.q_proj"]),  # another architecture
