@@ -138,6 +138,11 @@ def smaller(config: PretrainedConfig, *, all_layers: bool = False) -> Pretrained
         if isinstance(inner, PretrainedConfig):
             setattr(config, name, smaller(inner, all_layers=all_layers))
     keys = config.to_dict()
+    # Some layers may have sizes of their own, by their numbers; Gemma 4's have wider heads.
+    own = {int(layer): sizes for layer, sizes in (keys.get("per_layer_config") or {}).items()}
+    if own:
+        config.per_layer_config = None
+        keys = config.to_dict()
     old_heads, head_dim = _given(config, "num_attention_heads"), _head_dim(config)
     if old_heads:
         _shrink_heads(config, old_heads, keys)
@@ -154,6 +159,12 @@ def smaller(config: PretrainedConfig, *, all_layers: bool = False) -> Pretrained
         _shorten_rope_factors(config, head_dim, _head_dim(config))
     if not all_layers and _given(config, "num_hidden_layers"):
         _drop_layers(config, keys)
+    if own:
+        config.per_layer_config = {
+            layer: {name: max(1, size * getattr(config, name) // keys[name]) for name, size in sizes.items()}
+            for layer, sizes in own.items()
+            if layer < config.num_hidden_layers
+        }
     return config
 
 

@@ -27,8 +27,8 @@ from rlhf_pipeline.use.weights import write_adapter, write_merged
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 ROWS = [([7, 8, 9], [20, 21, 22, 23, 1]), ([7, 8, 9], [30, 1])]  # prompts and replies, as tokens
-# Transformers has no sequence classifier for the first three; the last four are composite.
-ARCHITECTURES = ["granite", "cohere2", "llama4", "qwen3_5", "qwen3_5_moe", "gemma3"]
+# Transformers has no sequence classifier for the first three; the last five are composite.
+ARCHITECTURES = ["granite", "cohere2", "llama4", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma4"]
 
 
 @pytest.fixture(scope="module")
