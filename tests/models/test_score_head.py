@@ -40,7 +40,8 @@ def make_base(tmp_path_factory, tokenizer):
         if architecture not in made:
             folder = tmp_path_factory.mktemp(architecture)
             config = AutoConfig.for_model(architecture)
-            config.pad_token_id = config.get_text_config().pad_token_id = None  # which no batch could be read with
+            if architecture != "gemma4":  # which reads the number in every forward pass
+                config.pad_token_id = config.get_text_config().pad_token_id = None
             config.save_pretrained(folder / "large")
             tokenizer.save_pretrained(folder / "large")
             shrink.shrink(Model(path=str(folder / "large")), folder / "base")
