@@ -1,6 +1,7 @@
 """Adapters: made fresh or from an earlier stage's artifact, and saved as PEFT itself would load them."""
 
 import contextlib
+import copy
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -9,12 +10,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
+from rlhf_pipeline.models.layers import untouched
 from rlhf_pipeline.models.score_head import HEAD
 from rlhf_pipeline.rundir.layout import WEIGHTS as WEIGHTS
 
@@ -28,9 +33,45 @@ class DivergedError(ArithmeticError):
     """Training left the finite numbers."""
 
 
-def lora_config(lora: dict[str, Any], task: TaskType = TaskType.CAUSAL_LM) -> LoraConfig:
-    """The shape of a stage's adapter as PEFT takes it."""
-    return LoraConfig(**lora, task_type=task)
+def lora_config(
+    lora: dict[str, Any], task: TaskType = TaskType.CAUSAL_LM, model: PreTrainedModel | None = None
+) -> LoraConfig:
+    """The shape of a stage's adapter as PEFT takes it.
+
+    Args:
+        lora: the recipe's keys.
+        task: what the model does.
+        model: what it shall be for; of this, `all-linear` means the linear layers but the output embedding, routers and
+            whatever else `layers.untouched` names.
+    """
+    config = LoraConfig(**lora, task_type=task)
+    if model is not None and str(config.target_modules).lower() == "all-linear":
+        config.target_modules = _all_linear(model, config)
+    return config
+
+
+def _all_linear(model: PreTrainedModel, config: LoraConfig) -> set[str]:
+    """The names of the linear layers that `all-linear` means.
+
+    Of a mixture, PEFT would give the experts' parameters and the router an adapter as well, and take layers that are
+    called as experts once were for experts; these are left out, so that what is saved is read alike everywhere.
+    """
+    apart, head = {HEAD, *untouched(model)}, model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):  # of another adapter
+            apart |= {f"{name}.{inner}" for inner, _ in module.named_modules() if inner}
+    config = copy.deepcopy(config)
+    config.target_modules = {
+        name
+        for name, module in model.named_modules()
+        if name not in apart and module is not head and isinstance(_adapted(module), (torch.nn.Linear, Conv1D))
+    }
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
+    return {*config.target_modules}
+
+
+def _adapted(module: torch.nn.Module) -> torch.nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def with_policy_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path | None) -> PeftModel:
@@ -38,7 +79,7 @@ def with_policy_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path 
 
     TRL's DPOTrainer makes the frozen reference from the adapter of that name.
     """
-    model = get_peft_model(base, lora_config(lora))
+    model = get_peft_model(base, lora_config(lora, model=base))
     if init is not None:
         load_weights(model, init, "default")
     return model
@@ -53,7 +94,7 @@ def with_reward_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path 
     """
     head = base.get_submodule(HEAD)
     torch.nn.init.normal_(head.weight, std=(head.weight.shape[-1] + 1) ** -0.5)
-    config = lora_config(lora, TaskType.SEQ_CLS)
+    config = lora_config(lora, TaskType.SEQ_CLS, base)
     config.modules_to_save = [HEAD]
     model = get_peft_model(base, config)
     if init is not None:
@@ -218,6 +259,14 @@ def save_weights(model: PeftModel, adapter: str, folder: Path) -> None:
 def restore(model: PeftModel, adapter: str, folder: Path) -> None:
     """Give an adapter, with its score head where it has one, the very weights that `save_weights` wrote."""
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=adapter)
+
+
+def free_name(model: torch.nn.Module, wanted: str) -> str:
+    """A name for an adapter that no module of a model has, as RWKV has `value`: PEFT tells the two apart by nothing."""
+    taken = {part for name, _ in model.named_modules() for part in name.split(".")}
+    while wanted in taken:
+        wanted += "_"
+    return wanted
 
 
 def adapter_parameters(model: torch.nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:

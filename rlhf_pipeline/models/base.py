@@ -4,6 +4,7 @@ import copy
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models import loading
+from rlhf_pipeline.models import experts, loading
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.score_head import backbone_name, with_score_head
 from rlhf_pipeline.recipe import PICKLE_SUFFIXES
@@ -209,10 +210,12 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
     Raises:
         InputError: see `load_config` and `loading.load`.
     """
-    model = loading.load(spec, load_config(spec), device(), resolve_dtype(spec.dtype))
+    with experts.quantized_as_well():
+        model = loading.load(spec, load_config(spec), device(), resolve_dtype(spec.dtype))
     if head == "score":
         model = with_score_head(model)
     model.requires_grad_(False)
+    hide_router_logits(model)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     # A checkpoint's own sampling settings (top-p, repetition penalty) would make what is sampled differ from what the
     # log-probabilities are taken of. What ends a text by them stays: see `reply_end.stop_tokens`.
@@ -223,6 +226,16 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
         pad_token_id=tokenizer.pad_token_id,
     )
     return model.eval()
+
+
+def hide_router_logits(model: PreTrainedModel | PeftModel) -> None:
+    """Have a mixture of experts compute its routers' loss for those alone who ask for it.
+
+    Some checkpoints, and TRL's SFTTrainer, switch it on for all, and then sampling fails: the loss is of whole texts.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
 
 
 def load_generation_config(spec: Model, config: PretrainedConfig) -> GenerationConfig:
@@ -282,7 +295,16 @@ class _StandIn(torch.nn.Module):
         self.states = states
 
     def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
+        return _Output(last_hidden_state=self.states)
+
+
+@dataclass
+class _Output(BaseModelOutputWithPast):
+    """A backbone's output that has whatever else a model passes on, as routers' logits: None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def remove_dropout(model: PreTrainedModel | PeftModel) -> None:

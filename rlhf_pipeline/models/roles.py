@@ -36,6 +36,7 @@ class SharedBase:
 
     Attributes:
         peft: the PEFT model, for saving adapters.
+        names: the adapter's name of each role: the role's, unless the model has a module of that name.
         policy, reference, reward, value: the views that TRL's PPOTrainer takes.
     """
 
@@ -48,23 +49,24 @@ class SharedBase:
         reward_lora: dict[str, Any],
     ) -> None:
         self.causal_lm = model
-        policy_config = adapters.lora_config(lora)
-        reward_config = adapters.lora_config(reward_lora)
-        self.peft: PeftModel = get_peft_model(model, policy_config, adapter_name="policy")
-        self.peft.add_adapter("reference", policy_config)
-        self.peft.add_adapter("reward", reward_config)
-        self.peft.add_adapter("value", reward_config)
+        policy_config = adapters.lora_config(lora, model=model)
+        reward_config = adapters.lora_config(reward_lora, model=model)
+        self.names = {role: adapters.free_name(model, role) for role in (*TRAINED, *FROZEN)}
+        self.peft: PeftModel = get_peft_model(model, policy_config, adapter_name=self.names["policy"])
+        self.peft.add_adapter(self.names["reference"], policy_config)
+        self.peft.add_adapter(self.names["reward"], reward_config)
+        self.peft.add_adapter(self.names["value"], reward_config)
         if init is not None:
-            adapters.load_weights(self.peft, init, "policy")
+            adapters.load_weights(self.peft, init, self.names["policy"])
         # A copy by parameter, not a second start: rows that a larger rank adds are drawn, and differ between two draws.
-        adapters.copy_adapter(self.peft, "policy", "reference")
-        adapters.load_weights(self.peft, reward, "reward")
-        adapters.load_weights(self.peft, reward, "value")
+        adapters.copy_adapter(self.peft, self.names["policy"], self.names["reference"])
+        adapters.load_weights(self.peft, reward, self.names["reward"])
+        adapters.load_weights(self.peft, reward, self.names["value"])
         base.remove_dropout(self.peft)
         self.layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         # Once, and never again: PEFT's own way of switching also toggles requires_grad, and the critic stops learning.
-        for role in (*TRAINED, *FROZEN):
-            for parameter in adapters.adapter_parameters(self.peft, role).values():
+        for role, adapter in self.names.items():
+            for parameter in adapters.adapter_parameters(self.peft, adapter).values():
                 parameter.requires_grad_(role in TRAINED)
         self._active = "policy"
         self._switch("policy")
@@ -76,7 +78,7 @@ class SharedBase:
 
     def _switch(self, role: str) -> None:
         for layer in self.layers:
-            layer._active_adapter = [role]
+            layer._active_adapter = [self.names[role]]
         self._active = role
 
     @contextlib.contextmanager
@@ -115,7 +117,7 @@ class SharedBase:
         Args:
             names: of which; by default of all.
         """
-        owned = {role: list(adapters.adapter_parameters(self.peft, role).values()) for role in (*TRAINED, *FROZEN)}
+        owned = {role: list(adapters.adapter_parameters(self.peft, name).values()) for role, name in self.names.items()}
         ours = {id(parameter) for parameters in owned.values() for parameter in parameters}
         owned["reward"] += list(self.reward.score.parameters())
         owned["value"] += list(self.value.score.parameters())
@@ -127,6 +129,7 @@ class Shared(Protocol):
     """What a view needs of the base that it looks at: `SharedBase`, or `staged.StagedBase`."""
 
     causal_lm: PreTrainedModel
+    names: dict[str, str]  # the adapter of each role
 
     @property
     def peft(self) -> nn.Module:
@@ -150,7 +153,8 @@ class _View(nn.Module):
         super().__init__()
         self.shared = shared  # no module itself, so nothing of it is registered here
         self.role = role
-        for name, parameter in adapters.adapter_parameters(shared.peft, role).items():
+        adapter = shared.names.get(role, role)
+        for name, parameter in adapters.adapter_parameters(shared.peft, adapter).items():
             self.register_parameter(name.replace(".", "_"), parameter)
 
     @property

@@ -37,7 +37,7 @@ class StagedBase:
         self.tokenizer = load_tokenizer(spec)
         self.causal_lm = base.load_base(spec, self.tokenizer)
         self._artifacts = artifacts
-        self._names = {name: f"adapter{i}" for i, name in enumerate(artifacts)}  # PEFT takes no name with a dot
+        self.names = {name: f"adapter{i}" for i, name in enumerate(artifacts)}  # PEFT takes no name with a dot
         self._in_bfloat16 = base.resolve_dtype(spec.dtype) == torch.bfloat16
         self._active: list[str] = []
         self.peft: torch.nn.Module = self.causal_lm
@@ -45,10 +45,10 @@ class StagedBase:
             config = LoraConfig.from_pretrained(str(folder))
             config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None  # a score head is loaded separately
             if isinstance(self.peft, PeftModel):
-                self.peft.add_adapter(self._names[name], config)
+                self.peft.add_adapter(self.names[name], config)
             else:
-                self.peft = get_peft_model(self.causal_lm, config, adapter_name=self._names[name])
-            adapters.load_weights(self.peft, folder, self._names[name])
+                self.peft = get_peft_model(self.causal_lm, config, adapter_name=self.names[name])
+            adapters.load_weights(self.peft, folder, self.names[name])
         self.causal_lm.requires_grad_(False).eval()
         self._layers = [module for module in self.causal_lm.modules() if isinstance(module, BaseTunerLayer)]
         self._switch([])
@@ -65,7 +65,7 @@ class StagedBase:
         There, adapters over a bfloat16 base compute in bfloat16, too.
         """
         before = self._active
-        self._switch([] if stage == BASE else [self._names[stage]])
+        self._switch([] if stage == BASE else [self.names[stage]])
         try:
             with torch.autocast(self.causal_lm.device.type, torch.bfloat16, enabled=self._in_bfloat16):
                 yield

@@ -383,7 +383,7 @@ class PPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy's adapter as PEFT would load it, with the tokenizer."""
         folder = Path(output_dir or self.args.output_dir)
-        adapters.save_adapter(self.shared.peft, "policy", folder, self.processing_class)
+        adapters.save_adapter(self.shared.peft, self.shared.names["policy"], folder, self.processing_class)
 
     def _penalize_missing_eos(self, scores: Tensor, episodes: Episodes) -> Tensor:
         missing = ~self._ended(episodes)

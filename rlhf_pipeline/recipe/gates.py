@@ -228,7 +228,7 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     (possible if lost else certain).update(batches)
     if held_out:
         certain |= {"eval_loss"} | {f"eval_{metric}" for metric in batches}
-    if kind.is_policy and given.get("router_aux_loss_coef") != 0:  # mixtures of experts have it
+    if kind.is_policy and given.get("router_aux_loss_coef"):  # mixtures of experts have it
         possible |= {"aux_loss"} | ({"eval_aux_loss"} if held_out else set())
     if kind.reads == "preferences":
         certain.add("dropped_pairs")

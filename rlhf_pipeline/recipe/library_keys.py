@@ -141,8 +141,18 @@ WITHOUT_EFFECT_ON_RESULT = {
 }  # fmt: skip
 
 
+# Where this project's default is another than the library's, with what its help then says.
+OURS: dict[str, tuple[Any, str]] = {
+    "router_aux_loss_coef": (
+        0.0,
+        "Weight of the auxiliary loss that has a mixture's routers spread tokens evenly over its experts. By default "
+        "0: routers are frozen here, and it would only bend the adapters, and begin DPO's loss elsewhere than at ln 2.",
+    ),
+}
+
+
 class Key(NamedTuple):
-    """A key of a library's config class, as its source file has it."""
+    """A key of a library's config class, as its source file has it, but for the defaults that are ours."""
 
     annotation: str
     """Its type; a `Literal` where the library lists the words that its command line takes."""
@@ -154,7 +164,7 @@ class Key(NamedTuple):
     """Its default; `...` where the file alone does not show it."""
 
     package: str
-    """The package that decides the default, such as `trl`."""
+    """The package that decides the default, such as `trl`, or `rlhf_pipeline`."""
 
 
 @functools.cache
@@ -181,6 +191,8 @@ def keys(config: str) -> dict[str, Key]:
                     annotation = f"Literal[{', '.join(map(repr, choices))}]{' | None' * ('None' in annotation)}"
                 text = " ".join(str(_literal(details.get("help"), "")).replace("%%", "%").split())
                 found[name] = Key(annotation, text, _literal(details.get("default"), ...), package)
+                if name in OURS:
+                    found[name] = Key(annotation, OURS[name][1], OURS[name][0], "rlhf_pipeline")
     return {name: key for name, key in found.items() if not name.startswith("_")}
 
 

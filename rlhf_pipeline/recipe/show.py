@@ -11,7 +11,7 @@ from rlhf_pipeline.recipe.yaml import KeyPath, dump_inline
 
 WIDEST = 72  # columns up to which the origins are aligned; beyond a longer value they follow it
 WIDTH = 110  # columns of the lines with the libraries' defaults
-LIBRARIES = {"transformers": "Transformers", "trl": "TRL", "peft": "PEFT", "rlhf_pipeline": "docs/ppo.md"}
+LIBRARIES = {"transformers": "Transformers", "trl": "TRL", "peft": "PEFT", "rlhf_pipeline": "rlhf-pipeline"}
 
 
 def as_yaml(recipe: Recipe, origins: Origins) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig
 from trl.trainer import utils as trl_utils
@@ -19,7 +21,7 @@ from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
-from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models import adapters, experts, layers
 from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_quantization, require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
@@ -32,6 +34,7 @@ from rlhf_pipeline.stages.trial import try_trainer
 EVALUATE = "evaluate"  # among the names of stages: the prompts on which policies are judged
 # Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
 FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
+ROUTER_LOSS = "router_aux_loss_coef"
 Asked = Sequence[tuple[Prompt, dict[str, Any]]]
 
 
@@ -59,6 +62,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     attempt(lambda: require_quantization(config, recipe.model))
     attempt(lambda: require_weights(recipe.model, config))
     attempt(lambda: check_lora(recipe, names, config))
+    attempt(lambda: check_router_loss(recipe, names, config))
     doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]
     for job in jobs:
@@ -130,6 +134,24 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
             )
 
 
+def check_router_loss(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> None:
+    """See that a model has the loss of its routers that a stage gives a weight to.
+
+    Raises:
+        InputError: it has none.
+    """
+    asking = [name for name in names if recipe.stages[name].trainer.get(ROUTER_LOSS)]
+    if asking and hasattr(config.get_text_config(), "output_router_logits"):  # of other models, TRL says so itself
+        with torch.device("meta"):
+            model = without_weights(recipe.model, config=config)
+        if not layers.gives_router_loss(model):
+            raise InputError(
+                f"`{config.model_type}` computes no auxiliary loss of its routers, so there is nothing to weigh",
+                place=f"stages.{asking[0]}.trainer.{ROUTER_LOSS}",
+                hint="remove it",
+            )
+
+
 def check_adapters_from_outside(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> list[str]:
     """See that adapters from outside are such as the recipe's base has, on models without weights.
 
@@ -194,14 +216,43 @@ def _misfit_of(recipe: Recipe, value: str, place: str, config: PretrainedConfig,
 
 
 def _made_without_weights(recipe: Recipe, stage: Stage, config: PretrainedConfig) -> tuple[dict[str, torch.Size], bool]:
-    """The shapes of a stage's LoRA weights, and whether there are some on the output embedding."""
+    """The shapes of a stage's LoRA weights, and whether there are some on the output embedding.
+
+    Raises:
+        InputError: the model, or what is to be adapted, cannot have the adapter.
+    """
     with torch.device("meta"):
-        if stage.facts.makes == "reward":
-            scorer = without_weights(recipe.model, "score", config)
-            return adapters.adapter_shapes(adapters.with_reward_adapter(scorer, stage.lora, None), "default"), False
-        model = adapters.with_policy_adapter(without_weights(recipe.model, config=config), stage.lora, None)
-        on_head = isinstance(model.get_output_embeddings(), BaseTunerLayer)
+        of_reward = stage.facts.makes == "reward"
+        base = without_weights(recipe.model, "score" if of_reward else "causal", config)
+        taken = [name for name in ("default", "ref") if adapters.free_name(base, name) != name]
+        if taken:
+            raise InputError(
+                f"a module of this model is called `{taken[0]}`, and so is an adapter that TRL trains or compares with",
+                place=f"model.path: {recipe.model.path}",
+                hint="rename the module in the model's own code",
+            )
+        make = adapters.with_reward_adapter if of_reward else adapters.with_policy_adapter
+        model = make(base, stage.lora, None)
+        _refuse_adapters_on_quantized_experts(recipe, model)
+        on_head = not of_reward and isinstance(model.get_output_embeddings(), BaseTunerLayer)
         return adapters.adapter_shapes(model, "default"), on_head
+
+
+def _refuse_adapters_on_quantized_experts(recipe: Recipe, model: PeftModel) -> None:
+    """PEFT does not take its adapter off again from a parameter that is made whole when it is read.
+
+    Raises:
+        InputError: weights of experts have adapters, and the base is quantized.
+    """
+    wrapped = ((path, module) for path, module in model.get_base_model().named_modules() if "base_layer" not in path)
+    adapted = [path for path, module in wrapped if isinstance(module, ParamWrapper) and any(experts.parameters(module))]
+    if adapted and recipe.model.quantization != "none":
+        raise InputError(
+            f"`{adapted[0]}` cannot have an adapter where it is quantized, as with "
+            f"`quantization: {recipe.model.quantization}`",
+            place="model.quantization",
+            hint="set `model.quantization: none`; or adapt other layers, as `target_modules: all-linear` does",
+        )
 
 
 def _written_at(recipe: Recipe, name: str) -> str:

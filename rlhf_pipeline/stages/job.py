@@ -17,7 +17,7 @@ from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_config, load_generation_config, resolve_dtype
 from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.recipe import outside
+from rlhf_pipeline.recipe import library_keys, outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
@@ -149,7 +149,9 @@ class Job:
             InputError: with TRL's or Transformers' own complaint.
         """
         dtype = resolve_dtype(self.recipe.model.dtype)
+        accepted = library_keys.accepted(self.stage.kind)
         settings = {
+            **{key: default for key, (default, _) in library_keys.OURS.items() if key in accepted},
             "output_dir": str(self.work),
             "seed": self.recipe.seed,
             "bf16": dtype == torch.bfloat16,

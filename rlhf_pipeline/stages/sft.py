@@ -14,7 +14,7 @@ from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.base import hide_router_logits, load_base
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.job import Inputs, Job
@@ -81,6 +81,7 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    hide_router_logits(model)
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     metrics = job.trained(final(trainer.state.log_history))
     return metrics | judge_policy(job, model, tokenizer)

@@ -74,7 +74,7 @@ def _trainer(job: Job, args: Any, inputs: Inputs) -> Trainer:
         num_attention_heads=1, pad_token_id=inputs.tokenizer.pad_token_id, num_labels=1,
     )  # fmt: skip
     if hasattr(job.reader.config.get_text_config(), "output_router_logits"):
-        config.output_router_logits = False  # TRL has keys for mixtures of experts alone
+        args.router_aux_loss_coef = 0.0  # a Llama has no routers; `check.check_router_loss` looks at the model itself
     of_reward = facts.makes == "reward"
     lora = adapters.lora_config(
         {"r": 1, "target_modules": ["q_proj"]}, TaskType.SEQ_CLS if of_reward else TaskType.CAUSAL_LM

@@ -20,10 +20,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CLIPVisionConfig,
+    Cohere2MoeConfig,
     CohereConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma4TextConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -432,9 +435,15 @@ class TestFindHead:
             GraniteConfig(**SMALL, logits_scaling=4.0),
             CohereConfig(**SMALL, logit_scale=0.25),
             Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0),
+            GraniteMoeConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, logits_scaling=4.0),
+            Cohere2MoeConfig(**SMALL, head_dim=8, num_experts=2, num_experts_per_tok=1, logit_scale=0.25),
+            Gemma4TextConfig(
+                **SMALL, num_key_value_heads=2, head_dim=8, global_head_dim=8, hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=SMALL["vocab_size"], final_logit_softcapping=5.0,
+            ),
         ],
-        ids=["granite", "cohere", "gemma2"],
-    )
+        ids=["granite", "cohere", "gemma2", "granitemoe", "cohere2_moe", "gemma4"],
+    )  # fmt: skip
     def test_scaled_and_capped_logits_are_the_models_own(self, batch, config):
         """What scales or caps logits after the output embedding is part of the head, for any number of rows."""
         torch.manual_seed(0)

@@ -6,13 +6,15 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, RwkvConfig
 
 from rlhf_pipeline.models import adapters, base, loading
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
+from rlhf_pipeline.recipe.schema import Model
 
 pytestmark = pytest.mark.slow
 
@@ -208,6 +210,50 @@ class TestLargerPolicy:
         expected = plain_policy(spec, init)(**batch).logits
         assert_close(real(logits, batch), real(expected, batch), rtol=1e-5, atol=1e-5)
         assert_close(shared.value(**batch), shared.reward(**batch), rtol=0, atol=0)
+
+
+class TestNames:
+    """RWKV has modules called `value`, and so is a role."""
+
+    @pytest.fixture(scope="class")
+    def made(self, tmp_path_factory, tokenizer):
+        folder = tmp_path_factory.mktemp("rwkv")
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 1024, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+        AutoModelForCausalLM.from_config(RwkvConfig(**sizes, bos_token_id=None, eos_token_id=1)).save_pretrained(folder)
+        spec, lora = Model(path=str(folder), quantization="none"), {"r": 4, "target_modules": ["key", "value"]}
+        for head, make in (("causal", adapters.with_policy_adapter), ("score", adapters.with_reward_adapter)):
+            model = make(base.load_base(spec, tokenizer, head), lora, None)
+            for name, parameter in adapters.adapter_parameters(model, "default").items():
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+            adapters.save_adapter(model, "default", folder / head, tokenizer)
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, folder / "causal", folder / "score", lora)
+        return shared, spec, folder
+
+    def test_each_role_has_all_weights_of_its_artifact_and_its_own(self, made, tmp_path):
+        shared, _, folder = made
+        assert shared.names == {"policy": "policy", "value": "value_", "reference": "reference", "reward": "reward"}
+        for role, origin in (("policy", "causal"), ("reference", "causal"), ("value", "score"), ("reward", "score")):
+            (tmp_path / role).mkdir()
+            adapters.save_weights(shared.peft, shared.names[role], tmp_path / role)
+            saved, theirs = (load_file(one / adapters.WEIGHTS) for one in (tmp_path / role, folder / origin))
+            theirs = {name: weight for name, weight in theirs.items() if "lora_" in name}
+            assert any(".value.lora_" in name for name in theirs)
+            assert saved.keys() == theirs.keys()
+            assert all(torch.equal(saved[name], weight) for name, weight in theirs.items())
+
+    def test_policy_and_value_alone_can_be_trained(self, made):
+        shared, *_ = made
+        trainable = {name for name, parameter in shared.peft.named_parameters() if parameter.requires_grad}
+        named = [set(adapters.adapter_parameters(shared.peft, shared.names[role])) for role in ("policy", "value")]
+        assert all(named) and trainable == named[0] | named[1] and not named[0] & named[1]
+
+    @torch.no_grad()
+    def test_policy_computes_what_its_artifact_does(self, made):
+        shared, spec, folder = made
+        ids = torch.arange(5, 15)[None]
+        expected = plain_policy(spec, folder / "causal")(input_ids=ids).logits
+        assert_close(shared.policy(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 class TestSwitching:

@@ -231,17 +231,20 @@ def test_the_reward_model_has_no_judgement(load):
 
 
 @pytest.mark.parametrize(
-    ("stage", "metric", "unless"),
+    ("stage", "metric", "given", "unless"),
     [
-        ("sft", "aux_loss", "sft.trainer.router_aux_loss_coef=0.0"),
-        ("dpo", "aux_loss", "dpo.trainer.router_aux_loss_coef=0.0"),
-        ("sft", "loss", "sft.trainer.logging_strategy=no"),
-        ("ppo", "loss/policy_avg", "ppo.trainer={value_warmup_updates: 3, max_steps: 3}"),
+        ("sft", "aux_loss", "sft.trainer.router_aux_loss_coef=0.1", "sft.trainer.router_aux_loss_coef=0.0"),
+        ("dpo", "aux_loss", "dpo.trainer.router_aux_loss_coef=0.1", "seed=1"),  # by default there is none
+        ("sft", "loss", "seed=1", "sft.trainer.logging_strategy=no"),
+        ("ppo", "loss/policy_avg", "ppo.trainer.value_warmup_updates=3",
+         "ppo.trainer={value_warmup_updates: 3, max_steps: 3}"),
     ],
-)
-def test_a_metric_that_only_the_stage_itself_can_tell_of_is_accepted(load, stage: str, metric: str, unless: str):
+)  # fmt: skip
+def test_a_metric_that_only_the_stage_itself_can_tell_of_is_accepted(
+    load, stage: str, metric: str, given: str, unless: str
+):
     gate = f"{stage}.gates={{'{metric}': '< 9'}}"
-    recipe = load("accuracy", '">= 0.5"', gate, "ppo.trainer.value_warmup_updates=3")
+    recipe = load("accuracy", '">= 0.5"', gate, given)
     assert metric in possible_metrics(recipe, stage) - known_metrics(recipe, stage)
     with pytest.raises(InputError, match=f"no metric `{metric}`"):
         load("accuracy", '">= 0.5"', gate, unless)

@@ -12,7 +12,7 @@ import pytest
 import trl
 
 from rlhf_pipeline import recipe
-from rlhf_pipeline.recipe import show
+from rlhf_pipeline.recipe import library_keys, show
 
 BASE = """\
 name: base
@@ -126,7 +126,9 @@ def test_what_the_recipe_leaves_to_the_libraries_is_shown_with_their_defaults(mi
         for path, said in of_stage.items():
             field = fields[path.rpartition(".")[2]]
             default = field.default_factory() if callable(field.default_factory) else field.default
-            assert said["value"] == getattr(default, "value", default), path
+            ours = library_keys.OURS.get(path.rpartition(".")[2])
+            expected = ours[0] if ours else getattr(default, "value", default)
+            assert said == {"value": expected, "from": "rlhf_pipeline" if ours else said["from"]}, path
             assert path.rpartition(".")[2] not in loaded.stages[kind].trainer
     assert defaults["stages.ppo.trainer.kl_coef"] == {"value": 0.05, "from": "rlhf_pipeline"}
     assert defaults["lora.lora_dropout"] == {"value": 0.0, "from": "peft"}

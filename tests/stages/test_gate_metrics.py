@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -146,8 +147,13 @@ def test_a_mixture_of_experts_has_the_auxiliary_loss_that_was_possible(
     AutoTokenizer.from_pretrained(TINY / "checkpoint").save_pretrained(copy / "experts")
     overrides = ["model.path=experts", f"{stage}.{HELD_OUT}", f"{stage}.trainer.logging_steps=1"]
     of_experts = {"aux_loss", "eval_aux_loss"}
-    for coefficient, extra in ((0.1, of_experts), (0.0, set()))[: 2 if stage == "sft" else 1]:
-        recipe, metrics = train(copy, stage, *overrides, f"{stage}.trainer.router_aux_loss_coef={coefficient}")
+    # The judge samples after SFT has computed the routers' loss.
+    given = [EVALUATE, f"{stage}.trainer.router_aux_loss_coef=0.1"]
+    for more, extra in ((given, of_experts), ([], set())):
+        recipe, metrics = train(copy, stage, *overrides, *more)
         assert metrics - known_metrics(recipe, stage) == extra
         assert possible_metrics(recipe, stage) & of_experts == extra
+        first = json.loads((copy / "runs" / "short" / stage / "metrics.jsonl").read_text().splitlines()[0])
+        if stage == "dpo":
+            assert (first["loss"] == pytest.approx(math.log(2), abs=1e-6)) == (not extra)
         shutil.rmtree(copy / "runs" / "short" / stage)
