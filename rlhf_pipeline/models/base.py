@@ -208,10 +208,11 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
         The model on `device()`, in evaluation mode, no parameter trainable.
 
     Raises:
-        InputError: see `load_config` and `loading.load`.
+        InputError: see `load_config`, `loading.load` and `require_causal`.
     """
     with experts.quantized_as_well():
         model = loading.load(spec, load_config(spec), device(), resolve_dtype(spec.dtype))
+    require_causal(model, spec)
     if head == "score":
         model = with_score_head(model)
     model.requires_grad_(False)
@@ -236,6 +237,24 @@ def hide_router_logits(model: PreTrainedModel | PeftModel) -> None:
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False
+
+
+@torch.no_grad()
+def require_causal(model: PreTrainedModel, spec: Model) -> None:
+    """See that no token sees those after it, as BERT's do unless its configuration says that it is a decoder.
+
+    Raises:
+        InputError: they do: a loss would be of what the model has before its eyes.
+    """
+    ids = torch.arange(8, device=model.device).repeat(2, 1)
+    ids[1, 4:] += 4  # two texts that begin alike
+    one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :4].float()
+    if (one - other).abs().max() > 16 * torch.finfo(model.dtype).eps * one.abs().max():  # else it is rounding
+        raise InputError(
+            f"a {type(model).__name__} sees the tokens that follow, so it cannot be trained to write them",
+            place=f"model.path: {spec.path}",
+            hint="take a model that was trained to write text from left to right",
+        )
 
 
 def load_generation_config(spec: Model, config: PretrainedConfig) -> GenerationConfig:

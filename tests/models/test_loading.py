@@ -137,6 +137,23 @@ def test_the_check_of_a_recipe_says_it_before_anything_runs(change, folder: Path
         check(recipe, list(recipe.stages))
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_model_that_sees_what_follows_is_refused(tmp_path: Path, kind: str) -> None:
+    """Transformers loads BERT as a causal LM and only warns where it is none."""
+    out = Path(shutil.copytree(TINY / "checkpoint", tmp_path / "model"))
+    sizes = {"vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for is_decoder in (False, True):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, intermediate_size=64, is_decoder=is_decoder, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(out)
+        spec = Model(path=str(out), quantization="none")
+        if is_decoder:
+            base.load_base(spec, load_tokenizer(spec))
+        else:
+            with pytest.raises(InputError, match=r"(LMHeadModel|ForCausalLM) sees"):
+                base.load_base(spec, load_tokenizer(spec))
+
+
 # Weights that are stored in few bits
 
 
