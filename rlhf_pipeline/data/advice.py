@@ -62,7 +62,7 @@ def advice(wanted: Wanted, names: list[str], seen: Seen, columns: Mapping[str, s
         if name not in seen and any(name in READ_AS_IT_IS[expected] for expected in PLAINEST[wanted])
     ]
     turns = [name for name in seen.values if seen.mostly(name, is_turns) and name not in (*WHOLE, *READ_BESIDE)]
-    if turns and not seen.first_of((*ASKED, *WHOLE)) and (wanted != "preferences" or "rejected" in seen):
+    if len(turns) == 1 and not seen.first_of((*ASKED, *WHOLE)) and (wanted != "preferences" or "rejected" in seen):
         return f"perhaps {renames(columns, {'messages': turns[0]})}"
     if lacking:
         return f"`{lacking[0]}` is null in the first rows: fill it in, or give `columns` another one to take for it"

@@ -169,6 +169,8 @@ def test_turns_under_another_name_come_before_the_replies(tmp_path):
         ([ASKS], "It is so.", "It is not.")
     ]
     assert ways_out(refused("demonstrations", {"dialogue": [ASKS, SAYS]})) == [{"messages": "dialogue"}]
+    two = {"conversation_a": [ASKS, BAD], "conversation_b": [ASKS, SAYS], "winner": "b"}
+    assert "conversation_a" not in refused("demonstrations", two).hint  # which may be the worse one
 
 
 def test_whole_texts_may_have_other_columns():
