@@ -18,6 +18,7 @@ class ScoreHead(nn.Module):
     """What comes first among the bases of a reward model's class, and the class of the causal LM second."""
 
     config: Any
+    all_tied_weights_keys: Any
     _tied_weights_keys = None  # there is no output embedding to tie
     _auto_class = None  # of a base whose code comes with it, the class would be saved as that
 
@@ -32,7 +33,7 @@ class ScoreHead(nn.Module):
         for name, _ in [*self.named_children()]:
             if name != backbone:
                 delattr(self, name)
-        tied: Any = self.all_tied_weights_keys
+        tied = self.all_tied_weights_keys
         self.all_tied_weights_keys = {name: to for name, to in tied.items() if name.startswith(f"{backbone}.")}
         self.config.num_labels = 1
         self.score = nn.Linear(width, 1, bias=False)
@@ -87,7 +88,7 @@ def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def backbone_name(model: nn.Module) -> str:
+def backbone_name(model: Any) -> str:
     """The name of a causal LM's child that makes the last hidden states.
 
     Raises:
