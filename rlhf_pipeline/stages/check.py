@@ -15,7 +15,7 @@ from trl.trainer import utils as trl_utils
 
 from rlhf_pipeline import kinds, stages
 from rlhf_pipeline.data import measure, problems
-from rlhf_pipeline.data.encode import hash_of
+from rlhf_pipeline.data.encode import encode_prompts, hash_of
 from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt
@@ -26,8 +26,8 @@ from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_quantization, require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
-from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
-from rlhf_pipeline.stages import judge
+from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
+from rlhf_pipeline.stages import embedded, judge
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.trial import try_trainer
 
@@ -61,6 +61,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
 
     attempt(lambda: require_quantization(config, recipe.model))
     attempt(lambda: require_weights(recipe.model, config))
+    attempt(lambda: embedded.check_special_tokens(reader.tokenizer, config, recipe.model.path))
     attempt(lambda: check_lora(recipe, names, config))
     attempt(lambda: check_router_loss(recipe, names, config))
     doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
@@ -72,11 +73,18 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
     if judging:
         attempt(functools.partial(judge.try_judge, *judging))
+        attempt(functools.partial(_check_asked, judging[0], judging[2], reader))
     report, wrong = data_report(recipe, names, reader, judging[2] if judging else [])
     found += wrong
     if found:
         raise InputErrors(found)
     return [*default_learning_rates(recipe, names), *doubts, *report["warnings"]]
+
+
+def _check_asked(spec: Evaluate, asked: Asked, reader: Reader) -> None:
+    """See that the model can read the prompts on which policies are judged."""
+    prompts = encode_prompts(reader.tokenizer, spec.data, [prompt for prompt, _ in asked])
+    embedded.check_prompts(prompts, reader.tokenizer, reader.config, f"{EVALUATE}.data")
 
 
 def default_learning_rates(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -332,6 +340,7 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
         except InputError as error:
             errors += error.all
             continue
+        errors += embedded.check_rows(prepared, tokenizer, job.reader.config, f"stages.{job.name}.{key}")
         found[key] = measure.measure(kind, prepared, spec, tokenizer, seen_by)
         if job.recipe.model.chat_template:
             found[key]["chat_template"] = "recipe"
@@ -357,6 +366,7 @@ def _evaluate_report(recipe: Recipe, reader: Reader) -> tuple[dict[str, Any], li
     if recipe.model.chat_template:
         found["data"]["chat_template"] = "recipe"
     errors, warnings = problems.problems(found["data"], f"{EVALUATE}.data")
+    errors += embedded.check_rows(prepared, tokenizer, reader.config, f"{EVALUATE}.data")
     return found | {"warnings": warnings}, errors
 
 

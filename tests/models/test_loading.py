@@ -252,3 +252,48 @@ def test_a_configuration_that_is_not_understood(folder: Path, content: object, s
     with pytest.raises(InputError, match=re.escape(said)) as caught:
         base.load_config(Model(path=str(folder)))
     assert caught.value.place == f"model.path: {folder}"
+
+
+# Tokens beyond the embedding
+
+
+@pytest.fixture
+def longer(folder: Path) -> Callable[..., Path]:
+    """A function that adds a token to the tokenizer and none to the model."""
+
+    def add(**role: str) -> Path:
+        tokenizer, model = load_tokenizer(Model(path=str(folder))), AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(folder)
+        tokenizer.add_special_tokens(dict(role) or {"extra_special_tokens": ["<new>"]})
+        assert (tokenizer.convert_tokens_to_ids("<new>"), len(tokenizer)) == (964, 965)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return add
+
+
+def said_of(folder: Path, *overrides: str) -> list[str]:
+    recipe = recipes.load("tiny", [f"model.path={folder}", *overrides])
+    with pytest.raises(InputErrors) as caught:
+        check(recipe, list(recipe.stages))
+    return [f"{error.place}: {error.message}" for error in caught.value.all]
+
+
+@pytest.mark.parametrize(("name", "what"), [("pad_token", "padding token"), ("eos_token", "EOS")])
+def test_a_special_token_beyond_the_embedding(longer, name: str, what: str) -> None:
+    folder = longer(**{name: "<new>"})
+    said = f"model.path: {folder}: the tokenizer's {what} `<new>` is token 964, and the model has 964 tokens"
+    assert said in said_of(folder)
+
+
+def test_a_token_of_the_data_or_their_template_beyond_the_embedding(longer, tmp_path: Path) -> None:
+    folder, rows = longer(), tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d <new> e"}\n' * 4)
+    said = ": `<new>` is token 964 of the tokenizer, and the model has 964 tokens"
+    assert f"stages.sft.data{said}" in said_of(folder, f"stages.sft.data={rows}")
+    rows.write_text('{"prompt": "a <new>"}\n{"prompt": "c"}\n' * 80)
+    judge = "evaluate.judge=builtins:len"
+    assert f"evaluate.data{said}" in said_of(folder, f"evaluate.data={rows}", judge)
+    recipe = recipes.load("tiny", [f"model.path={folder}"])
+    check(recipe, list(recipe.stages))  # nothing has that token
