@@ -36,7 +36,7 @@ def folder(tmp_path):
     """A recipe with its data and a model folder; planning reads bytes, and never loads the model."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # a header of nothing
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (tmp_path / "r.yaml").write_text(RECIPE)
@@ -241,7 +241,7 @@ def test_the_content_of_the_model_counts_for_every_stage(folder, file):
     finish(folder)
     os.utime(folder / "base" / "config.json", (1, 1))
     assert states(make(folder)) == ALL_DONE
-    (folder / "base" / file).write_bytes(b"other!!")
+    (folder / "base" / file).write_bytes(b"\x03" + bytes(7) + b"{ }")  # as weights, a header of nothing too
     plans = make(folder)
     assert set(states(plans).values()) == {"stale"}
     assert plans["sft"].reason.startswith("model changed: base (")
