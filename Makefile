@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
 
-.PHONY: demo test quick floor smoke soak check format clean
+.PHONY: demo test quick floor smoke zoo soak check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,11 @@ floor: .venv-floor/ready
 # Every shipped recipe for two steps a stage, on a tiny checkpoint of its model: docs/ci.md says what that shows.
 smoke: .venv/ready
 	set -e; for recipe in recipes/*.yaml; do $(BIN)/rlhf-pipeline smoke $$recipe; done
+
+# Every causal architecture of Transformers, made small at random: what holds of it. Renews docs/architectures.md, in
+# about twenty minutes.
+zoo: .venv/ready
+	$(BIN)/python benchmarks/architectures.py --page docs/architectures.md > /dev/null
 
 # Kills a run at random instants and starts it again, 40 times or as often as SOAK_KILLS says.
 soak: .venv/ready

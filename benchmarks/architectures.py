@@ -8,9 +8,11 @@ what they are. It has a process of its own, so that one that crashes or hangs ta
 
 import argparse
 import contextlib
+import datetime
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +23,11 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
+import bitsandbytes
+import peft
 import torch
+import transformers
+import trl
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -69,6 +75,7 @@ RECIPE: dict[str, Any] = {
         "dpo": {"data": {"path": "tiny:preferences", "limit": 16}, "trainer": SHORT | {"learning_rate": 1e-3}},
     },
 }  # fmt: skip
+MEASURED = ("<!-- measured -->", "<!-- end of what is measured -->")  # what of the page is written anew
 COLUMNS = {
     "stages": "stages",
     "kl": "KL 0",
@@ -324,6 +331,33 @@ def surveyed(names: list[str], at_once: int) -> list[dict[str, Any]]:
     return [answers[name] for name in names]
 
 
+def page(answers: list[dict[str, Any]], seconds: float) -> str:
+    """The part of docs/architectures.md that is measured: versions, a table, and what fails and why."""
+    versions = ", ".join(
+        f"{module.__name__} {module.__version__}" for module in (torch, transformers, trl, peft, bitsandbytes)
+    )
+    asked = [answer for answer in answers if answer["found"]]
+    whole = sum(all(value == "yes" for value in answer["found"].values()) for answer in asked)
+    lines = [
+        f"Of {datetime.date.today():%Y-%m-%d}, with {versions}, on the CPU, in {seconds / 60:.0f} minutes: of "
+        f"{len(answers)} architectures {len(asked)} could be made small, and for {whole} of them all holds.",
+        "",
+        f"| `model_type` | {' | '.join(COLUMNS.values())} |",
+        f"|---|{'---|' * len(COLUMNS)}",
+    ]
+    for answer in asked:
+        cells = [answer["found"].get(column, "-").replace("yes", "✓") for column in COLUMNS]
+        lines.append(f"| `{answer['name']}` | {' | '.join(cells)} |")
+    lines += ["", "## What fails, and why", ""]
+    for answer in answers:
+        if answer["notes"]:
+            said = "; ".join(
+                re.sub(r"(model\.path: )?/\S*?/(model|source)\b:? ?", "", note) for note in answer["notes"]
+            )
+            lines.append(f"* `{answer['name']}`: {said.replace('|', '/')}")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Ask, and print or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -335,6 +369,12 @@ def main() -> None:
     names = chosen.names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     began = time.monotonic()
     answers = surveyed(names, chosen.at_once)
+    if chosen.page:
+        text, seconds = chosen.page.read_text(encoding="utf-8"), time.monotonic() - began
+        before, _, rest = text.partition(MEASURED[0])
+        after = rest.partition(MEASURED[1])[2]
+        middle = f"{MEASURED[0]}\n{page(answers, seconds)}{MEASURED[1]}"
+        chosen.page.write_text(f"{before}{middle}{after}", encoding="utf-8")
     print(json.dumps({"seconds": round(time.monotonic() - began), "answers": answers}))
 
 
