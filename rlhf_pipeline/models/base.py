@@ -213,6 +213,7 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
     with experts.quantized_as_well():
         model = loading.load(spec, load_config(spec), device(), resolve_dtype(spec.dtype))
     require_causal(model, spec)
+    model.base_model_prefix = backbone_name(model)  # Llama 4 has that of a model it is a part of, and TRL goes by it
     if head == "score":
         model = with_score_head(model)
     model.requires_grad_(False)

@@ -193,3 +193,10 @@ def test_a_backbone_is_found_where_a_class_has_the_prefix_of_another():
     assert backbone_name(model) == "model"
     with pytest.raises(ValueError, match="no backbone"):
         backbone_name(model.model)
+
+
+def test_a_loaded_model_has_the_prefix_of_its_backbone(make_base):
+    """TRL computes SFT's and DPO's losses from what that prefix names: of Llama 4 the causal LM itself, which fails."""
+    spec = make_base("llama4")
+    model = base.load_base(spec, load_tokenizer(spec))
+    assert model.base_model is model.model
