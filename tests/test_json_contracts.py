@@ -223,11 +223,17 @@ def test_data(folder):
         "  short: {kind: sft, data: {path: pairs.jsonl, max_prompt_length: 2, too_long: drop, limit: 9}}\n"
         "  some: {kind: sft, data: {path: some.jsonl, bad_rows: drop}}\n"
         "  thumbs: {kind: sft, data: thumbs.jsonl}\n"
+        "  turns: {kind: sft, data: turns.jsonl}\n"
     )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (folder / "turns.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2)
     labelled = [{"prompt": f"Q {i}:", "completion": " c", "label": i % 3 == 0} for i in range(9)]
     (folder / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (folder / "some.jsonl").write_text((folder / "pairs.jsonl").read_text() + '{"prompt": "a"}\n')
-    compare("data", [output_here(folder, "data", "bad.yaml", exit_code=2)])
+    opening = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}{{ '<assistant><think>' }}"
+    (folder / "thinking.jinja").write_text(opening)
+    alone = ("bad.yaml", "turns", "model.chat_template=thinking.jinja")
+    compare("data", [output_here(folder, "data", "bad.yaml", exit_code=2), output_here(folder, "data", *alone)])
 
 
 def test_smoke():

@@ -124,7 +124,9 @@ def test_all_views_show_the_same_numbers_of_a_stage(tiny_run, plans):
         assert {name: after + rests_on for name, _, after, rests_on in summary} == shown
         aside = {"name": "x", "kind": planned.kind, "state": "done", "metrics": metrics, "moved_at": 0, "bytes": 1}
         assert f"done, {numbers[0].name} {shown[numbers[0].name]}" in printed(asides.show, [aside])
-        text = card.text(tiny_run, planned.name, recipes.of_run(tiny_run), license={}, dtype=None, name="x")
+        text = card.text(
+            tiny_run, planned.name, recipes.of_run(tiny_run), license={}, merged=None, own_class=False, name="x"
+        )
         table = text[text.index("| metric | value |") :].splitlines()[2 : 2 + len(numbers)]
         for number, line in zip(numbers, table, strict=True):
             metric, value = (cell.strip() for cell in line.strip("|").split("|"))

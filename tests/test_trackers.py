@@ -178,7 +178,7 @@ def test_no_file_of_the_run_has_a_key_of_the_environment(tracked: Path, warm_ser
 def test_a_tracker_added_or_taken_away_runs_nothing_again(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tracked)
     for names in ("none", "tensorboard", "[wandb, trackio]"):
-        plans = plan.make(recipes.load("tracked.yaml", [f"report_to={names}"]))
+        plans = plan.make(recipes.load("tracked.yaml", [f"report_to={names}", "model.chat_template=day.jinja"]))
         assert {stage.state for stage in plans} == {"done"}
 
 

@@ -1,5 +1,6 @@
 """Layers that are no plain linear ones though they look so: routers, and those whose weight is read past an adapter."""
 
+import functools
 import inspect
 import re
 from typing import Any
@@ -42,17 +43,29 @@ def untouched(model: PreTrainedModel) -> list[str]:
         if (
             name in routers
             or (own == _GATE and getattr(module, "out_features", None) in experts)
-            or _computes_otherwise(module)
+            or _computes_otherwise(type(module))
             or _is_read_past(model.get_submodule(parent), own)
         ):
             found.append(name)
     return found
 
 
-def _computes_otherwise(module: torch.nn.Module) -> bool:
-    """Whether the class of a layer replaces what `nn.Linear` computes."""
+@functools.cache
+def _computes_otherwise(layer: type[torch.nn.Module]) -> bool:
+    """Whether a class of layers computes something else than `nn.Linear`, by trying one: Falcon's has other code for it."""
     own = (torch.nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    return type(module).forward not in [one.forward for one in own]
+    if layer.forward in [one.forward for one in own]:
+        return False
+    plain, states = torch.nn.Linear(3, 2, device="cpu"), torch.tensor([[0.5, -2.0, 4.0]], device="cpu")
+    with torch.no_grad():
+        plain.weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 0.25]], device="cpu"))
+        plain.bias.copy_(torch.tensor([0.5, 1.5], device="cpu"))
+        expected = plain(states)
+        plain.__class__ = layer
+        try:
+            return not torch.allclose(plain(states), expected)
+        except Exception:  # it wants what a linear layer does not have
+            return True
 
 
 def _is_read_past(mixer: torch.nn.Module, name: str) -> bool:
