@@ -53,6 +53,7 @@ def quantized_as_well() -> Iterator[None]:
 
 def dequantize(model: nn.Module) -> None:
     """Make quantized experts whole again, for good: as they are computed with."""
+    module: Any
     for module in list(model.modules()):
         if "Expert" in type(module).__name__ and parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
@@ -73,6 +74,8 @@ class _Quantized(nn.Parameter):
 
 class _Int8(nn.Module):
     """What makes numbers of 8-bit integers: each row times its own scale."""
+
+    scale: torch.Tensor
 
     def __init__(self, scale: torch.Tensor) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ def _in_eight_bits(weight: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
 
 def _quantized(weight: torch.Tensor, four_bits: bool) -> _Quantized:
     packed, unpack = (_in_four_bits if four_bits else _in_eight_bits)(weight.detach())
-    parameter = nn.Parameter(packed, requires_grad=False)
+    parameter: Any = nn.Parameter(packed, requires_grad=False)
     parameter.unpack = unpack
     return parameter
 
@@ -111,7 +114,7 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Of weights by their names, the quantized ones."""
-        result = {}
+        result: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             if _is_expert(*get_module_from_name(model, name)):
                 result[name] = _quantized(value[0] if isinstance(value, list) else value, self.four_bits)
@@ -127,12 +130,14 @@ class _WithExperts:
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether that parameter is quantized while it is loaded."""
+        usual: Any = super()
         is_expert = _is_expert(*get_module_from_name(model, param_name))
-        return is_expert or super().param_needs_quantization(model, param_name, **kwargs)
+        return is_expert or usual.param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What quantizes a parameter."""
-        return _Quantize(super().get_quantize_ops(), self.four_bits)
+        usual: Any = super()
+        return _Quantize(usual.get_quantize_ops(), self.four_bits)
 
     @staticmethod
     def get_modules_to_not_convert(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
@@ -140,7 +145,8 @@ class _WithExperts:
         return [*Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs), *untouched(model)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        model = super()._process_model_after_weight_loading(model, **kwargs)
+        usual: Any = super()
+        model = usual._process_model_after_weight_loading(model, **kwargs)
         for module in list(model.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not hasattr(parameter, "unpack") and _is_expert(module, name):  # of a checkpoint in 4-bit already
@@ -159,7 +165,7 @@ class _EightBit(_WithExperts, Bnb8BitHfQuantizer):
     four_bits = False
 
 
-def _unpack_when_read(module: nn.Module, name: str, unpack: nn.Module) -> None:
+def _unpack_when_read(module: Any, name: str, unpack: nn.Module) -> None:
     """Have reading a parameter give the whole of it, which is kept until the module's computation ends."""
     parametrize.register_parametrization(module, name, unpack, unsafe=True)
     if len(module.parametrizations) > 1:

@@ -41,7 +41,9 @@ def check_rows(
 ) -> list[InputError]:
     """An error where encoded rows have a token at or beyond the end of the embedding."""
     for rows in (prepared.train, prepared.held_out):
-        for name in rows.column_names if rows is not None and len(rows) else ():
+        if rows is None or not len(rows):
+            continue
+        for name in rows.column_names:
             largest = pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data.column(name))).as_py()
             if error := _beyond(largest, tokenizer, config, place):
                 return [error]
