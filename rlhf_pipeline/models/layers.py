@@ -1,6 +1,5 @@
 """Layers that are no plain linear ones though they look so: routers, and those whose weight is read past an adapter."""
 
-import functools
 import inspect
 import re
 from typing import Any
@@ -43,14 +42,13 @@ def untouched(model: PreTrainedModel) -> list[str]:
         if (
             name in routers
             or (own == _GATE and getattr(module, "out_features", None) in experts)
-            or _computes_otherwise(type(module))  # type: ignore[arg-type]  (a class is hashable)
+            or _computes_otherwise(module.__class__)
             or _is_read_past(model.get_submodule(parent), own)
         ):
             found.append(name)
     return found
 
 
-@functools.cache
 def _computes_otherwise(layer: Any) -> bool:
     """Whether a class of layers computes something else than `nn.Linear`, by trying one: Falcon's does not."""
     own = (torch.nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
