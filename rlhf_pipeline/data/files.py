@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import lzma
+import re
 import shlex
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.data_files import COMPRESSED, SUFFIXES, file_type, matching
+from rlhf_pipeline.recipe.model_files import is_pointer
 from rlhf_pipeline.recipe.schema import Source
 
 CHUNK = 1 << 20  # bytes of a .json file that are read at once
@@ -56,6 +58,9 @@ def rows_of_file(file: Path) -> Iterator[Located]:
     Raises:
         InputError: with file and line where possible, when what cannot be read is come to.
     """
+    if is_pointer(file):
+        hint = "get the files with `git lfs pull` there"
+        raise InputError("this is a Git LFS pointer and not the file itself", place=str(file), hint=hint)
     read = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}[str(file_type(file))]
     try:
         with _opened(file) as content:
@@ -84,15 +89,18 @@ def _lines(file: Path, content: IO[bytes]) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise _not_utf8(error, line, f"{file}:{number}") from None
+            raise _not_utf8(error, line, file, number) from None
 
 
-def _not_utf8(error: UnicodeDecodeError, content: bytes, place: str) -> InputError:
+def _not_utf8(error: UnicodeDecodeError, content: bytes, file: Path, line: int | None = None) -> InputError:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         what, encoding = "the file is UTF-16, and should be UTF-8", "UTF-16"
     else:
-        what, encoding = f"the file is not UTF-8: there is a byte 0x{content[error.start]:02x}", "LATIN1"
-    return InputError(what, place=place, hint=f"save it as UTF-8, for example with `iconv -f {encoding} -t UTF-8`")
+        # Latin-1 has control characters from 0x80 on, where Windows has quotes and dashes, and is alike beyond.
+        what, encoding = f"the file is not UTF-8: there is a byte 0x{content[error.start]:02x}", "CP1252"
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file.name)} > utf-8{file.suffix}"
+    place = str(file) if line is None else f"{file}:{line}"
+    return InputError(what, place=place, hint=f"save it as UTF-8, for example with `{command}`")
 
 
 def _json_lines(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
@@ -107,9 +115,11 @@ def _json_lines(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
                 hint = "a file with one list of rows ends in .json, not .jsonl"
                 raise InputError("this line is not JSON: it begins a list", place=place, hint=hint) from None
             column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise InputError(f"this line is not JSON: {_why(error)}{column}", place=place) from None
+            several = "rows over several lines are a .json file, not .jsonl" if line.strip() == "{" else None
+            raise InputError(f"this line is not JSON: {_why(error)}{column}", place=place, hint=several) from None
         if not isinstance(row, dict):
-            raise InputError("this line is not a JSON object", place=f"{file}:{number}")
+            listed = "a file with one list of rows ends in .json, not .jsonl" if isinstance(row, list) else None
+            raise InputError("this line is not a JSON object", place=f"{file}:{number}", hint=listed)
         yield row
 
 
@@ -124,7 +134,7 @@ def _json(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
         try:
             new = reader.read(max(CHUNK, len(text) - position))
         except UnicodeDecodeError as error:
-            raise _not_utf8(error, error.object, str(file)) from None
+            raise _not_utf8(error, error.object, file) from None
         text, position, ended = text[position:] + new, 0, not new
         return bool(new)
 
@@ -184,6 +194,9 @@ def _csv(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     lines = _lines(file, content)
     first = next(lines, "")
+    if re.fullmatch(r"sep=.\s*", first):  # which Excel writes for itself
+        hint = f"remove it: `tail -n +2 {shlex.quote(file.name)} > rows.csv`"
+        raise InputError("the first line is one for Excel, and should name the columns", place=f"{file}:1", hint=hint)
     other = next((sign for sign in (";", "\t", "|") if sign in first and "," not in first), None)
     if other:
         raise InputError(
@@ -195,7 +208,7 @@ def _csv(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
     reader = csv.reader(itertools.chain([first], lines), strict=True)
     try:
         names = next(reader, [])
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = next((name for name in names if name and names.count(name) > 1), None)
         if twice is not None:
             raise InputError(f"there are two columns `{twice}`", place=f"{file}:1")
         for values in reader:
@@ -205,8 +218,10 @@ def _csv(file: Path, content: IO[bytes]) -> Iterator[dict[str, Any]]:
                     place=f"{file}:{reader.line_num}",
                     hint="put quotes around a value with commas or line breaks, and double every quote inside it",
                 )
+            if any(value for name, value in zip(names, values, strict=False) if not name):
+                raise InputError("a value stands in a column without a name", place=f"{file}:{reader.line_num}")
             if values:
-                yield dict(zip(names, values, strict=True))
+                yield {name: value for name, value in zip(names, values, strict=True) if name}
     except csv.Error as error:
         raise InputError(f"this is not CSV: {error}", place=f"{file}:{reader.line_num}") from None
 

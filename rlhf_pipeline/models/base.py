@@ -245,11 +245,17 @@ def require_causal(model: PreTrainedModel, spec: Model) -> None:
     """See that no token sees those after it, as BERT's do unless its configuration says that it is a decoder.
 
     Raises:
-        InputError: they do: a loss would be of what the model has before its eyes.
+        InputError: they do: a loss would be of what the model has before its eyes. Or its logits are not finite.
     """
     ids = torch.arange(8, device=model.device).repeat(2, 1)
     ids[1, 4:] += 4  # two texts that begin alike
     one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :4].float()
+    if not one.isfinite().all():
+        raise InputError(
+            "it computes numbers that are not finite, so some of its weights are not",
+            place=f"model.path: {spec.path}",
+            hint="download it again, or set `model.dtype: float32` where 16 bits are too few for it",
+        )
     if (one - other).abs().max() > 16 * torch.finfo(model.dtype).eps * one.abs().max():  # else it is rounding
         raise InputError(
             f"a {type(model).__name__} sees the tokens that follow, so it cannot be trained to write them",

@@ -29,7 +29,10 @@ DAMAGED = "download it again: `hf download` checks what it has"
 
 def problem(folder: Path) -> Problem | None:
     """What keeps a model folder with `config.json` and `*.safetensors` from being loaded as it was meant to be."""
-    pointers = sorted(file for file in folder.iterdir() if _is_pointer(file))
+    links = sorted(file for file in folder.iterdir() if file.is_symlink() and not file.exists())
+    if links:
+        return Problem(f"{links[0]} is a link to {links[0].readlink()}, which is not there", DAMAGED)
+    pointers = sorted(file for file in folder.iterdir() if is_pointer(file))
     if pointers:
         return Problem(
             f"{pointers[0]} is a Git LFS pointer and not the file itself",
@@ -43,6 +46,9 @@ def problem(folder: Path) -> Problem | None:
             return header
         found[file.name] = header
     index, parts = folder / INDEX, [name for name in found if PART.fullmatch(name)]
+    if index.is_file() and "model.safetensors" in found:
+        hint = "remove one of them: Transformers reads model.safetensors alone"
+        return Problem(f"{folder} has model.safetensors, and parts of a model with {INDEX} too", hint)
     if index.is_file():
         return _misses(index, found)
     if parts and "model.safetensors" not in found:
@@ -53,7 +59,8 @@ def problem(folder: Path) -> Problem | None:
     return None
 
 
-def _is_pointer(file: Path) -> bool:
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what git keeps in place of a large one."""
     if not file.is_file() or file.stat().st_size > 1024:
         return False
     with file.open("rb") as content:

@@ -357,7 +357,7 @@ def _check_several(path: str, local: Path, written: str, key: KeyPath, problems:
         problems.add(
             key,
             f"{local} has files of several types: {', '.join(types)}",
-            f"name those of one type: {local.name if is_folder else '...'}/*{types[-1]}",
+            f"name those of one type: {local if is_folder else '...'}/*{types[-1]}",
         )
     elif is_folder and len(splits) > 1 and set(splits) != {"", "train"}:  # more to train on need not say so
         named = [

@@ -197,6 +197,45 @@ def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, name, text, lin
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("sep=;\na;b\n1;2\n", "the first line is one for Excel", "tail -n +2 rows.csv"),
+        ("sep=,\na,b\n1,2\n", "the first line is one for Excel", "tail -n +2 rows.csv"),
+        ("a,,\n1,,x\n", "a value stands in a column without a name", None),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n", "a Git LFS pointer", "git lfs pull"),
+    ],
+)
+def test_what_programs_leave_in_csv_files(tmp_path, text, message, hint):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        rows(tmp_path / "rows.csv")
+    assert hint is None or hint in str(caught.value.hint)
+
+
+def test_empty_columns_without_a_name_are_left_out(tmp_path):
+    """Excel writes them where something once stood."""
+    (tmp_path / "a.csv").write_text("a,b,,\n1,2,,\n3,4,,\n")
+    assert rows(tmp_path / "a.csv") == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
+def test_quotes_of_windows_are_what_the_hint_makes_of_them(tmp_path):
+    file = tmp_path / "my rows.jsonl"
+    file.write_bytes('{"a": "\u201cb\u201d"}\n'.encode("cp1252"))
+    with pytest.raises(InputError) as caught:
+        rows(file)
+    subprocess.run(str(caught.value.hint).split("`")[1], shell=True, cwd=tmp_path, check=True)
+    assert rows(tmp_path / "utf-8.jsonl") == [{"a": "\u201cb\u201d"}]
+
+
+@pytest.mark.parametrize(("text", "hint"), [('[{"a": 1}]\n', "ends in .json"), ('{\n"a": 1\n}\n', "are a .json file")])
+def test_json_that_is_not_in_lines_should_be_called_json(tmp_path, text, hint):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(InputError) as caught:
+        rows(tmp_path / "a.jsonl")
+    assert hint in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("sign", [";", "\t", "|"])
 def test_the_command_that_writes_a_csv_file_with_commas_works(tmp_path, sign):
     file = tmp_path / "my rows.csv"

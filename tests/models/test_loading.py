@@ -154,6 +154,12 @@ def test_a_model_that_sees_what_follows_is_refused(tmp_path: Path, kind: str) ->
                 base.load_base(spec, load_tokenizer(spec))
 
 
+def test_weights_that_are_not_numbers_are_refused(change) -> None:
+    spec = change(lambda weights: weights | {LAYER: weights[LAYER] * torch.nan})
+    with pytest.raises(InputError, match="it computes numbers that are not finite"):
+        base.load_base(spec, load_tokenizer(spec))
+
+
 # Weights that are stored in few bits
 
 

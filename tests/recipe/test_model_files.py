@@ -103,6 +103,17 @@ def with_an_index_that_is_none(folder: Path) -> str:
     return "is no index of weights"
 
 
+def with_the_whole_beside(folder: Path) -> str:
+    shutil.copy(TINY / "checkpoint" / WEIGHTS, folder / WEIGHTS)
+    return "has model.safetensors, and parts of a model with model.safetensors.index.json too"
+
+
+def with_a_link_to_nowhere(folder: Path) -> str:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    (folder / "model-00002-of-00002.safetensors").symlink_to("../blobs/4d7a21")
+    return "model-00002-of-00002.safetensors is a link to ../blobs/4d7a21, which is not there"
+
+
 def under_another_name(folder: Path) -> str:
     for file in folder.glob("model*"):
         file.unlink()
@@ -118,6 +129,8 @@ def under_another_name(folder: Path) -> str:
         with_an_index_of_something_else,
         with_an_index_that_is_none,
         under_another_name,
+        with_the_whole_beside,
+        with_a_link_to_nowhere,
     ],
 )
 def test_parts_that_do_not_go_together(parts: Path, spoil: Callable[[Path], str]) -> None:
