@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
@@ -30,27 +31,40 @@ _SMALL = {
     # widths of feed-forward layers
     "intermediate_size": 128, "ffn_dim": 128, "ffn_hidden_size": 256, "n_inner": 128, "mlp_dim": 128,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "intermediate_size_mlp": 128,
-    "shared_intermediate_size": 64, "expert_ffn_hidden_size": 64,
+    "shared_intermediate_size": 64, "expert_ffn_hidden_size": 64, "decoder_ffn_dim": 128, "encoder_ffn_dim": 128,
     # mixtures of experts
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
+    "moe_top_k": 2,
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     # latent attention
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "qk_head_dim": 32,
     "v_head_dim": 16,
     # linear attention and state-space layers
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "mamba_d_state": 8, "mamba_dt_rank": 4,
+    "linear_num_heads": 4, "linear_head_dim": 16, "mamba_d_state": 8, "mamba_dt_rank": 4, "adapter_rank": 16,
+    # tables and gates beside the layers
+    "hidden_size_per_layer_input": 16, "laurel_rank": 16,
+    "num_heads": 8,
+    # of an encoder and a decoder
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    # of images
+    "base_channels": 32,
     # short enough to be felt by the few tokens that such a model gets to read
     "sliding_window": 32, "attention_chunk_size": 32, "window_size": 32,
     "rotary_dim": HEAD_DIM,
+}  # fmt: skip
+# Heads of Mamba 2: together as wide as its inner states, which are twice as wide as the hidden ones.
+_MAMBA = {
+    "mamba_n_heads": 8, "n_mamba_heads": 8, "mamba_num_heads": 8, "mamba_d_head": HEAD_DIM, "mamba_headdim": HEAD_DIM,
+    "mamba_head_dim": HEAD_DIM, "mamba_d_ssm": 8 * HEAD_DIM,
 }  # fmt: skip
 _HIDDEN = (  # what must be as wide as the hidden states
     "hidden_size", "embed_dim", "projection_dim", "out_hidden_size", "vision_output_dim", "projector_input_dim",
     "projector_output_dim",
 )  # fmt: skip
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
-_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")  # lists of layers by their numbers
+_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # lists of layers by their numbers
 # After how many layers a pattern starts again.
 _PERIODS = (
     "_sliding_window_pattern", "sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval",
@@ -87,13 +101,11 @@ def shrink(spec: Model, out: Path, tokenizer: str | None = None, *, all_layers: 
             hint="make a small checkpoint of it yourself and name that one",
         )
     words = _tokenizer(spec if tokenizer is None else Model(path=tokenizer))
-    small = smaller(config, all_layers=all_layers)
     notes = []
-    if getattr(small, "quantization_config", None) is not None:
-        del small.quantization_config
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
         notes.append("the checkpoint's weights are quantized already; those of the small one are not")
-    _fit_vocabulary(small, words, own=tokenizer is None)
-    model = _build(small, spec.path)
+    small, model = _first_that_works(config, words, spec.path, all_layers, own=tokenizer is None)
     _save(model, words, out)
     _save_generation_config(spec, small, out, own=tokenizer is None)
     return notes
@@ -125,36 +137,78 @@ def refuse_full(out: Path) -> None:
         raise InputError(f"{out} exists already", hint="name a new or an empty folder")
 
 
-def smaller(config: PretrainedConfig, *, all_layers: bool = False) -> PretrainedConfig:
+def _first_that_works(
+    config: PretrainedConfig, words: PreTrainedTokenizerBase, name: str, all_layers: bool, own: bool
+) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """A small configuration and its model: as like the large one as its sizes allow.
+
+    Some classes want heads that divide the hidden states, and some layers in numbers that nothing here knows of. So the
+    ratio of heads is given up next, and the small number of layers last.
+    """
+    failed = None
+    for layers in dict.fromkeys((all_layers, True)):
+        for any_ratio in (True, False):
+            try:
+                small = smaller(config, all_layers=layers, any_ratio=any_ratio)
+                _fit_vocabulary(small, words, own)
+                small = type(small).from_dict(small.to_dict())  # as it will be read: some compute sizes from others
+                return small, _build(small, name)
+            except Exception as error:  # sizes that do not go together show in as many ways as there are models
+                failed = failed or error
+    if isinstance(failed, InputError):
+        raise failed
+    reason = " ".join(str(failed).split()) or type(failed).__name__
+    raise InputError(f"a small `{config.model_type}` cannot be made: {reason}", place=f"model.path: {name}") from failed
+
+
+def smaller(config: PretrainedConfig, *, all_layers: bool = False, any_ratio: bool = True) -> PretrainedConfig:
     """A copy of a configuration, and of those nested in it, with small sizes.
 
     Args:
         config: of any model that Transformers has a class for.
         all_layers: keep the number of layers.
+        any_ratio: keep the ratio of heads to key-value heads also where it is no power of two, so that the heads do not
+            divide the hidden states.
     """
     config = copy.deepcopy(config)
     for name in config.sub_configs:
         inner = getattr(config, name, None)
         if isinstance(inner, PretrainedConfig):
-            setattr(config, name, smaller(inner, all_layers=all_layers))
+            setattr(config, name, smaller(inner, all_layers=all_layers, any_ratio=any_ratio))
     keys = config.to_dict()
     # Some layers may have sizes of their own, by their numbers; Gemma 4's have wider heads.
     own = {int(layer): sizes for layer, sizes in (keys.get("per_layer_config") or {}).items()}
     if own:
         config.per_layer_config = None
         keys = config.to_dict()
+    old_hidden = _given(config, "hidden_size")
     old_heads, head_dim = _given(config, "num_attention_heads"), _head_dim(config)
     if old_heads:
-        _shrink_heads(config, old_heads, keys)
+        _shrink_heads(config, old_heads, keys, any_ratio)
+    elif head_dim:  # of Mamba 2, which has heads but no attention
+        config.head_dim = HEAD_DIM
+    else:  # those of keys and values alone: those of queries are in the configuration around this one
+        for name in _KV_HEADS:
+            if name in keys:
+                setattr(config, name, 1)
     if embedding := keys.get("word_embed_proj_dim"):  # of OPT: perhaps narrower than the hidden states
         config.word_embed_proj_dim = HIDDEN if embedding == config.hidden_size else 2 * HIDDEN
     for name in _HIDDEN:
         if _given(config, name):
             setattr(config, name, HIDDEN)
+    if old_hidden and (width := keys.get("attention_hidden_size")):  # once or twice as wide
+        config.attention_hidden_size = width * HIDDEN // old_hidden
+        if keys.get("attention_head_dim"):
+            config.attention_head_dim = config.attention_hidden_size // config.num_attention_heads
+    for name, size in _MAMBA.items():
+        if _given(config, name) and name in keys:
+            setattr(config, name, size)
     for name, most in _SMALL.items():
         value = _given(config, name)
         if value and value > most and (name in keys or name in config.attribute_map):
             setattr(config, name, most)
+        elif isinstance(by_layer := keys.get(name), list) and all(isinstance(one, int) for one in by_layer):
+            setattr(config, name, [min(one, most) for one in by_layer])
     if head_dim:
         _shorten_rope_factors(config, head_dim, _head_dim(config))
     if not all_layers and _given(config, "num_hidden_layers"):
@@ -180,17 +234,19 @@ def _head_dim(config: PretrainedConfig) -> int:
     return _given(config, "head_dim") or (hidden // heads if hidden and heads else 0)
 
 
-def _shrink_heads(config: PretrainedConfig, heads: int, keys: dict[str, Any]) -> None:
+def _shrink_heads(config: PretrainedConfig, heads: int, keys: dict[str, Any], any_ratio: bool) -> None:
     """Few heads, in the same ratio to those of keys and values where the widths allow it."""
     names = [name for name in _KV_HEADS if name in keys or name in config.attribute_map]
     ratio = max((heads // kv for name in names if (kv := _given(config, name))), default=1)
-    if keys.get("head_dim"):  # heads of any number may be of any width
+    if keys.get("head_dim") and (any_ratio or ratio & (ratio - 1) == 0):  # heads of any number may be of any width
         width = HEAD_DIM if ratio & (ratio - 1) == 0 else HIDDEN
         new = ratio if ratio > 4 else 4 // ratio * ratio
         config.head_dim = width
     else:
         ratio = min(8, 1 << (ratio.bit_length() - 1))
         new = max(4, ratio)
+        if keys.get("head_dim"):
+            config.head_dim = HEAD_DIM
     config.num_attention_heads = new
     for name in names:
         setattr(config, name, new // ratio)
@@ -218,17 +274,28 @@ def _drop_layers(config: PretrainedConfig, keys: dict[str, Any]) -> None:
     for value in by_layer.values():
         kinds = [repr(kind) for kind in value]
         kept = max(kept, *(kinds.index(kind) + 1 for kind in kinds))
+    if (blocks := by_layer.get("layers_block_type", [])).count("hybrid") > 1:  # of Zamba: they share their attention
+        kept = max(kept, blocks.index("hybrid", blocks.index("hybrid") + 1) + 1)
+    kept = max(kept, len(keys.get("block_types") or ()), *(min(value, default=0) + 1 for value in numbers.values()))
     kept = min(layers, max(kept, *(keys.get(name) or 1 for name in _PERIODS)))
     if keys.get("attention_types"):  # of GPT-Neo: [[kinds, how often], …]
         config.attention_types = [[kinds, 1] for kinds, _ in config.attention_types]
         kept = sum(len(kinds) for kinds, _ in config.attention_types)
-        by_layer = {"attention_layers": config.expand_attention_types_params(config.attention_types)}
+        config.attention_layers = config.expand_attention_types_params(config.attention_types)
+        by_layer = {}
+    if shared := keys.get("num_kv_shared_layers"):  # the last ones, which take keys and values of earlier ones
+        kinds = keys.get("layer_types") or []
+        while kept < layers and set(kinds[: kept - shared * kept // layers]) != set(kinds):
+            kept += 1
+        config.num_kv_shared_layers = shared * kept // layers
     config.num_hidden_layers = kept
-    for name, value in by_layer.items():
-        setattr(config, name, value[:kept])
-    for name in ("max_window_layers", "num_kv_shared_layers"):
+    for name in ("encoder_layers", "decoder_layers"):
         if keys.get(name):
             setattr(config, name, min(keys[name], kept))
+    for name in by_layer:
+        setattr(config, name, getattr(config, name)[:kept])
+    if keys.get("max_window_layers"):
+        config.max_window_layers = min(keys["max_window_layers"], kept)
     for name, value in numbers.items():
         setattr(config, name, [layer for layer in value if layer < kept])
 
@@ -258,7 +325,10 @@ def _fit_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
         rows = len(tokenizer) + HIDDEN
         for holder in {id(one): one for one in (config, text)}.values():
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(holder, name, getattr(tokenizer, name))
+                try:
+                    setattr(holder, name, getattr(tokenizer, name))
+                except StrictDataclassFieldValidationError:  # some must have one, and the tokenizer has none
+                    setattr(holder, name, tokenizer.eos_token_id)
     text.vocab_size = rows
     for holder in {id(one): one for one in (config, text)}.values():
         for name, value in holder.to_dict().items():  # those of images and the like, which text never has
@@ -266,6 +336,8 @@ def _fit_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
                 setattr(holder, name, rows - 1)
             elif name.startswith("vocab_size_") and isinstance(value, int):
                 setattr(holder, name, rows)
+            elif name.endswith("_vocab_size") and isinstance(value, int):
+                setattr(holder, name, min(value, rows))
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

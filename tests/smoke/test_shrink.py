@@ -138,8 +138,54 @@ def test_ratio_of_heads_is_kept(heads, kv_heads):
 
 
 @pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        # Llama's heads must divide the hidden states, and three cannot divide 64.
+        ("llama", {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}),
+        ("cwm", {}),  # must have a token for the beginning of a text, and the tokenizer has none
+        ("bamba", {"attn_layer_indices": [9, 18, 27]}),  # its heads of Mamba 2 make up its inner states
+        ("zamba2", {}),  # its second hybrid layer shares the attention of the first
+        ("dory", {}),  # its layers come in three parts, whose sizes make up their number
+        ("kimi_linear", {}),
+        ("dbrx", {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 5e5}, "n_heads": 48, "d_model": 6144}),
+    ],
+)
+def test_sizes_that_depend_on_each_other_go_together(architecture, options, tmp_path):
+    AutoConfig.for_model(architecture, **options).save_pretrained(tmp_path / "a")
+    shrink.shrink(Model(path=str(tmp_path / "a")), tmp_path / "b", str(TINY / "checkpoint"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert model.num_parameters() < 2e6
+    assert model(input_ids=torch.arange(5, 45)[None]).logits.isfinite().all()
+
+
+def test_layers_that_take_keys_and_values_of_others_are_as_many_in_proportion():
+    small = shrink.smaller(AutoConfig.for_model("gemma3n_text"))  # of 35 layers 15
+    own = small.num_hidden_layers - small.num_kv_shared_layers
+    assert 0 < small.num_kv_shared_layers < own
+    assert set(small.layer_types[:own]) == {"sliding_attention", "full_attention"}
+    assert set(small.intermediate_size) == {128}
+    assert len(small.intermediate_size) == small.num_hidden_layers
+
+
+def test_a_decoder_has_as_many_layers_as_its_cache():
+    small = shrink.smaller(AutoConfig.for_model("bart"))
+    assert small.decoder_layers == small.num_hidden_layers == 2
+
+
+def test_sizes_that_do_not_go_together_are_said_in_one_sentence(tmp_path):
+    AutoConfig.for_model("xlnet").save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match=r"a small `xlnet` cannot be made: .*d_head"):
+        shrink.shrink(Model(path=str(tmp_path / "a")), tmp_path / "b", str(TINY / "checkpoint"))
+
+
+@pytest.mark.parametrize(
     ("architecture", "key"),
-    [("gemma3_text", "layer_types"), ("qwen3_next", "layer_types"), ("smollm3", "no_rope_layers")],
+    [
+        ("recurrent_gemma", "layers_block_type"),
+        ("gemma3_text", "layer_types"),
+        ("qwen3_next", "layer_types"),
+        ("smollm3", "no_rope_layers"),
+    ],
 )
 def test_every_kind_of_layer_is_there(architecture, key):
     large = AutoConfig.for_model(architecture)
