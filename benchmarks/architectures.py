@@ -75,6 +75,25 @@ RECIPE: dict[str, Any] = {
         "dpo": {"data": {"path": "tiny:preferences", "limit": 16}, "trainer": SHORT | {"learning_rate": 1e-3}},
     },
 }  # fmt: skip
+# What a configuration needs where its defaults make no model, or one without attention.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 5e5},
+        "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 5 + ["full_attention"]) * 5 + ["linear_attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8, "num_experts": 16, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
+        "indexer_compress_ratio": 4,
+    },
+}  # fmt: skip
 MEASURED = ("<!-- measured -->", "<!-- end of what is measured -->")  # what of the page is written anew
 COLUMNS = {
     "stages": "stages",
@@ -260,7 +279,7 @@ class Survey:
 
 def small(name: str, out: Path) -> str:
     """Write a small random checkpoint of an architecture; returns its class."""
-    config = AutoConfig.for_model(name)
+    config = AutoConfig.for_model(name, **OPTIONS.get(name, {}))
     source = out.with_name("source")
     config.save_pretrained(source)
     shrink(Model(path=str(source)), out, str(TINY / "checkpoint"))
