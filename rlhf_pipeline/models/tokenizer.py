@@ -24,6 +24,9 @@ DAY = date(2024, 7, 26)
 # A question and its answer, by which it is found out how a template writes a turn.
 QUESTION, ANSWER = {"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}
 
+ANOTHER = "`model.chat_template` can name one that does"
+MARKER = 730219640  # of the numbers by which it is found out what a template leaves out
+
 
 class TemplateError(Exception):
     """A chat template cannot render a conversation; the message says why, in the template's words."""
@@ -310,25 +313,66 @@ def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], **op
         if "reasoning_content" in turn:
             turn["thinking"] = turn["reasoning"] = turn["reasoning_content"]  # as some templates call it
     if any("tool_calls" in turn for turn in plain):
-        text = _with_calls(tokenizer, plain, tools, options)
+        text, plain = _with_calls(tokenizer, plain, tools, options)
     else:
         text = _rendered(tokenizer, plain, tools, options)
     if tools and text == _or_none(tokenizer, plain, None, options):
-        raise TemplateError("the chat template does not write `tools`; `model.chat_template` can name one that does")
-    results = [turn for turn in plain if turn["role"] != "tool"]
-    if len(results) < len(plain) and text == _or_none(tokenizer, results, tools, options):
-        raise TemplateError("the chat template does not write the turns of tools")
+        raise TemplateError(f"the chat template does not write `tools`; {ANOTHER}")
+    if options or any("tool_calls" in turn for turn in plain):
+        _require_all_written(tokenizer, plain, tools, options)
     return text
+
+
+def _require_all_written(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]
+) -> None:
+    """See that a template writes something of each turn's content and of each call's arguments.
+
+    Each is replaced by a number of its own, which has to be there: what a turn says may be elsewhere in the text by
+    chance, and templates change it, as where they leave out what was thought before. The last turn's content is not
+    looked at where it is the assistant's: see `render_reply`.
+
+    Raises:
+        TemplateError: something is missing, and what.
+    """
+    wanted: dict[str, str] = {}
+
+    def numbered(what: str) -> str:
+        number = str(MARKER + len(wanted))
+        wanted[number] = what
+        return number
+
+    tried = []
+    for place, turn in enumerate(turns, 1):
+        role = turn["role"]
+        if turn["content"].strip() and not (place == len(turns) and role == "assistant"):
+            what = {"tool": "the turns of tools", "system": "the system turn"}.get(role, f"turn {place}, of {role}")
+            beside = ", beside `tool_calls`" if "tool_calls" in turn else ""
+            turn = turn | {"content": numbered(f"{what}{beside}")}
+        calls = []
+        for call in turn.get("tool_calls", ()):
+            function = call["function"]
+            given = function["arguments"]
+            if given and given != "{}" and isinstance(given, dict | str):
+                made: Any = {"argument": numbered(f"the arguments of `{function['name']}` in `tool_calls`")}
+                function = function | {"arguments": json.dumps(made) if isinstance(given, str) else made}
+            calls.append(call | {"function": function})
+        tried.append(turn | {"tool_calls": calls} if calls else turn)
+    text = _or_none(tokenizer, tried, tools, options)
+    if text is None:  # it may take certain contents alone
+        return
+    for number, what in wanted.items():
+        if number not in text:
+            raise TemplateError(f"the chat template does not write {what}; {ANOTHER}")
 
 
 def _with_calls(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]
-) -> str:
+) -> tuple[str, list[dict[str, Any]]]:
+    """The text of a conversation with calls, and its turns with arguments as the template takes them."""
     without = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
     bare = _or_none(tokenizer, without, tools, options)
-    refusal = TemplateError(
-        "the chat template does not write `tool_calls`; `model.chat_template` can name one that does"
-    )
+    refusal = TemplateError(f"the chat template does not write `tool_calls`; {ANOTHER}")
     for as_json in (False, True):
         tried = [_as_called(turn) if as_json and "tool_calls" in turn else turn for turn in turns]
         try:
@@ -338,7 +382,7 @@ def _with_calls(
             continue
         names = [call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())]
         if text != bare and all(name in text for name in names):
-            return text
+            return text, tried
     raise refusal
 
 

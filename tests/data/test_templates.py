@@ -280,6 +280,14 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 THINKING = {"role": "assistant", "content": "2", "reasoning_content": "1+1"}
 WITHOUT_RESULTS = """\
 {%- for m in messages if m.role != 'tool' %}{{ m.role + m.content + (m.tool_calls or '') | string }}{% endfor %}"""
+WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ '<|turn|>' + m.content }}{% endfor %}"
+LAST_ALONE = "{{ messages[-2].content if messages[-1].role == 'assistant' }}{{ '<|turn|>' + messages[-1].content }}"
+WITHOUT_ARGUMENTS = """\
+{%- for m in messages %}{{ '<|turn|>' + m.content }}
+{%- for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}"""
+CALLS_WITHOUT_WORDS = """\
+{%- for m in messages %}{{ '<|turn|>' + (m.content if not m.tool_calls else m.tool_calls | string) }}{% endfor %}"""
+SYSTEM = {"role": "system", "content": "e"}  # a letter that is elsewhere in the text too
 
 
 @pytest.mark.parametrize(
@@ -293,6 +301,12 @@ WITHOUT_RESULTS = """\
         ("opens thinking", ([QUESTION], THINKING), "`reasoning_content`"),
         ("chatml", ("1+1=", THINKING), "goes through no chat template"),
         (WITHOUT_RESULTS, ([QUESTION, CALLING, {"role": "tool", "content": "5"}], "Yes."), "the turns of tools"),
+        (WITHOUT_SYSTEM, ([SYSTEM, QUESTION], "Yes."), "the system turn"),
+        (WITHOUT_SYSTEM, ([SYSTEM, QUESTION],), "the system turn"),
+        (LAST_ALONE, ([QUESTION, {"role": "assistant", "content": "l"}, QUESTION], "Yes."), "turn 1, of user"),
+        (WITHOUT_ARGUMENTS, ([QUESTION], CALLING), "the arguments of `weather`"),
+        (WITHOUT_ARGUMENTS, ([QUESTION, CALLING, QUESTION], "Yes."), "the arguments of `weather`"),
+        (CALLS_WITHOUT_WORDS, ([QUESTION, CALLING | {"content": "l"}, QUESTION], "Yes."), "beside `tool_calls`"),
     ],
 )
 def test_what_a_template_leaves_out_is_refused_by_name(loaded, template, record, names):
