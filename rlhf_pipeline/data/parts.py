@@ -14,13 +14,35 @@ Turn = dict[str, Any]
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",
+    "agent": "assistant", "chatbot": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 CALLS = ("function_call", "tool_call")  # who speaks where a call of a tool is a turn of its own
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "cot", "rationale")
 NO_TEXT = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos", "file", "files")
-TRAINED = ("weight", "train", "loss")  # what says of a turn whether it is trained
+# What says of a turn whether it is trained: 0 or false under the first names says no, 1 or true under the second ones.
+TRAINED = (
+    "weight", "train", "loss", "train_on_turn", "trainable", "learnable", "trained", "training", "calculate_loss",
+    "compute_loss", "loss_weight",
+)  # fmt: skip
+NOT_TRAINED = ("masked", "ignore", "ignored", "no_loss")
+MASKS = ("mask", "loss_mask")  # of which 1 means the one to some, and the other to others
+# What says of a turn whether it is good. A bad one is not trained.
+JUDGED = (
+    "is_correct", "correct", "label", "rating", "score", "reward", "thumbs", "thumb", "feedback", "quality", "accepted",
+    "is_good",
+)  # fmt: skip
+YES_OR_NO = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+GOOD_OR_BAD = YES_OR_NO | {
+    "-1": False, "bad": False, "down": False, "negative": False, "wrong": False, "incorrect": False, "rejected": False,
+    "+1": True, "good": True, "up": True, "positive": True, "right": True, "correct": True, "chosen": True,
+    "accepted": True,
+}  # fmt: skip
+READ = (
+    "role", "content", "from", "value", "parts", "tool_calls", "function_call", "name", "tool_call_id",
+    *REASONING, *NO_TEXT, *TRAINED, *NOT_TRAINED, *MASKS, *JUDGED,
+)  # fmt: skip
 
 
 class RowError(Exception):
@@ -62,10 +84,14 @@ def one_turn(turn: Any, column: str) -> Turn:
         content = turn.get("parts")
     if not isinstance(role, str):
         raise RowError(f"a turn of `{column}` is not {{role: text, content: text}}")
-    if role in CALLS:
+    if role.strip().lower() in CALLS:
         return {"role": "assistant", "content": "", "tool_calls": _calls(_from_json(content, column), column)}
+    role = role.strip().lower()
     if role not in ROLES:
-        raise RowError(f"a turn of `{column}` has the role `{role}`; roles are system, user, assistant and tool")
+        raise RowError(
+            f"a turn of `{column}` has the role `{role}`; roles are system, user, assistant and tool, or are called "
+            f"{', '.join(name for name, role in ROLES.items() if name != role)}"
+        )
     for name in NO_TEXT:
         if turn.get(name):
             raise RowError(f"a turn of `{column}` has `{name}`, and only text can be used")
@@ -95,16 +121,64 @@ def one_turn(turn: Any, column: str) -> Turn:
 
 
 def is_trained(turn: Any, column: str) -> bool:
-    """Whether a reply may be learned: `weight: 0` says no, as do `train: false` and `loss: false`.
+    """Whether a reply may be learned: `weight: 0` says no, as do `train: false`, `masked: true` and others.
 
     Raises:
-        RowError: a weight between the two, which no stage can use.
+        RowError: a weight between the two, which no stage can use, or a mask that may mean either.
     """
-    said = [turn[name] for name in TRAINED if turn.get(name) is not None]
-    for value in said:
-        if value not in (0, 1):
-            raise RowError(f"a turn of `{column}` has the weight {value}; a turn is trained, 1, or not, 0")
-    return all(said)
+    found = True
+    for name in (*TRAINED, *NOT_TRAINED):
+        value = turn.get(name)
+        if value is None:
+            continue
+        said = YES_OR_NO.get(_as_word(value))
+        if said is None:
+            what = "weight" if name in TRAINED else f"`{name}`"
+            raise RowError(f"a turn of `{column}` has the {what} {_shown(value)}; a turn is trained, 1, or not, 0")
+        found = found and said == (name in TRAINED)
+    for name in MASKS:
+        if turn.get(name) is not None:
+            raise RowError(
+                f"a turn of `{column}` has `{name}`, of which 1 may mean that it is trained, or that it is not: "
+                "`weight`, 1 or 0, says it"
+            )
+    return found
+
+
+def is_good(turn: Any, column: str) -> bool:
+    """Whether nothing in a reply's turn says that it is a bad one, as `label: bad`. Other words are no marks.
+
+    Raises:
+        RowError: a number of which it is not known how good it is.
+    """
+    found = True
+    for name in JUDGED:
+        value = turn.get(name)
+        said = GOOD_OR_BAD.get(_as_word(value))
+        if said is None and isinstance(value, int | float):
+            raise RowError(
+                f"a turn of `{column}` has the `{name}` {value}, which may mean that it is bad: `weight`, 1 or 0, "
+                f"in its place says whether it is trained"
+            )
+        found = found and said is not False
+    return found
+
+
+def others_in_turns(turns: Any) -> list[str]:
+    """The keys of turns that are not looked at."""
+    keys = [key for turn in turns if isinstance(turn, dict) for key in turn] if isinstance(turns, list) else []
+    return [key for key in dict.fromkeys(keys) if key not in READ]
+
+
+def _as_word(value: Any) -> str:
+    """A truth value, a whole number or a text as a word: 0, 0.0 and "0" are the same."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip().lower()
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def tools_of(row: Row) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from rlhf_pipeline.data.parts import (
     RowError,
     Turn,
     encodable,
+    is_good,
     is_trained,
     one_turn,
     tools_of,
@@ -82,7 +83,16 @@ def turns_of(row: Row, column: str) -> list[Turn]:
     value = row.get(column)
     if not isinstance(value, list) or not value:
         raise RowError(what_is_wrong(column, value, "a list of turns"))
+    if len(value) > 1 and _is_empty_system(value[0]):
+        value = value[1:]
     return _in_order(_with_calls([one_turn(turn, column) for turn in value]), column)
+
+
+def _is_empty_system(turn: Any) -> bool:
+    """Whether a turn is a system turn that says nothing, as those have it who write one in each row."""
+    if not isinstance(turn, dict) or ROLES.get(str(turn.get("role") or turn.get("from")).strip().lower()) != "system":
+        return False
+    return all(is_blank(turn.get(name)) for name in ("content", "value", "parts"))
 
 
 def _with_calls(turns: list[Turn]) -> list[Turn]:
@@ -121,12 +131,18 @@ def without_reply(turns: list[Turn], column: str) -> list[Turn]:
     return turns[:-1]
 
 
-def demonstration(row: Row, column: str) -> list[Record]:
-    """A whole conversation up to its last reply that may be trained; nothing where none may."""
+def demonstration(row: Row, column: str, judged: bool = True) -> list[Record]:
+    """A whole conversation up to its last reply that may be trained; nothing where none may.
+
+    Args:
+        row: of the data.
+        column: with the conversation.
+        judged: whether a turn that says of itself that it is bad is left out.
+    """
     value = row.get(column)
     if isinstance(value, list):
         last = len(value)
-        while last and _is_assistants(value[last - 1]) and not is_trained(value[last - 1], column):
+        while last and _is_assistants(value[last - 1]) and not _is_learned(value[last - 1], column, judged):
             last -= 1
             while last and not _is_assistants(value[last - 1]):
                 last -= 1
@@ -140,7 +156,12 @@ def demonstration(row: Row, column: str) -> list[Record]:
 
 def _is_assistants(turn: Any) -> bool:
     who = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    return ROLES.get(str(who)) == "assistant" or who in CALLS
+    who = str(who).strip().lower()
+    return ROLES.get(who) == "assistant" or who in CALLS
+
+
+def _is_learned(turn: Any, column: str, judged: bool) -> bool:
+    return is_trained(turn, column) and (not judged or is_good(turn, column))
 
 
 def before_reply(row: Row, column: str) -> Prompt:

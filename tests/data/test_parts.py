@@ -72,7 +72,7 @@ def test_reasoning_is_part_of_the_reply_whatever_its_name():
     whole = {"role": "assistant", "content": "2", "reasoning_content": "One and one."}
     for turn in (
         whole,
-        {"role": "assistant", "content": "2", "thinking": "One and one."},
+        *({"role": "assistant", "content": "2", name: "One and one."} for name in ("thinking", "thought", "cot")),
         {
             "role": "assistant",
             "content": [{"type": "thinking", "thinking": "One and one."}, {"type": "text", "text": "2"}],
@@ -101,6 +101,20 @@ def test_contents_of_roles_user_and_model_are_a_conversation():
     assert read(row) == [([{"role": "user", "content": "Hi"}], "Hello.")]
 
 
+@pytest.mark.parametrize("role", ["Assistant", "ASSISTANT", "bot", "ai", "agent", "chatbot"])
+def test_other_names_of_the_assistant(role):
+    assert read({"messages": [USER, {"role": role, "content": "Sunny."}]}) == [([USER], "Sunny.")]
+    assert (
+        read({"conversations": [{"from": "Human", "value": "Hi"}, {"from": role, "value": "Sunny.", "weight": 0}]})
+        == []
+    )
+
+
+@pytest.mark.parametrize("content", [None, "", " "])
+def test_an_empty_system_turn_is_none(content):
+    assert read({"messages": [{"role": "system", "content": content}, USER, REPLY]}) == [([USER], "It is sunny.")]
+
+
 def test_a_developer_is_the_system():
     row = {"messages": [{"role": "developer", "content": "Be brief."}, USER, REPLY]}
     assert read(row)[0][0] == [{"role": "system", "content": "Be brief."}, USER]
@@ -123,6 +137,31 @@ def test_a_reply_of_weight_0_is_not_trained(turns, reply, before):
     assert (found, len(prompt)) == (reply, before)
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *({name: value} for name in ("weight", "loss", "loss_weight", "calculate_loss") for value in (0, 0.0, "0")),
+        *({name: value} for name in ("train", "train_on_turn", "trainable", "trained") for value in (False, "false")),
+        *({name: value} for name in ("masked", "ignore", "no_loss") for value in (True, 1)),
+        *({name: False} for name in ("learnable", "training", "is_correct")),
+        {"label": "bad"}, {"rating": -1}, {"score": 0}, {"thumbs": "down"}, {"feedback": "negative"}, {"quality": "Bad"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_marks_of_a_turn_say_that_it_is_not_trained(mark):
+    bad = {"role": "assistant", "content": "Go away."} | mark
+    assert read({"messages": [USER, REPLY, USER, bad]}) == [([USER], "It is sunny.")]
+    assert read({"messages": [USER, bad]}) == []
+    good = {"True": "False", "1": "0", "0": "1", "0.0": "1", "False": "1", "false": "true", "-1": "1"}
+    ((name, value),) = mark.items()
+    kept = bad | {name: good.get(str(value), "good")}
+    assert read({"messages": [USER, kept]}) == [([USER], "Go away.")]
+
+
+def test_other_words_about_a_turn_are_no_marks():
+    assert read({"messages": [USER, REPLY | {"label": "joy", "feedback": "Well said!"}]}) == [([USER], "It is sunny.")]
+
+
 def test_a_row_of_weight_0_alone_gives_nothing():
     assert read({"messages": [USER, BAD]}) == []
 
@@ -135,6 +174,9 @@ def test_a_row_of_weight_0_alone_gives_nothing():
         ({"messages": [USER | {"images": ["x.png"]}, REPLY]}, "`images`"),
         ({"messages": [USER | {"reasoning_content": "Hm."}, REPLY]}, "`reasoning_content`, which is an assistant's"),
         ({"messages": [USER, REPLY | {"weight": 0.5}]}, "the weight 0.5"),
+        ({"messages": [USER, REPLY | {"weight": "half"}]}, 'the weight "half"'),
+        ({"messages": [USER, REPLY | {"mask": 1}]}, "`mask`, of which 1 may mean"),
+        ({"messages": [USER, REPLY | {"rating": 4}]}, "the `rating` 4, which may mean"),
         ({"messages": [USER, REPLY], "tools": "a weather service"}, "`tools` should be a list of functions"),
         ({"messages": [USER, REPLY], "tools": [{"type": "retrieval"}]}, "an entry of `tools`"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "c7"}]}]}, "a call of a tool in `messages`"),

@@ -356,7 +356,12 @@ ROWS = {
             {"messages": [USER, {"role": "assistant"}]},
             "a turn of `messages` is not {role",
         ),
-        ("demonstrations", "conversations", {"messages": [USER, {**REPLY, "role": "bot"}]}, "has the role `bot`"),
+        (
+            "demonstrations",
+            "conversations",
+            {"messages": [USER, {**REPLY, "role": "narrator"}]},
+            "has the role `narrator`",
+        ),
         (
             "demonstrations",
             "conversations",
