@@ -118,7 +118,10 @@ def test_limits_that_nothing_exceeds_change_nothing(spec, tokenizer):
 
 def test_a_conversation_that_the_chat_template_refuses_is_a_bad_row(spec):
     strict = load_tokenizer(str(TINY / "checkpoint"))
-    strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{{ messages | string }}"
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{{ messages | string }}"
+    )
     rows = [{"messages": [USER, GOOD]}, {"messages": [{"role": "system", "content": "Be brief."}, USER, GOOD]}]
     with pytest.raises(InputError, match="no system turns") as caught:
         prepare.demonstrations(spec(*rows), strict, seed=0)
