@@ -6,7 +6,7 @@ from typing import Literal
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.columns import ASKED, CHOSEN, OF_THE_PROMPT, REPLY, WHOLE, Seen, is_turns, plain, renames
-from rlhf_pipeline.data.marks import NO_MARK, SCORE, is_number
+from rlhf_pipeline.data.marks import NO_MARK, SCORE, is_number, lower_is_better
 
 Wanted = Literal["demonstrations", "preferences", "prompts"]
 
@@ -77,6 +77,11 @@ def advice(wanted: Wanted, names: list[str], seen: Seen, columns: Mapping[str, s
             if seen.share(name, is_number) == 1 and not NO_MARK.search(name) and name not in REPLY
         ]
         if numbers and {"label", *SCORE}.isdisjoint(seen.values):
+            if lower_is_better(numbers[0]):
+                return (
+                    f"if `{numbers[0]}` says how good a reply is, the less the better: give the rows a `score` "
+                    "instead, which is the greater for the better ones"
+                )
             return f"if `{numbers[0]}` says how good a reply is, {renames(columns, {'score': numbers[0]})}"
     if others:
         return f"they are {others[0]}, which a stage of kind {' or '.join(_kinds_that_read(others[0]))} takes"

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from rlhf_pipeline.data.columns import (
@@ -40,7 +40,7 @@ SCORES = ("scores", "ratings", "rewards", "overall_scores", *SCORE)
 # The number or the text of the best reply.
 BEST = re.compile(
     r"(best|better|chosen|preferred|winner|winning|selected|top)(_(answer|response|reply|completion|output))?"
-    r"(_(id|idx|index))?"
+    r"(_(id|idx|index|from_0|from_1))?"
 )
 MAY_BE_BEST = ("label", "choice", "preference", "human_preference", "vote")
 # Numbers that say nothing of how good a reply is.
@@ -48,6 +48,19 @@ NO_MARK = re.compile(
     r"(^|_)(ids?|idx|index|num|n|counts?|tokens?|len|lengths?|words?|chars?|seeds?|temperatures?|top_[pk]|turns?|times?|"
     r"latency|costs?|logprobs?|created|timestamps?|years?|start|end)(_|$)"
 )
+
+
+# Of these the least is the best, so that they are no scores as they are.
+LOWER_IS_BETTER = re.compile(
+    r"(^|_)(ranks?|ranking|order|place|position|bad|reject(ed)?|flag(ged)?|harm(ful)?|toxic(ity)?|unsafe|incorrect|"
+    r"wrong|hallucinat(ed|ions?)|discard(ed)?|downvotes?|dislikes?|spam|invalid|failed|errors?|loss|unhelpful|"
+    r"refus(al|ed))(_|$)"
+)
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a column's name says that less of it is better, as of a rank or of harm."""
+    return LOWER_IS_BETTER.search(plain(name)) is not None
 
 
 # One reply in each row
@@ -84,8 +97,10 @@ def mark(seen: Seen, reply: str | None, pairs: bool) -> Mark | None:
     ]
     found = [*scores, *labels] if pairs else [*labels, *scores]
     # Rows for pairs are of no use without a mark: each that has another value is named.
-    plain = [Mark("label", name) for name in THUMB[:2] if pairs and name in seen and not _repeats(seen, name, reply)]
-    return next(iter([*found, *plain]), None)
+    others = [
+        Mark("label", name) for name in THUMB[:2] if pairs and name in seen and not repeats_reply(seen, name, reply)
+    ]
+    return next(iter([*found, *others]), None)
 
 
 def _scores(seen: Seen, name: str, pairs: bool) -> bool:
@@ -100,7 +115,7 @@ def _labels(seen: Seen, name: str, reply: str | None) -> bool:
     Raises:
         UnclearError: it does of some rows, and has other numbers, or mostly other words, in others.
     """
-    if not seen.share(name, is_thumb) or _repeats(seen, name, reply):
+    if not seen.share(name, is_thumb) or repeats_reply(seen, name, reply):
         return False
     values = {_as_word(value) for value in seen.values[name] if isinstance(value, str | int | float)}
     numbers = [_as_word(value) for value in seen.values[name] if is_number(value) and not is_thumb(value)]
@@ -117,30 +132,13 @@ def _labels(seen: Seen, name: str, reply: str | None) -> bool:
     raise UnclearError(f"`{name}` may say whether a reply is good, and may not: it has {other}", *ways)
 
 
-def _repeats(seen: Seen, name: str, reply: str | None) -> bool:
+def repeats_reply(seen: Seen, name: str, reply: str | None) -> bool:
     """Whether a column holds the reply itself, as where the class of a text is what is asked for."""
     if reply is None:
         return False
     rows = [row for row in seen.rows if not is_empty(row.get(name)) and isinstance(row.get(reply), str)]
     same = sum(str(row[name]).strip().lower() == row[reply].strip().lower() for row in rows)
     return 2 * same >= max(len(rows), 1)
-
-
-def require_no_other_mark(seen: Seen, uses: Container[str]) -> None:
-    """See that no column marks the replies under a name that differs in its letters alone, as `Label`.
-
-    Raises:
-        UnclearError: one does.
-    """
-    for name in seen.values:
-        known = plain(name)
-        test = is_number if known in SCORE else is_thumb
-        if name not in uses and known != name and known in (*THUMB, *SCORE) and seen.mostly(name, test):
-            raise UnclearError(
-                f"`{name}` may say how good the replies are",
-                ({known: name}, "uses it"),
-                ({UNUSED: name}, "leaves it out"),
-            )
 
 
 def thumb(row: Row, column: str) -> bool:
@@ -253,7 +251,7 @@ def ranking(seen: Seen) -> Ranking | None:
             return made(None, f"with {words} under `{order}` in each", _within(column, order, is_rank), not is_rank)
     for name in seen.values:
         if BEST.fullmatch(name) and seen.mostly(name, lambda value: isinstance(value, str | int) or is_number(value)):
-            from_one = _counts_from_one(seen, column, name)
+            from_one = seen.mostly(name, is_number) and _counts_from_one(seen, column, name)
             says = f"of which `{name}` is the best"
             if seen.mostly(name, is_number):
                 says += f", counted from {int(from_one)}"
@@ -327,10 +325,31 @@ def _best_of(column: str, name: str, from_one: bool) -> Callable[[Row, list[Any]
 
 
 def _counts_from_one(seen: Seen, column: str, name: str) -> bool:
-    """Whether the number of the best reply is counted from 1: one is as large as there are replies, and none is 0."""
+    """Whether the number of the best reply is counted from 1, as it is where one is as large as there are replies.
+
+    Raises:
+        UnclearError: none is, and none is 0, so that all may be counted from 0 or from 1.
+    """
+    if name.endswith(("_from_0", "_from_1")):
+        return name.endswith("_from_1")
     rows = [row for row in seen.rows if is_number(row.get(name)) and isinstance(row.get(column), list)]
     found = [(float(row[name]), len(row[column])) for row in rows]
-    return any(value == count for value, count in found) and not any(value == 0 for value, _ in found)
+    if any(value == 0 for value, _ in found):
+        return False
+    if any(value == count for value, count in found):
+        return True
+    raise UnclearError(
+        f"`{name}` may number the replies of `{column}` from 0 or from 1: it has neither 0 nor the number of the last",
+        *_ways_to_count(name),
+    )
+
+
+def _ways_to_count(name: str) -> list[tuple[dict[str, str], str]]:
+    return [
+        ({"best_from_0": name}, "takes it for the number of the best, counted from 0"),
+        ({"best_from_1": name}, "counted from 1"),
+        ({UNUSED: name}, "leaves it out"),
+    ]
 
 
 def _require_no_other_order(seen: Seen, column: str) -> None:
@@ -348,15 +367,18 @@ def _require_no_other_order(seen: Seen, column: str) -> None:
             raise UnclearError(
                 f"`{name}` may give the order of `{column}`, which else are from best to worst"
                 + (", or say which steps of one reply are right, which no stage reads" if steps else ""),
-                ({"scores": name}, "takes it for each reply's score, the more the better"),
-                ({"ranks": name}, "for each one's rank, 1 the best"),
+                *(
+                    []
+                    if lower_is_better(name)
+                    else [({"scores": name}, "takes it for each reply's score, the more the better")]
+                ),
+                ({"ranks": name}, "takes it for each reply's rank, the less the better"),
                 ({UNUSED: name}, "leaves it out"),
             )
         if name in MAY_BE_BEST or BEST.fullmatch(name):
             raise UnclearError(
                 f"`{name}` may say which of `{column}` is the best, which else are from best to worst",
-                ({"best": name}, "takes it for the number of the best, counted from 0"),
-                ({UNUSED: name}, "leaves it out"),
+                *_ways_to_count(name),
             )
     for reply in _of_dicts(seen, column):
         for name, value in reply.items():

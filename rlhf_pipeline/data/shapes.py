@@ -16,6 +16,8 @@ from rlhf_pipeline.data.asked import Asked
 from rlhf_pipeline.data.columns import (
     CHOSEN,
     OF_THE_PROMPT,
+    RANKED,
+    RANKED_IN_NO_ORDER,
     REPLY,
     SYSTEM,
     TURNS,
@@ -27,17 +29,18 @@ from rlhf_pipeline.data.columns import (
     listed,
     renames,
 )
+from rlhf_pipeline.data.doubts import require_no_mark, require_replies_themselves
 from rlhf_pipeline.data.marks import (
     SCORE,
     THUMB,
     Mark,
     Scored,
     best,
+    is_number,
     mark,
     number,
     pairs_of,
     ranking,
-    require_no_other_mark,
     thumb,
 )
 from rlhf_pipeline.data.pairs import require_common_beginnings, split_texts, whole_conversations, whole_transcripts
@@ -143,7 +146,11 @@ def _complete(shape: Shape, seen: Seen, wanted: Wanted, names: list[str], system
     if system not in (None, "system") and "system" in uses:
         uses[system] = uses.pop("system")
     if wanted != "prompts" and not {"label", "score", "order of the replies"} & set(uses.values()):
-        require_no_other_mark(seen, uses)
+        replies = [name for name, use in uses.items() if use == "reply"]
+        if replies or shape.name in (*WHOLE, "text"):
+            # Numbers beside texts are of crawls, as how sure their language is.
+            numbers = [name for name in seen.values if shape.name == "text" and seen.mostly(name, is_number)]
+            require_no_mark(seen, {*uses, *numbers}, next(iter(replies), None))
     marks = () if wanted == "prompts" or "rejected" in seen else (*THUMB, *SCORE)
     late = [name for name in (*OF_THE_PROMPT, *marks) if name not in ("system", *uses) and not seen.is_filled(name)]
 
@@ -182,6 +189,7 @@ def _demonstrations(seen: Seen, chat: bool | None) -> Shape | None:
     if "prompt" in seen and "completion" not in seen and seen.first_of(WHOLE):
         asked = None  # beside a whole conversation, `prompt` repeats its beginning
     if asked and reply:
+        require_replies_themselves(seen, [reply.column])
         return _single(asked, reply, mark(seen, reply.column, pairs=False), pairs=False) or Shape(
             f"{asked.name}/{reply.column}",
             f"{asked.name}/{reply.column}: {asked.says} and {reply.says}",
@@ -383,6 +391,7 @@ def _ranking(seen: Seen, chat: bool | None, choose: Callable[[Scored], list[Reco
 
 def _chosen_and_rejected(seen: Seen, chat: bool | None, asked: Asked | None, better: str) -> Shape:
     """Chosen and rejected: replies to a prompt, or whole conversations or texts that begin alike."""
+    require_replies_themselves(seen, (better, "rejected"), (*RANKED, *RANKED_IN_NO_ORDER))
     whole = seen.mostly(better, lambda value: isinstance(value, list) and len(value) > 1)
     before = seen.first_of(WHOLE)
     if asked is None and before and not whole:

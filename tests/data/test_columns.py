@@ -283,6 +283,71 @@ def test_a_mark_in_other_letters_is_refused(tmp_path):
     assert read("demonstrations", *pasted(tmp_path, rows, ways_out(error)[0]))[0] == [("hi", "reply 0")]
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "way"),
+    [
+        ("approved", True, False, "label"), ("preferred", True, False, "label"), ("is_chosen", 1, 0, "label"),
+        ("Thumbs", "up", "down", "label"), ("annotation", "👍", "👎", "label"), ("status", "good", "bad", "label"),
+        ("human_label", "yes", "no", "label"), ("helpfulness", 4, 0, "score"), ("votes", 10, -3, "score"),
+        ("label", "ja", "nein", None), ("kto_tag", "A", "B", None), ("score", "5/5", "1/5", None),
+        ("rating", "4,5", "1,5", None), ("verdict", "fine", "poor", None),
+        ("flagged", False, True, None), ("is_bad", 0, 1, None), ("rejected", False, True, None),
+        ("rank", 1, 2, None), ("hallucination", "no", "yes", None),
+    ],
+)  # fmt: skip
+def test_a_mark_that_is_not_read_is_refused_and_no_hint_turns_it_round(name, good, bad, way, tmp_path):
+    rows = marked(name, [good, bad])
+    error = refused("demonstrations", *rows)
+    assert f"`{name}` may say how good the replies are" in error.message
+    assert ways_out(error) == [*([{way: name}] if way else []), {"unused": name}]
+    if way:
+        scores = [score for *_, score in read("preferences", *pasted(tmp_path, rows, {way: name}))[0]]
+        assert scores[0] > scores[1]
+    assert len(read("demonstrations", *pasted(tmp_path, rows, {"unused": name}))[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["rank", "is_harmful", "toxicity"])
+def test_preferences_are_not_told_to_take_for_a_score_what_is_better_when_less(name):
+    assert ways_out(refused("preferences", *marked(name, [1, 2]))) == []
+    assert ways_out(refused("preferences", *marked("votes", [1, 2]))) == [{"score": "votes"}]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"rejected": "go"}, {"correct_answer": "good"}, {"source": "web"}, {"is_long": True}, {"num_votes": 3},
+     {"feedback": "The reply says what was asked for."}, {"wrong_answer": "no"}],
+)  # fmt: skip
+def test_a_column_that_is_no_mark_is_not_used(more):
+    rows = [{"prompt": "hi", "completion": "hello", **more}] * 2
+    assert read("demonstrations", *rows)[0] == [("hi", "hello")] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"response_a": "go", "response_b": "hello", "chosen": "response_b", "rejected": "response_a"}, "chosen"),
+        ({"response_a": "go", "response_b": "hello", "chosen": "b", "rejected": "a"}, "chosen"),
+        ({"answer1": "go", "answer2": "hello", "preferred": "2", "rejected": "1"}, "preferred"),
+        ({"A": "go", "B": "hello", "chosen": "B", "rejected": "A"}, "chosen"),
+        ({"A": "go", "B": "hello", "answer": "B"}, "answer"),
+        ({"option_a": "go", "option_b": "hello", "completion": "B"}, "completion"),
+    ],
+)
+def test_the_name_of_a_reply_is_not_the_reply(row, column):
+    error = refused("demonstrations" if "rejected" not in row else "preferences", {"question": "hi", **row})
+    assert f"`{column}` names other columns" in error.message and "write the replies" in error.hint
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "way"), [(1, 0, "best_from_0"), ("2", "1", "best_from_1")])
+def test_the_number_of_a_reply_is_not_the_reply(chosen, rejected, way, tmp_path):
+    row = {"prompt": "hi", "responses": ["go", "hello"], "chosen": chosen, "rejected": rejected}
+    error = refused("preferences", row)
+    assert "`chosen` holds numbers of the replies in `responses`" in error.message
+    columns = {way: "chosen", "unused": "rejected"}
+    assert columns in ways_out(error)
+    assert read("preferences", *pasted(tmp_path, [row], columns))[0] == [("hi", "hello", "go")]
+
+
 @pytest.mark.parametrize("more", [{"label": 0}, {"role": "prompter"}])
 def test_text_that_is_marked_or_is_one_turn_is_not_all_learned(more, tmp_path):
     rows = [{"text": "a b c", **more}, {"text": "d e f", **more}]
@@ -302,8 +367,8 @@ def test_text_that_is_marked_or_is_one_turn_is_not_all_learned(more, tmp_path):
         ({"responses": ["go", "hello"], "rating": "[2, 5]"}, "rating"),
         ({"completions": ["go", "hello"], "rewards": [0.1, 0.9]}, "rewards"),
         ({"generations": ["go", "hello"], "ratings": [2.0, 5.0], "models": ["a", "b"]}, "ratings"),
-        ({"answers": ["go", "hello"], "better_answer_id": 1}, "better_answer_id"),
-        ({"answers": ["go", "hello"], "best_id": "1"}, "best_id"),
+        ({"answers": ["go", "hello"], "best_answer_id": 2}, "best_answer_id"),
+        ({"answers": ["go", "hello"], "best_from_0": "1"}, "best_from_0"),
         ({"answers": ["go", "hello"], "best": 2}, "best"),  # as many as there are replies, so counted from 1
         ({"answers": ["go", "hello"], "best_response": "hello"}, "best_response"),
         ({"replies": '["go", "hello"]', "ranks": "[2, 1]"}, "ranks"),
@@ -330,7 +395,11 @@ def test_the_column_that_gives_the_order_decides_and_is_said(row, decides):
         ({"replies": ["go", "hello"], "is_right": [False, True]}, "is_right", "scores"),
         ({"replies": ["go", "hello"], "my votes: #1": ["1", "4"]}, "my votes: #1", "scores"),
         ({"completions": ["go", "hello"], "labels": [False, True]}, "labels", "scores"),
-        ({"responses": ["go", "hello"], "choice": 1}, "choice", "best"),
+        ({"responses": ["go", "hello"], "choice": 1}, "choice", "best_from_0"),
+        ({"responses": ["go", "hello"], "best_index": 1}, "best_index", "best_from_0"),
+        ({"responses": ["hello", "go"], "winner": "1"}, "winner", "best_from_1"),
+        ({"responses": ["hello", "go"], "place": [1, 2]}, "place", "ranks"),
+        ({"responses": ["hello", "go"], "is_harmful": [False, True]}, "is_harmful", "ranks"),
         ({"generations": ["hello", "go"]}, "generations", "replies"),
     ],
 )
@@ -339,8 +408,9 @@ def test_no_order_is_guessed_where_a_column_may_give_it(row, name, expected, tmp
     for wanted in ("preferences", "demonstrations"):
         error = refused(wanted, row)
         assert f"`{name}`" in error.message
-        assert ways_out(error)[0] == {expected: name}
-    for columns in ways_out(error)[1:]:
+        assert {expected: name} in ways_out(error)
+        assert ({"scores": name} in ways_out(error)) == (expected == "scores")
+    for columns in ways_out(error):
         assert read("preferences", *pasted(tmp_path, [row], columns))[0]
     assert read("preferences", *pasted(tmp_path, [row], {expected: name}))[0] == [([ASKS], "hello", "go")]
 

@@ -89,11 +89,6 @@ def test_demonstrations_take_the_good_and_the_best_replies():
     assert read("demonstrations", *rows)[1] == [([USER], "hello")]
 
 
-def test_a_label_that_is_no_thumb_is_no_label_of_a_demonstration():
-    row = {"prompt": "hi", "completion": "hello", "label": "greeting"}
-    assert read("demonstrations", row) == ("prompt/completion", [("hi", "hello")])
-
-
 TRANSCRIPT = "\n\nHuman: hi\n\nAssistant:"
 
 
