@@ -8,6 +8,7 @@ from rlhf_pipeline.data.columns import (
     ASKED,
     CHOICES,
     CONTEXT,
+    MAY_BE_ASKED,
     OF_THE_PROMPT,
     PICTURES,
     SYSTEM,
@@ -16,6 +17,7 @@ from rlhf_pipeline.data.columns import (
     Seen,
     UnclearError,
     is_empty,
+    is_turns,
     plain,
 )
 from rlhf_pipeline.data.turns import (
@@ -174,6 +176,12 @@ def require_all_used(seen: Seen, uses: dict[str, str]) -> dict[str, str]:
         found[name] = f"repeats a part of `{other}`"
     for name in left:
         known = plain(name)
+        if known in MAY_BE_ASKED and (seen.mostly(name, _is_text) or seen.mostly(name, _is_history)):
+            if seen.repeats(name, uses) is None:
+                raise UnclearError(
+                    f"`{name}` may be a part of the prompt, and would be left out", *_ways_by_name(seen, name, uses)
+                )
+            continue
         if known == name or known not in OF_THE_PROMPT or known in seen:
             continue
         other = seen.repeats(name, uses)
@@ -198,3 +206,25 @@ def _ways(seen: Seen, name: str, uses: dict[str, str]) -> list[tuple[dict[str, s
     elif is_text and in_turns and not seen.first_of(SYSTEM) and name not in CHOICES:
         ways.append(({"system": name}, "makes it the system turn"))
     return [*ways, ({UNUSED: name}, "leaves it out")]
+
+
+def _ways_by_name(seen: Seen, name: str, uses: dict[str, str]) -> list[tuple[dict[str, str], str]]:
+    """The same of one whose name is none that is read."""
+    asked = next((column for column, use in uses.items() if use == "prompt"), None)
+    if asked is None or seen.mostly(asked, lambda value: isinstance(value, list)):
+        return _ways(seen, name, uses)
+    ways: list[tuple[dict[str, str], str]] = []
+    if seen.mostly(name, _is_history) and "history" not in seen:
+        ways.append(({"history": name}, "takes it for the turns before the prompt"))
+    elif plain(name) in ("sys", "persona", "preamble") and not seen.first_of(SYSTEM):
+        ways.append(({"system": name}, "makes it the system turn"))
+    elif seen.mostly(name, _is_text) and not seen.first_of(CONTEXT):
+        ways.append(({"context": name}, f"puts it {'under' if asked == 'instruction' else 'before'} `{asked}`"))
+    return [*ways, ({UNUSED: name}, "leaves it out")]
+
+
+def _is_history(value: Any) -> bool:
+    """Whether it is turns, or pairs of what the user and the assistant said."""
+    return is_turns(value) or (
+        isinstance(value, list) and bool(value) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    )

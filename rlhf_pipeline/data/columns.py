@@ -19,9 +19,17 @@ WHOLE = ("messages", "conversations", "contents")
 CHOSEN = ("chosen", "preferred")
 SYSTEM = ("system", "system_prompt", "system_message")
 CONTEXT = ("context", "contexts", "passage", "passages", "document", "documents", "article")
-PICTURES = ("images", "image", "videos", "video", "audios", "audio")
+PICTURES = ("images", "image", "image_path", "image_url", "videos", "video", "audios", "audio")
 CHOICES = ("options", "choices")
 LISTS = ("ranks", "scores", "ratings", "rating", "rewards", "history", "contexts", "passages", "documents", "tools")
+# Other names of such, which are not read under these.
+MAY_BE_ASKED = (
+    "chat_history", "conversation_history", "dialog_history", "dialogue_history", "dialog", "dialogue", "previous",
+    "previous_turns", "past", "background", "knowledge", "knowledge_base", "evidence", "ctx", "context_text", "docs",
+    "paragraph", "paragraphs", "chunks", "retrieved", "retrieved_documents", "retrieved_docs", "retrieved_context",
+    "facts", "premise", "hypothesis", "persona", "personas", "preamble", "schema", "situation", "scenario", "story",
+    "table", "body", "code", "few_shot", "fewshot", "examples", "demonstrations", "hint", "hints", "sys",
+)  # fmt: skip
 # All that belong to a prompt: what is filled in under one of these is used, or is refused by name.
 OF_THE_PROMPT = (*ASKED, "input", *SYSTEM, "history", *CONTEXT, *PICTURES, *CHOICES)
 UNUSED = "unused"  # a column whose name begins so is not looked at
@@ -171,7 +179,7 @@ def listed(name: str, value: Any) -> Any:
         is_list = replies or name in (*WHOLE, *LISTS)
         if (is_list and value.lstrip()[:1] in ("[", "{")) or TURNS.match(value):
             try:
-                found = _literal(value.strip())
+                found = literal(value.strip())
             except ValueError:
                 if TURNS.match(value) or replies or name in WHOLE:
                     raise RowError(f"`{name}` begins as a list does, and {NO_LIST}: {WRITE_LISTS}") from None
@@ -191,7 +199,7 @@ def is_turns(value: Any) -> bool:
     return bool(turns) and all(isinstance(turn, dict) and any(these <= set(turn) for these in keys) for turn in turns)
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """What a text writes as JSON or as Python does.
 
     Raises:

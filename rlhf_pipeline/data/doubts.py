@@ -16,6 +16,7 @@ MARKING = re.compile(
     r"scores?|rewards?|grades?|stars?|rank(s|ing)?|weights?|spam|(in)?valid|passed|failed)(_|$)"
 )
 OF_PAIRS = (*CHOSEN, "rejected", *OTHER_NAMES["chosen"], *OTHER_NAMES["rejected"])  # which may hold replies
+BETTER_WORSE = (("chosen", "rejected"), ("preferred", "rejected"), ("winner", "loser"), ("better", "worse"))
 PLAIN_WORDS = ("true", "false", "yes", "no", "y", "n")  # which say nothing of what they are about
 
 
@@ -126,3 +127,60 @@ def _is_text_or_turns(value: Any) -> bool:
 def _is_place(value: Any) -> bool:
     """Whether it is a number of a list's entry, or a letter for one."""
     return (is_number(value) and float(value).is_integer()) or (isinstance(value, str) and len(value.strip()) == 1)
+
+
+def require_no_prompt_within(
+    seen: Seen, prompt: str, replies: list[str], ways: list[tuple[dict[str, str], str]]
+) -> None:
+    """See that replies do not begin with their prompt, which would stand there twice.
+
+    Args:
+        seen: the first rows.
+        prompt: the column with the prompt.
+        replies: the columns with replies, all of which begin with it in half of the rows or more where it is repeated.
+        ways: what `columns` may say.
+
+    Raises:
+        UnclearError: they do.
+    """
+    rows = [row for row in seen.rows if isinstance(row.get(prompt), str) and row[prompt].strip()]
+    within = [
+        row
+        for row in rows
+        if all(isinstance(row.get(name), str) and _begins_with(row[name], row[prompt]) for name in replies)
+    ]
+    if rows and 2 * len(within) >= len(rows):
+        names = " and ".join(f"`{name}`" for name in replies)
+        begin = "begins" if len(replies) == 1 else "begin"
+        raise UnclearError(
+            f"{names} {begin} with the text of `{prompt}`, which would stand there twice: cut it off in the data",
+            *ways,
+            hint="a reply is what comes after its prompt",
+        )
+
+
+def _begins_with(text: str, prompt: str) -> bool:
+    text, prompt = text.strip(), prompt.strip()
+    return (
+        text.startswith(prompt)
+        and re.match(r"\W*\w", text[len(prompt) :]) is not None
+        and (re.match(r"\w\w", prompt[-1:] + text[len(prompt) :]) is None)
+    )
+
+
+def require_scores_agree(seen: Seen) -> None:
+    """See that chosen replies do not have the smaller scores, in more than half of the rows.
+
+    Raises:
+        UnclearError: they do.
+    """
+    for name in seen.values:
+        other = next((name.replace(a, b) for a, b in BETTER_WORSE if a in name and name.replace(a, b) in seen), None)
+        if other is None or not re.search("score|rating|reward", name):
+            continue
+        rows = [row for row in seen.rows if is_number(row.get(name)) and is_number(row.get(other))]
+        if 2 * sum(float(row[name]) < float(row[other]) for row in rows) > len(rows):
+            raise UnclearError(
+                f"`{name}` is smaller than `{other}` in most of the rows: the pairs may be the wrong way round",
+                ({UNUSED: name}, "takes them as they are"),
+            )

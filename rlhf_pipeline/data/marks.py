@@ -8,14 +8,17 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf_pipeline.data.columns import (
     NO_LIST,
+    OF_THE_PROMPT,
     RANKED,
     RANKED_IN_NO_ORDER,
     TEXT_OF_REPLY,
     UNUSED,
+    WHOLE,
     WRITE_LISTS,
     Seen,
     UnclearError,
     is_empty,
+    literal,
     plain,
 )
 from rlhf_pipeline.data.turns import Record, Reply, Row, RowError, reply_of, what_is_wrong
@@ -242,13 +245,19 @@ def ranking(seen: Seen) -> Ranking | None:
 
         return Ranking(column, scored, says, used, read_row)
 
+    found: dict[str, Ranking] = {}
     for order in (*RANKS, *SCORES):
         is_rank = order in RANKS
         words = "their ranks, 1 the best," if is_rank else "their scores"
         if any(isinstance(value, list) for value in seen.values.get(order, ())):
-            return made(order, f"with {words} under `{order}`", _beside(column, order, is_rank), not is_rank)
-        if any(order in reply for reply in _of_dicts(seen, column)):
-            return made(None, f"with {words} under `{order}` in each", _within(column, order, is_rank), not is_rank)
+            says = f"with {words} under `{order}`"
+            found[order] = made(order, says, _beside(column, order, is_rank), not is_rank)
+        elif any(order in reply for reply in _of_dicts(seen, column)):
+            says = f"with {words} under `{order}` in each"
+            found[order] = made(None, says, _within(column, order, is_rank), not is_rank)
+    if found:
+        _require_one_order(seen, column, found)
+        return next(iter(found.values()))
     for name in seen.values:
         if BEST.fullmatch(name) and seen.mostly(name, lambda value: isinstance(value, str | int) or is_number(value)):
             from_one = seen.mostly(name, is_number) and _counts_from_one(seen, column, name)
@@ -352,6 +361,30 @@ def _ways_to_count(name: str) -> list[tuple[dict[str, str], str]]:
     ]
 
 
+def _require_one_order(seen: Seen, column: str, orders: dict[str, Ranking]) -> None:
+    """See that ranks and scores of the same replies do not say the opposite of each other, in half of the rows or more.
+
+    Raises:
+        UnclearError: two do.
+    """
+    first, *others = orders
+    for other in others:
+        opposed = []
+        for row in seen.rows:
+            try:
+                scores, more = ([score for _, score in orders[name].read(row)] for name in (first, other))
+            except RowError:
+                continue
+            pairs = itertools.combinations(zip(scores, more, strict=True), 2)
+            opposed.append(any((a - c) * (b - d) < 0 for (a, b), (c, d) in pairs))
+        if opposed and 2 * sum(opposed) >= len(opposed):
+            raise UnclearError(
+                f"`{first}` and `{other}` give the replies of `{column}` different orders",
+                *[({UNUSED: name}, f"leaves `{name}` out") for name in (other, first) if name in orders[name].uses],
+                hint=f"keep one of them, in which 1 is the best if it is called `{RANKS[0]}`, and else the most",
+            )
+
+
 def _require_no_other_order(seen: Seen, column: str) -> None:
     """See that no column holds what may be the order, before the order of the list is taken for it.
 
@@ -375,6 +408,14 @@ def _require_no_other_order(seen: Seen, column: str) -> None:
                 ({"ranks": name}, "takes it for each reply's rank, the less the better"),
                 ({UNUSED: name}, "leaves it out"),
             )
+        nested = [row for row in rows if _holds_order(row[name], len(row[column]))]
+        known = (column, "tools", *WHOLE, *OF_THE_PROMPT)
+        if name not in known and not NO_MARK.search(name) and 2 * len(nested) >= len(rows) > 0:
+            raise UnclearError(
+                f"`{name}` holds what may give the order of `{column}`, which else are from best to worst: "
+                "the list belongs in a column of its own, called `scores` or `ranks`",
+                ({UNUSED: name}, "leaves it out"),
+            )
         if name in MAY_BE_BEST or BEST.fullmatch(name):
             raise UnclearError(
                 f"`{name}` may say which of `{column}` is the best, which else are from best to worst",
@@ -392,6 +433,23 @@ def _require_no_other_order(seen: Seen, column: str) -> None:
         raise UnclearError(
             f"nothing gives the order of `{column}`", ({"replies": column}, "says that they are from best to worst")
         )
+
+
+def _holds_order(value: Any, count: int) -> bool:
+    """Whether there is a list of as many marks as there are replies, in a mapping, in a list, or written as text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = literal(value.strip())
+        except ValueError:
+            return False
+    if isinstance(value, dict):
+        value = {name: one for name, one in value.items() if not NO_MARK.search(str(name))}
+        each = list(value.values())
+        return (len(each) == count and all(map(is_number, each))) or any(_holds_order(one, count) for one in each)
+    if not isinstance(value, list):
+        return False
+    marks = [_is_mark(one) or (isinstance(one, dict) and bool(_numbers_in(one))) for one in value]
+    return (len(value) == count and all(marks)) or any(_holds_order(one, count) for one in value)
 
 
 def _is_mark(value: Any) -> bool:

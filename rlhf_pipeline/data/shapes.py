@@ -29,7 +29,12 @@ from rlhf_pipeline.data.columns import (
     listed,
     renames,
 )
-from rlhf_pipeline.data.doubts import require_no_mark, require_replies_themselves
+from rlhf_pipeline.data.doubts import (
+    require_no_mark,
+    require_no_prompt_within,
+    require_replies_themselves,
+    require_scores_agree,
+)
 from rlhf_pipeline.data.marks import (
     SCORE,
     THUMB,
@@ -190,6 +195,7 @@ def _demonstrations(seen: Seen, chat: bool | None) -> Shape | None:
         asked = None  # beside a whole conversation, `prompt` repeats its beginning
     if asked and reply:
         require_replies_themselves(seen, [reply.column])
+        _require_reply_alone(seen, asked, reply.column)
         return _single(asked, reply, mark(seen, reply.column, pairs=False), pairs=False) or Shape(
             f"{asked.name}/{reply.column}",
             f"{asked.name}/{reply.column}: {asked.says} and {reply.says}",
@@ -256,6 +262,7 @@ def _preferences(seen: Seen, chat: bool | None) -> Shape | None:
         return ranked
     reply = _reply(seen)
     if asked and reply:
+        _require_reply_alone(seen, asked, reply.column)
         return _single(asked, reply, mark(seen, reply.column, pairs=True), pairs=True)
     marked = mark(seen, None, pairs=True) if column else None
     return _marked_conversations(column, marked, pairs=True) if column and marked else None
@@ -302,6 +309,17 @@ def _reply(seen: Seen) -> _Reply | None:
     if seen.mostly("answers", lambda value: isinstance(value, dict) and "text" in value):
         return _Reply("answers", "the first text of `answers` as the reply", _first_answer)
     return None
+
+
+def _require_reply_alone(seen: Seen, asked: Asked, reply: str) -> None:
+    """See that a reply does not begin with its prompt, where that is text: what somebody says may be repeated.
+
+    Raises:
+        UnclearError: it does.
+    """
+    if "prompt" in asked.uses and asked.says.startswith("text"):
+        ways = [({"question": "prompt"}, "takes the prompt for a user's turn, which the reply repeats")]
+        require_no_prompt_within(seen, "prompt", [reply], ways)
 
 
 def _first_answer(row: Row) -> str:
@@ -392,6 +410,7 @@ def _ranking(seen: Seen, chat: bool | None, choose: Callable[[Scored], list[Reco
 def _chosen_and_rejected(seen: Seen, chat: bool | None, asked: Asked | None, better: str) -> Shape:
     """Chosen and rejected: replies to a prompt, or whole conversations or texts that begin alike."""
     require_replies_themselves(seen, (better, "rejected"), (*RANKED, *RANKED_IN_NO_ORDER))
+    require_scores_agree(seen)
     whole = seen.mostly(better, lambda value: isinstance(value, list) and len(value) > 1)
     before = seen.first_of(WHOLE)
     if asked is None and before and not whole:
@@ -402,6 +421,9 @@ def _chosen_and_rejected(seen: Seen, chat: bool | None, asked: Asked | None, bet
         asked = Asked(before, "a conversation", read_before, {before: "conversation before the replies"})
 
     if asked is not None and not whole:
+        prompt = next(iter(asked.uses))
+        ways = [({UNUSED: prompt}, f"takes the common beginning of `{better}` and `rejected` for it")]
+        require_no_prompt_within(seen, prompt, [better, "rejected"], ways)
         return _replies_to(asked, better, "rejected")
 
     def read(row: Row) -> list[Record]:

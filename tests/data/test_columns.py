@@ -100,9 +100,19 @@ def test_the_first_answer_of_squad_is_the_reply():
         ({"messages": [ASKS, SAYS], "context": "C."}, "context",
          ([{"role": "system", "content": "C."}, ASKS], "hello")),
         ({"question": "hi", "Context": "C.", "output": "x"}, "Context", ([user("C.\n\nhi")], "x")),
-        ({"question": "hi", "Retrieved": "C.", "System Prompt": "S", "output": "x"}, "System Prompt",
+        ({"question": "hi", "Origin": "C.", "System Prompt": "S", "output": "x"}, "System Prompt",
          ([{"role": "system", "content": "S"}, ASKS], "x")),
         ({"question": "hi", "options": ["a", "b"], "output": "x"}, "options", ([ASKS], "x")),
+        ({"question": "hi", "background": "C.", "output": "x"}, "background", ([user("C.\n\nhi")], "x")),
+        ({"instruction": "hi", "Retrieved Docs": ["C.", "D."], "output": "x"}, "Retrieved Docs",
+         ([user("hi\n\nC.\n\nD.")], "x")),
+        ({"prompt": "hi", "chat_history": [user("a"), SAYS], "output": "x"}, "chat_history",
+         ([user("a"), SAYS, ASKS], "x")),
+        ({"prompt": "hi", "dialogue": [["a", "hello"]], "output": "x"}, "dialogue", ([user("a"), SAYS, ASKS], "x")),
+        ({"question": "hi", "persona": "S", "output": "x"}, "persona",
+         ([{"role": "system", "content": "S"}, ASKS], "x")),
+        ({"messages": [ASKS, SAYS], "knowledge": "C."}, "knowledge",
+         ([{"role": "system", "content": "C."}, ASKS], "hello")),
         ({"question": "hi", "images": ["a.png"], "output": "x"}, "images", ([ASKS], "x")),
         ({"question": "hi", "context": {"title": ["t"]}, "output": "x"}, "context", ([ASKS], "x")),
         ({"question": "hi", "system": "S", "system_prompt": "T", "output": "x"}, "system_prompt",
@@ -188,6 +198,38 @@ def test_whole_texts_may_have_other_columns():
 def test_a_rejected_response_beside_the_reply(row):
     assert read("preferences", row)[0] == [([ASKS], "hello", "go away")]
     assert read("demonstrations", row)[0] == [([ASKS], "hello")]
+
+
+@pytest.mark.parametrize("name", ["prompt", "input", "question"])
+def test_replies_that_begin_with_their_prompt_are_not_read_behind_it(name, tmp_path):
+    rows = [{name: f"What is {n}?", "chosen": f"What is {n}? It is.", "rejected": f"What is {n}? No."} for n in (1, 2)]
+    error = refused("preferences", *rows)
+    assert f"begin with the text of `{name}`" in error.message and ways_out(error) == [{"unused": name}]
+    assert read("preferences", *pasted(tmp_path, rows, {"unused": name}))[0][0] == ("What is 1?", " It is.", " No.")
+    only_one = [row | {"rejected": "No."} for row in rows]
+    assert read("preferences", *only_one)[0][0][1:] == ("What is 1? It is.", "No.")
+
+
+def test_a_completion_that_begins_with_its_prompt_is_not_read_behind_it(tmp_path):
+    rows = [{"prompt": "Q: hi\nA:", "completion": "Q: hi\nA: hello", "score": score} for score in (2, 1)]
+    for wanted in ("demonstrations", "preferences"):
+        error = refused(wanted, *rows)
+        assert "`completion` begins with the text of `prompt`" in error.message
+        assert ways_out(error) == [{"question": "prompt"}]
+        assert read(wanted, *pasted(tmp_path, rows, {"question": "prompt"}))[0][0][1] == "Q: hi\nA: hello"
+    for reply in ("Q: hi\nA:", "Q: hi\nA:  ", "Q: hi\nB: hello"):
+        assert read("demonstrations", rows[0] | {"completion": reply})[0][0][1] == reply
+    assert read("demonstrations", {"prompt": "hi", "completion": "high up"})[0] == [("hi", "high up")]
+
+
+def test_pairs_whose_scores_say_the_opposite_are_refused(tmp_path):
+    rows = [
+        {"prompt": "hi", "chosen": "go", "rejected": "hello", "chosen_score": n, "rejected_score": 5} for n in (1, 7)
+    ]
+    assert len(read("preferences", *rows)[0]) == 2  # half of them are no pattern
+    error = refused("preferences", rows[0])
+    assert "`chosen_score` is smaller than `rejected_score`" in error.message
+    assert read("preferences", *pasted(tmp_path, rows[:1], ways_out(error)[0]))[0] == [("hi", "go", "hello")]
 
 
 # Marks of single replies
@@ -413,6 +455,37 @@ def test_no_order_is_guessed_where_a_column_may_give_it(row, name, expected, tmp
     for columns in ways_out(error):
         assert read("preferences", *pasted(tmp_path, [row], columns))[0]
     assert read("preferences", *pasted(tmp_path, [row], {expected: name}))[0] == [([ASKS], "hello", "go")]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"ratings": [2, 5]}, {"a": {"ratings": ["2", "5"]}}, [{"rating": 2}, {"rating": 5}], [[2, 5], [1, 4], [2, 3]],
+     {"reply_1": 2, "reply_2": 5}, "[2, 5]", '{"ratings": [2, 5]}'],
+)  # fmt: skip
+def test_no_order_is_guessed_where_it_may_be_within_a_mapping_or_a_list(value, tmp_path):
+    row = {"question": "hi", "replies": ["go", "hello"], "annotations": value}
+    error = refused("preferences", row)
+    assert "`annotations`" in error.message and ways_out(error)[-1] == {"unused": "annotations"}
+    assert read("preferences", *pasted(tmp_path, [row], {"unused": "annotations"}))[0] == [([ASKS], "go", "hello")]
+
+
+@pytest.mark.parametrize(
+    "value", [{"lengths": [2, 5]}, {"model": "a", "seed": 1}, [{"model": "a"}, {"model": "b"}], "[x]"]
+)
+def test_what_else_is_within_a_mapping_or_a_list_is_no_order(value):
+    row = {"question": "hi", "replies": ["hello", "go"], "annotations": value}
+    assert read("preferences", row)[0] == [([ASKS], "hello", "go")]
+
+
+def test_ranks_and_scores_that_say_the_opposite_are_refused(tmp_path):
+    row = {"question": "hi", "replies": ["go", "hello"], "scores": [1, 2], "ranks": [1, 2]}
+    error = refused("preferences", row)
+    assert ways_out(error) == [{"unused": "scores"}, {"unused": "ranks"}]
+    after = [read("preferences", *pasted(tmp_path, [row], columns))[0][0] for columns in ways_out(error)]
+    assert after == [([ASKS], "go", "hello"), ([ASKS], "hello", "go")]
+    assert read("preferences", row | {"ranks": [2, 1]})[0] == [([ASKS], "hello", "go")]
+    within = [{"text": "go", "score": 1, "rank": 1}, {"text": "hello", "score": 2, "rank": 2}]
+    assert "different orders" in refused("preferences", {"question": "hi", "replies": within}).message
 
 
 @pytest.mark.parametrize("more", [{"votes": 1}, {"annotations": {"helpfulness": {"Rating": "3"}}}, {"right": True}])
