@@ -42,7 +42,7 @@ smoke: .venv/ready
 	set -e; for recipe in recipes/*.yaml; do $(BIN)/rlhf-pipeline smoke $$recipe; done
 
 # Every causal architecture of Transformers, made small at random: what holds of it. Renews docs/architectures.md, in
-# about twenty minutes.
+# about half an hour.
 zoo: .venv/ready
 	$(BIN)/python benchmarks/architectures.py --page docs/architectures.md > /dev/null
 
