@@ -408,9 +408,9 @@ def _require_no_other_order(seen: Seen, column: str) -> None:
                 ({"ranks": name}, "takes it for each reply's rank, the less the better"),
                 ({UNUSED: name}, "leaves it out"),
             )
-        nested = [row for row in rows if _holds_order(row[name], len(row[column]))]
+        holding = [row for row in rows if _holds_order(row[name], len(row[column]))]
         known = (column, "tools", *WHOLE, *OF_THE_PROMPT)
-        if name not in known and not NO_MARK.search(name) and 2 * len(nested) >= len(rows) > 0:
+        if name not in known and not NO_MARK.search(name) and 2 * len(holding) >= len(rows) > 0:
             raise UnclearError(
                 f"`{name}` holds what may give the order of `{column}`, which else are from best to worst: "
                 "the list belongs in a column of its own, called `scores` or `ranks`",
