@@ -131,7 +131,7 @@ def is_trained(turn: Any, column: str) -> bool:
         value = turn.get(name)
         if value is None:
             continue
-        said = YES_OR_NO.get(_as_word(value))
+        said = said_of(value)
         if said is None:
             what = "weight" if name in TRAINED else f"`{name}`"
             raise RowError(f"a turn of `{column}` has the {what} {_shown(value)}; a turn is trained, 1, or not, 0")
@@ -170,6 +170,11 @@ def others_in_turns(turns: Any) -> list[str]:
     return [key for key in dict.fromkeys(keys) if key not in READ]
 
 
+def said_of(value: Any) -> bool | None:
+    """Whether a value says yes, as 1, true and "1" do, or no; None where it says neither."""
+    return YES_OR_NO.get(_as_word(value))
+
+
 def _as_word(value: Any) -> str:
     """A truth value, a whole number or a text as a word: 0, 0.0 and "0" are the same."""
     if isinstance(value, float) and value.is_integer():
@@ -184,10 +189,14 @@ def _shown(value: Any) -> str:
 def tools_of(row: Row) -> list[dict[str, Any]]:
     """The tools of a row, each as `{type: function, function: {name, …}}`; none where it has none.
 
+    They are in `tools`, or in `functions`, as they were called before, where that is a list of them.
+
     Raises:
         RowError: `tools` is something else.
     """
     found = row.get("tools")
+    if not found and has_functions(row.get("functions")):
+        found = row["functions"]
     if found is None or (isinstance(found, str) and not found.strip()):
         return []
     if isinstance(found, str):
@@ -198,6 +207,16 @@ def tools_of(row: Row) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         raise RowError(what_is_wrong("tools", found, "a list of functions"))
     return [_tool(_from_json(one, "tools")) for one in found]
+
+
+def has_functions(value: Any) -> bool:
+    """Whether a value is a list of functions, perhaps as JSON, as `[{name: …, parameters: …}]`."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return False
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "name" in one for one in value)
 
 
 def _tool(tool: Any) -> dict[str, Any]:

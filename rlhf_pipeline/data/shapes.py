@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from rlhf_pipeline.data import asked as prompts
+from rlhf_pipeline.data import beside
 from rlhf_pipeline.data.advice import Wanted, advice, needs
 from rlhf_pipeline.data.asked import Asked
 from rlhf_pipeline.data.columns import (
@@ -49,6 +50,7 @@ from rlhf_pipeline.data.marks import (
     thumb,
 )
 from rlhf_pipeline.data.pairs import require_common_beginnings, split_texts, whole_conversations, whole_transcripts
+from rlhf_pipeline.data.parts import has_functions
 from rlhf_pipeline.data.turns import (
     Prompt,
     Record,
@@ -147,6 +149,8 @@ def _complete(shape: Shape, seen: Seen, wanted: Wanted, names: list[str], system
         uses["system"] = "system prompt"
     if seen.is_filled("tools") and shape.name != "text":
         uses["tools"] = "tools"
+    if seen.share("functions", has_functions) and not seen.is_filled("tools") and shape.name != "text":
+        uses["functions"] = "tools"
     uses |= prompts.require_all_used(seen, uses)
     if system not in (None, "system") and "system" in uses:
         uses[system] = uses.pop("system")
@@ -157,6 +161,11 @@ def _complete(shape: Shape, seen: Seen, wanted: Wanted, names: list[str], system
             numbers = [name for name in seen.values if shape.name == "text" and seen.mostly(name, is_number)]
             require_no_mark(seen, {*uses, *numbers}, next(iter(replies), None))
     marks = () if wanted == "prompts" or "rejected" in seen else (*THUMB, *SCORE)
+    weighed = [] if wanted == "prompts" or shape.name == "text" else beside.weights(seen, uses)
+    uses |= dict.fromkeys(weighed, "whether the row is trained")
+    reply = next((name for name, use in uses.items() if use == "reply"), None)
+    if reply and wanted == "demonstrations":
+        beside.require_no_reasoning(seen, uses, reply)
     late = [name for name in (*OF_THE_PROMPT, *marks) if name not in ("system", *uses) and not seen.is_filled(name)]
 
     def read(row: Row) -> list[Record]:
@@ -169,9 +178,11 @@ def _complete(shape: Shape, seen: Seen, wanted: Wanted, names: list[str], system
         as_read = {name: listed(name, value) if name in uses else value for name, value in row.items()}
         if system not in (None, "system"):
             as_read["system"] = as_read.get(system)
-        return shape.read(as_read)
+        found = shape.read(as_read)
+        return found if beside.is_trained(row, weighed) else []
 
-    return replace(shape, read=read, used_as={name: uses.get(name) for name in names})
+    used_as = {name: uses.get(name) for name in names} | beside.unused_in_turns(seen, uses)
+    return replace(shape, read=read, used_as=used_as)
 
 
 def _fitting(seen: Seen, chat: bool | None) -> list[Wanted]:
@@ -348,7 +359,7 @@ def _marked_conversations(column: str, marked: Mark, pairs: bool) -> Shape:
     """A whole conversation in each row, and how good the reply is that ends it."""
     name = f"{column}/{marked.column}"
     says, uses = "conversations, whose last turn is", {column: "conversation"}
-    return _of_marked(name, says, lambda row: demonstration(row, column), marked, pairs, uses)
+    return _of_marked(name, says, lambda row: demonstration(row, column, judged=not pairs), marked, pairs, uses)
 
 
 def _of_marked(

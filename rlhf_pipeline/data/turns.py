@@ -26,6 +26,8 @@ Prompt = str | list[Turn]
 Reply = str | Turn  # a turn where there is more than text: `reasoning_content`, `tool_calls`
 Record = tuple[Any, ...]  # (prompt, reply), (prompt, chosen, rejected), or (prompt,)
 
+PAIRED = ("chosen", "preferred", "rejected", "rejected_response")  # of which a turn may say what the column says
+
 # Which roles may follow a role; None is the beginning.
 AFTER: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -62,6 +64,8 @@ def reply_of(row: Row, column: str) -> Reply:
         raise RowError(f"the reply in `{column}` is the turn of {turn['role']}, and not of the assistant")
     if not is_trained(value[0], column):
         raise RowError(f"the reply in `{column}` has the weight 0, so it may not be trained")
+    if column not in PAIRED and not is_good(value[0], column):
+        raise RowError(f"the reply in `{column}` says of itself that it is a bad one")
     return as_reply(turn, column)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from rlhf_pipeline.data.parts import RowError
 from rlhf_pipeline.data.shapes import recognise
+from rlhf_pipeline.errors import ColumnsError
 
 USER = {"role": "user", "content": "Weather in Rome?"}
 CALL = {"id": "c7", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
@@ -159,6 +160,44 @@ def test_marks_of_a_turn_say_that_it_is_not_trained(mark):
     assert read({"messages": [USER, kept]}) == [([USER], "Go away.")]
 
 
+def test_a_row_of_weight_0_is_not_trained_as_a_whole():
+    rows = [{"messages": [USER, REPLY], "weight": weight} for weight in (0, 1, "0")]
+    shape = recognise(rows, "demonstrations")
+    assert [len(shape.read(row)) for row in rows] == [0, 1, 0]
+    assert shape.used_as == {"messages": "conversation", "weight": "whether the row is trained"}
+
+
+def test_functions_are_the_former_name_of_tools():
+    row = {"messages": [USER, REPLY], "functions": [TOOL["function"]]}
+    assert read(row)[0][0] == [USER | {"tools": [TOOL]}]
+    assert recognise([row], "demonstrations").used_as["functions"] == "tools"
+    other = {"prompt": "What does it define?", "completion": "f", "functions": "def f"}
+    assert recognise([other], "demonstrations").used_as["functions"] is None
+
+
+def test_keys_of_turns_that_are_not_looked_at_are_listed():
+    row = {"messages": [USER | {"id": 3}, REPLY | {"emotion": "joy", "weight": 1}], "tools": [TOOL]}
+    used_as = recognise([row], "demonstrations").used_as
+    assert used_as.pop("tools") == "tools"
+    assert used_as == {"messages": "conversation", "messages[].id": None, "messages[].emotion": None}
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking", "thought", "cot", "rationale"])
+def test_reasoning_beside_a_reply_is_not_lost(name):
+    row = {"question": "1+1?", name: "One and one.", "answer": "2"}
+    with pytest.raises(ColumnsError, match=f"`{name}` may be the reasoning") as caught:
+        read(row)
+    assert f"unused: {name}" in caught.value.hint
+    assert read(row | {"answer": "One and one. So 2."})
+    assert read(row, "prompts")
+
+
+@pytest.mark.parametrize("weight", [0.5, 2])
+def test_a_share_of_a_row_is_refused_by_name(weight):
+    with pytest.raises(ColumnsError, match="`weight` may say how much a row counts"):
+        read({"messages": [USER, REPLY], "weight": weight})
+
+
 def test_other_words_about_a_turn_are_no_marks():
     assert read({"messages": [USER, REPLY | {"label": "joy", "feedback": "Well said!"}]}) == [([USER], "It is sunny.")]
 
@@ -183,6 +222,7 @@ def test_a_row_of_weight_0_alone_gives_nothing():
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "c7"}]}]}, "a call of a tool in `messages`"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "f(1)"}]}, "not JSON"),
         ({"prompt": "Weather?", "completion": "Sun.", "tools": [TOOL]}, "`tools` go through a chat template"),
+        ({"prompt": [USER], "completion": [REPLY | {"label": "bad"}]}, "says of itself that it is a bad one"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "`rejected` has the weight 0"),
         ({"chosen": [USER, BAD], "rejected": [USER, GOOD]}, "`chosen` has the weight 0"),
     ],
