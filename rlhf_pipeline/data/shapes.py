@@ -154,6 +154,8 @@ def _complete(shape: Shape, seen: Seen, wanted: Wanted, names: list[str], system
     uses |= prompts.require_all_used(seen, uses)
     if system not in (None, "system") and "system" in uses:
         uses[system] = uses.pop("system")
+    weighed = [] if wanted == "prompts" or shape.name == "text" else beside.weights(seen, uses)
+    uses |= dict.fromkeys(weighed, "whether the row is trained")
     if wanted != "prompts" and not {"label", "score", "order of the replies"} & set(uses.values()):
         replies = [name for name, use in uses.items() if use == "reply"]
         if replies or shape.name in (*WHOLE, "text"):
@@ -161,8 +163,6 @@ def _complete(shape: Shape, seen: Seen, wanted: Wanted, names: list[str], system
             numbers = [name for name in seen.values if shape.name == "text" and seen.mostly(name, is_number)]
             require_no_mark(seen, {*uses, *numbers}, next(iter(replies), None))
     marks = () if wanted == "prompts" or "rejected" in seen else (*THUMB, *SCORE)
-    weighed = [] if wanted == "prompts" or shape.name == "text" else beside.weights(seen, uses)
-    uses |= dict.fromkeys(weighed, "whether the row is trained")
     reply = next((name for name, use in uses.items() if use == "reply"), None)
     if reply and wanted == "demonstrations":
         beside.require_no_reasoning(seen, uses, reply)
