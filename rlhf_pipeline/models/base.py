@@ -28,10 +28,14 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import experts, loading
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.score_head import backbone_name, with_score_head
-from rlhf_pipeline.recipe import PICKLE_SUFFIXES
+from rlhf_pipeline.recipe import model_files
 from rlhf_pipeline.recipe.schema import Model
 
 Head = Literal["causal", "score"]
+OTHER_TOKENIZER = (
+    "the tokenizer is another model's, or tokens were added without `resize_token_embeddings`: save both of one model "
+    "to a folder"
+)
 
 
 def device() -> torch.device:
@@ -86,7 +90,7 @@ def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig
         config: from `load_config`, which is called where this is None.
 
     Raises:
-        InputError: see `load_config`.
+        InputError: see `load_config`; or no model can be made of the configuration.
     """
     config = load_config(spec) if config is None else copy.deepcopy(config)  # a model changes its own
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
@@ -94,8 +98,29 @@ def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig
     registered = known and not type(config).__module__.startswith("transformers.")
     if _brings_class(config, spec) and not registered:
         options["code_revision"] = spec.revision  # else Transformers takes the code of the newest commit
-    model = AutoModelForCausalLM.from_config(config, **options)
+    try:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:  # Transformers' classes, and those that come with models, check it in many ways
+        raise _makes_no_model(spec, config, error) from None
     return with_score_head(model) if head == "score" else model
+
+
+def _makes_no_model(spec: Model, config: PretrainedConfig, error: Exception) -> InputError:
+    """Of a configuration that is understood."""
+    pad, tokens = (getattr(config.get_text_config(), name, None) for name in ("pad_token_id", "vocab_size"))
+    place = f"model.path: {spec.path}"
+    if "adding_idx" in str(error) and pad is not None and tokens is not None:
+        return InputError(
+            f"config.json has `pad_token_id` {pad:,}, and the model has {tokens:,} tokens: Transformers refuses that",
+            place=place,
+            hint="set `pad_token_id` in config.json to null: the tokenizer's is used here",
+        )
+    said = " ".join(str(error).split()) or type(error).__name__
+    return InputError(
+        f"no {config.model_type} model can be made of its config.json: {said}",
+        place=place,
+        hint="see that config.json is the one that came with the weights",
+    )
 
 
 def refuse_untrusted_code(spec: Model, error: Exception) -> None:
@@ -132,15 +157,8 @@ def check_files(spec: Model) -> None:
         InputError: it is on the hub, which does not answer, and not in the local cache; or a file is not as it should.
     """
     names, place = _file_names(spec), f"model.path: {spec.path}"
-    pickles = sorted(name for name in names if "/" not in name and Path(name).suffix in PICKLE_SUFFIXES)
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise InputError(
-            f"its weights are a pickle, {pickles[0]}, which can run any code when it is opened, so only *.safetensors "
-            "are read",
-            place=place,
-            hint="if you trust who made it, load model and tokenizer once with Transformers and `save_pretrained` both "
-            "to a new folder",
-        )
+    if found := model_files.other_format(spec.path, names):
+        raise InputError(found.message, place=place, hint=found.hint)
     if "adapter_config.json" in names:
         raise InputError(
             "there is an adapter beside the model, which would silently become part of it",
@@ -150,13 +168,16 @@ def check_files(spec: Model) -> None:
 
 
 def _file_names(spec: Model) -> list[str]:
-    """The files of a model folder or hub model; none where the hub does not say and the cache may have the model."""
+    """The files of a model folder or hub model, but not of folders below it.
+
+    None where the hub does not say and the cache may have the model.
+    """
     folder = Path(spec.path)
     if folder.is_dir():
         return [file.name for file in folder.iterdir()]
     try:
         found = hub.ask("model", spec.path, spec.revision)
-        return [file.rfilename for file in found.siblings or []]
+        return [file.rfilename for file in found.siblings or [] if "/" not in file.rfilename]
     except HfHubHTTPError:
         return []  # it answers; what is wrong, loading says better
     except HFValidationError as error:  # a path, which no cache has either
@@ -275,6 +296,18 @@ def load_generation_config(spec: Model, config: PretrainedConfig) -> GenerationC
         return GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
     except (OSError, ValueError):  # most base models have none
         return GenerationConfig.from_model_config(config)
+
+
+def beyond_embedding(
+    largest: int | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, place: str
+) -> InputError | None:
+    """What is wrong with texts whose largest token id is this; None where the embedding has a row for it."""
+    tokens = config.get_text_config().vocab_size
+    if largest is None or largest < tokens:
+        return None
+    word = tokenizer.convert_ids_to_tokens(largest)
+    said = f"`{word}` is token {largest:,} of the tokenizer, and the model has {tokens:,} tokens"
+    return InputError(said, place=place, hint=OTHER_TOKENIZER)
 
 
 def find_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,7 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from rlhf_pipeline.errors import InputError
@@ -18,6 +21,7 @@ from rlhf_pipeline.recipe import model_files
 from rlhf_pipeline.recipe.schema import Model
 
 # What older versions of Transformers and fairseq saved beside the weights: masks, positions, a number.
+STORED = ("quantization_config", "compression_config")  # what says in a configuration how weights are stored
 NO_WEIGHT = re.compile(r"\.(masked_bias|attn(\.attention)?\.bias|inv_freq|position_ids|version)$")
 
 
@@ -27,8 +31,8 @@ def require_quantization(config: PretrainedConfig, spec: Model) -> None:
     Raises:
         InputError: the recipe wants them otherwise, or adapters are not trained over such weights.
     """
-    folder = Path(spec.path)
-    found = model_files.dtypes(folder) if folder.is_dir() else set()
+    folder = _folder(spec)
+    found = model_files.dtypes(folder) if folder else {}
     problem = model_files.quantization_problem(stored_quantization(config), spec.quantization, found)
     if problem:
         raise InputError(problem.message, place=f"model.path: {spec.path}", hint=problem.hint)
@@ -37,26 +41,44 @@ def require_quantization(config: PretrainedConfig, spec: Model) -> None:
 def stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
     """How the weights are stored, in the words of the configuration or of the text model's inside it."""
     for one in (config, config.get_text_config()):
-        for name in ("quantization_config", "compression_config"):
+        for name in STORED:
             if (found := getattr(one, name, None)) is not None:
                 return dict(found) if isinstance(found, dict) else dict(found.to_dict())
     return None
 
 
-def require_weights(spec: Model, config: PretrainedConfig) -> None:
-    """See that a folder has all weights of its model, by names and shapes; no weight is read.
+def _folder(spec: Model) -> Path | None:
+    """Where a model's files are: its folder, or one of the hub's cache that has all of them; None where none has."""
+    if Path(spec.path).is_dir():
+        return Path(spec.path)
+    cached = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
+    if not isinstance(cached, str):
+        return None
+    folder = Path(cached).parent
+    return folder if model_files.no_model(folder) is None and model_files.problem(folder) is None else None
 
-    Weights that are stored in few bits have other shapes; they are seen to when they are loaded.
+
+def require_weights(spec: Model, config: PretrainedConfig) -> None:
+    """See that all weights of a model are there, by names and shapes, and as the recipe has it; no weight is read.
+
+    Weights that are stored in 4 bits have other shapes; of them, the names alone are compared.
 
     Args:
-        spec: the recipe's `model`. Of one on the hub, which may not be here yet, nothing is asked.
+        spec: the recipe's `model`. Of one on the hub that is not here yet, nothing is asked.
         config: from `base.load_config`.
 
     Raises:
-        InputError: some are missing, or there are others.
+        InputError: some are missing, or there are others; or see `require_quantization`.
     """
-    if Path(spec.path).is_dir() and stored_quantization(config) is None:
-        _load(spec, config, torch.device("meta"), {})
+    require_quantization(config, spec)
+    if _folder(spec) is None:
+        return
+    packed = stored_quantization(config) is not None
+    config = copy.deepcopy(config)
+    for one in (config, config.get_text_config()):
+        for name in STORED:
+            vars(one).pop(name, None)
+    _load(spec, config, torch.device("meta"), {}, packed)
 
 
 def load(spec: Model, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -69,9 +91,8 @@ def load(spec: Model, config: PretrainedConfig, device: torch.device, dtype: tor
         dtype: of weights that are not quantized, and of what is computed with those that are.
 
     Raises:
-        InputError: weights are missing, or there are others; or see `require_quantization`.
+        InputError: see `require_weights`.
     """
-    require_quantization(config, spec)
     require_weights(spec, config)  # shapes, too, which are not looked at where weights become 4 bits
     config = copy.deepcopy(config)
     stored = stored_quantization(config)
@@ -80,7 +101,27 @@ def load(spec: Model, config: PretrainedConfig, device: torch.device, dtype: tor
         options["quantization_config"] = quantization_config(spec, dtype)
     else:
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-    return _load(spec, config, device, options)
+    model = _load(spec, config, device, options)
+    if stored is not None:
+        _require_packed(model, spec)
+    return model
+
+
+def _require_packed(model: PreTrainedModel, spec: Model) -> None:
+    """See that the layers that are to be in few bits were stored so; else they cannot compute.
+
+    Raises:
+        InputError: one was not.
+    """
+    for name, module in model.named_modules():
+        four = isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is None
+        eight = isinstance(module, bnb.nn.Linear8bitLt) and getattr(module.weight, "SCB", None) is None
+        if four or eight:
+            raise InputError(
+                f"`{name}.weight` is stored whole, and config.json says that it is in {spec.quantization}",
+                place=f"model.path: {spec.path}",
+                hint=f"add `{name}` to `llm_int8_skip_modules` under `quantization_config` in config.json",
+            )
 
 
 def quantization_config(spec: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -99,23 +140,44 @@ def quantization_config(spec: Model, dtype: torch.dtype) -> BitsAndBytesConfig |
     return BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
 
 
-def _load(spec: Model, config: PretrainedConfig, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(
-        spec.path,
-        config=copy.deepcopy(config),  # a model changes its own
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        device_map={"": device},
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are an error below, with their names
-        **options,
-    )
+def _load(
+    spec: Model,
+    config: PretrainedConfig,
+    device: torch.device,
+    options: dict[str, Any],
+    packed: bool = False,
+) -> PreTrainedModel:
+    """Load a model, and compare its weights with those that are stored.
+
+    With `packed`, some are stored in few bits, and beside them is what makes numbers of them: in 4 bits as
+    `[bytes, 1]`, in 8 in their own shape, but for GPT-2's layers, which are stored the other way round.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            config=copy.deepcopy(config),  # a model changes its own
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, with their names
+            **options,
+        )
+    except SafetensorError as error:
+        place = f"model.path: {spec.path}"
+        raise InputError(f"its weights cannot be read: {error}", place=place, hint=model_files.DAMAGED) from None
     missing = sorted(found["missing_keys"])
     # Of a model for several kinds of input, the text model alone may be what is loaded; what is missing still shows.
     of_text = config.get_text_config() is config
     others = sorted(name for name in found["unexpected_keys"] if of_text and not NO_WEIGHT.search(name))
-    shapes = [f"`{key}` is {list(theirs)} and should be {list(ours)}" for key, theirs, ours in found["mismatched_keys"]]
+    shapes = [
+        f"`{key}` is {list(theirs)} and should be {list(ours)}"
+        for key, theirs, ours in found["mismatched_keys"]
+        if not (packed and (list(theirs)[1:] == [1] or theirs == ours[::-1]))
+    ]
+    if packed:
+        others = [name for name in others if not model_files.packed_weights([name])]
     said = []
     if missing:
         said.append(f"lacks {_named(missing)}, which would be drawn at random")

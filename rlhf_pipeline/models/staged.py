@@ -36,6 +36,7 @@ class StagedBase:
     def __init__(self, spec: Model, artifacts: dict[str, Path]) -> None:
         self.tokenizer = load_tokenizer(spec)
         self.causal_lm = base.load_base(spec, self.tokenizer)
+        self.causal_lm.get_input_embeddings().register_forward_pre_hook(self._require_rows)
         self._artifacts = artifacts
         self.names = {name: f"adapter{i}" for i, name in enumerate(artifacts)}  # PEFT takes no name with a dot
         self._in_bfloat16 = base.resolve_dtype(spec.dtype) == torch.bfloat16
@@ -52,6 +53,17 @@ class StagedBase:
         self.causal_lm.requires_grad_(False).eval()
         self._layers = [module for module in self.causal_lm.modules() if isinstance(module, BaseTunerLayer)]
         self._switch([])
+
+    def _require_rows(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """See that the embedding has a row for each token of a text that no recipe's check has seen.
+
+        Raises:
+            InputError: it lacks one.
+        """
+        largest = int(inputs[0].max()) if inputs and inputs[0].numel() else None
+        error = base.beyond_embedding(largest, self.tokenizer, self.causal_lm.config, "the text")
+        if error:
+            raise error
 
     def _switch(self, names: list[str]) -> None:
         for layer in self._layers:

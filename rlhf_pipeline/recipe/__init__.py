@@ -17,7 +17,7 @@ from rlhf_pipeline.local import resolved
 from rlhf_pipeline.recipe import gates, outside
 from rlhf_pipeline.recipe.layers import OF_SOURCE, read
 from rlhf_pipeline.recipe.origins import Origins
-from rlhf_pipeline.recipe.paths import PICKLE_SUFFIXES, resolve_paths
+from rlhf_pipeline.recipe.paths import resolve_paths
 from rlhf_pipeline.recipe.resolve import resolve_stages
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Model, Recipe, Stage
 from rlhf_pipeline.recipe.shipped import PACKAGE, TINY, find, shipped, shipped_folder
@@ -27,7 +27,6 @@ from rlhf_pipeline.recipe.yaml import dump, parse_document
 __all__ = [
     "BASE",
     "PACKAGE",
-    "PICKLE_SUFFIXES",
     "TINY",
     "Data",
     "Evaluate",

@@ -13,7 +13,6 @@ from rlhf_pipeline.recipe.schema import Data, Recipe
 from rlhf_pipeline.recipe.shipped import TINY
 from rlhf_pipeline.recipe.yaml import KeyPath
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 RELATIVE = "relative paths start from the folder of the file that they are written in"
 
 
@@ -153,42 +152,9 @@ def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             problems.add(key, _not_there("model folder", local), RELATIVE)
         return path  # a hub id
-    if found := _no_model(local) or model_files.problem(local):
+    if found := model_files.no_model(local) or model_files.problem(local):
         problems.add(key, *found)
     return str(resolved(local))
-
-
-def _no_model(path: Path) -> model_files.Problem | None:
-    """Why something that is there is not a model folder with weights that are read; None where it is one."""
-    files = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
-    has = {suffix: name for name in reversed(files) for suffix in (Path(name).suffix,)}
-    pickled = next((has[suffix] for suffix in PICKLE_SUFFIXES if suffix in has), None)
-    if ".gguf" in has and ".safetensors" not in has:
-        return model_files.Problem(
-            f"{path} holds a model as GGUF, which llama.cpp reads and nothing trains",
-            "take the checkpoint that it was made of: config.json and *.safetensors",
-        )
-    if "adapter_config.json" in files and "config.json" not in files:
-        return model_files.Problem(
-            f"{path} is an adapter, not a model",
-            "name the model that it was trained over here, and the adapter as `init` of the stage that starts from it",
-        )
-    if "config.json" not in files:
-        return model_files.Problem(
-            f"{path} is not a model folder: it has no config.json", "name the folder that `save_pretrained` wrote"
-        )
-    if ".safetensors" in has:
-        return None
-    if pickled:
-        return model_files.Problem(
-            f"{path} holds its weights as a pickle, {pickled}, which can run any code when it is opened, so only "
-            "*.safetensors are read",
-            "if you trust who made it, load model and tokenizer once with Transformers and `save_pretrained` both "
-            "to a new folder",
-        )
-    return model_files.Problem(
-        f"{path} holds no *.safetensors weights", "load the model with Transformers and save it with `save_pretrained`"
-    )
 
 
 def _template_path(path: str, key: KeyPath, problems: Problems) -> str:

@@ -23,7 +23,7 @@ from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.models import adapters, experts, layers
 from rlhf_pipeline.models.base import without_weights
-from rlhf_pipeline.models.loading import require_quantization, require_weights
+from rlhf_pipeline.models.loading import require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
@@ -51,6 +51,8 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """
     reader = Reader(recipe)
     config = reader.config
+    with torch.device("meta"):
+        without_weights(recipe.model, config=config)  # of one that cannot be made, nothing else can be said
     found: list[InputError] = []
 
     def attempt(task: Callable[[], Any]) -> Any:
@@ -59,7 +61,6 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
         except InputError as error:
             found.append(error)
 
-    attempt(lambda: require_quantization(config, recipe.model))
     attempt(lambda: require_weights(recipe.model, config))
     attempt(lambda: embedded.check_special_tokens(reader.tokenizer, config, recipe.model.path))
     attempt(lambda: check_lora(recipe, names, config))

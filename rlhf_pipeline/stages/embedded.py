@@ -7,11 +7,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.errors import InputError
-
-HINT = (
-    "the tokenizer is another model's, or tokens were added without `resize_token_embeddings`: save both of one model "
-    "to a folder"
-)
+from rlhf_pipeline.models.base import OTHER_TOKENIZER, beyond_embedding
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
@@ -32,7 +28,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedC
             raise InputError(
                 f"the tokenizer's {what} `{word}` is token {token:,}, and the model has {tokens:,} tokens",
                 place=f"model.path: {model}",
-                hint=HINT,
+                hint=OTHER_TOKENIZER,
             )
 
 
@@ -45,7 +41,7 @@ def check_rows(
             continue
         for name in rows.column_names:
             largest = pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data.column(name))).as_py()
-            if error := _beyond(largest, tokenizer, config, place):
+            if error := beyond_embedding(largest, tokenizer, config, place):
                 return [error]
     return []
 
@@ -58,17 +54,6 @@ def check_prompts(
     Raises:
         InputError: they do.
     """
-    error = _beyond(max(map(max, prompts), default=None), tokenizer, config, place)
+    error = beyond_embedding(max(map(max, prompts), default=None), tokenizer, config, place)
     if error:
         raise error
-
-
-def _beyond(
-    largest: int | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, place: str
-) -> InputError | None:
-    tokens = config.get_text_config().vocab_size
-    if largest is None or largest < tokens:
-        return None
-    word = tokenizer.convert_ids_to_tokens(largest)
-    said = f"`{word}` is token {largest:,} of the tokenizer, and the model has {tokens:,} tokens"
-    return InputError(said, place=place, hint=HINT)

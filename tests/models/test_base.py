@@ -35,7 +35,7 @@ from transformers import (
 
 import rlhf_pipeline.models.tiny
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models import adapters, base
+from rlhf_pipeline.models import adapters, base, loading
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Model
 
@@ -234,14 +234,36 @@ class TestHub:
         assert time.monotonic() - started < 5
         assert model.config.model_type == "qwen3"
 
-    def test_a_hub_model_of_pickles_is_refused_before_anything_is_downloaded(self, online):
+    def test_what_a_model_in_the_cache_lacks_is_told_without_loading_it(self, closed, cached):
+        spec = Model(path="org/base", revision=OLD, quantization="none")
+        config = cached / "snapshots" / OLD / "config.json"
+        loading.require_weights(spec, base.load_config(spec))
+        content = json.loads(config.read_text())
+        layers = content["num_hidden_layers"]
+        config.unlink()
+        config.write_text(json.dumps(content | {"num_hidden_layers": layers + 1, "layer_types": None}))
+        with pytest.raises(InputError, match=rf"lacks `model\.layers\.{layers}\.input_layernorm\.weight` and"):
+            loading.require_weights(spec, base.load_config(spec))
+
+    @pytest.mark.parametrize(
+        ("files", "said", "hint"),
+        [
+            (
+                ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+                r"pickle, pytorch_model-00001-of-00002\.bin, which can run any code",
+                "save_pretrained",
+            ),
+            (["adapter_config.json", "adapter_model.safetensors"], "org/base is an adapter, not a model", "`init`"),
+            (["README.md", "base-q4.gguf"], "org/base holds a model as GGUF", "config.json"),
+        ],
+    )
+    def test_a_hub_model_in_another_format_is_refused_before_anything_is_downloaded(self, online, files, said, hint):
         """One question tells; the sentence says why and what to do."""
         asked = []
 
         class Hub(BaseHTTPRequestHandler):
             def do_GET(self):
                 asked.append(self.path)
-                files = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
                 body = json.dumps({"id": "org/base", "sha": OLD, "siblings": [{"rfilename": file} for file in files]})
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
@@ -254,12 +276,10 @@ class TestHub:
         with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
             threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
             online(f"http://127.0.0.1:{hub.server_address[1]}")
-            with pytest.raises(
-                InputError, match=r"pickle, pytorch_model-00001-of-00002\.bin, which can run any code"
-            ) as error:
+            with pytest.raises(InputError, match=said) as error:
                 base.load_config(Model(path="org/base", revision=OLD))
             hub.shutdown()
-        assert "save_pretrained" in error.value.hint
+        assert hint in error.value.hint
         assert [path for path in asked if "agent" not in path] == [f"/api/models/org/base/revision/{OLD}"]
 
 

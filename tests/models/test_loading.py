@@ -220,6 +220,63 @@ def test_stored_quantization_is_never_another(tmp_path, quantization, how, said)
         base.load_base(recipe.model, load_tokenizer(recipe.model))
 
 
+QUANTIZED = {"nf4": nf4(bnb_4bit_use_double_quant=True), "int8": BitsAndBytesConfig(load_in_8bit=True)}
+
+
+OF_BOTH = [
+    (without("layers.1."), "it lacks `model.layers.1.input_layernorm.weight` and 8 more weights, which"),
+    (without("model.norm"), "it lacks `model.norm.weight`, which would be drawn at random"),
+    (with_another("model.layers.9.mlp.up_proj.weight"), "it has `model.layers.9.mlp.up_proj.weight`, for which"),
+    (with_another("model.norm.weight"), "another shape: `model.norm.weight` is [3] and should be [128]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "how", "said"),
+    [
+        *(("nf4", how, said) for how, said in OF_BOTH),
+        *(("int8", how, said) for how, said in OF_BOTH),
+        ("nf4", without(LAYER + ".absmax"), f"has `{LAYER}` only in part: `{LAYER}.absmax` is missing"),
+        ("int8", without("1.mlp.up_proj.SCB"), f"has `{LAYER}` only in part: `model.layers.1.mlp.up_proj.SCB` is"),
+    ],
+)
+def test_what_is_missing_from_weights_in_few_bits_is_named(tmp_path, quantization, how, said) -> None:
+    """By the check, which reads no weight, and by what loads them, in the same words."""
+    file = stored(tmp_path, QUANTIZED[quantization]) / "model.safetensors"
+    save_file(how(load_file(file)), file, {"format": "pt"})
+    spec = Model(path=str(file.parent), quantization=quantization)
+    with pytest.raises(InputError, match=re.escape(said)):
+        loading.require_weights(spec, base.load_config(spec))
+    with pytest.raises(InputError, match=re.escape(said)):
+        base.load_base(spec, load_tokenizer(spec))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_weight_that_is_whole_though_it_should_not_be(tmp_path, quantization) -> None:
+    folder, whole = stored(tmp_path, QUANTIZED[quantization]), load_file(TINY / "checkpoint" / "model.safetensors")
+    weights = without(LAYER.removesuffix("weight"))(load_file(folder / "model.safetensors")) | {LAYER: whole[LAYER]}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    spec = Model(path=str(folder), quantization=quantization)
+    with pytest.raises(InputError, match=f"`{LAYER}` is stored whole") as caught:
+        base.load_base(spec, load_tokenizer(spec))
+    assert f"add `{LAYER.removesuffix('.weight')}` to `llm_int8_skip_modules`" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_layers_that_are_stored_the_other_way_round(tmp_path, quantization) -> None:
+    """GPT-2's, whose weights are transposed as they are quantized."""
+    torch.manual_seed(0)
+    out = Path(shutil.copytree(TINY / "checkpoint", tmp_path / "model"))
+    config = AutoConfig.for_model("gpt2", vocab_size=1024, n_embd=64, n_layer=1, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(out)
+    theirs = AutoModelForCausalLM.from_pretrained(out, quantization_config=QUANTIZED[quantization]).eval()
+    theirs.save_pretrained(out)
+    spec, ids = Model(path=str(out), quantization=quantization, dtype="float32"), torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        assert torch.equal(base.load_base(spec, load_tokenizer(spec))(input_ids=ids).logits, expected)
+
+
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4"])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_other_stored_quantizations_are_refused(folder: Path, method: str, quantization: str) -> None:
@@ -257,6 +314,22 @@ def test_a_configuration_that_is_not_understood(folder: Path, content: object, s
     (folder / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(InputError, match=re.escape(said)) as caught:
         base.load_config(Model(path=str(folder)))
+    assert caught.value.place == f"model.path: {folder}"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"pad_token_id": 1024}, "config.json has `pad_token_id` 1,024, and the model has 1,024 tokens"),
+        ({"hidden_act": "no_such"}, "no llama model can be made of its config.json: 'no_such'"),
+    ],
+)
+def test_a_configuration_of_which_no_model_can_be_made(folder: Path, content: dict[str, object], said: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | content))
+    recipe = recipes.load("tiny", [f"model.path={folder}"])
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        check(recipe, list(recipe.stages))
     assert caught.value.place == f"model.path: {folder}"
 
 

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
@@ -45,6 +46,17 @@ def test_scores_and_log_probabilities_are_those_of_ppo(make_artifacts, tokenizer
             theirs = reply_scores(shared.reward, episodes), reply_log_probs(shared.policy, episodes, 1.0)[0]
     for mine, other in zip(ours, theirs, strict=True):
         assert_close(mine, other, rtol=0, atol=1e-6)
+
+
+def test_a_token_without_a_row_in_the_embedding_is_named(make_artifacts) -> None:
+    """A text that is chatted with or scored is not among those that the check of the recipe has read."""
+    artifacts = make_artifacts()
+    staged = StagedBase(artifacts.spec, {"sft": artifacts.init, "reward": artifacts.reward})
+    beyond = staged.causal_lm.config.vocab_size
+    for stage in ("base", "sft"):
+        staged.policy(stage)(input_ids=torch.tensor([[5, beyond - 1]]))
+        with pytest.raises(InputError, match=f"is token {beyond:,} of the tokenizer, and the model has {beyond:,}"):
+            staged.policy(stage)(input_ids=torch.tensor([[5, beyond]]))
 
 
 def test_adapters_that_are_not_there_are_left_out(tmp_path, make_artifacts) -> None:

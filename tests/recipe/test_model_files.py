@@ -81,6 +81,27 @@ def test_what_is_no_safetensors_file(model: Path, content: bytes) -> None:
     assert "is no safetensors file, or is damaged where it begins" in refusal(model).message
 
 
+def test_bytes_behind_the_end(model: Path) -> None:
+    content = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes(content + b"more")
+    assert f"is damaged: it has {len(content) + 4:,} bytes, and should have {len(content):,}" in refusal(model).message
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
+def test_a_link_that_leads_nowhere(model: Path, name: str) -> None:
+    (model / name).unlink()
+    (model / name).symlink_to("../blobs/gone")
+    assert f"{name} is a link to ../blobs/gone, which is not there" in refusal(model).message
+
+
+def test_files_that_are_not_read_may_be_anything(model: Path) -> None:
+    """The same weights in other formats, of which only pointers were fetched, or links are left."""
+    for name in ("pytorch_model.bin", "tf_model.h5", "consolidated.safetensors", "picture.png"):
+        (model / name).write_text(POINTER)
+    (model / "flax_model.msgpack").symlink_to("../blobs/gone")
+    assert recipe.load("tiny", [f"model.path={model}"]).model.path == str(model)
+
+
 def without_a_part(folder: Path) -> str:
     (folder / "model-00002-of-00002.safetensors").unlink()
     return "model-00002-of-00002.safetensors is missing, which model.safetensors.index.json names"
@@ -152,38 +173,42 @@ def test_other_things_than_models_are_called_what_they_are(model: Path, tmp_path
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+PACKED_4 = {"a.weight": "U8", "a.weight.absmax": "U8", "a.weight.quant_map": "F32"} | {
+    f"a.weight.{name}": "F32" for name in ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+}
+PACKED_8 = {"a.weight": "I8", "a.SCB": "F32", "a.weight_format": "U8", "b.weight": "BF16"}
 
 
 @pytest.mark.parametrize(
     ("stored", "wanted", "found", "said"),
     [
-        (None, "none", {"BF16", "I64"}, None),
-        (None, "nf4", {"F32"}, None),
-        (None, "none", {"BF16", "F8_E4M3"}, "its weights are stored as F8_E4M3, and config.json does not say"),
-        (NF4, "nf4", {"U8", "BF16"}, None),
-        (INT8, "int8", {"I8"}, None),
-        (NF4, "none", set(), "its weights are stored in nf4, and `quantization` is none"),
-        (NF4, "int8", set(), "its weights are stored in nf4, and `quantization` is int8"),
-        (INT8, "nf4", set(), "its weights are stored in int8, and `quantization` is nf4"),
-        (NF4 | {"bnb_4bit_quant_type": "fp4"}, "nf4", set(), "its weights are stored in fp4, over which"),
-        ({"load_in_4bit": True}, "nf4", set(), "its weights are stored in fp4, over which"),
-        ({"quant_method": "fp8"}, "nf4", set(), "stored quantized by `fp8`, over which adapters are not trained"),
-        ({"quant_method": "gptq", "bits": 4}, "none", set(), "stored quantized by `gptq`"),
-        ({"quant_method": "awq"}, "int8", set(), "stored quantized by `awq`"),
-        ({"quant_method": "mxfp4"}, "none", set(), "stored quantized by `mxfp4`"),
-        ({"quant_method": "compressed-tensors"}, "none", set(), "stored quantized by `compressed-tensors`"),
-        ({"bits": 4}, "none", set(), "stored quantized by `an unknown method`"),
+        (None, "none", {"a": "BF16", "b": "I64"}, None),
+        (None, "nf4", {"a": "F32"}, None),
+        (None, "none", {"a": "BF16", "b": "F8_E4M3"}, "its weights are stored as F8_E4M3, and config.json does not"),
+        (NF4, "nf4", PACKED_4, None),
+        (INT8, "int8", PACKED_8, None),
+        (NF4, "none", {}, "its weights are stored in nf4, and `quantization` is none"),
+        (NF4, "int8", {}, "its weights are stored in nf4, and `quantization` is int8"),
+        (INT8, "nf4", {}, "its weights are stored in int8, and `quantization` is nf4"),
+        (NF4 | {"bnb_4bit_quant_type": "fp4"}, "nf4", {}, "its weights are stored in fp4, over which"),
+        ({"load_in_4bit": True}, "nf4", {}, "its weights are stored in fp4, over which"),
+        ({"quant_method": "fp8"}, "nf4", {}, "stored quantized by `fp8`, over which adapters are not trained"),
+        ({"quant_method": "gptq", "bits": 4}, "none", {}, "stored quantized by `gptq`"),
+        ({"quant_method": "awq"}, "int8", {}, "stored quantized by `awq`"),
+        ({"quant_method": "mxfp4"}, "none", {}, "stored quantized by `mxfp4`"),
+        ({"quant_method": "compressed-tensors"}, "none", {}, "stored quantized by `compressed-tensors`"),
+        ({"bits": 4}, "none", {}, "stored quantized by `an unknown method`"),
     ],
 )  # fmt: skip
 def test_weights_in_few_bits_are_used_as_they_are_stored_or_refused(
-    stored: dict[str, Any] | None, wanted: str, found: set[str], said: str | None
+    stored: dict[str, Any] | None, wanted: str, found: dict[str, str], said: str | None
 ) -> None:
     problem = quantization_problem(stored, wanted, found)
     assert (problem and problem.message.partition(said or "!")[1]) == said
 
 
 def test_a_hint_names_the_setting_that_fits() -> None:
-    problem = quantization_problem(NF4, "none", set())
+    problem = quantization_problem(NF4, "none", {})
     assert problem is not None
     assert "`model.quantization: nf4`" in problem.hint
 
@@ -192,4 +217,28 @@ def test_the_dtypes_are_those_of_all_parts(parts: Path) -> None:
     weights = load_file(parts / "model-00002-of-00002.safetensors")
     name = sorted(weights)[0]
     save_file(weights | {name: weights[name].to(torch.float64)}, parts / "model-00002-of-00002.safetensors")
-    assert model_files.dtypes(parts) == {"BF16", "F64"}
+    assert model_files.dtypes(parts)[name] == "F64"
+    assert set(model_files.dtypes(parts).values()) == {"BF16", "F64"}
+
+
+@pytest.mark.parametrize("missing", sorted(PACKED_4))
+def test_a_weight_in_four_bits_needs_all_its_parts(missing: str) -> None:
+    problem = quantization_problem(NF4, "nf4", {name: kind for name, kind in PACKED_4.items() if name != missing})
+    assert problem is not None
+    assert problem.message == f"the checkpoint has `a.weight` only in part: `{missing}` is missing"
+
+
+@pytest.mark.parametrize(("missing", "said"), [("a.weight", "a.weight"), ("a.SCB", "a.SCB"), ("a.weight_format", None)])
+def test_a_weight_in_eight_bits_needs_its_scales(missing: str, said: str | None) -> None:
+    problem = quantization_problem(INT8, "int8", {name: kind for name, kind in PACKED_8.items() if name != missing})
+    assert (problem and problem.message) == (
+        said and f"the checkpoint has `a.weight` only in part: `{said}` is missing"
+    )
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(NF4, "nf4"), (INT8, "int8")])
+def test_whole_weights_are_not_in_few_bits(stored: dict[str, Any], wanted: str) -> None:
+    problem = quantization_problem(stored, wanted, {"a.weight": "BF16"})
+    assert problem is not None
+    assert f"stored in {wanted}, and they are not quantized" in problem.message
+    assert "remove `quantization_config`" in problem.hint
