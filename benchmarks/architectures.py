@@ -128,11 +128,15 @@ class Survey:
         """Note the answer to one question: how far two things are apart that should be equal, None where they are."""
         try:
             off = question()
+        except (FileNotFoundError, StopIteration):  # the stage that it is asked of has failed, which is said
+            self.found[column] = "-"
+            return
         except Exception as error:  # a model may fail in any way
             said = (str(error).strip().splitlines() or [""])[0]
             self.found[column] = "no"
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            self.notes.append(f"{COLUMNS[column]}: {kind}{said[:200]}")
+            if not any(note.endswith(said[:200]) for note in self.notes):
+                self.notes.append(f"{COLUMNS[column]}: {kind}{said[:200]}")
             return
         self.found[column] = "yes" if off is None or off <= EXACT else f"{off:.1g}"
 
@@ -163,15 +167,17 @@ class Survey:
 
     def all_stages(self, quantization: str) -> None:
         """Train all four."""
-        failed = []
+        failed: dict[str, list[str]] = {}
         for stage in ("sft", "reward", "ppo", "dpo"):
             try:
                 self.train(stage, f"model.quantization={quantization}", f"name={quantization}")
+            except FileNotFoundError:  # of a stage that it needs
+                continue
             except Exception as error:
                 said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                failed.append(f"{stage}: {said[:160]}")
+                failed.setdefault(said[:160], []).append(stage)
         if failed:
-            raise InputError("; ".join(failed))
+            raise InputError("; ".join(f"{', '.join(names)}: {said}" for said, names in failed.items()))
 
     def nf4(self) -> float:
         """The same in 4 bits, and that the first KL is 0 and DPO's first loss ln 2 there, too."""
