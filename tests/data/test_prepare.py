@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,21 @@ class TestMemory:
         monkeypatch.setattr(cache, "_code_hash", lambda: "another")
         prepare.preferences(Data(path=path), tokenizer, seed=0)
         assert len(made()) == 2
+
+    def test_the_code_is_that_of_every_module_that_reads_rows(self, tmp_path, monkeypatch):
+        """What one of them would now leave out or refuse must not be taken from what it once let pass."""
+        folder = Path(cache.__file__).parent
+        copied = Path(shutil.copytree(folder, tmp_path / "data"))
+        (tmp_path / "models").mkdir()
+        shutil.copy(folder.parent / "models" / "tokenizer.py", tmp_path / "models")
+        monkeypatch.setattr(cache, "__file__", str(copied / "cache.py"))
+        modules = [*sorted(copied.glob("*.py")), tmp_path / "models" / "tokenizer.py"]
+        hashes = []
+        for module in modules:
+            module.write_text(module.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+            hashes.append(cache._code_hash.__wrapped__())
+        assert {"beside", "doubts", "shapes", "tokenizer"} < {module.stem for module in modules}
+        assert len(set(hashes)) == len(modules)
 
     def test_what_failed_leaves_nothing_behind(self, write, tokenizer, tmp_path):
         with pytest.raises(InputError):
