@@ -6,7 +6,8 @@ from typing import Literal
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.columns import ASKED, CHOSEN, OF_THE_PROMPT, REPLY, WHOLE, Seen, is_turns, plain, renames
-from rlhf_pipeline.data.marks import NO_MARK, SCORE, is_number, lower_is_better
+from rlhf_pipeline.data.marks import NO_MARK, SCORE, lower_is_better
+from rlhf_pipeline.data.words import is_number
 
 Wanted = Literal["demonstrations", "preferences", "prompts"]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from rlhf_pipeline.data.advice import OTHER_NAMES
 from rlhf_pipeline.data.columns import CHOSEN, TEXT_OF_REPLY, UNUSED, Seen, UnclearError, is_empty, plain
-from rlhf_pipeline.data.marks import NO_MARK, SCORE, THUMB, is_number, is_thumb, lower_is_better, repeats_reply
+from rlhf_pipeline.data.marks import NO_MARK, SCORE, THUMB, lower_is_better, repeats_reply
+from rlhf_pipeline.data.words import is_number, is_thumb
 
 # Words in the names of columns that say how good a reply is.
 MARKING = re.compile(

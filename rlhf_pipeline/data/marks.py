@@ -1,7 +1,6 @@
 """How good replies are: labels and scores of single ones, and the order of several. No libraries."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -22,21 +21,12 @@ from rlhf_pipeline.data.columns import (
     plain,
 )
 from rlhf_pipeline.data.turns import Record, Reply, Row, RowError, reply_of, what_is_wrong
+from rlhf_pipeline.data.words import THUMBS, as_word, is_number, is_thumb
 
 Scored = list[tuple[Reply, float]]  # replies to one prompt, each with its score
 
 SCORE = ("score", "rating", "reward", "overall_score")
 THUMB = ("label", "thumbs", "thumb", "kto_tag", "feedback", "correct", "is_correct", "accepted", "is_good")
-GOOD = (
-    "true", "1", "+1", "up", "good", "yes", "y", "positive", "chosen", "accepted", "accept", "like", "liked", "correct",
-    "right", "pass", "desirable", "upvote", "thumbs up", "👍", "✅", "✔", "❤", "🙂", "😀",
-)  # fmt: skip
-BAD = (
-    "false", "0", "-1", "down", "bad", "no", "n", "negative", "rejected", "reject", "dislike", "disliked", "incorrect",
-    "wrong", "fail", "undesirable", "downvote", "thumbs down", "👎", "❌", "✖", "🙁", "😡",
-)  # fmt: skip
-THUMBS = dict.fromkeys(GOOD, True) | dict.fromkeys(BAD, False)
-
 # Numbers of several replies, beside their list or within it.
 RANKS = ("ranks", "rank")
 SCORES = ("scores", "ratings", "rewards", "overall_scores", *SCORE)
@@ -51,8 +41,6 @@ NO_MARK = re.compile(
     r"(^|_)(ids?|idx|index|num|n|counts?|tokens?|len|lengths?|words?|chars?|seeds?|temperatures?|top_[pk]|turns?|times?|"
     r"latency|costs?|logprobs?|created|timestamps?|years?|start|end)(_|$)"
 )
-
-
 # Of these the least is the best, so that they are no scores as they are.
 LOWER_IS_BETTER = re.compile(
     r"(^|_)(ranks?|ranking|order|place|position|bad|reject(ed)?|flag(ged)?|harm(ful)?|toxic(ity)?|unsafe|incorrect|"
@@ -108,7 +96,7 @@ def mark(seen: Seen, reply: str | None, pairs: bool) -> Mark | None:
 
 def _scores(seen: Seen, name: str, pairs: bool) -> bool:
     """Whether a column holds scores. For demonstrations 1 and 0 alone, or 1 and -1, are good and bad."""
-    values = {_as_word(value) for value in seen.values.get(name, ()) if is_number(value)}
+    values = {as_word(value) for value in seen.values.get(name, ()) if is_number(value)}
     return seen.mostly(name, is_number) and (pairs or values not in ({"0", "1"}, {"-1", "1"}))
 
 
@@ -120,8 +108,8 @@ def _labels(seen: Seen, name: str, reply: str | None) -> bool:
     """
     if not seen.share(name, is_thumb) or repeats_reply(seen, name, reply):
         return False
-    values = {_as_word(value) for value in seen.values[name] if isinstance(value, str | int | float)}
-    numbers = [_as_word(value) for value in seen.values[name] if is_number(value) and not is_thumb(value)]
+    values = {as_word(value) for value in seen.values[name] if isinstance(value, str | int | float)}
+    numbers = [as_word(value) for value in seen.values[name] if is_number(value) and not is_thumb(value)]
     # One odd row is an error of its own.
     others = sorted(numbers) if len(numbers) > 1 or 4 * len(numbers) > len(seen.values[name]) else []
     if {"0", "-1"} <= values:
@@ -149,26 +137,7 @@ def thumb(row: Row, column: str) -> bool:
     value: Any = row.get(column)
     if not is_thumb(value):
         raise RowError(what_is_wrong(column, value, "true or false, 1 or 0, up or down"))
-    return THUMBS[_as_word(value)]
-
-
-def is_thumb(value: Any) -> bool:
-    """Whether it says good or bad."""
-    return isinstance(value, str | int | float) and _as_word(value) in THUMBS
-
-
-def _as_word(value: str | float) -> str:
-    """A label in its plainest form: `1.0` is 1, a hand of any colour is a hand."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if is_number(value):
-        return f"{float(value):g}"
-    word = re.sub(
-        "[\N{VARIATION SELECTOR-16}\N{EMOJI MODIFIER FITZPATRICK TYPE-1-2}-\N{EMOJI MODIFIER FITZPATRICK TYPE-6}]",
-        "",
-        str(value),
-    )
-    return re.sub(r"[\s_-]+", " ", word).strip().lower()
+    return THUMBS[as_word(value)]
 
 
 def number(value: Any, column: str) -> float:
@@ -176,16 +145,6 @@ def number(value: Any, column: str) -> float:
     if not is_number(value):
         raise RowError(what_is_wrong(column, value, "a number"))
     return float(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, or text that says one, as all of a CSV file is text."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (ValueError, OverflowError):
-        return False
 
 
 # Several replies in each row

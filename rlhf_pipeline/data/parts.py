@@ -7,6 +7,8 @@ with `name` and `tool_call_id`. What no stage can use, as an image, is refused b
 import json
 from typing import Any
 
+from rlhf_pipeline.data.words import THUMBS, as_word
+
 Row = dict[str, Any]
 Turn = dict[str, Any]
 
@@ -33,12 +35,7 @@ JUDGED = (
     "is_correct", "correct", "label", "rating", "score", "reward", "thumbs", "thumb", "feedback", "quality", "accepted",
     "is_good",
 )  # fmt: skip
-YES_OR_NO = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
-GOOD_OR_BAD = YES_OR_NO | {
-    "-1": False, "bad": False, "down": False, "negative": False, "wrong": False, "incorrect": False, "rejected": False,
-    "+1": True, "good": True, "up": True, "positive": True, "right": True, "correct": True, "chosen": True,
-    "accepted": True,
-}  # fmt: skip
+YES_OR_NO = {word: THUMBS[word] for word in ("0", "false", "no", "1", "true", "yes")}
 READ = (
     "role", "content", "from", "value", "parts", "tool_calls", "function_call", "name", "tool_call_id",
     *REASONING, *NO_TEXT, *TRAINED, *NOT_TRAINED, *MASKS, *JUDGED,
@@ -154,7 +151,7 @@ def is_good(turn: Any, column: str) -> bool:
     found = True
     for name in JUDGED:
         value = turn.get(name)
-        said = GOOD_OR_BAD.get(_as_word(value))
+        said = THUMBS.get(as_word(value))
         if said is None and isinstance(value, int | float):
             raise RowError(
                 f"a turn of `{column}` has the `{name}` {value}, which may mean that it is bad: `weight`, 1 or 0, "
@@ -172,14 +169,7 @@ def others_in_turns(turns: Any) -> list[str]:
 
 def said_of(value: Any) -> bool | None:
     """Whether a value says yes, as 1, true and "1" do, or no; None where it says neither."""
-    return YES_OR_NO.get(_as_word(value))
-
-
-def _as_word(value: Any) -> str:
-    """A truth value, a whole number or a text as a word: 0, 0.0 and "0" are the same."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().lower()
+    return YES_OR_NO.get(as_word(value))
 
 
 def _shown(value: Any) -> str:

@@ -42,7 +42,6 @@ from rlhf_pipeline.data.marks import (
     Mark,
     Scored,
     best,
-    is_number,
     mark,
     number,
     pairs_of,
@@ -68,6 +67,7 @@ from rlhf_pipeline.data.turns import (
     what_is_wrong,
     with_system,
 )
+from rlhf_pipeline.data.words import is_number
 from rlhf_pipeline.errors import ColumnsError
 
 
@@ -113,15 +113,15 @@ def recognise(
         ColumnsError: these columns are none of the shapes, or it is not clear which.
     """
     rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
     seen, system = _look_at(rows)
     try:
         shape = _FIND[wanted](seen, chat)
         if shape is not None:
-            return _complete(shape, seen, wanted, list(dict.fromkeys(name for row in rows for name in row)), system)
+            return _complete(shape, seen, wanted, names, system)
     except UnclearError as problem:
         ways = [f"{renames(columns or {}, found)} {does}" for found, does in problem.ways]
         raise ColumnsError(str(problem), place=place, hint="; ".join(ways) or problem.hint, ways=problem.ways) from None
-    names = list(dict.fromkeys(name for row in rows for name in row))
     raise ColumnsError(
         f"the columns ({', '.join(names) or 'none'}) are not {wanted}; those need {needs(wanted)}",
         place=place,

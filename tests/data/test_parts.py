@@ -146,7 +146,7 @@ def test_a_reply_of_weight_0_is_not_trained(turns, reply, before):
         *({name: value} for name in ("masked", "ignore", "no_loss") for value in (True, 1)),
         *({name: False} for name in ("learnable", "training", "is_correct")),
         {"label": "bad"}, {"rating": -1}, {"score": 0}, {"thumbs": "down"}, {"feedback": "negative"},
-        {"quality": "Bad"},
+        {"quality": "Bad"}, {"label": "\N{THUMBS DOWN SIGN}"}, {"thumbs": "thumbs_down"}, {"weight": "0.0"},
     ],
     ids=str,
 )  # fmt: skip
