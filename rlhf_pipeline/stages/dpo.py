@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from datasets import Dataset
@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from rlhf_pipeline import kinds
@@ -18,7 +18,7 @@ from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.base import load_base, remove_dropout
+from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages.job import Inputs, Job
@@ -39,6 +39,14 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
 
     kind = kinds.get("dpo")
     loss_weights: list[float]
+
+    @classmethod
+    def over(cls, model: PeftModel, *args: Any, **kwargs: Any) -> Self:
+        """See `Resumable.over`."""
+        trainer = super().over(model, *args, **kwargs)
+        # TRL's own copy leaves out what is not named `.default.` within.
+        adapters.copy_adapter(model, "default", "ref")
+        return trainer
 
     def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
         """The pairs, and the tokens of their replies; chosen ones are the first half of a batch."""
@@ -106,36 +114,15 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         return dataset.filter(lambda ids: [len(one) < limit for one in ids], batched=True, input_columns="prompt_ids")
 
 
+TRAINER = EncodedDPOTrainer
+
+
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
     data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)
-
-
-def make_trainer(
-    args: DPOConfig,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    held_out: Dataset | None,
-    callbacks: list[TrainerCallback],
-) -> EncodedDPOTrainer:
-    """See `sft.make_trainer`."""
-    if args.disable_dropout:
-        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
-    with adapters.exact_adapters(model):
-        trainer = EncodedDPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-    adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
-    return trainer
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -149,7 +136,7 @@ def run(job: Job) -> dict[str, Any]:
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
-    trainer = make_trainer(args, model, tokenizer, data.train, data.held_out, callbacks)
+    trainer = EncodedDPOTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

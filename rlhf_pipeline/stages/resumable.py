@@ -2,16 +2,26 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from rlhf_pipeline.kinds import Kind, Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
+from rlhf_pipeline.models.base import remove_dropout
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.shares import standard_error
 
@@ -33,6 +43,29 @@ class Resumable(Trainer):
     """
 
     kind: Kind
+
+    @classmethod
+    def over(
+        cls,
+        model: PeftModel,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Dataset,
+        held_out: Dataset | None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> Self:
+        """The trainer of a model with an adapter `default`, from encoded rows."""
+        if getattr(args, "disable_dropout", False):
+            remove_dropout(model)  # TRL leaves the dropout that models pass to functions
+        with adapters.exact_adapters(model):
+            return cls(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                callbacks=list(callbacks),
+            )
 
     def counts(self, inputs: Mapping[str, torch.Tensor]) -> dict[Over, float]:
         """How many rows or tokens the numbers of a batch are over."""

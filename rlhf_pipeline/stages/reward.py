@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_pipeline import kinds
@@ -16,7 +14,7 @@ from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.base import load_base, remove_dropout
+from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import METRICS, PAIRS
 from rlhf_pipeline.stages.job import Inputs, Job
@@ -43,34 +41,15 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+TRAINER = ResumableRewardTrainer
+
+
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
     data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)
-
-
-def make_trainer(
-    args: RewardConfig,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    held_out: Dataset | None,
-    callbacks: list[TrainerCallback],
-) -> ResumableRewardTrainer:
-    """See `sft.make_trainer`."""
-    if args.disable_dropout:
-        remove_dropout(model)  # TRL leaves the dropout that models pass to functions
-    with adapters.exact_adapters(model):
-        return ResumableRewardTrainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -84,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
     base = load_base(job.recipe.model, tokenizer, head="score")
     model = adapters.with_reward_adapter(base, job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
-    trainer = make_trainer(args, model, tokenizer, pairs.train, pairs.held_out, callbacks)
+    trainer = ResumableRewardTrainer.over(model, args, tokenizer, pairs.train, pairs.held_out, callbacks)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if pairs.held_out is not None:
         trainer.evaluate()

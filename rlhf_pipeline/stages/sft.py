@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_pipeline import kinds
@@ -35,6 +33,9 @@ class ResumableSFTTrainer(Resumable, SFTTrainer):
         return {"rows": len(inputs["input_ids"]), "tokens": (inputs["labels"][:, 1:] != -100).sum().item()}
 
 
+TRAINER = ResumableSFTTrainer
+
+
 def prepare(job: Job) -> Inputs:
     """Build the trainer's config, load the tokenizer, and read the rows to train on and to hold out.
 
@@ -47,26 +48,6 @@ def prepare(job: Job) -> Inputs:
     return Inputs(args, job.reader.tokenizer, data)
 
 
-def make_trainer(
-    args: SFTConfig,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    held_out: Dataset | None,
-    callbacks: list[TrainerCallback],
-) -> ResumableSFTTrainer:
-    """The trainer, from encoded rows and a model with an adapter `default`."""
-    with adapters.exact_adapters(model):
-        return ResumableSFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-
-
 def run(job: Job) -> dict[str, Any]:
     """Train, evaluate, save the adapter and judge it; returns the final metrics. Resumes from the last checkpoint."""
     job.progress.tell("loading")
@@ -74,7 +55,7 @@ def run(job: Job) -> dict[str, Any]:
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
-    trainer = make_trainer(args, model, tokenizer, data.train, data.held_out, callbacks)
+    trainer = ResumableSFTTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
     if (args.packing or args.eval_packing) and args.packing_strategy != "wrapped":  # which cuts rows anywhere
         place = f"stages.{job.name}.trainer.{'packing' if args.packing else 'eval_packing'}"
         soundness.check_packing(model, trainer.data_collator, data.train[: soundness.ROWS]["input_ids"], place)

@@ -12,14 +12,14 @@ import tempfile
 from typing import Any
 
 from datasets import Dataset
-from peft import TaskType, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from rlhf_pipeline import stages
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Encoding
 from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.score_head import with_score_head
 from rlhf_pipeline.stages.job import Inputs, Job
 
 # A row as a trainer gets it.
@@ -71,17 +71,17 @@ def _trainer(job: Job, args: Any, inputs: Inputs) -> Trainer:
         return Trainer(model=nn.Linear(1, 1), args=args, train_dataset=rows)
     config = LlamaConfig(
         vocab_size=len(inputs.tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1, pad_token_id=inputs.tokenizer.pad_token_id, num_labels=1,
+        num_attention_heads=1, pad_token_id=inputs.tokenizer.pad_token_id,
     )  # fmt: skip
     if hasattr(job.reader.config.get_text_config(), "output_router_logits"):
         args.router_aux_loss_coef = 0.0  # a Llama has no routers; `check.check_router_loss` looks at the model itself
-    of_reward = facts.makes == "reward"
-    lora = adapters.lora_config(
-        {"r": 1, "target_modules": ["q_proj"]}, TaskType.SEQ_CLS if of_reward else TaskType.CAUSAL_LM
-    )
-    model = get_peft_model(LlamaForSequenceClassification(config) if of_reward else LlamaForCausalLM(config), lora)
+    base, lora = LlamaForCausalLM(config), {"r": 1, "target_modules": ["q_proj"]}
+    if facts.makes == "reward":
+        model = adapters.with_reward_adapter(with_score_head(base), lora, None)
+    else:
+        model = adapters.with_policy_adapter(base, lora, None)
     held_out = rows if inputs.data.held_out is not None else None
-    return stages.BY_KIND[job.stage.kind].make_trainer(args, model, inputs.tokenizer, rows, held_out, [])
+    return stages.BY_KIND[job.stage.kind].TRAINER.over(model, args, inputs.tokenizer, rows, held_out)
 
 
 def _key(said: str, trainer: dict[str, Any]) -> list[str]:

@@ -11,17 +11,20 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import OPTConfig, OPTForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline import kinds, stages
 from rlhf_pipeline import recipe as recipes
-from rlhf_pipeline import stages
 from rlhf_pipeline.callbacks.checkpoints import Checkpoints
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
+from rlhf_pipeline.models.score_head import with_score_head
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import WEIGHTS
+from rlhf_pipeline.stages import trial
 from rlhf_pipeline.stages.job import Job
 
 # Two passes of two steps over six rows: a pass ends amid a gradient accumulation, a step is logged long after its
@@ -283,3 +286,20 @@ def test_only_so_many_checkpoints_are_kept(prepared, tmp_path):
     job = new_job(folder, "sft", "sft.trainer={max_steps: 4, save_steps: 1, per_device_train_batch_size: 2}")
     run(job)
     assert {path.name for path in job.work.glob("*checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+@pytest.mark.parametrize(("kind", "left"), [("sft", 0.1), ("reward", 0.0), ("dpo", 0.0)])
+def test_dropout_that_a_model_passes_to_functions_is_off_where_trl_switches_dropout_off(
+    tmp_path, tokenizer, kind, left
+):
+    """TRL sets that of modules to zero, and OPT's is a number of its layers."""
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    base = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), word_embed_proj_dim=16, dropout=0.1, **sizes))
+    made = adapters.with_reward_adapter if kind == "reward" else adapters.with_policy_adapter
+    model = made(with_score_head(base) if kind == "reward" else base, {"r": 1, "target_modules": ["q_proj"]}, None)
+    stage = stages.BY_KIND[kind]
+    row = trial.ROWS[kinds.get(kind).encoding]
+    rows = Dataset.from_dict({name: [value] * 4 for name, value in row.items()})
+    args = stage.CONFIG(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False)
+    trainer = stage.TRAINER.over(model, args, tokenizer, rows, None)
+    assert trainer.model.get_base_model().model.decoder.layers[0].dropout == left
