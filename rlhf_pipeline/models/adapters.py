@@ -50,6 +50,13 @@ def lora_config(
     return config
 
 
+def config_of(folder: Path) -> LoraConfig:
+    """The shape of an artifact's LoRA weights, for a causal LM: of a reward model's, without its score head."""
+    config = LoraConfig.from_pretrained(str(folder))
+    config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
+    return config
+
+
 def _all_linear(model: PreTrainedModel, config: LoraConfig) -> set[str]:
     """The names of the linear layers that `all-linear` means.
 
@@ -145,7 +152,8 @@ def stored_shapes(folder: Path, head: bool = False) -> dict[str, torch.Size]:
 
 def misfit(theirs: dict[str, torch.Size], ours: dict[str, torch.Size]) -> str | None:
     """Why an adapter of the shapes `ours` cannot begin as one of the shapes `theirs`; None where it can."""
-    return _misfit({our_names(theirs, ours)[name]: shape for name, shape in theirs.items()}, ours)
+    names = our_names(theirs, ours)
+    return _misfit({names[name]: shape for name, shape in theirs.items()}, ours)
 
 
 def our_names(theirs: dict[str, torch.Size], ours: dict[str, torch.Size]) -> dict[str, str]:

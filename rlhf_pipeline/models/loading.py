@@ -20,8 +20,8 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import model_files
 from rlhf_pipeline.recipe.schema import Model
 
-# What older versions of Transformers and fairseq saved beside the weights: masks, positions, a number.
 STORED = ("quantization_config", "compression_config")  # what says in a configuration how weights are stored
+# What older versions of Transformers and fairseq saved beside the weights: masks, positions, a number.
 NO_WEIGHT = re.compile(r"\.(masked_bias|attn(\.attention)?\.bias|inv_freq|position_ids|version)$")
 
 

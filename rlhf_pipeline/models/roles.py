@@ -18,7 +18,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_pipeline.models import adapters, base
-from rlhf_pipeline.models.score_head import backbone_name
 
 TRAINED = ("policy", "value")
 FROZEN = ("reference", "reward")
@@ -167,11 +166,6 @@ class _View(nn.Module):
         """Where the base is."""
         return self.shared.causal_lm.device
 
-    @property
-    def _backbone(self) -> Any:
-        """The base's part that makes hidden states."""
-        return getattr(self.shared.causal_lm, backbone_name(self.shared.causal_lm))
-
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states under this role's adapter, `[batch, length, hidden]`, in the base's dtype.
 
@@ -180,7 +174,7 @@ class _View(nn.Module):
                 padding is seen by nothing but padding; without a mask, faster attention kernels apply.
         """
         with self.shared.acting_as(self.role):
-            return self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self.shared.causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 class PolicyView(_View):
@@ -248,7 +242,7 @@ class ScoreView(_View):
         inputs.pop("output_hidden_states", None)
         inputs["use_cache"] = False
         with self.shared.acting_as(self.role):
-            output = self._backbone(**inputs)
+            output = self.shared.causal_lm.base_model(**inputs)
         return BaseModelOutput(hidden_states=(output.last_hidden_state.to(self.score.weight.dtype),))
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:

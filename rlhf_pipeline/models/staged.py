@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rlhf_pipeline.models import adapters, base
@@ -43,8 +43,7 @@ class StagedBase:
         self._active: list[str] = []
         self.peft: torch.nn.Module = self.causal_lm
         for name, folder in artifacts.items():
-            config = LoraConfig.from_pretrained(str(folder))
-            config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None  # a score head is loaded separately
+            config = adapters.config_of(folder)  # a score head is loaded separately
             if isinstance(self.peft, PeftModel):
                 self.peft.add_adapter(self.names[name], config)
             else:
@@ -60,7 +59,10 @@ class StagedBase:
         Raises:
             InputError: it lacks one.
         """
-        largest = int(inputs[0].max()) if inputs and inputs[0].numel() else None
+        tokens = inputs[0]
+        if tokens.is_cuda and tokens.shape[-1] == 1:
+            return  # sampled by the model itself, and to look at each one would be to wait for the GPU
+        largest = int(tokens.max()) if tokens.numel() else None
         error = base.beyond_embedding(largest, self.tokenizer, self.causal_lm.config, "the text")
         if error:
             raise error

@@ -29,7 +29,6 @@ BY_LENGTH = 0.25  # accuracy where the chosen reply is longer, less where it is 
 FELL = 0.02  # of the judge's own range over training; less is no matter, however sure
 SCORE_FELL = 0.1  # of the score's own range over training
 WORSE = 2.33  # standard errors by which a policy is worse than what it started from: chance alone does that in 1 %
-GAP = 0.1  # nats a token between generation and whole passes: bfloat16 and 4 bits give less than 0.03
 SAME_TO_ALL = 10  # replies with one and the same number, from which a judge is doubted
 LATEST = 5  # values at the end of a series whose mean is meant by "now"
 MOST_NAMED = 6  # alarms in a verdict
@@ -412,7 +411,7 @@ def _same_to_all(stage: Stage) -> Iterator[Alarm]:
 def _sampled_otherwise(stage: Stage) -> Iterator[Alarm]:
     """Replies that were sampled with other log-probabilities than the model has, so that they are not quite its own."""
     gap = stage.final(kinds.GAP)
-    if gap is not None and gap > GAP:
+    if gap is not None and gap > kinds.MOST_GAP:
         yield Alarm(
             "look", stage.name, "replies that are not quite the model's",
             f"Generation computes other log-probabilities than a whole pass over the same tokens, by {short(gap)} nats "

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.ppo.rollout import sample
 
-MOST_GAP = 0.1  # nats a token: bfloat16 and 4 bits give less than 0.03
 MOST_LEAK = 0.1  # of what rows see of each other as one text
 ROWS, TOKENS = 3, 256  # at most; what is measured on
 FIRST = 8  # tokens of a row, which the row before it changes most
@@ -134,10 +134,10 @@ def check_generation(policy: Any, prompts: Sequence[Sequence[int]], pad_token_id
         InputError: they are not; see `generation_gap`.
     """
     gap = generation_gap(policy, prompts, pad_token_id)
-    if not gap <= MOST_GAP:
+    if not gap <= kinds.MOST_GAP:
         raise InputError(
             f"this model samples with other log-probabilities than it is trained on: they are {gap:.2g} nats a token "
-            f"apart, and {MOST_GAP} is the most. Its cache, or padding on the left, changes what it computes",
+            f"apart, and {kinds.MOST_GAP} is the most. Its cache, or padding on the left, changes what it computes",
             place=place,
             hint="PPO would learn from replies that its policy does not give: use another model, or `dpo`",
         )

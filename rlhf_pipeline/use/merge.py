@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch.nn.utils.parametrize import is_parametrized
@@ -44,9 +44,7 @@ def add_start(model: PeftModel, artifact: Path) -> None:
     Raises:
         ValueError: it is no adapter over this base.
     """
-    config = LoraConfig.from_pretrained(str(artifact))
-    config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
-    model.add_adapter(START, config)
+    model.add_adapter(START, adapters.config_of(artifact))
     adapters.load_weights(model, artifact, START)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -155,9 +155,7 @@ def write_merged(
 
 def _with_adapter(base: PreTrainedModel, artifact: Path) -> PeftModel:
     """A model with the LoRA weights of an artifact."""
-    config = LoraConfig.from_pretrained(str(artifact))
-    config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, adapters.config_of(artifact))
     adapters.load_weights(model, artifact, "default")
     return model
 
