@@ -290,17 +290,16 @@ def small(name: str, out: Path) -> str:
     config.save_pretrained(source)
     shrink(Model(path=str(source)), out, str(TINY / "checkpoint"))
     # So small weights as models begin with make next to nothing of their input: all tokens would be as likely.
-    model, ids = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), torch.arange(8, 40)[None]
+    model, ids = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), torch.arange(8, 40)[None]
+    drawn = {key: value.clone() for key, value in model.state_dict().items()}
     for factor in (3.0, 2.0, 1.0):
-        weights = {key: value * factor if value.dim() > 1 else value for key, value in model.state_dict().items()}
-        larger = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, state_dict=None)
-        larger.load_state_dict(weights)
+        model.load_state_dict({key: value * factor if value.dim() > 1 else value for key, value in drawn.items()})
         with torch.no_grad():
-            logits = larger.eval()(input_ids=ids, use_cache=False).logits
+            logits = model(input_ids=ids, use_cache=False).logits
         if logits.isfinite().all() and logits.std() < 30:
             break
-    larger.save_pretrained(out)
-    return type(larger).__name__
+    model.save_pretrained(out)
+    return type(model).__name__
 
 
 def log_probs(model: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
