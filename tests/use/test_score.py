@@ -221,7 +221,8 @@ def test_a_bad_row_is_named_and_leaves_no_file(run, score, tmp_path):
 def test_a_row_that_the_chat_template_refuses_is_named(run, score, tmp_path):
     refused = [{"role": "system", "content": "a"}, *TURNS, {"role": "assistant", "content": GOOD}]
     template = run / "reward" / "adapter" / "chat_template.jinja"
-    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}User:")
+    written = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + written)
     rows = [{"messages": refused[1:]}, {"messages": refused}]
     code, _, said = score(run, write(tmp_path / "rows.jsonl", *rows))
     assert code == 2
