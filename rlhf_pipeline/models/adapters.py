@@ -33,18 +33,15 @@ class DivergedError(ArithmeticError):
     """Training left the finite numbers."""
 
 
-def lora_config(
-    lora: dict[str, Any], task: TaskType = TaskType.CAUSAL_LM, model: PreTrainedModel | None = None
-) -> LoraConfig:
+def lora_config(lora: dict[str, Any], model: PreTrainedModel | None = None) -> LoraConfig:
     """The shape of a stage's adapter as PEFT takes it.
 
     Args:
         lora: the recipe's keys.
-        task: what the model does.
         model: what it shall be for; of this, `all-linear` means the linear layers but the output embedding, routers and
             whatever else `layers.untouched` names.
     """
-    config = LoraConfig(**lora, task_type=task)
+    config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
     if model is not None and str(config.target_modules).lower() == "all-linear":
         config.target_modules = _all_linear(model, config)
     return config
@@ -86,7 +83,7 @@ def with_policy_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path 
 
     TRL's DPOTrainer makes the frozen reference from the adapter of that name.
     """
-    model = get_peft_model(base, lora_config(lora, model=base))
+    model = get_peft_model(base, lora_config(lora, base))
     if init is not None:
         load_weights(model, init, "default")
     return model
@@ -101,9 +98,11 @@ def with_reward_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path 
     """
     head = base.get_submodule(HEAD)
     torch.nn.init.normal_(head.weight, std=(head.weight.shape[-1] + 1) ** -0.5)
-    config = lora_config(lora, TaskType.SEQ_CLS, base)
-    config.modules_to_save = [HEAD]
+    config = lora_config(lora, base)
+    # PEFT's class for classifiers would train every module called `classifier`, too, as LongCat-Flash's routers are.
+    config.task_type, config.modules_to_save = None, [HEAD]
     model = get_peft_model(base, config)
+    model.peft_config["default"].task_type = TaskType.SEQ_CLS  # what a saved adapter says it is
     if init is not None:
         load_weights(model, init, "default")
     return model

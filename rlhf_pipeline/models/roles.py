@@ -48,8 +48,8 @@ class SharedBase:
         reward_lora: dict[str, Any],
     ) -> None:
         self.causal_lm = model
-        policy_config = adapters.lora_config(lora, model=model)
-        reward_config = adapters.lora_config(reward_lora, model=model)
+        policy_config = adapters.lora_config(lora, model)
+        reward_config = adapters.lora_config(reward_lora, model)
         self.names = {role: adapters.free_name(model, role) for role in (*TRAINED, *FROZEN)}
         self.peft: PeftModel = get_peft_model(model, policy_config, adapter_name=self.names["policy"])
         self.peft.add_adapter(self.names["reference"], policy_config)

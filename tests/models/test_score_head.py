@@ -200,3 +200,16 @@ def test_a_loaded_model_has_the_prefix_of_its_backbone(make_base):
     spec = make_base("llama4")
     model = base.load_base(spec, load_tokenizer(spec))
     assert model.base_model is model.model
+
+
+def test_nothing_but_adapter_and_head_is_trained_whatever_other_modules_are_called(tokenizer):
+    """PEFT trains a classifier's modules called `classifier`: in LongCat-Flash the routers, which PPO does not read."""
+    config = shrink.smaller(AutoConfig.for_model("longcat_flash"))
+    config.vocab_size = len(tokenizer)
+    causal = AutoModelForCausalLM.from_config(config)
+    assert any(name.endswith(".classifier") for name, _ in causal.named_modules())
+    model = adapters.with_reward_adapter(with_score_head(causal), {"r": 2, "target_modules": ["q_a_proj"]}, None)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = {name for name in trained if "lora_" not in name}
+    assert trained - others and others == {"base_model.model.score.modules_to_save.default.weight"}
+    assert model.peft_config["default"].task_type == "SEQ_CLS"
