@@ -9,11 +9,12 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import hub, kinds
+from rlhf_pipeline import hub
 from rlhf_pipeline.recipe import BASE, Data, Model, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
-from rlhf_pipeline.recipe.schema import Source
+from rlhf_pipeline.recipe.rewards import key_of
+from rlhf_pipeline.recipe.schema import Reward, Source, Stage
 from rlhf_pipeline.rundir.file_digests import FileDigests
 
 # Files of a model folder that decide what is loaded: weights, configuration, tokenizer.
@@ -147,15 +148,16 @@ def pin(recipe: Recipe) -> None:
                 commits[key] = hub.commit(*key)
             spec.revision = commits[key] or spec.revision
     for stage in recipe.stages.values():
-        for role in kinds.ROLES:
-            value = getattr(stage, role)
+        named: list[tuple[Stage | Reward, str]] = [(stage, "init"), (stage, "reward")]
+        for one, key in [*named, *((reward, "stage") for reward in stage.rewards)]:
+            value = getattr(one, key)
             if outside.is_one(value) and outside.is_hub(value):
                 name, _, revision = value.partition("@")
                 if not hub.is_commit(revision):
-                    key = ("model", name, revision or None)
-                    if key not in commits:
-                        commits[key] = hub.commit(*key)
-                    setattr(stage, role, f"{name}@{commits[key]}" if commits[key] else value)
+                    asked: tuple[hub.Kind, str, str | None] = ("model", name, revision or None)
+                    if asked not in commits:
+                        commits[asked] = hub.commit(*asked)
+                    setattr(one, key, f"{name}@{commits[asked]}" if commits[asked] else value)
 
 
 def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any]:
@@ -177,6 +179,7 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     }
     for role, parent in stage.parents.items():
         inputs[role] = digests.of_adapter(parent) if outside.is_one(parent) else earlier.get(parent, BASE)
+    inputs |= _reward_inputs(recipe, stage, digests)
     if recipe.model.trust_remote_code:
         inputs["model.trust_remote_code"] = True
     if recipe.model.chat_template:
@@ -189,6 +192,28 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     if stage.ptx_data:
         inputs |= data_inputs("ptx_data", stage.ptx_data, digests)
     return inputs
+
+
+def _reward_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, Any]:
+    """What decides the rewards beside the reward stages themselves; nothing where there is one, used as it is."""
+    if all(reward == Reward(stage=reward.stage) for reward in stage.rewards) and len(stage.rewards) <= 1:
+        return {}
+    inputs: dict[str, Any] = {}
+    for place, reward in enumerate(stage.rewards):
+        found = reward.model_dump(exclude={"revision"}, exclude_defaults=True)
+        if reward.stage is not None:
+            found["stage"] = next(role for role, key in _keys(stage) if key == f"rewards.{place}.stage")
+        if reward.function is not None:
+            found["source"] = digests.of_judge(reward.function, recipe.folder)
+        if reward.model is not None:
+            found["model"] = digests.of_model(Model(path=reward.model, revision=reward.revision))
+        inputs |= {f"rewards.{place}.{key}": value for key, value in found.items()}
+    return inputs
+
+
+def _keys(stage: Stage) -> list[tuple[str, str]]:
+    """Each role with the key that names its stage."""
+    return [(role, key_of(stage, role)) for role in stage.parents]
 
 
 def judging_inputs(recipe: Recipe, name: str, digests: Digests) -> dict[str, Any] | None:

@@ -45,7 +45,7 @@ class Parent:
     Attributes:
         role: what its adapter does here, and the key of the recipe that names it.
         makes: what it must have made.
-        required: whether the stage cannot do without; else the bare base serves.
+        required: whether the stage cannot do without.
     """
 
     role: str
@@ -133,6 +133,7 @@ _TRAINING_ARGUMENTS = (
     ("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"),
 )  # fmt: skip
 _INIT = Parent("init", makes="policy", required=False)
+_REWARD = Parent("reward", makes="reward", required=False)  # `rewards` may name others, or several, or none
 _JUDGE = Number("judge", JUDGED, logged=None, changes=True)
 _NAMED = "the pipeline names the adapters"
 _COMPUTED = "it is computed"
@@ -217,7 +218,7 @@ KINDS: tuple[Kind, ...] = (
         encoding="prompts",
         makes="policy",
         artifact="adapter",
-        parents=(_INIT, Parent("reward", makes="reward", required=True)),
+        parents=(_INIT, _REWARD),
         begins=False,
         keeps_reference=True,
         samples=True,
@@ -332,6 +333,11 @@ def get(name: str) -> Kind:
 def find(name: object) -> Kind | None:
     """The kind of that name; None where there is none, as in a run directory of a later version."""
     return next((kind for kind in KINDS if kind.name == name), None)
+
+
+def numbered(role: str, number: int) -> str:
+    """The name of the first parent in a role, and of the second and further ones: `reward`, `reward.2`."""
+    return role if number == 1 else f"{role}.{number}"
 
 
 def makers(makes: Makes) -> tuple[str, ...]:

@@ -53,7 +53,8 @@ class StagePlan(StageState):
         record = self.record if self.is_current or self.state in (*DONE, "stale") else Record()
         return {
             **{key: getattr(self, key) for key in ("name", "kind", "state", "reason")},
-            **{role: self.parents.get(role) for role in kinds.ROLES},
+            **dict.fromkeys(kinds.ROLES),
+            **self.parents,
             "fingerprint": self.fingerprint,
             "step": self.progress.step if self.progress else None,
             "gates": record.gates,
@@ -138,7 +139,7 @@ def _earlier(
     for found in results.find(plan.fingerprint, by_role, recipe.run, plan.name):
         if not other_versions(found.record, installed):
             record = found.record.updated(
-                **{role: plan.parents.get(role) for role in kinds.ROLES},
+                **Record.with_parents(plan.parents),
                 name=plan.name,
                 state="done",
                 error=None,
@@ -244,7 +245,7 @@ def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
         before, now = old.get(key), plan.inputs.get(key)
         if before == now:
             continue
-        if key in kinds.ROLES:
+        if key in {**plan.record.parents, **plan.parents}:
             former, parent = plan.record.parents.get(key), plan.parents.get(key)
             changes.append(f"{parent} changed" if former == parent else f"{key} {former} → {parent}")
         elif (isinstance(now, str) and "@" in now) or (isinstance(before, str) and "@" in before):

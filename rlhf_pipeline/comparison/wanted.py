@@ -52,7 +52,7 @@ def roles(recipe: Recipe, made: list[str]) -> Roles:
     sampling = [name for name in referred if kind_of[name].samples]
     init = next((recipe.stages[name].init for name in (*sampling, *referred)), None)
     rewards = [name for name in made if kind_of[name].makes == "reward"]
-    learned_from = [recipe.stages[name].reward for name in sampling if recipe.stages[name].reward in rewards]
+    learned_from = [one.stage for name in sampling for one in recipe.stages[name].scored_by if one.stage in rewards]
     return Roles(
         [BASE, *(name for name in made if name not in rewards)],
         str(init) if init in made or outside.is_one(init) else BASE,

@@ -186,6 +186,9 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         del content["model"]["chat_template_kwargs"]
     for name, stage in recipe.stages.items():
         content["stages"][name]["data"] = _content_of_data(stage.data)
+        content["stages"][name]["rewards"] = [reward.model_dump(exclude_defaults=True) for reward in stage.rewards]
+        if not stage.rewards:
+            del content["stages"][name]["rewards"]
         if stage.ptx_data:
             content["stages"][name]["ptx_data"] = _content_of_data(stage.ptx_data)
     if recipe.evaluate:

@@ -179,6 +179,8 @@ def _leave_behind(base: dict[str, Any], base_origins: Origins, top: dict[str, An
         excluded = {"path": KEYS_TIED_TO_PATH}
     elif path == ("model",):
         excluded = {"path": ("revision",)}
+    elif len(path) == 2 and path[0] == "stages":
+        excluded = {"reward": ("rewards",), "rewards": ("reward",)}
     for given, others in excluded.items():
         if given in top:
             for other in others:

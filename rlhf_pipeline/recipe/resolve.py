@@ -1,13 +1,16 @@
 """Which earlier stage each stage starts from, the shape of its adapter, and which reward it uses."""
 
 import difflib
+import functools
 from typing import Any
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.origins import Problems
+from rlhf_pipeline.recipe.rewards import resolve_rewards
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
+from rlhf_pipeline.recipe.yaml import KeyPath
 
 # PEFT's keys that make another function of the same weights, or share or repeat them.
 FUNCTION_KEYS = (
@@ -31,9 +34,9 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             first = _either(tuple(kind.name for kind in kinds.KINDS if kind.begins))
             derived[*path, "init"] = f"{'the latest' if stage.init != BASE else 'no'} {first} stage before"
         elif outside.is_one(stage.init):
-            stage.init = _from_outside(name, "init", stage.init, "policy", problems)
+            stage.init = _from_outside((*path, "init"), stage.init, "policy", problems)
         elif stage.init != BASE:
-            _require(recipe, earlier, name, "init", stage.init, kinds.makers("policy"), problems)
+            _require(recipe, earlier, (*path, "init"), stage.init, kinds.makers("policy"), problems)
         if problems.is_broken((*path, "init")):
             stage.init = BASE
             problems.break_((*path, "lora"))
@@ -41,13 +44,15 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         kind = kinds.get(stage.kind)
         roles = [parent.role for parent in kind.parents]
         if "reward" in roles:
-            _resolve_reward(recipe, earlier, known, name, stage, problems)
+            latest = (other for other in reversed(known) if kinds.get(known[other].kind).makes == "reward")
+            named = functools.partial(_reward_stage, recipe, earlier, problems=problems)
+            resolve_rewards(name, stage, next(latest, None), len(known) == len(earlier), named, problems)
         if kind.samples and stage.trainer.get("stop_token_id") is None and "stop_token" not in stage.trainer:
             stage.trainer = {"stop_token": "eos", **stage.trainer}
         if "ptx_data" in kind.further_data:
             _require_both_of_ptx(name, stage, problems)
-        for key in ("reward", "ptx_data"):
-            if key not in (*roles, *kind.further_data) and getattr(stage, key) is not None:
+        for key, role in (("reward", "reward"), ("rewards", "reward"), ("ptx_data", "ptx_data")):
+            if role not in (*roles, *kind.further_data) and getattr(stage, key):
                 problems.add(
                     (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`", "remove it", of_key=True
                 )
@@ -61,30 +66,17 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         )
 
 
-def _resolve_reward(
-    recipe: Recipe, earlier: dict[str, Stage], known: dict[str, Stage], name: str, stage: Stage, problems: Problems
-) -> None:
-    """Fill in which reward model a PPO stage uses."""
-    path = ("stages", name, "reward")
-    if stage.reward is not None and outside.is_one(stage.reward):
-        stage.reward = _from_outside(name, "reward", stage.reward, "reward", problems)
-        return
-    if stage.reward is not None:
-        _require(recipe, earlier, name, "reward", stage.reward, kinds.makers("reward"), problems)
-        return
-    stage.reward = next((other for other in reversed(known) if kinds.get(known[other].kind).makes == "reward"), None)
-    problems.origins.derived[path] = "the latest reward stage before"
-    if stage.reward is None and len(known) == len(earlier):  # else one of unknown kind may be meant
-        problems.add(
-            path,
-            f"stage `{name}` needs a reward model, and no `reward` stage comes before it",
-            "add a stage of kind `reward` before it",
-        )
+def _reward_stage(recipe: Recipe, earlier: dict[str, Stage], path: KeyPath, value: str, problems: Problems) -> str:
+    """What the name of a reward stage means; what is wrong with it is noted."""
+    if outside.is_one(value):
+        return _from_outside(path, value, "reward", problems)
+    _require(recipe, earlier, path, value, kinds.makers("reward"), problems)
+    return value
 
 
-def _from_outside(name: str, key: str, value: str, makes: kinds.Makes, problems: Problems) -> str:
+def _from_outside(path: KeyPath, value: str, makes: kinds.Makes, problems: Problems) -> str:
     """What the name of an adapter from outside means; what is wrong with it is noted."""
-    path = ("stages", name, key)
+    key = path[-1]
     try:
         value = outside.resolve(value, problems.origins.folder(path))
         found = outside.makes(outside.config(value))
@@ -152,14 +144,13 @@ def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -
 def _require(
     recipe: Recipe,
     earlier: dict[str, Stage],
-    name: str,
-    key: str,
+    path: KeyPath,
     wanted: str,
     wanted_kinds: tuple[str, ...],
     problems: Problems,
 ) -> None:
     """Check that `wanted` is an earlier stage of one of some kinds."""
-    path = ("stages", name, key)
+    name, key = path[1], path[-1]
     if wanted == name:
         problems.add(path, f"stage `{name}` cannot depend on itself", _earlier(earlier, wanted_kinds))
     elif wanted not in recipe.stages:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
-from rlhf_pipeline.kinds import NAMES, Kind, get
+from rlhf_pipeline.kinds import NAMES, Kind, get, numbered
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 BASE = "base"  # as a value of `init`: start from the bare base
@@ -158,6 +158,43 @@ class Evaluate(_Strict):
     """How often PPO is judged on the way, at even distances, too: how the judge's mean moves as the reward does."""
 
 
+class Reward(_Strict):
+    """One of the rewards of a reply: a reward stage, a function of yours, or a sequence classifier."""
+
+    stage: str | None = Field(default=None, min_length=1)
+    """An earlier reward stage, or a reward model from outside, named as for `reward`."""
+
+    function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    """`module:function`, with TRL's signature for reward functions: gets `prompts`, `completions`, `completion_ids` and
+    every other column of the data, as keywords; returns a list of numbers, None where it does not apply."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """A sequence classifier with one label, as a hub id or a folder, with its own tokenizer and chat template."""
+
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of `model` on the hub; in the resolved recipe, the commit that was found there."""
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """What it is multiplied by before all are added up; below 0, it is a penalty."""
+
+    combine: str = "mean"
+    """Of a reward stage with several members: `mean`, `min`, or `mean - k*std`, as `mean - 0.5*std`."""
+
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """What it is logged under; by default the name of the stage, of the function, or of the model."""
+
+    @property
+    def label(self) -> str:
+        """What it is logged under."""
+        if self.stage is not None:
+            own = self.stage.partition("@")[0].rstrip("/").rpartition("/")[2].replace(":", ".")
+        elif self.function is not None:
+            own = self.function.partition(":")[2]
+        else:
+            own = str(self.model).rstrip("/").rpartition("/")[2]
+        return self.name or own
+
+
 class Stage(_Strict):
     """One step of a recipe."""
 
@@ -169,8 +206,12 @@ class Stage(_Strict):
     adapter from outside: a folder (`./my-adapter`), a stage of another run (`runs/other:sft`), or a hub id."""
 
     reward: str | None = None
-    """PPO only: the reward stage whose model scores the replies; by default the latest earlier one. Or a reward model
-    from outside, named as for `init`."""
+    """PPO, GRPO and RLOO only: the reward stage whose model scores the replies; by default the latest earlier one. Or a
+    reward model from outside, named as for `init`."""
+
+    rewards: list[Reward] = []
+    """PPO, GRPO and RLOO only, in place of `reward`: several rewards, whose weighted sum is what the policy learns
+    from."""
 
     data: DataField
     """Rows: a path, keys with a path, or a list of several."""
@@ -196,8 +237,16 @@ class Stage(_Strict):
 
     @property
     def parents(self) -> dict[str, str]:
-        """The stage, or `base`, that it has in each role that its kind needs."""
-        return {parent.role: getattr(self, parent.role) or BASE for parent in self.facts.parents}
+        """The stage, or `base`, that it has in each role; further reward stages are `reward.2`, and so on."""
+        roles = [parent.role for parent in self.facts.parents]
+        found = {role: self.init or BASE for role in roles if role == "init"}
+        stages = [reward.stage for reward in self.scored_by if reward.stage is not None and "reward" in roles]
+        return found | {numbered("reward", number): stage for number, stage in enumerate(stages, 1)}
+
+    @property
+    def scored_by(self) -> list[Reward]:
+        """What scores its replies: `rewards`, or the one stage that `reward` names."""
+        return self.rewards or ([] if self.reward is None else [Reward(stage=self.reward)])
 
 
 def _list_of_trackers(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys, schema
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, MixedSource, Model, Recipe, Stage
+from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, MixedSource, Model, Recipe, Reward, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath, dump_inline, parse_value, shown
 
 # What people write for a key that has another name here, or in TRL and PEFT.
@@ -35,11 +35,13 @@ EXPECTED = {
 PATTERNS = {
     "name": ("letters, digits, _, - and .", "the run directory is named after it; by default it is the file's name"),
     "judge": ("`module:function`", "for example my_judges:is_polite, in a file my_judges.py beside the recipe"),
+    "function": ("`module:function`", "for example my_rewards:short_enough, in a file my_rewards.py beside the recipe"),
 }
 # Used in place of what is missing or invalid, so that all else can be checked; the key is broken then.
 STAND_INS: dict[str, Any] = {
     "name": "name", "path": "tiny", "judge": "module:function", "kind": "sft", "model": {"path": "tiny"},
-    "data": {"path": "tiny:prompts"}, "stages": {"sft": {"kind": "sft", "data": {"path": "tiny:prompts"}}},
+    "data": {"path": "tiny:prompts"}, "rewards": {"function": "module:function"},
+    "stages": {"sft": {"kind": "sft", "data": {"path": "tiny:prompts"}}},
 }  # fmt: skip
 BOUNDS = {
     "greater_than_equal": ("ge", "of at least"), "greater_than": ("gt", "more than"),
@@ -54,7 +56,7 @@ MISSING = {
 }
 BOOLEANS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
 SCALAR = re.compile(r"[-+\w.]+")
-FOLLOWS_FROM_KIND = ("kind", "init", "reward", "ptx_data", "trainer", "lora", "gates")
+FOLLOWS_FROM_KIND = ("kind", "init", "reward", "rewards", "ptx_data", "trainer", "lora", "gates")
 
 
 def validate(content: dict[str, Any], problems: Problems) -> Recipe:
@@ -216,7 +218,7 @@ def _repair(error: ErrorDetails, content: dict[str, Any]) -> None:
     elif isinstance(above, dict):
         above.pop(path[-1], None)
     elif isinstance(above, list) and isinstance(path[-1], int):
-        above[path[-1]] = copy.deepcopy(STAND_INS["data"])
+        above[path[-1]] = copy.deepcopy(STAND_INS["rewards" if path[-2] == "rewards" else "data"])
 
 
 def _is_needed(path: KeyPath) -> bool:
@@ -249,7 +251,7 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
     if path[-1] == "eval_data":
         return schema.Source
     if isinstance(path[-1], int):
-        return MixedSource
+        return Reward if path[-2] == "rewards" else MixedSource
     if path[0] == "stages":
         return Stage if len(path) == 2 else None
     sections: dict[KeyPath, type[BaseModel]] = {("model",): Model, ("evaluate",): Evaluate}
@@ -308,7 +310,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
             ("under the `trainer` of a stage", trainers),
         ]
         levels = [*top, ("under `lora`", lora), *stages, *evaluate]
-    if isinstance(above[-1] if above else None, int):
+    if above and isinstance(above[-1], int) and above[-2] != "rewards":
         levels.insert(0, ("beside `mix`", list(Data.model_fields)))
     return levels
 

@@ -414,9 +414,10 @@ def of_lineage(run: Run) -> Markup | None:
         took = duration(stage.wall_s)
         word = stage.kind if stage.kind != stage.name else took if stage.state in DONE else stage.state
         nodes.append((stage.name, word or "unknown kind", stage.state))
-        init, reward = (stage.parents.get(role, "") for role in ("init", "reward"))
+        init = stage.parents.get("init", "")
         edges.append((init if init in names else _from_outside(init, nodes, "base"), stage.name, "weights"))
-        if reward in names or outside.is_one(reward):
-            edges.append((reward if reward in names else _from_outside(reward, nodes, ""), stage.name, "reward"))
+        for reward in (parent for role, parent in stage.parents.items() if role != "init"):
+            if reward in names or outside.is_one(reward):
+                edges.append((reward if reward in names else _from_outside(reward, nodes, ""), stage.name, "reward"))
     nodes.sort(key=lambda node: node[1] != "from outside")  # parents come first
     return charts.lineage("What was made from what", nodes, edges)

@@ -262,9 +262,9 @@ def _train(
 
     try:
         if progress is None or progress.point == "checkpoint":
-            parents = {role: outside.said(parent) for role, parent in stage.parents.items()}
-            reward = f", with the reward of {parents['reward']}" if "reward" in parents else ""
-            say(f"{stage.name:<7} training, from {parents['init']}{reward}")
+            rewards = ", ".join(reward.label for reward in recipe.stages[stage.name].scored_by)
+            by = f", with the reward of {rewards}" if rewards else ""
+            say(f"{stage.name:<7} training, from {outside.said(stage.parents['init'])}{by}")
         if progress is None or progress.point != "finished":
             outcome: jobs.Ended | None = None
             while outcome is None:
@@ -406,8 +406,7 @@ def _opening_record(
         inputs=stage.inputs,
         # What is only to be published was judged before.
         judging=begun.judging if progress and progress.point == "finished" else stage.judging,
-        init=stage.parents.get("init"),
-        reward=stage.parents.get("reward"),
+        **Record.with_parents(stage.parents),
         parent_weights={name: parent.weights if parent else None for name, parent in parents.items()},
         log=f"{stage.name}/{LOG}",
         started_at=begun.started_at or _now(),

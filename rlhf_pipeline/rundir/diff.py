@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import kinds
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.layout import RECORD, RunDirectory
 from rlhf_pipeline.rundir.record import Record
@@ -87,7 +86,7 @@ def _compare(name: str, a: _Side | None, b: _Side | None) -> dict[str, Any]:
     if only_in or unreadable:  # there is nothing to compare with
         return stage
     settings = _pairs(*(_inputs(records[letter]) for letter in SIDES))
-    for key in kinds.ROLES:
+    for key in {role for record in records.values() for role in record.parents}:
         if key in settings:
             settings[key] = _parents(key, records, settings[key])
     stage["settings"] = {key: values for key, values in settings.items() if key not in DATA}
@@ -116,7 +115,7 @@ def _pairs(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _parents(key: str, records: dict[str, Record], values: dict[str, Any]) -> dict[str, Any]:
     """Names in place of the fingerprints of the stages that one starts from, or takes its reward from."""
-    names = {side: str(records[side].init if key == "init" else records[side].reward) for side in values}
+    names = {side: str(records[side].parents.get(key)) for side in values}
     if len(names) == 2 and names["a"] == names["b"]:
         names["b"] = f"another {names['b']}"
     return names

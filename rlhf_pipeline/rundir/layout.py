@@ -21,6 +21,7 @@ REPORT = "report.html"
 # In a stage's folder:
 RECORD = "stage.json"
 ADAPTER = "adapter"  # what a stage publishes
+MEMBER = "member-"  # and its number: the folder of a further member of an ensemble, within the artifact
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 PAIRS = "pairs.jsonl"  # held-out pairs with their scores
@@ -304,3 +305,9 @@ def read_json(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def members(artifact: Path) -> list[Path]:
+    """The adapter folders of a reward model: its own, and those of the further members of an ensemble within it."""
+    within = [folder for folder in artifact.glob(f"{MEMBER}*") if folder.name.removeprefix(MEMBER).isdecimal()]
+    return [artifact, *sorted(within, key=lambda folder: int(folder.name.removeprefix(MEMBER)))]

@@ -56,6 +56,9 @@ class Record(BaseModel):
     reward: str | None = None
     """The stage that scores its replies."""
 
+    rewards: dict[str, str] = {}
+    """Further stages that score its replies, by role: `reward.2`, and so on."""
+
     parent_weights: dict[str, str | None] = {}
     """Of each stage that it was built on, the SHA-256 of the weights it had then."""
 
@@ -114,7 +117,13 @@ class Record(BaseModel):
     @property
     def parents(self) -> dict[str, str]:
         """The stage, or `base`, that it had in each role."""
-        return {role: name for role in kinds.ROLES if isinstance(name := getattr(self, role, None), str)}
+        return {role: name for role in kinds.ROLES if isinstance(name := getattr(self, role, None), str)} | self.rewards
+
+    @staticmethod
+    def with_parents(parents: dict[str, str]) -> dict[str, Any]:
+        """The fields that say which stage it had in each role."""
+        further = {role: name for role, name in parents.items() if role not in kinds.ROLES}
+        return {role: parents.get(role) for role in kinds.ROLES} | ({"rewards": further} if further else {})
 
     @property
     def is_finished(self) -> bool:

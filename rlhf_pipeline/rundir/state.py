@@ -178,6 +178,9 @@ def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> S
     if record is not None:
         return StageState(name, record.kind or name, record.parents, record=record)
     parents = {role: str(planned[role]) for role in kinds.ROLES if planned.get(role)}
+    rewards = planned.get("rewards")
+    stages = [one["stage"] for one in rewards if isinstance(one, dict) and one.get("stage")] if rewards else []
+    parents |= {kinds.numbered("reward", number): str(stage) for number, stage in enumerate(stages, 1)}
     return StageState(name, str(planned.get("kind") or name), parents)
 
 

@@ -110,14 +110,15 @@ def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
         if outside.is_one(stage.init):
             notes.append(f"`{outside.label(str(stage.init))}` is of another base: `{name}` starts from the bare one")
             stage.init = BASE
-        if outside.is_one(stage.reward):
-            notes.append(
-                f"`{outside.label(str(stage.reward))}` is of another base: a new reward model stands in for it"
-            )
-            shape = outside.lora(outside.config(str(stage.reward)))
-            rows = Data(path=str(TINY / "data" / "preferences.jsonl"))
-            stage.reward = f"reward-of-{name}"
-            stages[stage.reward] = Stage(kind="reward", init=BASE, data=rows, lora=shape)
+        for reward in [stage, *stage.rewards]:
+            key = "reward" if reward is stage else "stage"
+            value = getattr(reward, key)
+            if outside.is_one(value):
+                notes.append(f"`{outside.label(value)}` is of another base: a new reward model stands in for it")
+                shape, rows = outside.lora(outside.config(value)), Data(path=str(TINY / "data" / "preferences.jsonl"))
+                new = f"reward-{len(stages)}-of-{name}" if stage.rewards else f"reward-of-{name}"
+                setattr(reward, key, new)
+                stages[new] = Stage(kind="reward", init=BASE, data=rows, lora=shape)
         stages[name] = stage
     recipe.stages = stages
 

@@ -26,6 +26,7 @@ from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
+from rlhf_pipeline.recipe.rewards import key_of
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.stages import embedded, judge
 from rlhf_pipeline.stages.job import Job, Reader
@@ -177,7 +178,7 @@ def check_adapters_from_outside(recipe: Recipe, names: Sequence[str], config: Pr
         for role, value in recipe.stages[name].parents.items():
             if not outside.is_one(value):
                 continue
-            place, known = f"stages.{name}.{role}", outside.record(value)
+            place, known = f"stages.{name}.{key_of(recipe.stages[name], role)}", outside.record(value)
             try:
                 found += _misfit_of(recipe, value, place, config, digests)
             except InputError as error:

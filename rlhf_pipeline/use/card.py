@@ -149,8 +149,8 @@ def _lineage(directory: RunDirectory, stage: str) -> list[str]:
     def add(name: str | None) -> None:
         record = directory.record(name) if name and name != BASE else None
         if name and record and name not in found:
-            add(record.init)
-            add(record.reward)
+            for parent in record.parents.values():
+                add(parent)
             found.append(name)
 
     add(stage)
@@ -209,7 +209,8 @@ def _origins(records: Records) -> Iterator[list[Any]]:
     yield ["base", "", "", next(iter(records.values())).inputs["model"], ""]
     for name, record in records.items():
         origin = outside.said(record.init or BASE)
-        origin += f", scored by {outside.said(record.reward)}" if record.reward else ""
+        rewards = [outside.said(parent) for role, parent in record.parents.items() if role != "init"]
+        origin += f", scored by {', '.join(rewards)}" if rewards else ""
         yield [name, record.kind, origin, record.fingerprint or "", record.weights or ""]
 
 

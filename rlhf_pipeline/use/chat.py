@@ -149,7 +149,7 @@ class Chat:
         """The reward model's score of the last reply, on the very tokens that were sampled, as PPO takes it."""
         if not self.rewards or self.last is None:
             return "there is no reply yet" if self.rewards else "no reward stage of this run is done"
-        own = self.recipe.stages[self.stage].reward if self.stage != BASE else None
+        own = self.recipe.stages[self.stage].parents.get("reward") if self.stage != BASE else None
         name = own if own in self.rewards else self.rewards[-1]
         self.warn(name)
         (score,) = score_tokens(self.base.reward(name), [self.last], self.tokenizer.pad_token_id)

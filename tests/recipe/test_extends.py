@@ -194,7 +194,7 @@ def test_what_is_replaced_is_not_held_against_the_recipe(write, tmp_path, monkey
         ("extends: mine.yaml\n", ":1:10: extends", "cannot extend itself: mine.yaml → mine.yaml", "remove one"),
         ("extends: team/base.yaml\nstages: {pppo: }\n", ":2:10: stages.pppo", "no stage `pppo` to leave", "`ppo`"),
         ("extends: team/base.yaml\nstages: {new: }\n", ":2:10: stages.new", "no stage `new` to leave", "sft, reward"),
-        ("extends: team/base.yaml\nstages: {reward: null}\n", None, "stage `ppo` needs a reward model", "add a stage"),
+        ("extends: team/base.yaml\nstages: {reward: null}\n", None, "stage `ppo` needs a reward", "add a stage"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused(write, monkeypatch, text, place, message, hint):

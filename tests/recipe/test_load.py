@@ -219,7 +219,7 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
             "`reward` is of kind `reward`",
             None,
         ),
-        (ONE + SFT + "  ppo: {data: tiny:prompts}\n", 4, "needs a reward model", "kind `reward`"),
+        (ONE + SFT + "  ppo: {data: tiny:prompts}\n", 4, "needs a reward", "kind `reward`"),
         (ONE + SFT + "  ppo: {data: tiny:prompts, reward: sft}\n", 4, "needs reward", None),
         (ONE + "  sft: {data: tiny:demonstrations, reward: x}\n", 3, "`reward` has no effect", "remove"),
         (ONE + "  sft:\n    data: tiny:replies\n", 4, "no data `tiny:replies`", "tiny:demonstrations"),

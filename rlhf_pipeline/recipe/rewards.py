@@ -1,0 +1,107 @@
+"""What scores the replies of a stage that samples them: `reward`, or the list `rewards`. No torch."""
+
+import re
+from collections.abc import Callable
+
+from rlhf_pipeline.kinds import numbered
+from rlhf_pipeline.recipe.origins import Problems
+from rlhf_pipeline.recipe.schema import Reward, Stage
+from rlhf_pipeline.recipe.yaml import KeyPath
+
+SOURCES = ("stage", "function", "model")
+COMBINE = re.compile(r"min|mean(?:\s*-\s*(?:(?P<k>\d+(?:\.\d+)?|\.\d+)\s*\*\s*)?(?P<std>std))?")
+COMBINE_WORDS = "`mean`, `min`, or `mean - k*std` with a number for k"
+Named = Callable[[KeyPath, str], str]  # what a reward stage's name means, at the place where it is written
+
+
+def deviations(combine: str) -> float | None:
+    """How many standard deviations of the members `combine` takes off their mean: its k, 0 for `mean`; None for `min`.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    found = COMBINE.fullmatch(combine.strip())
+    if found is None:
+        raise ValueError(f"expected {COMBINE_WORDS}, got {combine!r}")
+    if combine.strip() == "min":
+        return None
+    return float(found["k"] or 1) if found["std"] else 0.0
+
+
+def key_of(stage: Stage, role: str) -> str:
+    """The key, from the stage on, that names the stage in a role: `init`, `reward`, or `rewards.1.stage`."""
+    stages = [f"rewards.{place}.stage" for place, reward in enumerate(stage.rewards) if reward.stage is not None]
+    return {numbered("reward", number): key for number, key in enumerate(stages, 1)}.get(role, role)
+
+
+def resolve_rewards(
+    name: str, stage: Stage, latest: str | None, is_certain: bool, named: Named, problems: Problems
+) -> None:
+    """Fill in what scores a stage's replies; what is wrong is noted.
+
+    Args:
+        name: the stage's.
+        stage: of a kind whose replies are scored.
+        latest: the latest reward stage before it, if there is one.
+        is_certain: whether the kinds of all stages before it are known.
+        named: looks up the name of a reward stage, or of a reward model from outside.
+        problems: where to note what is wrong.
+    """
+    path = ("stages", name, "reward")
+    if stage.rewards or problems.within(("stages", name, "rewards")):
+        if stage.reward is not None:
+            problems.add(
+                path, "`reward` and `rewards` exclude each other", "name the reward stage in `rewards`", of_key=True
+            )
+            stage.reward = None
+        for place, reward in enumerate(stage.rewards):
+            _resolve_one(reward, ("stages", name, "rewards", place), named, problems)
+        _require_own_labels(name, stage, problems)
+    elif stage.reward is not None:
+        stage.reward = named(path, stage.reward)
+    else:
+        stage.reward = latest
+        problems.origins.derived[path] = "the latest reward stage before"
+        if latest is None and is_certain:  # else one of unknown kind may be meant
+            problems.add(
+                path,
+                f"stage `{name}` needs a reward, and no `reward` stage comes before it",
+                "add a stage of kind `reward` before it, or name a function of yours in `rewards`",
+            )
+
+
+def _resolve_one(reward: Reward, path: KeyPath, named: Named, problems: Problems) -> None:
+    given = [key for key in SOURCES if getattr(reward, key) is not None or problems.is_broken((*path, key))]
+    if len(given) != 1:
+        said = " and ".join(f"`{key}`" for key in given)
+        problems.add(
+            path,
+            f"{said} exclude each other: one entry is one reward" if given else "this entry names no reward",
+            "give `stage`, `function` or `model`, each in an entry of its own",
+        )
+        return
+    if reward.stage is not None:
+        reward.stage = named((*path, "stage"), reward.stage)
+    if reward.weight == 0:
+        problems.add((*path, "weight"), "a reward of weight 0 changes nothing", "remove it, or give it a weight")
+    if reward.revision is not None and reward.model is None:
+        problems.add((*path, "revision"), "`revision` has an effect beside `model` alone", "remove it", of_key=True)
+    try:
+        deviations(reward.combine)
+    except ValueError as error:
+        problems.add((*path, "combine"), str(error), "std is the standard deviation over the members")
+
+
+def _require_own_labels(name: str, stage: Stage, problems: Problems) -> None:
+    """See that each reward is logged under a name of its own."""
+    labels: set[str] = set()
+    for place, reward in enumerate(stage.rewards):
+        if problems.within(("stages", name, "rewards", place)):
+            continue
+        if reward.label in labels:
+            problems.add(
+                ("stages", name, "rewards", place),
+                f"two rewards are called `{reward.label}`, and each is logged under its name",
+                "give one of them a `name`",
+            )
+        labels.add(reward.label)

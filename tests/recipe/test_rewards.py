@@ -1,0 +1,115 @@
+"""`rewards`: what a stage's replies are scored by."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.fingerprint import Digests, stage_inputs
+from rlhf_pipeline.recipe import Recipe, content_of, load
+from rlhf_pipeline.recipe.rewards import deviations
+
+HEAD = """
+model: {path: tiny, quantization: none}
+stages:
+  sft: {data: tiny:demonstrations}
+  reward: {data: tiny:preferences}
+  other: {kind: reward, data: tiny:preferences}
+"""
+FUNCTION = "rlhf_pipeline.models.tiny.world:judge"
+
+
+def written(folder: Path, ppo: str, head: str = HEAD) -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(f"{head}  ppo: {{data: tiny:prompts, {ppo}}}\n")
+    return load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "k"),
+    [("mean", 0.0), ("min", None), ("mean - std", 1.0), ("mean-2*std", 2.0), ("mean - .5 * std", 0.5), (" mean ", 0.0)],
+)
+def test_what_combine_says(text: str, k: float | None) -> None:
+    assert deviations(text) == k
+
+
+@pytest.mark.parametrize("text", ["max", "mean + std", "std", "mean - two*std", "mean -", "", "mean - std*2"])
+def test_what_combine_may_not_say(text: str) -> None:
+    with pytest.raises(ValueError, match="expected `mean`"):
+        deviations(text)
+
+
+def test_the_short_form_is_a_list_of_one(tmp_path: Path) -> None:
+    short, long = written(tmp_path, "reward: other"), written(tmp_path, "rewards: [{stage: other}]")
+    assert short.stages["ppo"].scored_by == long.stages["ppo"].scored_by
+    assert short.stages["ppo"].parents == long.stages["ppo"].parents == {"init": "sft", "reward": "other"}
+    earlier = {"sft": "a", "reward": "b", "other": "c"}
+    assert stage_inputs(short, "ppo", earlier, Digests()) == stage_inputs(long, "ppo", earlier, Digests())
+
+
+def test_several_reward_stages_are_parents_of_their_own(tmp_path: Path) -> None:
+    recipe = written(tmp_path, f"rewards: [{{stage: other}}, {{function: '{FUNCTION}'}}, {{stage: reward}}]")
+    assert recipe.stages["ppo"].parents == {"init": "sft", "reward": "other", "reward.2": "reward"}
+    inputs = stage_inputs(recipe, "ppo", {"sft": "a", "reward": "b", "other": "c"}, Digests())
+    assert (inputs["reward"], inputs["reward.2"]) == ("c", "b")
+
+
+def test_a_function_needs_no_reward_stage(tmp_path: Path) -> None:
+    head = HEAD.partition("  reward:")[0]
+    recipe = written(tmp_path, f"rewards: [{{function: '{FUNCTION}'}}]", head)
+    assert recipe.stages["ppo"].parents == {"init": "sft"}
+    inputs = stage_inputs(recipe, "ppo", {"sft": "a"}, Digests())
+    assert inputs["rewards.0.source"].startswith("world.py@")
+
+
+@pytest.mark.parametrize("change", ["weight: 0.5", "combine: min", "name: another"])
+def test_what_decides_the_sum_is_in_the_fingerprint(tmp_path: Path, change: str) -> None:
+    earlier = {"sft": "a", "reward": "b", "other": "c"}
+    plain = stage_inputs(written(tmp_path, "reward: reward"), "ppo", earlier, Digests())
+    changed = stage_inputs(written(tmp_path, f"rewards: [{{stage: reward, {change}}}]"), "ppo", earlier, Digests())
+    assert changed.keys() - plain.keys() == {"rewards.0.stage", f"rewards.0.{change.partition(':')[0]}"}
+
+
+def test_labels(tmp_path: Path) -> None:
+    recipe = written(tmp_path, f"rewards: [{{stage: other}}, {{function: '{FUNCTION}'}}, {{model: org/name, name: x}}]")
+    assert [reward.label for reward in recipe.stages["ppo"].scored_by] == ["other", "judge", "x"]
+
+
+def test_it_is_written_as_it_was_said(tmp_path: Path) -> None:
+    recipe = written(tmp_path, "rewards: [{stage: other, weight: 2.0}]")
+    assert content_of(recipe)["stages"]["ppo"]["rewards"] == [{"stage": "other", "weight": 2.0}]
+    assert "rewards" not in content_of(recipe)["stages"]["sft"]
+
+
+@pytest.mark.parametrize(
+    ("ppo", "place", "message"),
+    [
+        ("reward: other, rewards: [{stage: reward}]", "stages.ppo.reward", "exclude each other"),
+        ("rewards: [{stage: nothing}]", "stages.ppo.rewards.0.stage", "which is not in the recipe"),
+        ("rewards: [{stage: sft}]", "stages.ppo.rewards.0.stage", "`stage` needs reward"),
+        ("rewards: [{stage: reward, function: 'a:b'}]", "stages.ppo.rewards.0", "`stage` and `function` exclude"),
+        ("rewards: [{weight: 2.0}]", "stages.ppo.rewards.0", "names no reward"),
+        ("rewards: [{stage: reward, weight: 0}]", "stages.ppo.rewards.0.weight", "weight 0 changes nothing"),
+        ("rewards: [{stage: reward, revision: main}]", "stages.ppo.rewards.0.revision", "beside `model` alone"),
+        ("rewards: [{stage: reward, combine: max}]", "stages.ppo.rewards.0.combine", "got 'max'"),
+        ("rewards: [{stage: reward}, {stage: reward}]", "stages.ppo.rewards.1", "two rewards are called `reward`"),
+        ("rewards: [{function: nothing}]", "stages.ppo.rewards.0.function", "expected `module:function`"),
+    ],
+)
+def test_what_is_wrong_is_refused_at_its_place(tmp_path: Path, ppo: str, place: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        written(tmp_path, ppo)
+    assert str(caught.value.place).endswith(f": {place}")
+
+
+def test_rewards_have_no_effect_where_nothing_is_sampled(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(HEAD + "  dpo: {data: tiny:preferences, rewards: [{stage: reward}]}\n")
+    with pytest.raises(InputError, match="`rewards` has no effect in a stage of kind `dpo`"):
+        load(str(file))
+
+
+def test_a_recipe_that_extends_another_replaces_one_form_by_the_other(tmp_path: Path) -> None:
+    written(tmp_path, "reward: other")
+    (tmp_path / "more.yaml").write_text("extends: recipe.yaml\nstages: {ppo: {rewards: [{stage: reward}]}}\n")
+    assert load(str(tmp_path / "more.yaml")).stages["ppo"].parents["reward"] == "reward"
