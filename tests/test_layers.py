@@ -17,6 +17,7 @@ LAYERS = [
     ["run"],
     ["comparison"],
     ["stages", "plan"],
+    ["rewards"],
     ["ppo", "data"],
     ["models"],
     ["callbacks"],

@@ -1,0 +1,1 @@
+"""What replies are rewarded by beside a reward stage: functions, and sequence classifiers."""
