@@ -1,15 +1,13 @@
 """What decides a stage's result: its settings, and what files and hub repositories hold. No torch."""
 
 import hashlib
-import importlib
 import re
-import sys
 from collections.abc import Set
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import hub
+from rlhf_pipeline import hub, user_code
 from rlhf_pipeline.recipe import BASE, Data, Model, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
@@ -100,26 +98,14 @@ class Digests(FileDigests):
             return None if name == our_name else name
         return None
 
-    def of_judge(self, judge: str, folder: Path) -> str | None:
-        """`name@digest` of the file that a judge `module:function` is in; None where there is none to be found.
+    def of_function(self, name: str, folder: Path) -> str | None:
+        """`name@digest` of the file that a function `module:name` is in; None where there is none to be found.
 
-        The module is looked for as a worker does, in the installed packages, then in `folder`, then in the current
-        one, but nothing is imported.
+        Args:
+            name: of a judge, or of what rewards replies.
+            folder: the recipe's; see `user_code`.
         """
-        here = Path.cwd()
-        search = [entry for entry in sys.path if Path(entry).resolve() != here]
-        search += [str(folder), str(here)]
-        importlib.invalidate_caches()
-        top, *inner = judge.partition(":")[0].split(".")
-        found = (finder.find_spec(top, search) for finder in sys.meta_path)
-        spec = next((one for one in found if one), None)
-        if spec is None:
-            return None
-        files = [Path(spec.origin)] if spec.has_location and spec.origin else []
-        if inner:
-            folders = [Path(location).joinpath(*inner) for location in spec.submodule_search_locations or []]
-            files = [file for folder in folders for file in (folder / "__init__.py", folder.with_suffix(".py"))]
-        file = next((file for file in files if file.is_file()), None)
+        file = user_code.source(name, folder)
         return f"{file.name}@{self.of_file(file)}" if file else None
 
 
@@ -204,7 +190,7 @@ def _reward_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, 
         if reward.stage is not None:
             found["stage"] = next(role for role, key in _keys(stage) if key == f"rewards.{place}.stage")
         if reward.function is not None:
-            found["source"] = digests.of_judge(reward.function, recipe.folder)
+            found["source"] = digests.of_function(reward.function, recipe.folder)
         if reward.model is not None:
             found["model"] = digests.of_model(Model(path=reward.model, revision=reward.revision))
         inputs |= {f"rewards.{place}.{key}": value for key, value in found.items()}
@@ -227,7 +213,7 @@ def judging_inputs(recipe: Recipe, name: str, digests: Digests) -> dict[str, Any
     if recipe.evaluate.samples > 1:
         settings["samples"] = recipe.evaluate.samples
     settings["judge_gets"] = "text"  # it got TRL's turns before: what was judged so is judged again
-    settings["judge_source"] = digests.of_judge(recipe.evaluate.judge, recipe.folder)
+    settings["judge_source"] = digests.of_function(recipe.evaluate.judge, recipe.folder)
     return settings | data_inputs("data", recipe.evaluate.data, digests)
 
 

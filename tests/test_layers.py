@@ -24,7 +24,7 @@ LAYERS = [
     ["fingerprint"],
     ["rundir"],
     ["recipe"],
-    ["hub", "kinds", "local", "shares"],
+    ["hub", "kinds", "local", "shares", "user_code"],
     ["errors"],
     ["__init__"],
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline import stages
+from rlhf_pipeline import stages, user_code
 from rlhf_pipeline.comparison import wanted
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import column, first_prompts
@@ -25,7 +25,7 @@ from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.shares import interval
-from rlhf_pipeline.stages.judge import ask, load_judge
+from rlhf_pipeline.stages.judge import PLACE, ask
 
 Asked = list[tuple[Prompt, dict[str, Any]]]
 MEASURES = ("reward", "judge", "kl", "tokens", "ended")
@@ -239,7 +239,7 @@ def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]
         return None, []
     name = recipe.evaluate.judge
     try:
-        judge = load_judge(name, [Path(recipe.folder), Path.cwd()])
+        judge = user_code.load(name, recipe.folder, PLACE)
         found = {policy: ask(judge, asked, [reply["text"] for reply in replies[policy]]) for policy in replies}
     except InputError as error:
         return None, [f"no judge: {error.message}"]

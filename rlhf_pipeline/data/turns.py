@@ -38,6 +38,20 @@ AFTER: dict[str | None, tuple[str, ...]] = {
 }
 
 
+def as_text(prompt: Prompt) -> str:
+    """A prompt as one text: of a conversation the user's turn, of a longer one all turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def as_turns(prompt: Prompt) -> list[Turn]:
+    """A prompt as turns; text is a user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+
+
 def text_of(row: Row, column: str) -> str:
     """A column's text, which may not be empty."""
     value = row.get(column)

@@ -18,6 +18,7 @@ class Batch:
         completion_ids: the B replies as the policy sampled them, in token ids, each of a length of its own.
         columns: the other columns of the rows that the prompts are from, by name, each a list of B values.
         step: how many optimizer steps are done.
+        max_steps: how many there will be.
     """
 
     prompts: Sequence[Text]
@@ -25,3 +26,4 @@ class Batch:
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
     step: int
+    max_steps: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
+from rlhf_pipeline.user_code import FunctionError
 
 SAFE = "stages that are done stay usable; the same command resumes from here"
 TRAINING_IS_KEPT = "the trained adapter is kept; the same command resumes with judging it"
@@ -46,8 +47,15 @@ def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Pa
         return f"{where} ran out ({text})", memory_hint(recipe, name) if name else SAFE
     if kind == "DivergedError":
         return text, f"lower `learning_rate`, set `max_grad_norm`, or look for odd rows in the data; {RETRAINS}"
-    if kind == "JudgeError":
-        return text, f"correct the function that `evaluate.judge` names; {safe}"
+    if isinstance(error, FunctionError):
+        if error.place == "evaluate.judge":
+            return text, f"correct the function that `{error.place}` names; {safe}"
+        return text, (
+            f"correct the function that `{error.place}` names: the stage is then retrained from the start, since "
+            f"another reward makes another policy; as it is, the same command resumes from the last checkpoint"
+        )
+    if kind == "ClassifierError":
+        return text, f"set `model.dtype: float32` where 16 bits are too few for it, or name another one; {RETRAINS}"
     if any(words in text for words in _SAY_WHAT_TO_CHANGE):
         return text, RETRAINS
     if number in _NO_ROOM or any(words in text for words in _FAILED_WRITERS):
@@ -186,6 +194,8 @@ def _is_trained(recipe: Recipe, name: str | None) -> bool:
 
 
 def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, FunctionError) and error.__cause__ is not None:  # in it, but not its fault
+        return _is_of_memory(error.__cause__)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):

@@ -1,21 +1,18 @@
 """The judge: replies of a policy to held-out prompts, scored by a function of the user's."""
 
-import importlib
-import inspect
 import math
 import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_pipeline import kinds
+from rlhf_pipeline import kinds, user_code
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import first_prompts
-from rlhf_pipeline.data.turns import Prompt
+from rlhf_pipeline.data.turns import Prompt, as_text, as_turns
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
@@ -27,43 +24,14 @@ from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.shares import standard_error
 from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.user_code import FunctionError
 
 Judge = Callable[..., Sequence[float | None]]
 Asked = Sequence[tuple[Prompt, dict[str, Any]]]  # prompts, each with its row, whose other columns the judge gets
 # What a judge gets beside the columns of the data; a column of such a name is not given.
 GIVEN = ("prompts", "completions", "messages")
+PLACE = "evaluate.judge"
 REPLY_COLUMNS = ("completion", "response", "answer", "chosen", "output")  # where a row may have a reply to try it on
-
-
-class JudgeError(Exception):
-    """A judge did, or gave, what no judge may; the message says so in one sentence."""
-
-
-def load_judge(name: str, folders: Sequence[Path]) -> Judge:
-    """Import `module:function`, looking in `folders` after the installed packages.
-
-    Raises:
-        InputError: it cannot be imported or is not a function.
-    """
-    module_name, function_name = name.split(":")
-    for folder in folders:
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-    place = "evaluate.judge"
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may fail in any way
-        raise InputError(
-            f"`{module_name}` cannot be imported: {said(error)}",
-            place=place,
-            hint="put the module beside the recipe, in the current folder, or install it",
-        ) from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(
-            f"module `{module_name}` has no function `{function_name}`", place=place, hint=f"it is {module.__file__}"
-        )
-    return function
 
 
 def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
@@ -75,7 +43,7 @@ def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
     spec = job.recipe.evaluate
     if spec is None:
         return None
-    judge = load_judge(spec.judge, [Path(job.recipe.folder), Path.cwd()])
+    judge = user_code.load(spec.judge, job.recipe.folder, PLACE)
     return spec, judge, first_prompts(spec.data, spec.n)
 
 
@@ -86,7 +54,7 @@ def try_judge(spec: Evaluate, judge: Judge, asked: Asked) -> None:
 
     Args:
         spec: the recipe's `evaluate`.
-        judge: from `load_judge`.
+        judge: the function.
         asked: its prompts.
 
     Raises:
@@ -99,10 +67,10 @@ def try_judge(spec: Evaluate, judge: Judge, asked: Asked) -> None:
     try:
         ask(judge, asked[:2], replies)
     except Exception as error:  # a user's function may fail in any way
-        what = str(error) if isinstance(error, JudgeError) else f"it raised {said(error)}"
+        what = str(error) if isinstance(error, FunctionError) else f"it raised {user_code.said(error)}"
         raise InputError(
             f"`{spec.judge}` fails on the first rows of `evaluate.data`: {what}",
-            place="evaluate.judge",
+            place=PLACE,
             hint="it gets lists of texts, `prompts` and `completions`, of turns, `messages`, and all other columns; it "
             "returns a number for each reply",
         ) from None
@@ -123,7 +91,7 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         `evaluate`.
 
     Raises:
-        JudgeError: see `ask`.
+        FunctionError: see `ask`.
     """
     prepared = prepare(job)
     if prepared is None:
@@ -166,13 +134,13 @@ def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:
         are the same number otherwise.
 
     Raises:
-        JudgeError: none has.
+        FunctionError: none has.
     """
     prompts = len(scores) // times
     by_prompt = [[score for score in scores[prompt::prompts] if score is not None] for prompt in range(prompts)]
     means = [statistics.fmean(own) for own in by_prompt if own]
     if not means:
-        raise JudgeError("the judge has no opinion on any reply: it returned None for all")
+        raise FunctionError("the judge has no opinion on any reply: it returned None for all", PLACE)
     numbers: dict[str, float] = {"judge_mean": sum(means) / len(means), "judge_replies": sum(map(len, by_prompt))}
     if len(set(means)) > 1:
         numbers["judge_mean_se"] = statistics.stdev(means) / math.sqrt(len(means))
@@ -189,7 +157,7 @@ def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None
     text, the user's turn, or of several turns all, each after its role.
 
     Args:
-        judge: from `load_judge`.
+        judge: the function.
         asked: the prompts.
         replies: one to each.
 
@@ -197,87 +165,24 @@ def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None
         A finite number for each reply, or None where the judge has no opinion.
 
     Raises:
-        JudgeError: it returned something else, wants a column that the data do not have, or called `sys.exit`.
+        FunctionError: it returned something else, wants a column that the data do not have, or called `sys.exit`.
     """
     names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion", *GIVEN))
     given: dict[str, Any] = {name: [row.get(name) for _, row in asked] for name in names}
+    prompts = [as_text(prompt) for prompt, _ in asked]
     given |= {
-        "prompts": [as_text(prompt) for prompt, _ in asked],
+        "prompts": prompts,
         "completions": list(replies),
         "messages": [
             [*as_turns(prompt), {"role": "assistant", "content": reply}]
             for (prompt, _), reply in zip(asked, replies, strict=True)
         ],
     }
-    given = _taken(judge, given)
-    scores = None
+    given = user_code.taken(judge, given, "the judge", PLACE)
     try:
-        returned: Any = judge(**given)
-        if hasattr(returned, "__iter__") and not isinstance(returned, (str, bytes, Mapping)):
-            scores = list(returned)  # a generator runs only now
+        return user_code.numbers(judge(**given), prompts, "the judge", PLACE)
     except SystemExit as end:
-        raise JudgeError(f"the judge called {said(end)}") from end
-    if scores is None:
-        raise JudgeError(f"the judge returned {returned!r}, not a list of numbers")
-    if len(scores) != len(replies):
-        raise JudgeError(f"the judge returned {len(scores)} scores for {len(replies)} replies")
-    return [_score(score, row, asked[row][0]) for row, score in enumerate(scores)]
-
-
-def _taken(judge: Judge, given: dict[str, Any]) -> dict[str, Any]:
-    """Of what there is for a judge, what its parameters take.
-
-    Raises:
-        JudgeError: it wants more.
-    """
-    try:
-        parameters = inspect.signature(judge).parameters.values()
-    except (TypeError, ValueError):  # of something that is called and has none, as some built in C
-        return given
-    named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
-    lacking = [one.name for one in named if one.default is one.empty and one.name not in given]
-    if lacking:
-        raise JudgeError(f"the judge wants `{'`, `'.join(lacking)}`, and the data have no such column")
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
-        return given
-    return {one.name: given[one.name] for one in named if one.name in given}
-
-
-def _score(score: Any, row: int, prompt: Prompt) -> float | None:
-    """A judge's score of one reply.
-
-    Raises:
-        JudgeError: it is no finite number, nor None.
-    """
-    try:
-        number = None if score is None else float(score)
-    except (TypeError, ValueError):
-        number = math.nan
-    if number is not None and not math.isfinite(number):
-        begin = as_text(prompt)[:60]
-        raise JudgeError(f"the judge returned {score!r} for reply {row + 1}, to the prompt {begin!r}: it is no number")
-    return number
-
-
-def as_text(prompt: Prompt) -> str:
-    """A prompt as a judge reads it: of a conversation the user's turn, of a longer one all turns with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-
-
-def as_turns(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt as turns; text is a user's."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-
-
-def said(error: BaseException) -> str:
-    """What a user's code raised, in a few words; of `sys.exit`, the call."""
-    if isinstance(error, SystemExit):
-        return f"sys.exit({'' if error.code is None else repr(error.code)})"
-    return f"{type(error).__name__}: {error}"
+        raise FunctionError(f"the judge called {user_code.said(end)}", PLACE) from end
 
 
 def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:

@@ -24,7 +24,7 @@ class GoldAlong(TrainerCallback):
     Args:
         trainer: whose policy is judged.
         spec: the recipe's `evaluate`.
-        judge: from `evaluation.load_judge`.
+        judge: the recipe's.
         asked: prompts, each with its row.
     """
 

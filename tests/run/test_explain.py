@@ -12,6 +12,7 @@ from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import explain as explaining
 from rlhf_pipeline.run.explain import SAFE, TRAINING_IS_KEPT, explain, explain_signal, memory_hint, oom_kills
+from rlhf_pipeline.user_code import FunctionError
 
 RECIPE = """
 name: short
@@ -176,3 +177,23 @@ def test_the_kills_of_every_counter_are_counted(tmp_path: Path, monkeypatch: pyt
     assert oom_kills() == 5
     events.unlink()
     assert oom_kills() == 3
+
+
+def test_a_function_that_fails_is_named_by_its_key(tmp_path: Path) -> None:
+    """A judge can be corrected without training again; a reward decides the policy."""
+    recipe = load(tmp_path)
+    said, hint = explain(FunctionError("the judge returned None", "evaluate.judge"), recipe, "sft", tmp_path)
+    assert (said, hint) == (
+        "the judge returned None", f"correct the function that `evaluate.judge` names; {SAFE}"
+    )  # fmt: skip
+    key = "stages.ppo.rewards.0.function"
+    said, hint = explain(FunctionError("it raised ValueError: no", key), recipe, "ppo", tmp_path)
+    assert said == "it raised ValueError: no"
+    assert f"`{key}` names" in hint and "retrained from the start" in hint and "from the last checkpoint" in hint
+
+
+def test_memory_that_runs_out_in_a_function_is_not_its_fault(tmp_path: Path) -> None:
+    error = FunctionError("it raised MemoryError: ", "stages.ppo.rewards.0.function")
+    error.__cause__ = MemoryError()
+    said, hint = explain(error, load(tmp_path), "ppo", tmp_path)
+    assert said.startswith("the machine's memory ran out") and "response_length" in hint

@@ -29,8 +29,9 @@ from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.stages.check import check
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.judge import JudgeError, ask, judge_policy, summary
+from rlhf_pipeline.stages.judge import ask, judge_policy, summary
 from rlhf_pipeline.stages.ppo import check_weights
+from rlhf_pipeline.user_code import FunctionError
 
 pytestmark = pytest.mark.slow
 
@@ -414,19 +415,19 @@ def ends(**_: Any) -> list[float]:
     ("judge", "said"),
     [
         (lambda prompts, answer: [], "the judge wants `answer`, and the data have no such column"),
-        (lambda **_: [1.0], "the judge returned 1 scores for 2 replies"),
+        (lambda **_: [1.0], "the judge returned 1 number for 2 replies"),
         (lambda **_: None, "the judge returned None, not a list of numbers"),
         (lambda **_: "01", "the judge returned '01', not a list of numbers"),
         (lambda **_: {"a": 1, "b": 0}, "the judge returned .*, not a list of numbers"),
         (lambda **_: (sys.exit() for _ in "ab"), r"the judge called sys.exit\(\)"),
-        (lambda **_: [1.0, math.nan], "the judge returned nan for reply 2, to the prompt 'b': it is no number"),
-        (lambda **_: [math.inf, 1.0], "the judge returned inf for reply 1, to the prompt 'a': it is no number"),
-        (lambda **_: [1.0, "good"], "the judge returned 'good' for reply 2, to the prompt 'b': it is no number"),
+        (lambda **_: [1.0, math.nan], "the judge returned nan for reply 2, to the prompt 'b': it is no finite number"),
+        (lambda **_: [math.inf, 1.0], "the judge returned inf for reply 1, to the prompt 'a': it is no finite number"),
+        (lambda **_: [1.0, "good"], "the judge returned 'good' for reply 2, to the prompt 'b': it is no finite number"),
         (ends, r"the judge called sys.exit\(3\)"),
     ],
 )
 def test_what_a_judge_must_not_do_is_said(judge: Callable, said: str) -> None:
-    with pytest.raises(JudgeError, match=f"^{said}$"):
+    with pytest.raises(FunctionError, match=f"^{said}$"):
         ask(judge, ROWS, ["x", "yy"])
 
 
@@ -441,7 +442,7 @@ def test_the_mean_of_a_judge_and_its_standard_error() -> None:
     assert summary([1.0] * 16, 1)["judge_mean_se"] == pytest.approx(math.sqrt(0.9 * 0.1 / 20))
     assert summary([0.0] * 16, 1)["judge_mean_se"] == pytest.approx(math.sqrt(0.1 * 0.9 / 20))
     assert summary([7.0] * 16, 1) == {"judge_mean": 7.0, "judge_replies": 16}
-    with pytest.raises(JudgeError, match="no opinion on any reply"):
+    with pytest.raises(FunctionError, match="no opinion on any reply"):
         summary([None, None], 1)
 
 
