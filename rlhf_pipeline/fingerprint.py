@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,14 @@ class Digests(FileDigests):
             return None if name == our_name else name
         return None
 
-    def of_function(self, name: str, folder: Path) -> str | None:
+    def of_function(self, name: str, folders: Sequence[Path]) -> str | None:
         """`name@digest` of the file that a function `module:name` is in; None where there is none to be found.
 
         Args:
             name: of a judge, or of what rewards replies.
-            folder: the recipe's; see `user_code`.
+            folders: the recipe's; see `user_code`.
         """
-        file = user_code.source(name, folder)
+        file = user_code.source(name, folders)
         return f"{file.name}@{self.of_file(file)}" if file else None
 
 
@@ -190,7 +190,7 @@ def _reward_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, 
         if reward.stage is not None:
             found["stage"] = next(role for role, key in _keys(stage) if key == f"rewards.{place}.stage")
         if reward.function is not None:
-            found["source"] = digests.of_function(reward.function, recipe.folder)
+            found["source"] = digests.of_function(reward.function, recipe.folders)
         if reward.model is not None:
             found["model"] = digests.of_model(Model(path=reward.model, revision=reward.revision))
         inputs |= {f"rewards.{place}.{key}": value for key, value in found.items()}
@@ -213,7 +213,7 @@ def judging_inputs(recipe: Recipe, name: str, digests: Digests) -> dict[str, Any
     if recipe.evaluate.samples > 1:
         settings["samples"] = recipe.evaluate.samples
     settings["judge_gets"] = "text"  # it got TRL's turns before: what was judged so is judged again
-    settings["judge_source"] = digests.of_function(recipe.evaluate.judge, recipe.folder)
+    settings["judge_source"] = digests.of_function(recipe.evaluate.judge, recipe.folders)
     return settings | data_inputs("data", recipe.evaluate.data, digests)
 
 

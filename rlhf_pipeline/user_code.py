@@ -1,6 +1,7 @@
 """Functions of the user's, named `module:function`: judges, and what rewards replies. No torch.
 
-A module is looked for in the installed packages, then beside the recipe, then in the current folder.
+A module is looked for in the installed packages, then beside the files of the recipe that name one, then in the current
+folder.
 """
 
 import importlib
@@ -29,21 +30,21 @@ class FunctionError(Exception):
         self.place = place
 
 
-def load(name: str, folder: Path, place: str) -> Callable[..., Any]:
+def load(name: str, folders: Sequence[Path], place: str) -> Callable[..., Any]:
     """Import `module:function`.
 
     Args:
         name: of module and function; the latter may be any object that can be called.
-        folder: the recipe's.
+        folders: `Recipe.folders`.
         place: the key of the recipe that names it.
 
     Raises:
         InputError: it cannot be imported or is not a function.
     """
     module_name, _, function_name = name.partition(":")
-    for place_to_look in (folder, Path.cwd()):
-        if str(place_to_look) not in sys.path:
-            sys.path.append(str(place_to_look))
+    for folder in (*folders, Path.cwd()):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way
@@ -60,16 +61,16 @@ def load(name: str, folder: Path, place: str) -> Callable[..., Any]:
     return function
 
 
-def source(name: str, folder: Path) -> Path | None:
+def source(name: str, folders: Sequence[Path]) -> Path | None:
     """The file that `load` would import; nothing is imported. None where there is none to be found.
 
     Args:
         name: `module:function`.
-        folder: the recipe's.
+        folders: `Recipe.folders`.
     """
     here = Path.cwd()
     search = [entry for entry in sys.path if Path(entry).resolve() != here]
-    search += [str(folder), str(here)]
+    search += [*map(str, folders), str(here)]
     importlib.invalidate_caches()
     top, *inner = name.partition(":")[0].split(".")
     found = (finder.find_spec(top, search) for finder in sys.meta_path)
@@ -78,8 +79,8 @@ def source(name: str, folder: Path) -> Path | None:
         return None
     files = [Path(spec.origin)] if spec.has_location and spec.origin else []
     if inner:
-        folders = [Path(location).joinpath(*inner) for location in spec.submodule_search_locations or []]
-        files = [file for folder in folders for file in (folder / "__init__.py", folder.with_suffix(".py"))]
+        inside = [Path(location).joinpath(*inner) for location in spec.submodule_search_locations or []]
+        files = [file for folder in inside for file in (folder / "__init__.py", folder.with_suffix(".py"))]
     return next((file for file in files if file.is_file()), None)
 
 

@@ -238,42 +238,42 @@ class TestJudge:
         mark = tmp_path / "mark"
         file = places[0] / "my_own_judge.py"
         file.write_text(f"open({str(mark)!r}, 'w')\n")
-        before = Digests().of_function("my_own_judge:judge", places[0])
+        before = Digests().of_function("my_own_judge:judge", places[:1])
         file.write_text("# another\n" + file.read_text())
-        after = Digests().of_function("my_own_judge:judge", places[0])
+        after = Digests().of_function("my_own_judge:judge", places[:1])
         assert before != after and before.startswith("my_own_judge.py@")
         assert not mark.exists() and "my_own_judge" not in sys.modules
 
     def test_beside_the_recipe_comes_before_the_current_folder(self, memory, places):
         (places[1] / "near.py").write_text("here")
-        here = Digests().of_function("near:judge", places[0])
+        here = Digests().of_function("near:judge", places[:1])
         (places[0] / "near.py").write_text("beside the recipe")
-        assert Digests().of_function("near:judge", places[0]) not in (None, here)
+        assert Digests().of_function("near:judge", places[:1]) not in (None, here)
 
     def test_in_a_package_without_importing_it(self, memory, places, tmp_path):
         package = places[0] / "judges" / "strict"
         package.mkdir(parents=True)
         (places[0] / "judges" / "__init__.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
         (package / "one.py").write_text("1")
-        before = Digests().of_function("judges.strict.one:judge", places[0])
+        before = Digests().of_function("judges.strict.one:judge", places[:1])
         (package / "one.py").write_text("2")
-        assert Digests().of_function("judges.strict.one:judge", places[0]) not in (None, before)
+        assert Digests().of_function("judges.strict.one:judge", places[:1]) not in (None, before)
         assert not (tmp_path / "mark").exists()
 
     def test_the_tiny_worlds_is_found_where_it_is_installed(self, memory, places):
-        assert Digests().of_function("rlhf_pipeline.models.tiny.world:judge", places[0]).startswith("world.py@")
+        assert Digests().of_function("rlhf_pipeline.models.tiny.world:judge", places[:1]).startswith("world.py@")
 
     def test_an_installed_module_is_what_a_worker_would_import(self, memory, places):
         """A file of the same name beside the recipe is not what is run, so it is not what counts."""
-        before = Digests().of_function("json.decoder:judge", places[0])
+        before = Digests().of_function("json.decoder:judge", places[:1])
         (places[0] / "json").mkdir()
         for name in ("__init__.py", "decoder.py"):
             (places[0] / "json" / name).write_text("")
-        assert Digests().of_function("json.decoder:judge", places[0]) == before is not None
+        assert Digests().of_function("json.decoder:judge", places[:1]) == before is not None
 
     @pytest.mark.parametrize("judge", ["nowhere_at_all:judge", "json.nothing:judge", "json.decoder.deeper:f", "sys:f"])
     def test_one_that_has_no_file_is_none(self, memory, places, judge):
-        assert Digests().of_function(judge, places[0]) is None
+        assert Digests().of_function(judge, places[:1]) is None
 
 
 def test_a_changed_judge_judges_again_and_trains_nothing(load, settled, tmp_path):

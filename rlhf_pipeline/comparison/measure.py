@@ -239,7 +239,7 @@ def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]
         return None, []
     name = recipe.evaluate.judge
     try:
-        judge = user_code.load(name, recipe.folder, PLACE)
+        judge = user_code.load(name, recipe.folders, PLACE)
         found = {policy: ask(judge, asked, [reply["text"] for reply in replies[policy]]) for policy in replies}
     except InputError as error:
         return None, [f"no judge: {error.message}"]

@@ -97,7 +97,7 @@ def _digest(recipe: Recipe, data: Data) -> str | None:
         return None
     if recipe.evaluate:
         judge = recipe.evaluate.judge
-        content |= {"judge": judge, "judge_source": digests.of_function(judge, recipe.folder)}
+        content |= {"judge": judge, "judge_source": digests.of_function(judge, recipe.folders)}
         if content["judge_source"] is None:
             return None
     return short_hash(json.dumps(content, sort_keys=True).encode())

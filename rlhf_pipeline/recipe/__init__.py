@@ -137,7 +137,8 @@ def of_run(run: Path) -> Recipe:
         raise InputError(
             "this is no recipe that `run` has written", place=f"{file}: {key}", hint="another version may have made it"
         ) from None
-    recipe._folder = _folder_of_run(run) or recipe._folder
+    folder = _folder_of_run(run)
+    recipe._folders = [folder] if folder else recipe._folders
     return recipe
 
 

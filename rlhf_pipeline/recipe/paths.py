@@ -19,7 +19,13 @@ RELATIVE = "relative paths start from the folder of the file that they are writt
 def resolve_paths(recipe: Recipe, problems: Problems) -> None:
     """Make paths absolute, and see that what is named is there; what is wrong is noted."""
     origins = problems.origins
-    recipe._folder = origins.folder(("evaluate", "judge"))
+    functions: list[KeyPath] = [
+        ("stages", name, "rewards", place, "function")
+        for name, stage in recipe.stages.items()
+        for place, reward in enumerate(stage.rewards)
+        if reward.function is not None
+    ]
+    recipe._folders = list(dict.fromkeys(origins.folder(key) for key in [("evaluate", "judge"), *functions]))
     if recipe.output_dir.startswith("~") and not expanded(recipe.output_dir).is_absolute():
         whose = recipe.output_dir.partition("/")[0]
         problems.add(("output_dir",), f"there is no home folder `{whose}`", "name a folder, or set HOME for `~`")

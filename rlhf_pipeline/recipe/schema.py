@@ -284,13 +284,18 @@ class Recipe(_Strict):
     stages: dict[str, Stage] = Field(min_length=1)
     """The stages by name, in the order in which they run."""
 
-    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _folders: list[Path] = PrivateAttr(default_factory=lambda: [Path.cwd()])
     _place: Callable[[KeyPath], str] | None = PrivateAttr(None)
 
     @property
     def folder(self) -> Path:
-        """The folder that relative paths start from, and a judge's module is looked for in."""
-        return self._folder
+        """The folder that relative paths start from."""
+        return self._folders[0]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the modules of judge and reward functions are looked for: beside the files that name them."""
+        return self._folders
 
     def place(self, *path: str) -> str:
         """Where a value was written, as messages show it; its key path alone in a worker, which does not know more."""

@@ -34,7 +34,7 @@ class Function:
 
     Args:
         name: `module:function`.
-        folder: the recipe's; see `user_code`.
+        folders: the recipe's; see `user_code`.
         place: the key of the recipe that names it.
 
     Attributes:
@@ -44,10 +44,10 @@ class Function:
         InputError: it cannot be imported or is not a function.
     """
 
-    def __init__(self, name: str, folder: Path, place: str) -> None:
+    def __init__(self, name: str, folders: Sequence[Path], place: str) -> None:
         self.name, self.place = name, place
         self.who = f"the reward function `{name}`"
-        self.call = user_code.load(name, folder, place)
+        self.call = user_code.load(name, folders, place)
         self.metrics: dict[str, list[float]] = defaultdict(list)
 
     def __call__(self, batch: Batch) -> list[float | None]:

@@ -44,7 +44,7 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     """
     file, killed_before = job_file.with_name(RESULT), oom_kills()
     file.unlink(missing_ok=True)
-    job = {"task": task, "recipe": recipe.model_dump(), "folder": str(recipe.folder), **details}
+    job = {"task": task, "recipe": recipe.model_dump(), "folders": [str(one) for one in recipe.folders], **details}
     code = launcher.run(job, job_file, log)
     scrub(log)
     result = read_json(file)

@@ -39,7 +39,7 @@ def main(job_file: str) -> int:
     """
     job = json.loads(Path(job_file).read_text())
     recipe = Recipe.model_validate(job["recipe"])
-    recipe._folder = Path(job["folder"])
+    recipe._folders = [Path(folder) for folder in job["folders"]]
     result: dict[str, Any]
     try:
         if job["task"] == "check":

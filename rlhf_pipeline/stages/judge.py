@@ -43,7 +43,7 @@ def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
     spec = job.recipe.evaluate
     if spec is None:
         return None
-    judge = user_code.load(spec.judge, job.recipe.folder, PLACE)
+    judge = user_code.load(spec.judge, job.recipe.folders, PLACE)
     return spec, judge, first_prompts(spec.data, spec.n)
 
 

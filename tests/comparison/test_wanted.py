@@ -58,7 +58,7 @@ def test_other_weights_settings_data_or_judge_make_it_due(run: Path, tmp_path: P
     (tmp_path / "other.py").write_text("def judge(prompts, completions, **columns): return [0.0 for _ in prompts]")
     named = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": "other:judge"})})
     assert wanted.due(run, named) is None  # it is nowhere, and the one that judged may be
-    named._folder = tmp_path
+    named._folders = [tmp_path]
     assert wanted.due(run, named) is not None
 
     data = tmp_path / "heldout.jsonl"

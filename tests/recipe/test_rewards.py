@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.fingerprint import Digests, stage_inputs
+from rlhf_pipeline.fingerprint import Digests, judging_inputs, stage_inputs
 from rlhf_pipeline.recipe import Recipe, content_of, load
 from rlhf_pipeline.recipe.rewards import deviations
 
@@ -113,3 +113,23 @@ def test_a_recipe_that_extends_another_replaces_one_form_by_the_other(tmp_path: 
     written(tmp_path, "reward: other")
     (tmp_path / "more.yaml").write_text("extends: recipe.yaml\nstages: {ppo: {rewards: [{stage: reward}]}}\n")
     assert load(str(tmp_path / "more.yaml")).stages["ppo"].parents["reward"] == "reward"
+
+
+def test_functions_are_looked_for_beside_the_file_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one recipe extends another of another folder, that may be two."""
+    for name in ("team", "mine", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    written(tmp_path / "team", "rewards: [{function: 'of_the_team:f'}]")
+    (tmp_path / "team" / "of_the_team.py").write_text("1")
+    (tmp_path / "mine" / "of_mine.py").write_text("2")
+    evaluate = "evaluate: {data: tiny:heldout, judge: 'of_mine:f'}"
+    (tmp_path / "mine" / "mine.yaml").write_text(f"extends: ../team/recipe.yaml\n{evaluate}\n")
+    recipe = load(str(tmp_path / "mine" / "mine.yaml"))
+    assert recipe.folders == [tmp_path / "mine", tmp_path / "team"]
+    inputs = stage_inputs(recipe, "ppo", {"sft": "a", "reward": "b", "other": "c"}, Digests())
+    judging = judging_inputs(recipe, "ppo", Digests())
+    assert inputs["rewards.0.source"].startswith("of_the_team.py@")
+    assert judging is not None and judging["judge_source"].startswith("of_mine.py@")

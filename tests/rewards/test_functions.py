@@ -40,9 +40,9 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any],
         if isinstance(what, str):
             (tmp_path / "my_rewards.py").write_text(what)
             monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-            return Function("my_rewards:reward", tmp_path, PLACE)
+            return Function("my_rewards:reward", [tmp_path], PLACE)
         monkeypatch.setattr(sys.modules[__name__], "reward", what, raising=False)
-        return Function(f"{__name__}:reward", tmp_path, PLACE)
+        return Function(f"{__name__}:reward", [tmp_path], PLACE)
 
     return made
 
@@ -226,6 +226,6 @@ def test_one_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         ("json:__name__", "module `json` has no function `__name__`"),
     ):
         with pytest.raises(InputError) as caught:
-            Function(name, tmp_path, PLACE)
+            Function(name, [tmp_path], PLACE)
         assert caught.value.message.startswith(message)
         assert caught.value.place == PLACE

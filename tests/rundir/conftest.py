@@ -41,5 +41,5 @@ def _judged_by_the_code_that_is_here(run: Path) -> None:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["judging"]:
             content["judging"]["judge_gets"] = "text"
-            content["judging"]["judge_source"] = Digests().of_function(content["judging"]["judge"], recipe.folder)
+            content["judging"]["judge_source"] = Digests().of_function(content["judging"]["judge"], recipe.folders)
             file.write_text(json.dumps(content), encoding="utf-8")
