@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline.models.layers import untouched
-from rlhf_pipeline.models.score_head import HEAD
+from rlhf_pipeline.models.score_head import HEAD, draw
 from rlhf_pipeline.rundir.layout import WEIGHTS as WEIGHTS
 
 _PREFIX = "base_model.model."  # of PEFT's names for a base's modules
@@ -90,14 +90,8 @@ def with_policy_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path 
 
 
 def with_reward_adapter(base: PreTrainedModel, lora: dict[str, Any], init: Path | None) -> PeftModel:
-    """A model of `score_head` with a trainable adapter `default`, started from `init`, and a trainable head.
-
-    The head is drawn from N(0, 1/(d+1)), d the hidden size, so that first rewards have about unit variance
-    (Stiennon et al. 2020, "Learning to summarize from human feedback"; Huang et al. 2024, "The N+ Implementation
-    Details of RLHF with PPO").
-    """
-    head = base.get_submodule(HEAD)
-    torch.nn.init.normal_(head.weight, std=(head.weight.shape[-1] + 1) ** -0.5)
+    """A model of `score_head` with a trainable adapter `default`, started from `init`, and a trainable, new head."""
+    draw(base.get_submodule(HEAD))
     config = lora_config(lora, base)
     # PEFT's class for classifiers would train every module called `classifier`, too, as LongCat-Flash's routers are.
     config.task_type, config.modules_to_save = None, [HEAD]

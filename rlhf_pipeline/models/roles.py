@@ -1,11 +1,12 @@
-"""Four roles on one base: policy, reference, reward and value are views that switch adapters for one call.
+"""Many roles on one base: policy, reference, rewards and value are views that switch adapters for one call.
 
-Where TRL's PPOTrainer expects four models, it gets four modules. There is one: a frozen base with four adapters, and
-two score heads. A view makes its adapter active for the length of a call and puts the former one back.
+Where TRL's PPOTrainer expects four models, it gets four modules. There is one: a frozen base with an adapter for each,
+and score heads. A view makes its adapter active for the length of a call and puts the former one back.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,78 +18,145 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.models import adapters, base
+from rlhf_pipeline.models.score_head import new_head
+from rlhf_pipeline.rundir.layout import members
 
 TRAINED = ("policy", "value")
-FROZEN = ("reference", "reward")
+REFERENCE = "reference"
+
+# An adapter on disk: its folder, and its shape as a recipe's `lora` says it.
+Stored = tuple[Path, dict[str, Any]]
 
 
-class SharedBase:
-    """One PEFT model with an adapter for each role.
+class Roles:
+    """A base with an adapter for each role, and the switching between them.
 
     Args:
-        model: the frozen causal LM.
-        lora: the shape of policy and reference.
-        init: the adapter that policy and reference start from; None for the bare base.
-        reward: the reward stage's artifact; adapter and head of `reward`, and what `value` starts from.
-        reward_lora: the shape of that artifact, for reward and value.
+        peft: the base with adapters.
+        names: the adapter's name of each role.
 
     Attributes:
-        peft: the PEFT model, for saving adapters.
-        names: the adapter's name of each role: the role's, unless the model has a module of that name.
-        policy, reference, reward, value: the views that TRL's PPOTrainer takes.
+        causal_lm: the base.
+        rewards: the reward models, in the order in which they were added: each the views of its members.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        lora: dict[str, Any],
-        init: Path | None,
-        reward: Path,
-        reward_lora: dict[str, Any],
-    ) -> None:
-        self.causal_lm = model
-        policy_config = adapters.lora_config(lora, model)
-        reward_config = adapters.lora_config(reward_lora, model)
-        self.names = {role: adapters.free_name(model, role) for role in (*TRAINED, *FROZEN)}
-        self.peft: PeftModel = get_peft_model(model, policy_config, adapter_name=self.names["policy"])
-        self.peft.add_adapter(self.names["reference"], policy_config)
-        self.peft.add_adapter(self.names["reward"], reward_config)
-        self.peft.add_adapter(self.names["value"], reward_config)
-        if init is not None:
-            adapters.load_weights(self.peft, init, self.names["policy"])
-        # A copy by parameter, not a second start: rows that a larger rank adds are drawn, and differ between two draws.
-        adapters.copy_adapter(self.peft, self.names["policy"], self.names["reference"])
-        adapters.load_weights(self.peft, reward, self.names["reward"])
-        adapters.load_weights(self.peft, reward, self.names["value"])
-        base.remove_dropout(self.peft)
+    def __init__(self, peft: PeftModel, names: dict[str, str]) -> None:
+        self.peft, self.names = peft, dict(names)
+        self.causal_lm: PreTrainedModel = peft.get_base_model()
+        self.rewards: list[list[ScoreView]] = []
+        self._active = next(iter(names))
+        self._find_layers()
+
+    def _find_layers(self) -> None:
         self.layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
-        # Once, and never again: PEFT's own way of switching also toggles requires_grad, and the critic stops learning.
-        for role, adapter in self.names.items():
-            for parameter in adapters.adapter_parameters(self.peft, adapter).values():
-                parameter.requires_grad_(role in TRAINED)
-        self._active = "policy"
-        self._switch("policy")
-        device = model.device
-        self.policy = PolicyView(self, "policy")
-        self.reference = PolicyView(self, "reference")
-        self.reward = ScoreView(self, "reward", adapters.load_head(reward).to(device))
-        self.value = ScoreView(self, "value", adapters.load_head(reward).to(device).requires_grad_())
+
+    def add_reward(self, artifact: Path, lora: dict[str, Any]) -> list["ScoreView"]:
+        """Load a reward model, of an ensemble all members, as frozen adapters beside the others.
+
+        Args:
+            artifact: the reward stage's.
+            lora: its shape.
+
+        Returns:
+            The views of its members, whose roles are `reward` or, of further reward models, `reward.2`, with the
+            member's number from the second on: `reward/2`.
+        """
+        role = kinds.numbered("reward", len(self.rewards) + 1)
+        before = {parameter: parameter.requires_grad for parameter in self.peft.parameters()}
+        active = self.peft.active_adapters
+        views = []
+        for number, folder in enumerate(members(artifact), 1):
+            own = role if number == 1 else f"{role}/{number}"
+            self.names[own] = adapters.free_name(self.causal_lm, re.sub(r"\W", "_", own))
+            config = adapters.lora_config({**lora, "lora_dropout": 0.0}, self.causal_lm)
+            self.peft.add_adapter(self.names[own], config)
+            adapters.load_weights(self.peft, folder, self.names[own])
+            head = adapters.load_head(folder).to(self.causal_lm.device)
+            views.append((own, head))
+        self.peft.base_model.set_adapter(active)  # it toggles what is trained, which is put right below
+        for parameter in self.peft.parameters():
+            parameter.requires_grad_(before.get(parameter, False))
+        self._find_layers()
+        self.rewards.append([ScoreView(self, own, head) for own, head in views])
+        return self.rewards[-1]
+
+    @contextlib.contextmanager
+    def acting_as(self, role: str) -> Iterator[None]:
+        """Make a role's adapter the active one inside the block, and then those that were active before."""
+        before, active = self._active, [layer._active_adapter for layer in self.layers]
+        self._switch(role)
+        try:
+            yield
+        finally:
+            for layer, names in zip(self.layers, active, strict=True):
+                layer._active_adapter = names
+            self._active = before
 
     def _switch(self, role: str) -> None:
         for layer in self.layers:
             layer._active_adapter = [self.names[role]]
         self._active = role
 
-    @contextlib.contextmanager
-    def acting_as(self, role: str) -> Iterator[None]:
-        """Make a role's adapter the active one inside the block."""
-        before = self._active
-        self._switch(role)
-        try:
-            yield
-        finally:
-            self._switch(before)
+    @cached_property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes logits of last hidden states; see `base.find_head`."""
+        with self.acting_as(REFERENCE if REFERENCE in self.names else self._active):
+            return base.find_head(self.causal_lm)
+
+
+class SharedBase(Roles):
+    """PPO's roles: the policy and its reference, reward models, and the value model, each an adapter of its own.
+
+    Args:
+        model: the frozen causal LM.
+        lora: the shape of policy and reference.
+        init: the adapter that policy and reference start from; None for the bare base.
+        rewards: the reward models: of each the stage's artifact and its shape.
+
+    Attributes:
+        peft: the PEFT model, for saving adapters.
+        names: the adapter's name of each role: the role's, unless the model has a module of that name.
+        policy, reference, value: the views of these roles. The value model starts from the first reward model; where
+            there is none, from what the policy starts from, with a new head.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, lora: dict[str, Any], init: Path | None, rewards: Sequence[Stored]
+    ) -> None:
+        policy_config = adapters.lora_config(lora, model)
+        value_config = adapters.lora_config(rewards[0][1], model) if rewards else policy_config
+        names = {role: adapters.free_name(model, role) for role in (*TRAINED, REFERENCE)}
+        peft = get_peft_model(model, policy_config, adapter_name=names["policy"])
+        peft.add_adapter(names[REFERENCE], policy_config)
+        peft.add_adapter(names["value"], value_config)
+        if init is not None:
+            adapters.load_weights(peft, init, names["policy"])
+        # A copy by parameter, not a second start: rows that a larger rank adds are drawn, and differ between two draws.
+        adapters.copy_adapter(peft, names["policy"], names[REFERENCE])
+        if rewards:
+            adapters.load_weights(peft, rewards[0][0], names["value"])
+        else:
+            adapters.copy_adapter(peft, names["policy"], names["value"])
+        super().__init__(peft, names)
+        for artifact, shape in rewards:
+            self.add_reward(artifact, shape)
+        base.remove_dropout(self.peft)
+        # Once, and never again: PEFT's own way of switching also toggles requires_grad, and the critic stops learning.
+        for role, adapter in self.names.items():
+            for parameter in adapters.adapter_parameters(self.peft, adapter).values():
+                parameter.requires_grad_(role in TRAINED)
+        self._switch("policy")
+        head = adapters.load_head(rewards[0][0]) if rewards else new_head(model)
+        self.policy = PolicyView(self, "policy")
+        self.reference = PolicyView(self, REFERENCE)
+        self.value = ScoreView(self, "value", head.to(model.device).requires_grad_())
+
+    @property
+    def reward(self) -> "ScoreView":
+        """The first reward model, of an ensemble its first member."""
+        return self.rewards[0][0]
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, each under the adapter that computed it first.
@@ -104,12 +172,6 @@ class SharedBase:
         )
         self.causal_lm.train()  # layers checkpoint in training mode only; there is no dropout left to wake
 
-    @cached_property
-    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What makes logits of last hidden states; see `base.find_head`."""
-        with self.acting_as("reference"):
-            return base.find_head(self.causal_lm)
-
     def checksums(self, *names: str) -> dict[str, int]:
         """Checksums of `base` and of roles' adapters and heads, to show what training did and did not touch.
 
@@ -118,14 +180,19 @@ class SharedBase:
         """
         owned = {role: list(adapters.adapter_parameters(self.peft, name).values()) for role, name in self.names.items()}
         ours = {id(parameter) for parameters in owned.values() for parameter in parameters}
-        owned["reward"] += list(self.reward.score.parameters())
-        owned["value"] += list(self.value.score.parameters())
+        for view in (self.value, *(view for members_ in self.rewards for view in members_)):
+            owned[view.role] += list(view.score.parameters())
         owned["base"] = [parameter for parameter in self.causal_lm.parameters() if id(parameter) not in ours]
         return {name: base.checksum(owned[name]) for name in names or owned}
 
+    @property
+    def frozen(self) -> list[str]:
+        """The roles that training leaves as they are."""
+        return [role for role in self.names if role not in TRAINED]
+
 
 class Shared(Protocol):
-    """What a view needs of the base that it looks at: `SharedBase`, or `staged.StagedBase`."""
+    """What a view needs of the base that it looks at: `Roles`, or `staged.StagedBase`."""
 
     causal_lm: PreTrainedModel
     names: dict[str, str]  # the adapter of each role

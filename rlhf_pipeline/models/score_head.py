@@ -88,6 +88,22 @@ def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def draw(head: nn.Linear) -> None:
+    """Draw a head from N(0, 1/(d+1)), d the hidden size, so that first numbers have about unit variance.
+
+    After Stiennon et al. 2020, "Learning to summarize from human feedback", and Huang et al. 2024, "The N+
+    Implementation Details of RLHF with PPO".
+    """
+    nn.init.normal_(head.weight, std=(head.weight.shape[-1] + 1) ** -0.5)
+
+
+def new_head(model: PreTrainedModel) -> nn.Linear:
+    """A head of its own for a causal LM's backbone, in float32 on the CPU; see `draw`."""
+    head = nn.Linear(_width(model.get_output_embeddings(), model.config), 1, bias=False)
+    draw(head)
+    return head
+
+
 def backbone_name(model: Any) -> str:
     """The name of a causal LM's child that makes the last hidden states.
 
