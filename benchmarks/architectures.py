@@ -227,7 +227,7 @@ class Survey:
         job = Job(recipe, "ppo", recipe.run)
         tokenizer = load_tokenizer(recipe.model)
         pairs = prepare.preferences(recipe.stages["reward"].data, tokenizer, recipe.seed).held_out
-        shared = SharedBase(load_base(recipe.model, tokenizer), job.stage.lora, job.init, job.reward, job.reward_lora)
+        shared = SharedBase(load_base(recipe.model, tokenizer), job.stage.lora, job.init, job.reward_models)
         written, off = jsonl.rows(recipe.run / "reward" / "pairs.jsonl"), 0.0
         for row, known in zip(pairs, written, strict=True):
             for which in ("chosen", "rejected"):

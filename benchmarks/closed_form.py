@@ -37,6 +37,7 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 from rlhf_pipeline.stages import sft
 from rlhf_pipeline.stages.job import Job
 
@@ -158,8 +159,8 @@ class Task:
     def share(self) -> SharedBase:
         """Four roles, the reward role played by the table."""
         lora = self.recipe.lora
-        shared = SharedBase(load_base(self.recipe.model, self.tokenizer), lora, self.init, self.reward, lora)
-        shared.reward = WordRewards(shared, self.prompts, self.table)
+        shared = SharedBase(load_base(self.recipe.model, self.tokenizer), lora, self.init, [(self.reward, lora)])
+        shared.rewards[0] = [WordRewards(shared, self.prompts, self.table)]
         return shared
 
     @torch.no_grad()
@@ -196,7 +197,8 @@ class Task:
             **SETTINGS | settings,
         )
         rows = self.prompts * (args.per_device_train_batch_size // len(self.prompts))
-        trainer = PPOTrainer(args, self.tokenizer, shared, Dataset.from_dict({"input_ids": rows}))
+        rewards = Rewards([Part("reward", 1.0, shared.rewards[0])], self.tokenizer)
+        trainer = PPOTrainer(args, self.tokenizer, shared, rewards, Dataset.from_dict({"input_ids": rows}))
         trainer.train()
         log_ref = self.log_probs(shared.reference)
         ours = self.outcome(self.log_probs(shared.policy), log_ref)

@@ -107,7 +107,7 @@ def load(way: str, spec: Model, tokenizer: Any, folder: Path) -> list[torch.nn.M
     if way == "base":
         return [load_base(spec, tokenizer)]
     if way == "shared":
-        shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "sft", folder / "reward", LORA)
+        shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "sft", [(folder / "reward", LORA)])
         return [shared.peft, shared.policy, shared.reference, shared.reward, shared.value]
     policy = PeftModel.from_pretrained(load_base(spec, tokenizer), folder / "sft", is_trainable=True)
     reference = PeftModel.from_pretrained(load_base(spec, tokenizer), folder / "sft")

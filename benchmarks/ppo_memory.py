@@ -44,6 +44,7 @@ from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.ppo.trainer import PPOTrainer, Scored
 from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 
 AT_MOST = 0.25  # of TRL's growth
 AIM = 16 * 2**30  # for a whole update of the 8 B model
@@ -224,7 +225,7 @@ def measure(way: str, folder: Path) -> dict[str, Any]:
     spec = Model(path=str(folder / "base"), quantization=shape.quantization, dtype=shape.dtype)
     tokenizer = load_tokenizer(spec.path)
     set_seed(0)
-    shared = SharedBase(load_base(spec, tokenizer), LORA, None, folder / "reward", LORA)
+    shared = SharedBase(load_base(spec, tokenizer), LORA, None, [(folder / "reward", LORA)])
     tiny = replace(shape, batch=2, prompt_length=4, response_length=3, epochs=1)
     make_trainer(way, tiny, shared, tokenizer, folder).train()
     trainer = make_trainer(way, shape, shared, tokenizer, folder)
@@ -266,7 +267,8 @@ def make_trainer(way: str, shape: Shape, shared: SharedBase, tokenizer: Any, fol
         "stop_token": None,  # every reply has full length
     }
     if way == "ours":
-        trainer = MeasuredTrainer(PPOConfig(**settings), tokenizer, shared, dataset)
+        rewards = Rewards([Part("reward", 1.0, shared.rewards[0])], tokenizer)
+        trainer = MeasuredTrainer(PPOConfig(**settings), tokenizer, shared, rewards, dataset)
         trainer.recorder = Recorder()
         return trainer
     from trl.experimental import ppo as trl_ppo  # up to TRL 1.12

@@ -41,6 +41,7 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.run.launch import PREFERENCES
 from rlhf_pipeline.stages.job import Job
 
@@ -170,12 +171,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(loaded.model.path)
     prompts = prepare.prompts(stage.data, tokenizer, loaded.seed).train
     set_seed(loaded.seed)
-    shared = SharedBase(
-        load_base(loaded.model, tokenizer), stage.lora, job.init, job.reward, loaded.stages["reward"].lora
-    )
+    shared = SharedBase(load_base(loaded.model, tokenizer), stage.lora, job.init, job.reward_models)
     clock, rollouts, profile = Clock(), Rollouts(shared.policy, tokenizer.eos_token_id), cProfile.Profile()
     if options.measure == "ours":
-        trainer = PPOTrainer(job.trainer_config(PPOConfig, **decided), tokenizer, shared, prompts, callbacks=[clock])
+        rewards = mixture.load(loaded, "ppo", shared.rewards, tokenizer)
+        args = job.trainer_config(PPOConfig, **decided)
+        trainer = PPOTrainer(args, tokenizer, shared, rewards, prompts, callbacks=[clock])
         if options.profile:
             optimise = trainer.optimise
             trainer.optimise = lambda *arguments: profile.runcall(optimise, *arguments)

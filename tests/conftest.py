@@ -250,7 +250,7 @@ def share(tokenizer) -> Callable[[Artifacts], SharedBase]:
     def make(artifacts: Artifacts) -> SharedBase:
         model = base.load_base(artifacts.spec, tokenizer)
         shapes = lora_of(artifacts.init), lora_of(artifacts.reward)
-        return SharedBase(model, shapes[0], artifacts.init, artifacts.reward, shapes[1])
+        return SharedBase(model, shapes[0], artifacts.init, [(artifacts.reward, shapes[1])])
 
     return make
 

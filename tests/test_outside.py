@@ -148,7 +148,7 @@ def test_the_policy_begins_as_the_adapter_does_and_so_does_the_reference(load, m
         policy = adapters.with_policy_adapter(base.load_base(made.spec, tokenizer), job.stage.lora, job.init).eval()
         torch.testing.assert_close(policy(**ids).logits, theirs)
         assert (theirs - plain).abs().max() > 0.1
-        shared = SharedBase(base.load_base(made.spec, tokenizer), job.stage.lora, job.init, job.reward, job.reward_lora)
+        shared = SharedBase(base.load_base(made.spec, tokenizer), job.stage.lora, job.init, job.reward_models)
         pair = (adapters.adapter_parameters(shared.peft, role).values() for role in ("policy", "reference"))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*pair, strict=True))
 

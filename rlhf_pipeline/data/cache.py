@@ -22,7 +22,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline.data.encode import Layout, Notes, encode, hash_of
+from rlhf_pipeline.data.encode import ROW, Layout, Notes, encode, hash_of
 from rlhf_pipeline.data.files import Located, local_files
 from rlhf_pipeline.data.shapes import Shape
 from rlhf_pipeline.data.sources import BATCH, batched, load_hub, open_source, records
@@ -121,6 +121,7 @@ def _encode_source(
         dict.fromkeys(layout.columns, TOKENS)
         | dict.fromkeys(("prompt_key", "row_key"), KEY)
         | dict.fromkeys(layout.lengths, NUMBER)
+        | ({ROW: pa.string()} if layout.keeps_row else {})
     )
     _write(file, schema, (encode(layout, batch, spec, tokenizer, notes) for batch in batched(found)))
     # Counts of nothing are left out, as a counter has them where nothing was found.
@@ -231,7 +232,7 @@ def _settings(layout: Layout, source: Source, spec: Data) -> dict[str, Any]:
     return {
         "columns": source.columns,
         "limit": source.limit,
-        "layout": (layout.wanted, layout.columns),
+        "layout": (layout.wanted, layout.columns, *([ROW] if layout.keeps_row else [])),
         **spec.model_dump(include={"chat", "max_prompt_length", "max_completion_length", "too_long", "bad_rows"}),
     }
 

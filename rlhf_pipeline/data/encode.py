@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -37,12 +37,21 @@ OTHER_ENDS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """What a trainer reads, and how it is put together from the tokens of a prompt and its replies."""
+    """What a trainer reads, and how it is put together from the tokens of a prompt and its replies.
+
+    Attributes:
+        wanted: what the rows are read as.
+        columns: of token ids, as the trainer reads them.
+        lengths: columns with the number of tokens, before any cut.
+        join: makes the columns of a prompt's tokens and those of its replies.
+        keeps_row: there is a column `row`, too; see `row_of`.
+    """
 
     wanted: Wanted
     columns: tuple[str, ...]
     lengths: tuple[str, ...]
     join: Callable[..., tuple[Ids, ...]]
+    keeps_row: bool = False
 
 
 DEMONSTRATIONS = Layout(
@@ -58,6 +67,8 @@ PREFERENCES = Layout(
     lambda prompt, chosen, rejected: (prompt, chosen, rejected),
 )
 PROMPTS = Layout("prompts", ("input_ids",), ("prompt_length",), lambda prompt: (prompt,))
+PROMPTS_WITH_ROWS = replace(PROMPTS, keeps_row=True)
+ROW = "row"
 
 
 @dataclass
@@ -84,7 +95,9 @@ def encode(
     """A batch of records as the columns of a layout."""
     limits = [spec.max_prompt_length, *[spec.max_completion_length] * (len(layout.lengths) - 1)]
     columns: dict[str, list[Any]] = {name: [] for name in (*layout.columns, "prompt_key", "row_key", *layout.lengths)}
-    for (_, record), parts in zip(batch, _tokens(tokenizer, spec, batch, notes), strict=True):
+    if layout.keeps_row:
+        columns[ROW] = []
+    for (located, record), parts in zip(batch, _tokens(tokenizer, spec, batch, notes), strict=True):
         if parts is None:
             continue
         lengths = [len(part) for part in parts]
@@ -98,9 +111,18 @@ def encode(
         cut = [_last(parts[0], limits[0]), *(part[: limits[1]] for part in parts[1:])]
         row_key = hash_of(record)
         values = [*layout.join(*cut), hash_of(record[0]) if record[0] else row_key, row_key, *lengths]
+        values += [row_of(record[0], located.row)] if layout.keeps_row else []
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     return columns
+
+
+def row_of(prompt: Prompt, row: dict[str, Any]) -> str:
+    """What a reward may read of a row, as JSON: its `prompt`, text or turns, and all its `columns`.
+
+    What JSON has no word for, as a date, is text.
+    """
+    return json.dumps({"prompt": prompt, "columns": row}, ensure_ascii=False, default=str)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, spec: Data, asked: Sequence[Prompt]) -> list[Ids]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.data import cache
 from rlhf_pipeline.data.cache import Encoded, Known
-from rlhf_pipeline.data.encode import DEMONSTRATIONS, PREFERENCES, PROMPTS, Layout, hash_of
+from rlhf_pipeline.data.encode import DEMONSTRATIONS, PREFERENCES, PROMPTS, PROMPTS_WITH_ROWS, ROW, Layout, hash_of
 from rlhf_pipeline.data.sources import load_hub, open_source, records, where
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
@@ -85,6 +85,13 @@ def whole_preferences(
 def prompts(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None) -> Prepared:
     """Rows for PPO: `input_ids` of the prompt alone; see `demonstrations`."""
     return _prepare(PROMPTS, spec, tokenizer, seed, known)
+
+
+def prompts_with_rows(
+    spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None
+) -> Prepared:
+    """The same with a column `row`, from `encode.row_of`, for rewards that read more than token ids."""
+    return _prepare(PROMPTS_WITH_ROWS, spec, tokenizer, seed, known)
 
 
 def first_prompts(spec: Data, n: int, among: Iterable[int] | None = None) -> list[tuple[Prompt, dict[str, Any]]]:
@@ -165,7 +172,7 @@ def _prepare(
         counts.update({f"eval_{name}": count for name, count in of_source.items()})
     elif spec.eval_fraction:
         table, held_out = _split(table, spec, seed)
-    columns = [name for name in layout.columns if name in table.column_names]
+    columns = [name for name in (*layout.columns, ROW) if name in table.column_names]
     return Prepared(
         table.select_columns(columns),
         None if held_out is None else held_out.select_columns(columns),

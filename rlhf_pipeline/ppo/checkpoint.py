@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from rlhf_pipeline.models.roles import FROZEN, TRAINED, SharedBase
+from rlhf_pipeline.models.roles import TRAINED, SharedBase
 from rlhf_pipeline.ppo.control import KLControl, ScoreStatistics
 
 
@@ -68,7 +68,7 @@ def write(folder: Path, shared: SharedBase, memory: Memory) -> None:
     if best is not None:
         save_file(best.weights, folder / "best.safetensors")
     noted = {
-        "frozen": shared.checksums(*FROZEN),
+        "frozen": shared.checksums(*shared.frozen),
         "kl_control": asdict(memory.kl_control),
         "score_statistics": asdict(memory.score_statistics),
         "skipped": [memory.skipped_in_row, memory.skipped_steps],
@@ -85,8 +85,8 @@ def read(folder: Path, shared: SharedBase, memory: Memory) -> None:
         ValueError: it is of another reference or reward, or of weights of other shapes.
     """
     noted = json.loads((folder / "ppo_state.json").read_text())
-    for role, checksum in shared.checksums(*FROZEN).items():
-        if noted["frozen"][role] != checksum:
+    for role, checksum in shared.checksums(*shared.frozen).items():
+        if noted["frozen"].get(role) != checksum:
             raise ValueError(f"its {role} is not the one of this run")
     for role in TRAINED:
         put_back(shared, role, load_file(folder / f"{role}.safetensors"))

@@ -1,10 +1,13 @@
 """The numbers of PPO: what an update and an evaluation are logged as, and the replies that are written down."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +20,36 @@ LATEST = {"objective/kl_coef", "skipped_steps", "lr", "lr_value", "episode"}  # 
 
 
 @dataclass
+class Scores:
+    """What the rewards say of B replies.
+
+    Attributes:
+        total: float32 `[B]`, the weighted sum, which is what the policy learns from.
+        by_name: of each reward float32 `[B]`, without its weight; NaN where it does not apply.
+        disagreement: of each ensemble float32 `[B]`, the standard deviation over its members.
+    """
+
+    total: Tensor
+    by_name: dict[str, Tensor]
+    disagreement: dict[str, Tensor]
+
+
+class Reward(Protocol):
+    """What scores replies; see `rewards.mixture.Rewards`."""
+
+    def __call__(
+        self, episodes: Episodes, rows: Sequence[str] | None, *, at_once: int, step: int, max_steps: int
+    ) -> Scores:
+        """Score the replies of all episodes; `rows` are those that the prompts are from."""
+
+
+@dataclass
 class Scored:
-    """Episodes and what the four roles say of them; tensors as in `advantages`.
+    """Episodes and what the roles and the rewards say of them; tensors as in `advantages`.
 
     Attributes:
         log_probs, ref_log_probs, values: float32 `[B, T]`.
-        scores: float32 `[B]`, the reward model's.
+        rewards: of the replies.
         kl: float32 `[B, T]`, from `kl_per_token`.
     """
 
@@ -30,8 +57,13 @@ class Scored:
     log_probs: Tensor
     ref_log_probs: Tensor
     values: Tensor
-    scores: Tensor
+    rewards: Scores
     kl: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """The sum of the rewards, float32 `[B]`."""
+        return self.rewards.total
 
     @property
     def mean_kl(self) -> float:
@@ -65,6 +97,7 @@ def of_rollout(
         "objective/scores": scores.mean().item(),
         "reward/score_mean": scored.scores.mean().item(),
         "reward/score_std": scored.scores.std(correction=0).item(),
+        **of_rewards(scored.rewards),
         "value/explained_variance": explained_variance(scored.values, returns, mask).item(),
         "reply/length": episodes.reply_lengths.float().mean().item(),
         "reply/ended": ended.float().mean().item(),
@@ -74,6 +107,31 @@ def of_rollout(
         "rollout/log_prob_gap_mean": masked_mean(gap, mask).item(),
         "rollout/log_prob_gap_max": gap.max().item(),
     }
+
+
+def of_rewards(rewards: Scores) -> dict[str, float]:
+    """Of each reward by its name, the mean and the standard deviation over the replies that it applies to.
+
+    Of an ensemble also the `disagreement`, the mean over replies of the standard deviation over members. A reward that
+    applies to none has no numbers.
+    """
+    found: dict[str, float] = {}
+    for name, values in rewards.by_name.items():
+        own = values[~values.isnan()]
+        if len(own):
+            found[f"rewards/{name}/mean"] = own.mean().item()
+            found[f"rewards/{name}/std"] = own.std(correction=0).item()
+    return found | {f"rewards/{name}/disagreement": own.mean().item() for name, own in rewards.disagreement.items()}
+
+
+def concatenated(parts: Sequence[Scores]) -> Scores:
+    """The rewards of several batches, as of one."""
+    first = parts[0]
+    return Scores(
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.by_name[name] for part in parts]) for name in first.by_name},
+        {name: torch.cat([part.disagreement[name] for part in parts]) for name in first.disagreement},
+    )
 
 
 def of_training(sums: dict[str, Tensor], norms: dict[str, list[float]]) -> dict[str, float]:
@@ -121,12 +179,19 @@ def means(updates: list[dict[str, float]]) -> dict[str, float]:
     return found
 
 
+def by_name(rewards: Scores, row: int) -> dict[str, float | None]:
+    """Each reward of one reply; None where it does not apply."""
+    found = {name: values[row].item() for name, values in rewards.by_name.items()}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
 def write_samples(
     file: Path, scored: Scored, ended: Tensor, tokenizer: PreTrainedTokenizerBase, split: str, step: int
 ) -> None:
     """Append the first few episodes to a file, one JSON object a line.
 
-    Its keys: `step`, `split`, `prompt` and `completion` as text, `score`, the reply's `kl` in nats, and `ended`.
+    Its keys: `step`, `split`, `prompt` and `completion` as text, `score`, the reply's `kl` in nats, and `ended`; where
+    there are several rewards, `rewards` by name, null where one does not apply.
     """
     episodes = scored.episodes
     written = []
@@ -140,6 +205,7 @@ def write_samples(
                 "prompt": tokenizer.decode(ids[:start], skip_special_tokens=True),
                 "completion": tokenizer.decode(ids[start:end], skip_special_tokens=True),
                 "score": scored.scores[row].item(),
+                **({"rewards": by_name(scored.rewards, row)} if len(scored.rewards.by_name) > 1 else {}),
                 "kl": scored.kl[row].sum().item(),
                 "ended": bool(ended[row]),
             }

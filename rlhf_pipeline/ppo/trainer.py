@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from rlhf_pipeline.ppo.advantages import estimate_advantages, kl_per_token, shap
 from rlhf_pipeline.ppo.checkpoint import Best, Memory, PPOState
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.control import KLControl
-from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_scores, reply_values
+from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_values
 from rlhf_pipeline.ppo.losses import policy_loss, value_loss
-from rlhf_pipeline.ppo.numbers import Scored
+from rlhf_pipeline.ppo.numbers import Reward, Scored
 from rlhf_pipeline.ppo.prompts import check_data, padded, permutation, shuffled
 from rlhf_pipeline.ppo.rollout import Episodes, sample
 from rlhf_pipeline.rundir import durable
@@ -38,8 +39,9 @@ class PPOTrainer(Trainer):
     Args:
         args: the settings.
         processing_class: the tokenizer; its padding side and pad token do not matter.
-        shared: the base with its four roles.
-        train_dataset: rows with `input_ids`, a prompt's token ids.
+        shared: the base with its roles.
+        rewards: what scores replies, as `rewards.mixture.Rewards`.
+        train_dataset: rows with `input_ids`, a prompt's token ids; and `row`, where a reward reads it.
         eval_dataset: held-out prompts, for `eval_strategy`.
         ptx_dataset: demonstrations for `ptx_coef`, rows with `input_ids` and `labels`.
         callbacks: further callbacks; setting `control.should_training_stop` ends training.
@@ -57,6 +59,7 @@ class PPOTrainer(Trainer):
         args: PPOConfig,
         processing_class: PreTrainedTokenizerBase,
         shared: SharedBase,
+        rewards: Reward,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         ptx_dataset: Dataset | None = None,
@@ -64,7 +67,7 @@ class PPOTrainer(Trainer):
         samples_file: Path | None = None,
     ) -> None:
         check_data(args, train_dataset, eval_dataset, ptx_dataset)
-        self.shared = shared
+        self.shared, self.rewards = shared, rewards
         super().__init__(
             model=nn.ModuleDict({role: getattr(shared, role) for role in TRAINED}),
             args=args,
@@ -133,9 +136,10 @@ class PPOTrainer(Trainer):
         while within_budget and self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             clock = [time.perf_counter()]
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-            episodes = self.roll_out(self._prompts(self.state.global_step))
+            prompts, rows = self._prompts(self.state.global_step)
+            episodes = self.roll_out(prompts)
             clock.append(time.perf_counter())
-            scored = self.score(episodes)
+            scored = self.score(episodes, rows)
             within_budget = self._within_budget(scored)
             if within_budget:
                 scores, rewards = self.shape(scored)
@@ -145,7 +149,8 @@ class PPOTrainer(Trainer):
                 clock.append(time.perf_counter())
                 self.report(scored, scores, returns, losses, clock)
         if within_budget and self.args.kl_budget is not None:  # nothing has measured the last update yet
-            self._within_budget(self.score(self.roll_out(self._prompts(self.state.global_step))))
+            prompts, rows = self._prompts(self.state.global_step)
+            self._within_budget(self.score(self.roll_out(prompts), rows))
         self._log_means()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, {})
@@ -166,8 +171,8 @@ class PPOTrainer(Trainer):
             )
 
     @torch.no_grad()
-    def score(self, episodes: Episodes, temperature: float | None = None) -> Scored:
-        """Have the four roles read the episodes: log-probabilities, values and scores.
+    def score(self, episodes: Episodes, rows: Sequence[str] | None = None, temperature: float | None = None) -> Scored:
+        """Have the roles and the rewards read the episodes: log-probabilities, values and scores.
 
         The policy's log-probabilities come from the pass that optimisation uses, not from generation, whose cache
         makes them differ in low precision. So the first KL is 0, and the first ratio is 1 but for the rounding of a
@@ -175,21 +180,24 @@ class PPOTrainer(Trainer):
 
         Args:
             episodes: the episodes.
+            rows: those that their prompts are from, where a reward reads them.
             temperature: that they were sampled with, if not training's.
         """
         shared, temperature = self.shared, temperature or self.args.temperature
         log_probs, ref_log_probs, values = (torch.zeros_like(episodes.sampled_log_probs) for _ in range(3))
-        scores = torch.zeros_like(values[:, 0])
-        for rows in episodes.by_length().split(self.args.local_rollout_forward_batch_size):
-            some = episodes.select(rows)
+        at_once = self.args.local_rollout_forward_batch_size
+        for part in episodes.by_length().split(at_once):
+            some = episodes.select(part)
             columns = slice(some.mask.shape[1])
             with self._precision():
-                log_probs[rows, columns] = reply_log_probs(shared.policy, some, temperature)[0]
-                ref_log_probs[rows, columns] = reply_log_probs(shared.reference, some, temperature)[0]
-                values[rows, columns] = reply_values(shared.value, some)
-                scores[rows] = reply_scores(shared.reward, some)
+                log_probs[part, columns] = reply_log_probs(shared.policy, some, temperature)[0]
+                ref_log_probs[part, columns] = reply_log_probs(shared.reference, some, temperature)[0]
+                values[part, columns] = reply_values(shared.value, some)
         kl = kl_per_token(log_probs, ref_log_probs, self.args.kl_estimator)
-        return Scored(episodes, log_probs, ref_log_probs, values, scores, kl)
+        state = self.state
+        with self._precision():
+            rewards = self.rewards(episodes, rows, at_once=at_once, step=state.global_step, max_steps=state.max_steps)
+        return Scored(episodes, log_probs, ref_log_probs, values, rewards, kl)
 
     def shape(self, scored: Scored) -> tuple[Tensor, Tensor]:
         """The scores to train on, float32 `[B]`, and the reward of each token, float32 `[B, T]`."""
@@ -359,22 +367,26 @@ class PPOTrainer(Trainer):
         if dataset is None:
             raise ValueError("there are no held-out prompts to evaluate on")
         totals: dict[str, float] = defaultdict(float)
+        rewards = []
         at_once = self.args.per_device_eval_batch_size
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             for start in range(0, len(dataset), at_once):
-                scored = self.score(self.roll_out(dataset[start : start + at_once]["input_ids"]))
+                taken = dataset[start : start + at_once]
+                scored = self.score(self.roll_out(taken["input_ids"]), taken.get("row"))
                 episodes = scored.episodes
                 totals["objective/scores"] += self._penalize_missing_eos(scored.scores, episodes).sum().item()
                 totals["objective/kl"] += scored.kl.sum().item()
                 totals["reply/length"] += episodes.reply_lengths.sum().item()
                 totals["reply/ended"] += self._ended(episodes).sum().item()
+                rewards.append(scored.rewards)
                 if start == 0:
                     self._write_samples(scored, metric_key_prefix, self.state.global_step)
         means = {name: total / len(dataset) for name, total in totals.items()}
         means["objective/rlhf_reward"] = (
             means["objective/scores"] - self.memory.kl_control.coefficient * means["objective/kl"]
         )
+        means |= numbers.of_rewards(numbers.concatenated(rewards))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -462,11 +474,14 @@ class PPOTrainer(Trainer):
             self.state = PPOState.load_from_json(str(folder / durable.STATE))
             self._load_rng_state(str(folder))
 
-    def _prompts(self, update: int) -> list[list[int]]:
-        """The prompts of an update, counted from 0; they follow from the seed alone, so a resumed run has the same."""
+    def _prompts(self, update: int) -> tuple[list[list[int]], list[str] | None]:
+        """The prompts of an update, counted from 0, and their rows, where the dataset has them.
+
+        They follow from the seed alone, so that a resumed run has the same.
+        """
         batch = self.args.batch_size
-        taken = shuffled(len(self.train_dataset), update * batch, batch, self.seed, "prompts")
-        return self.train_dataset[taken]["input_ids"]
+        taken = self.train_dataset[shuffled(len(self.train_dataset), update * batch, batch, self.seed, "prompts")]
+        return taken["input_ids"], taken.get("row")
 
     def _precision(self) -> contextlib.AbstractContextManager:
         """The arithmetic of every forward pass alike: with `bf16`, adapters over a bfloat16 base compute in it too."""

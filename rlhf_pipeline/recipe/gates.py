@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import Recipe, Stage
+from rlhf_pipeline.recipe.schema import Recipe, Reward, Stage
 from rlhf_pipeline.shares import Z, interval
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -266,13 +266,22 @@ def _of_ppo(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
         possible |= policy
     if given.get("kl_budget") is not None:
         possible |= OF_KL_BUDGET
+    certain |= _of_rewards(stage, lambda reward: reward.function is None)
+    possible |= _of_rewards(stage, lambda reward: reward.function is not None)  # it may apply to none
     if held_out:
         strategy = "steps" if "eval_steps" in given else given.get("eval_strategy", "no")
         # Training evaluates after its last update, if nothing stops it earlier.
         to_the_end = strategy == "steps" and not given.get("eval_delay") and given.get("kl_budget") is None
         certain |= OF_PPO_EVALUATION if given.get("eval_on_start") or to_the_end else set()
-        possible |= OF_PPO_EVALUATION if strategy != "no" else set()
+        if strategy != "no":
+            possible |= OF_PPO_EVALUATION | {f"eval_{metric}" for metric in _of_rewards(stage)}
     return certain, possible
+
+
+def _of_rewards(stage: Stage, which: Callable[[Reward], bool] = lambda _: True) -> set[str]:
+    """What is logged of the rewards of a stage by their names."""
+    rewards = [reward for reward in stage.scored_by if which(reward)]
+    return {f"rewards/{reward.label}/{number}" for reward in rewards for number in ("mean", "std")}
 
 
 def _updates(given: dict[str, Any]) -> int | None:

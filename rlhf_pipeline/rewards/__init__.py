@@ -1,1 +1,1 @@
-"""What replies are rewarded by beside a reward stage: functions, and sequence classifiers."""
+"""What replies are rewarded by: reward models on the shared base, functions of the user's, and sequence classifiers."""

@@ -129,14 +129,17 @@ class Job:
         return None if self.stage.init in (None, BASE) else self._adapter_of(str(self.stage.init))
 
     @property
-    def reward(self) -> Path:
-        """The reward model's adapter; for PPO."""
-        return self._adapter_of(str(self.stage.reward))
+    def reward_models(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The adapters, and their shapes, of the reward stages that score its replies, in the recipe's order."""
+        names = [parent for role, parent in self.stage.parents.items() if role != "init"]
+        return [(self._adapter_of(name), self._lora_of(name)) for name in names]
 
     @property
-    def reward_lora(self) -> dict[str, Any]:
-        """The shape of the reward model's adapter; for PPO."""
-        name = str(self.stage.reward)
+    def reads_rows(self) -> bool:
+        """Whether something that rewards its replies reads more than token ids."""
+        return any(reward.stage is None for reward in self.stage.scored_by)
+
+    def _lora_of(self, name: str) -> dict[str, Any]:
         return outside.lora(outside.config(name)) if outside.is_one(name) else self.recipe.stages[name].lora
 
     def _adapter_of(self, name: str) -> Path:

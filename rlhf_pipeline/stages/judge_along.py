@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline.data.encode import encode_prompts
+from rlhf_pipeline.data.encode import encode_prompts, row_of
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.stages.judge import Asked, Judge, ask, summary
@@ -32,6 +32,7 @@ class GoldAlong(TrainerCallback):
         self.trainer, self.spec, self.judge = trainer, spec, judge
         self.asked = [one for _ in range(spec.samples) for one in asked]
         self.prompts = encode_prompts(trainer.processing_class, spec.data, [prompt for prompt, _ in self.asked])
+        self.rows = [row_of(prompt, row) for prompt, row in self.asked]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Judge the start, unless training resumes from later."""
@@ -54,10 +55,9 @@ class GoldAlong(TrainerCallback):
             torch.manual_seed(trainer.args.seed)
             scores, kls, replies = [], [], []
             for start in range(0, len(self.prompts), spec.batch_size):
-                episodes = trainer.roll_out(
-                    self.prompts[start : start + spec.batch_size], spec.temperature, spec.max_new_tokens
-                )
-                scored = trainer.score(episodes, spec.temperature or 1.0)
+                part = slice(start, start + spec.batch_size)
+                episodes = trainer.roll_out(self.prompts[part], spec.temperature, spec.max_new_tokens)
+                scored = trainer.score(episodes, self.rows[part], spec.temperature or 1.0)
                 scores += scored.scores.tolist()
                 kls += scored.kl.sum(1).tolist()
                 replies += trainer.processing_class.batch_decode(

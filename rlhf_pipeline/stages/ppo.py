@@ -1,4 +1,4 @@
-"""Proximal policy optimization: policy, reference, reward and value as four roles on one base."""
+"""Proximal policy optimization: policy, reference, rewards and value as roles on one base."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.prompts import check_data
 from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
 from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.job import Inputs, Job
@@ -42,7 +43,7 @@ def prepare(job: Job) -> Inputs:
             place=f"stages.{job.name}.trainer.stop_token_id",
             hint="tokens are counted from 0; with a wrong one, no reply would end",
         )
-    data = job.reader.read(read, job.stage.data)
+    data = job.reader.read(rows.prompts_with_rows if job.reads_rows else read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     ptx_data = job.reader.read(rows.demonstrations, job.stage.ptx_data) if job.stage.ptx_data else None
     try:
@@ -62,13 +63,14 @@ def run(job: Job) -> dict[str, Any]:
     args, tokenizer, data, ptx_data = prepare(job)
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer)
-    shared = SharedBase(base, job.stage.lora, job.init, job.reward, job.reward_lora)
+    shared = SharedBase(base, job.stage.lora, job.init, job.reward_models)
     some = data.train[: soundness.PROMPTS]["input_ids"]
     soundness.check_generation(shared.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
     trainer = PPOTrainer(
         args,
         tokenizer,
         shared,
+        mixture.load(job.recipe, job.name, shared.rewards, tokenizer),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         ptx_dataset=ptx_data and ptx_data.train,

@@ -15,6 +15,7 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import end_of_turn, has_default_template, load_tokenizer
 from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 from rlhf_pipeline.stages.job import Inputs, Job
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
@@ -115,8 +116,14 @@ def test_all_stages_end_a_reply_with_the_same_token(folders, jobs, tmp_path, whi
     adapters.save_adapter(policy, "default", folder / "init", tokenizer)
     scorer = adapters.with_reward_adapter(load_base(spec, tokenizer, "score"), LORA, None)
     adapters.save_adapter(scorer, "default", folder / "reward", tokenizer)
-    shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "init", folder / "reward", LORA)
-    end = PPOTrainer(ready["ppo"].args, tokenizer, shared, train_dataset=ready["ppo"].data.train).stop_token_id
+    shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "init", [(folder / "reward", LORA)])
+    end = PPOTrainer(
+        ready["ppo"].args,
+        tokenizer,
+        shared,
+        Rewards([Part("reward", 1.0, shared.rewards[0])], tokenizer),
+        train_dataset=ready["ppo"].data.train,
+    ).stop_token_id
 
     assert end is not None
     endings = {

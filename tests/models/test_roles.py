@@ -170,7 +170,7 @@ class TestTrainsHead:
         spec, _, reward = make_artifacts()
         lora = {"r": 4, "lora_alpha": 8, "target_modules": target_modules}
         reward_lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, reward, reward_lora)
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, [(reward, reward_lora)])
         assert shared.policy.trains_head == trained
         states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
         assert torch.equal(shared.policy.head(states), shared.reference.head(states))
@@ -187,7 +187,7 @@ class TestWithoutInit:
         """Without an SFT stage, policy and reference both start as the bare base."""
         spec, _, reward = make_artifacts()
         lora, reward_lora = ({"r": r, "lora_alpha": 16, "target_modules": "all-linear"} for r in (2, 8))
-        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, reward, reward_lora)
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, [(reward, reward_lora)])
         expected = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])(**batch).logits
         for view in (shared.policy, shared.reference):
             assert_close(real(view(**batch).logits, batch), real(expected, batch), rtol=1e-5, atol=1e-5)
@@ -201,7 +201,7 @@ class TestLargerPolicy:
         spec, init, reward = make_artifacts("llama", quantization)
         ranks = {"policy": 16, "reference": 16, "reward": 8, "value": 8}
         lora, reward_lora = ({"r": r, "lora_alpha": 16, "target_modules": "all-linear"} for r in (16, 8))
-        shared = SharedBase(base.load_base(spec, tokenizer), lora, init, reward, reward_lora)
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, init, [(reward, reward_lora)])
         for role, rank in ranks.items():
             named = adapters.adapter_parameters(shared.peft, role).items()
             assert {parameter.shape[0] for name, parameter in named if "lora_A" in name} == {rank}
@@ -227,7 +227,7 @@ class TestNames:
             for name, parameter in adapters.adapter_parameters(model, "default").items():
                 torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
             adapters.save_adapter(model, "default", folder / head, tokenizer)
-        shared = SharedBase(base.load_base(spec, tokenizer), lora, folder / "causal", folder / "score", lora)
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, folder / "causal", [(folder / "score", lora)])
         return shared, spec, folder
 
     def test_each_role_has_all_weights_of_its_artifact_and_its_own(self, made, tmp_path):
@@ -499,4 +499,4 @@ def test_policy_artifact_cannot_stand_in_for_a_reward_artifact(make_artifacts, t
     spec, init, _ = make_artifacts()
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     with pytest.raises((KeyError, ValueError)):
-        SharedBase(base.load_base(spec, tokenizer), lora, init, init, lora)
+        SharedBase(base.load_base(spec, tokenizer), lora, init, [(init, lora)])

@@ -34,7 +34,7 @@ def test_scores_and_log_probabilities_are_those_of_ppo(make_artifacts, tokenizer
     spec = artifacts.spec.model_copy(update={"dtype": dtype})
     staged = StagedBase(spec, {"sft": artifacts.init, "reward": artifacts.reward})
     lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-    shared = SharedBase(load_base(spec, tokenizer), lora, artifacts.init, artifacts.reward, lora)
+    shared = SharedBase(load_base(spec, tokenizer), lora, artifacts.init, [(artifacts.reward, lora)])
     torch.manual_seed(0)
     episodes = sample(
         staged.policy("sft"), [[7, 8, 9], [11, 12]], response_length=6, temperature=1.0, stop_token_id=None,

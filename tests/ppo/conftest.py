@@ -10,6 +10,7 @@ from datasets import Dataset
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 
 SETTINGS: dict[str, Any] = {
     "report_to": "none",
@@ -48,9 +49,17 @@ def make_trainer(tmp_path, make_artifacts, share, tokenizer, prompts) -> Callabl
             if name in settings
         }
         train = settings.pop("train_dataset", prompts)
+        rewards = settings.pop("rewards", None)
         processing_class = settings.pop("processing_class", tokenizer)
         args = PPOConfig(**{"output_dir": str(tmp_path / "out"), **SETTINGS, **settings})
         roles = shared or share(make_artifacts(shape, quantization))
-        return PPOTrainer(args, processing_class, roles, train, **others)
+        return PPOTrainer(
+            args,
+            processing_class,
+            roles,
+            rewards or Rewards([Part("reward", 1.0, roles.rewards[0])], tokenizer),
+            train,
+            **others,
+        )
 
     return make

@@ -21,6 +21,7 @@ from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +40,17 @@ SETTINGS: dict[str, Any] = {
 def trainer_of_then(folder: Path) -> PPOTrainer:
     spec = Model(path=str(TINY / "checkpoint"), quantization="none", dtype="float32")
     tokenizer = load_tokenizer(spec.path)
-    shared = SharedBase(base.load_base(spec, tokenizer), LORA, FORMER / "init", FORMER / "reward", LORA)
+    shared = SharedBase(base.load_base(spec, tokenizer), LORA, FORMER / "init", [(FORMER / "reward", LORA)])
     rows = [[5 + i, 6 + 2 * i, 7 + 3 * i][: 1 + i % 3] for i in range(12)]
     prompts, held_out = Dataset.from_dict({"input_ids": rows}), Dataset.from_dict({"input_ids": rows[:3]})
-    return PPOTrainer(PPOConfig(output_dir=str(folder), **SETTINGS), tokenizer, shared, prompts, eval_dataset=held_out)
+    return PPOTrainer(
+        PPOConfig(output_dir=str(folder), **SETTINGS),
+        tokenizer,
+        shared,
+        Rewards([Part("reward", 1.0, shared.rewards[0])], tokenizer),
+        prompts,
+        eval_dataset=held_out,
+    )
 
 
 def test_a_checkpoint_of_the_version_before_is_resumed_to_the_same_end(tmp_path: Path) -> None:

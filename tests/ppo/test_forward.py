@@ -309,7 +309,7 @@ class TestTokenLogProbs:
         spec, _, reward = make_artifacts()
         lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}
         reward_lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, reward, reward_lora)
+        shared = SharedBase(base.load_base(spec, tokenizer), lora, None, [(reward, reward_lora)])
         layer = shared.causal_lm.lm_head
         factors = layer.lora_A["policy"].weight, layer.lora_B["policy"].weight
         with torch.no_grad():
@@ -367,7 +367,7 @@ class TestMemory:
         folder = tmp_path_factory.mktemp("reward") / "adapter"
         reward = adapters.with_reward_adapter(LlamaForSequenceClassification(config), lora, None)
         adapters.save_adapter(reward, "default", folder, tokenizer)
-        return SharedBase(LlamaForCausalLM(config).requires_grad_(False).eval(), lora, None, folder, lora)
+        return SharedBase(LlamaForCausalLM(config).requires_grad_(False).eval(), lora, None, [(folder, lora)])
 
     @pytest.mark.parametrize("rows_at_once", [1, 3])
     def test_no_more_logits_than_allowed_are_ever_there(self, wide, monkeypatch, rows_at_once):

@@ -25,6 +25,7 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 from rlhf_pipeline.rundir import durable
 
 UPDATES = 5
@@ -79,7 +80,7 @@ def build(artifacts: tuple[dict, Path, Path], folder: Path, *callbacks: TrainerC
     tokenizer = load_tokenizer(spec.path)
     ranks = (settings.pop("rank", 4), settings.pop("reward_rank", 8))
     lora = [{"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"} for rank in ranks]
-    shared = SharedBase(base.load_base(spec, tokenizer), lora[0], artifacts[1], artifacts[2], lora[1])
+    shared = SharedBase(base.load_base(spec, tokenizer), lora[0], artifacts[1], [(artifacts[2], lora[1])])
     draw = random.Random(3)
     texts = [[draw.randrange(5, 1024) for _ in range(2 + i % 7)] for i in range(32)]
     labels = [[-100, *row[1:]] for row in texts[27:]]
@@ -87,6 +88,7 @@ def build(artifacts: tuple[dict, Path, Path], folder: Path, *callbacks: TrainerC
         PPOConfig(output_dir=str(folder), **EVERYTHING | settings),
         tokenizer,
         shared,
+        Rewards([Part("reward", 1.0, shared.rewards[0])], tokenizer),
         Dataset.from_dict({"input_ids": texts[:20]}),
         eval_dataset=Dataset.from_dict({"input_ids": texts[20:27]}),
         ptx_dataset=Dataset.from_dict({"input_ids": texts[27:], "labels": labels}),

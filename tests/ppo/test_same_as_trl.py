@@ -117,7 +117,7 @@ def make_roles(paths, tokenizer, randomise, tmp_path_factory) -> Callable[[str],
             randomise(model)
             reward = tmp_path_factory.mktemp("reward") / checkpoint
             adapters.save_adapter(model, "default", reward, tokenizer)
-            shared = SharedBase(base.load_base(spec, tokenizer), LORA, None, reward, LORA)
+            shared = SharedBase(base.load_base(spec, tokenizer), LORA, None, [(reward, LORA)])
             with torch.no_grad():
                 for role in TRAINED:
                     for name, parameter in adapters.adapter_parameters(shared.peft, role).items():

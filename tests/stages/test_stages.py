@@ -116,7 +116,9 @@ def test_ppo_reads_the_scores_that_the_reward_model_was_evaluated_with(prepared:
     assert held_out is not None and len(held_out) > 4
     job = Job(recipe, "ppo", recipe.run)
     reward_lora = recipe.stages["reward"].lora
-    shared = SharedBase(load_base(recipe.model, tokenizer), job.stage.lora, job.init, job.reward, reward_lora)
+    shared = SharedBase(
+        load_base(recipe.model, tokenizer), job.stage.lora, job.init, [(job.reward_models[0][0], reward_lora)]
+    )
 
     def score(prompt: list[int], reply: list[int]) -> float:
         lengths = torch.tensor([[len(prompt)], [len(reply)]])

@@ -19,6 +19,7 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.judge import judge_artifact, judge_policy
@@ -56,7 +57,7 @@ def endless(tiny_run: Path) -> Ids:
 def four_roles(recipe: Recipe, run: Path) -> SharedBase:
     """The models of the PPO stage, its policy as it was trained."""
     model = load_base(recipe.model, load_tokenizer(recipe.model))
-    return SharedBase(model, recipe.lora, run / "ppo" / "adapter", run / "reward" / "adapter", recipe.lora)
+    return SharedBase(model, recipe.lora, run / "ppo" / "adapter", [(run / "reward" / "adapter", recipe.lora)])
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -115,7 +116,9 @@ def test_a_reply_ends_with_the_same_token_wherever_it_is_sampled(
     args, _, data, _ = stages.BY_KIND["ppo"].prepare(job)
     shared = four_roles(recipe, run)
     before = shared.causal_lm.generation_config.to_dict()
-    trainer = PPOTrainer(args, tokenizer, shared, train_dataset=data.train)
+    trainer = PPOTrainer(
+        args, tokenizer, shared, Rewards([Part("reward", 1.0, shared.rewards[0])], tokenizer), train_dataset=data.train
+    )
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows_of(Path(recipe.evaluate.data.path))]
     episodes = trainer.roll_out(prompts, temperature=0.0, response_length=LIMIT)
     sampled = [
