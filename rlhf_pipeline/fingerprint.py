@@ -135,15 +135,15 @@ def pin(recipe: Recipe) -> None:
             spec.revision = commits[key] or spec.revision
     for stage in recipe.stages.values():
         named: list[tuple[Stage | Reward, str]] = [(stage, "init"), (stage, "reward")]
-        for one, key in [*named, *((reward, "stage") for reward in stage.rewards)]:
-            value = getattr(one, key)
+        for holder, role in [*named, *((reward, "stage") for reward in stage.rewards)]:
+            value = getattr(holder, role)
             if outside.is_one(value) and outside.is_hub(value):
                 name, _, revision = value.partition("@")
                 if not hub.is_commit(revision):
-                    asked: tuple[hub.Kind, str, str | None] = ("model", name, revision or None)
-                    if asked not in commits:
-                        commits[asked] = hub.commit(*asked)
-                    setattr(one, key, f"{name}@{commits[asked]}" if commits[asked] else value)
+                    key = ("model", name, revision or None)
+                    if key not in commits:
+                        commits[key] = hub.commit(*key)
+                    setattr(holder, role, f"{name}@{commits[key]}" if commits[key] else value)
 
 
 def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any]:

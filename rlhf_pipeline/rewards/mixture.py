@@ -76,9 +76,8 @@ class Rewards:
         total = torch.zeros(len(episodes), device=episodes.ids.device)
         found = Scores(total, {}, {})
         functions = [part.source for part in self.parts if isinstance(part.source, Function)]
-        returned = iter([])
-        if self.need_rows:
-            returned = iter(call_all(functions, self._batch(episodes, rows or (), step, max_steps)))
+        of_functions = call_all(functions, self._batch(episodes, rows or (), step, max_steps)) if functions else []
+        returned = iter(of_functions)
         for part in self.parts:
             applies = torch.ones_like(total, dtype=torch.bool)
             if isinstance(part.source, Function):
@@ -121,7 +120,7 @@ def load(
         if reward.stage is not None:
             source = next(left)
         else:
-            source = Function(str(reward.function), recipe.folder, f"stages.{stage}.rewards.{place}.function")
+            source = Function(str(reward.function), recipe.folders, f"stages.{stage}.rewards.{place}.function")
         parts.append(Part(reward.label, reward.weight, source, reward.combine))
     return Rewards(parts, tokenizer)
 

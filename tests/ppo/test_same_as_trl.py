@@ -157,7 +157,7 @@ def make_theirs(make_roles) -> Callable[..., Any]:
             value_model=shared.value,
             train_dataset=ours.train_dataset,
         )
-        theirs.dataloader = [ours.processing_class.pad({"input_ids": ours._prompts(0)}, return_tensors="pt")]
+        theirs.dataloader = [ours.processing_class.pad({"input_ids": ours._prompts(0)[0]}, return_tensors="pt")]
         return theirs
 
     return make
@@ -251,7 +251,7 @@ def episodes_of(trainer: PPOTrainer, replies: Tensor) -> list[Episode]:
     stop = trainer.stop_token_id
     rows = replies.tolist()
     cut = [row[: row.index(stop) + 1] if stop in row else row for row in rows]
-    return list(zip(trainer._prompts(0), cut, strict=True))
+    return list(zip(trainer._prompts(0)[0], cut, strict=True))
 
 
 def log_probs_by_hand(view: Any, episode: Episode, temperature: float) -> tuple[Tensor, Tensor]:
@@ -390,7 +390,7 @@ class TestWhereTrlIsNot:
         ours = make_ours("trained", **ENDING, **divided(2, 4))
         theirs = make_theirs("trained", ours)
         loader = DataLoader(
-            [{"input_ids": prompt} for prompt in ours._prompts(0)],
+            [{"input_ids": prompt} for prompt in ours._prompts(0)[0]],
             batch_size=8,
             collate_fn=theirs.data_collator,
             generator=torch.Generator(),  # or it draws a number of those that sampling needs
@@ -438,7 +438,7 @@ class TestWhereTrlIsNot:
         monkeypatch.setattr(trl_ppo_trainer, "masked_whiten", recording)
         trl = update(theirs)
         torch.manual_seed(SEED)
-        scored = ours.score(ours.roll_out(ours._prompts(0)))
+        scored = ours.score(ours.roll_out(ours._prompts(0)[0]))
         advantages, _ = estimate_advantages(ours.shape(scored)[1], scored.values, ours.args.gamma, ours.args.lam)
         shared, episodes = make_roles("trained"), episodes_of(ours, trl.replies)
         ended = [row for row, (_, reply) in enumerate(episodes) if len(reply) < 8]

@@ -57,8 +57,8 @@ def watch_scores(trainer: PPOTrainer) -> list[Scored]:
     seen: list[Scored] = []
     score = trainer.score
 
-    def watched(episodes: Any) -> Scored:
-        seen.append(score(episodes))
+    def watched(episodes: Any, rows: Any = None) -> Scored:
+        seen.append(score(episodes, rows))
         return seen[-1]
 
     trainer.score = watched  # type: ignore[method-assign]

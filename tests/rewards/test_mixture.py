@@ -61,7 +61,7 @@ def function(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> Functi
     name = f"rewards_{abs(hash(code))}"
     (folder / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(str(folder))
-    return Function(f"{name}:given", folder, "rewards.0.function")
+    return Function(f"{name}:given", [folder], "rewards.0.function")
 
 
 class TestEnsemble:
