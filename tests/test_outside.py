@@ -98,8 +98,9 @@ def test_an_adapter_s_folder_is_a_starting_point_and_gives_the_shape(load, made,
     assert load("dpo.lora.r=6").stages["dpo"].lora["r"] == 6
     assert checked(load("dpo.lora.r=6")) == []
     job = Job(loaded, "ppo", loaded.run)
-    assert (job.init, job.reward) == (tmp_path / "adapters" / "init", tmp_path / "adapters" / "reward")
-    assert job.reward_lora["r"] == 8
+    ((reward, shape),) = job.reward_models
+    assert (job.init, reward) == (tmp_path / "adapters" / "init", tmp_path / "adapters" / "reward")
+    assert shape["r"] == 8
 
 
 def test_the_resolved_recipe_loads_to_the_same(load, tmp_path, other_run):
@@ -300,7 +301,8 @@ def test_an_adapter_on_the_hub_is_pinned_to_its_commit(load, tmp_path, monkeypat
     assert plans["ppo"].inputs["init"] == f"org/policy@{COMMIT}"
     assert loaded.stages["ppo"].parents == {"init": f"org/policy@{COMMIT}", "reward": f"org/scorer@{COMMIT}"}
     job = Job(loaded, "ppo", loaded.run)
-    assert job.init == cache / "models--org--policy" / "snapshots" / COMMIT and (job.reward / WEIGHTS).is_file()
+    ((reward, _),) = job.reward_models
+    assert job.init == cache / "models--org--policy" / "snapshots" / COMMIT and (reward / WEIGHTS).is_file()
     assert checked(loaded) == []
     publish("policy", "init", NEW)
     later = load(init="org/policy", reward="org/scorer")
