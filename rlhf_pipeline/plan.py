@@ -53,8 +53,7 @@ class StagePlan(StageState):
         record = self.record if self.is_current or self.state in (*DONE, "stale") else Record()
         return {
             **{key: getattr(self, key) for key in ("name", "kind", "state", "reason")},
-            **dict.fromkeys(kinds.ROLES),
-            **self.parents,
+            **{"rewards": {}, **Record.with_parents(self.parents)},
             "fingerprint": self.fingerprint,
             "step": self.progress.step if self.progress else None,
             "gates": record.gates,

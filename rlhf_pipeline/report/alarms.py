@@ -322,7 +322,7 @@ def _fallen_judge(run: Run, stage: Stage) -> Iterator[Alarm]:
     if drop(scores[start:]) > SCORE_FELL * float(np.ptp(scores)):
         yield Alarm(
             "bad", stage.name, "a fall of the judge's mean",
-            f"Training went wrong: {told}, and the reward model's score fell, too. Lower the learning "
+            f"Training went wrong: {told}, and the score that it learns from fell, too. Lower the learning "
             f"rate{_at_present(stage, 'learning_rate')}.",
         )  # fmt: skip
         return
@@ -335,7 +335,7 @@ def _fallen_judge(run: Run, stage: Stage) -> Iterator[Alarm]:
     )
     yield Alarm(
         "bad", stage.name, HACKING,
-        f"Reward hacking: {told}, while the reward model's score {moved}, from {short(scores[best])} to "
+        f"Reward hacking: {told}, while the score that it learns from {moved}, from {short(scores[best])} to "
         f"{short(scores[-1])}. {_hold_back(stage, float(steps[best]))}{first}",
     )  # fmt: skip
 

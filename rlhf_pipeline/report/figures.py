@@ -1,6 +1,7 @@
 """Which pictures a report has, and what to see in each. No torch."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,7 +73,7 @@ CURVES = {
     ),
     "ppo": (
         Curve("Score", (("objective/scores", "training"), ("eval_objective/scores", "held out")),
-              "The reward model's score of the replies. Should rise, and then level off."),
+              "The score of the replies: the reward model's, or the sum of all rewards. Should rise, then level off."),
         Curve("KL from the reference", (("objective/kl", "training"), ("eval_objective/kl", "held out")),
               "How far the policy has gone, in nats a reply. Begins at 0; rising without end, it games the reward."),
         Curve("Reply length", (("reply/length", "training"), ("eval_reply/length", "held out")),
@@ -122,7 +123,7 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
     chosen = [(i, run, stage) for i, run in enumerate(runs) if (stage := run.stage(name)) is not None]
     kind = next((stage.kind for _, _, stage in chosen if stage.kind), "")
     pictures = []
-    for curve in CURVES.get(kind, DEFAULT_CURVES):
+    for curve in (*CURVES.get(kind, DEFAULT_CURVES), *_curves_of_rewards([stage for _, _, stage in chosen])):
         levels = list(curve.levels)
         if curve.title.startswith("KL"):
             levels += budgets([stage for _, _, stage in chosen])
@@ -139,10 +140,31 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
     return pictures
 
 
+def _curves_of_rewards(stages: Sequence[Stage]) -> list[Curve]:
+    """Curves of the rewards by their names, where a stage has several, and of how far an ensemble's members differ."""
+    names = dict.fromkeys(metric for stage in stages for metric in stage.series)
+    found = []
+    for which, title, caption, least in (
+        ("mean", "Rewards by name",
+         "The mean of each reward over the replies that it applies to, without its weight. Where one rises and another "
+         "falls, the weights decide which.", 2),
+        ("disagreement", "Disagreement of the members",
+         "The standard deviation over an ensemble's members, the mean of the replies. A rise says that the policy goes "
+         "where the reward model does not know.", 1),
+    ):  # fmt: skip
+        matches = [re.fullmatch(rf"rewards/(.+)/{which}", name) for name in names]
+        curves = [(match[0], match[1]) for match in matches if match]
+        if len(curves) >= least:
+            found.append(Curve(title, tuple(curves), caption))
+    return found
+
+
 def others(runs: Sequence[Run], name: str) -> list[tuple[str, Markup, str]]:
     """Every other metric of a stage: its name, a small line, and its numbers in words."""
     stages = [(i, stage) for i, run in enumerate(runs) if (stage := run.stage(name)) is not None]
-    drawn = {metric for curves in CURVES.values() for curve in curves for metric, _ in curve.metrics}
+    curves = [curve for own in CURVES.values() for curve in own]
+    curves += _curves_of_rewards([stage for _, stage in stages])
+    drawn = {metric for curve in curves for metric, _ in curve.metrics}
     names = dict.fromkeys(metric for _, stage in stages for metric in stage.series)
     found = []
     for metric in names:
@@ -215,14 +237,14 @@ def _frontier(chosen: Chosen, name: str, several: bool) -> list[Picture]:
 
 
 def _score_and_judge(chosen: Chosen, name: str, several: bool) -> list[Picture]:
-    score = _lines(chosen, (("gold/score_mean", "reward model"),), several)
+    score = _lines(chosen, (("gold/score_mean", "score"),), several)
     judge = _lines(chosen, (("gold/judge_mean", "judge"),), several)
     if not score or not judge:
         return []
-    panels = (Panel(score, title="reward model's score"), Panel(judge, title="judge"))
+    panels = (Panel(score, title="score"), Panel(judge, title="judge"))
     svg = charts.curves(f"{name}: score and judge", *panels)
     caption = (
-        "The same replies to held-out prompts, scored by the reward model (above) and by the judge, who knows better "
+        "The same replies to held-out prompts: what training optimises (above), and the judge, who knows better "
         "(below). Both should rise. Score up while the judge falls is reward hacking: stop where the judge was best."
     )
     return [Picture("Score and judge", caption, svg, [_entry(line) for line in score] if several else [])]

@@ -137,8 +137,8 @@ def test_other_ratings_without_their_error_are_held_against_their_neighbours(run
 def test_the_alarm_names_steps_numbers_and_what_the_stage_can_change(run):
     along(run, [0.5, 0.7, 0.9, 0.6, 0.3], error=0.04)
     said = (
-        "bad ppo Reward hacking: since step 10 the judge's mean fell from 0.9 to 0.3, while the reward model's score "
-        "rose, from 2 to 4. "
+        "bad ppo Reward hacking: since step 10 the judge's mean fell from 0.9 to 0.3, while the score that it "
+        "learns from rose, from 2 to 4. "
     )
     assert said + "Raise kl_coef, or set kl_budget; at that step KL was 2." in texts(run)
     report_run.change(run, "ppo", inputs={"trainer.kl_coef": 0.05})
@@ -150,7 +150,7 @@ def test_the_alarm_names_steps_numbers_and_what_the_stage_can_change(run):
 def test_a_score_that_ends_a_hair_lower_than_at_the_best_step_is_hacked_all_the_same(run):
     along(run, [0.5, 0.7, 0.9, 0.8, 0.7, 0.6], [1, 4, 5.02, 4.98, 5.0, 5.01], error=0.04)
     assert "Reward hacking" in texts(run)
-    assert "score stayed, from 5.02 to 5.01" in texts(run)
+    assert "the score that it learns from stayed, from 5.02 to 5.01" in texts(run)
 
 
 def test_a_judge_who_falls_with_the_score_is_said_too(run):
