@@ -114,36 +114,41 @@ def _on_hub(spec: Model | Source) -> str:
 
 
 def pin(recipe: Recipe) -> None:
-    """Find out which commits a recipe's hub model, datasets and adapters have now, and write them in as `revision`.
+    """Find out which commits a recipe's hub models, datasets and adapters have now, and write them in as `revision`.
 
     So all stages load the same, and the resolved recipe says what that was. The hub is asked at most once for each;
     where it does not answer, the commit that the local cache holds counts; where that has none, nothing changes.
     """
-    specs: list[tuple[hub.Kind, Model | Source]] = [("model", recipe.model)]
+    commits: dict[tuple[str, str, str | None], str | None] = {}
+
+    def pinned(kind: hub.Kind, path: str, revision: str | None) -> str | None:
+        """The commit, or the revision as it is where nothing tells or nothing is to be asked."""
+        if Path(path).is_absolute() or Path(path).exists() or hub.is_commit(revision):
+            return revision
+        key = (kind, path, revision)
+        if key not in commits:
+            commits[key] = hub.commit(*key)
+        return commits[key] or revision
+
+    recipe.model.revision = pinned("model", recipe.model.path, recipe.model.revision)
     everywhere = [data for stage in recipe.stages.values() for data in (stage.data, stage.ptx_data) if data]
     if recipe.evaluate:
         everywhere.append(recipe.evaluate.data)
     for data in everywhere:
-        specs += [("dataset", source) for source in (*data.sources, data.eval_data) if source]
-    commits: dict[tuple[str, str, str | None], str | None] = {}
-    for kind, spec in specs:
-        local = Path(spec.path).is_absolute() or Path(spec.path).exists()
-        if not local and not hub.is_commit(spec.revision):
-            key = (kind, spec.path, spec.revision)
-            if key not in commits:
-                commits[key] = hub.commit(*key)
-            spec.revision = commits[key] or spec.revision
+        for source in (*data.sources, data.eval_data):
+            if source:
+                source.revision = pinned("dataset", source.path, source.revision)
     for stage in recipe.stages.values():
         named: list[tuple[Stage | Reward, str]] = [(stage, "init"), (stage, "reward")]
         for holder, role in [*named, *((reward, "stage") for reward in stage.rewards)]:
             value = getattr(holder, role)
             if outside.is_one(value) and outside.is_hub(value):
-                name, _, revision = value.partition("@")
-                if not hub.is_commit(revision):
-                    key = ("model", name, revision or None)
-                    if key not in commits:
-                        commits[key] = hub.commit(*key)
-                    setattr(holder, role, f"{name}@{commits[key]}" if commits[key] else value)
+                path, _, revision = value.partition("@")
+                commit = pinned("model", path, revision or None)
+                setattr(holder, role, f"{path}@{commit}" if commit else value)
+        for reward in stage.rewards:
+            if reward.model is not None:
+                reward.revision = pinned("model", reward.model, reward.revision)
 
 
 def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any]:

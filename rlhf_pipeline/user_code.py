@@ -8,7 +8,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,31 @@ def taken(function: Callable[..., Any], given: dict[str, Any], who: str, place: 
     Raises:
         FunctionError: it wants more.
     """
+    if wanted := lacking(function, given):
+        raise no_column(wanted, who, place)
+    parameters = _parameters(function)
+    if parameters is None or any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return given
+    return {one.name: given[one.name] for one in parameters if one.name in given}
+
+
+def lacking(function: Callable[..., Any], given: Collection[str]) -> list[str]:
+    """The parameters without which a function cannot be called, and which are not among those that are given."""
+    positional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = (one for one in _parameters(function) or () if one.kind not in positional)
+    return [one.name for one in named if one.default is one.empty and one.name not in given]
+
+
+def no_column(names: Sequence[str], who: str, place: str) -> FunctionError:
+    """What to say of a function that wants columns which are not there."""
+    return FunctionError(f"{who} wants `{'`, `'.join(names)}`, and the data have no such column", place)
+
+
+def _parameters(function: Callable[..., Any]) -> Sequence[inspect.Parameter] | None:
     try:
-        parameters = inspect.signature(function).parameters.values()
+        return [*inspect.signature(function).parameters.values()]
     except (TypeError, ValueError):  # of something that is called and has none, as some built in C
-        return given
-    named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
-    lacking = [one.name for one in named if one.default is one.empty and one.name not in given]
-    if lacking:
-        raise FunctionError(f"{who} wants `{'`, `'.join(lacking)}`, and the data have no such column", place)
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
-        return given
-    return {one.name: given[one.name] for one in named if one.name in given}
+        return None
 
 
 def numbers(returned: Any, asked: Sequence[str], who: str, place: str) -> list[float | None]:

@@ -60,12 +60,23 @@ def load_config(spec: Model) -> PretrainedConfig:
     """The configuration of a causal LM.
 
     Raises:
-        InputError: it cannot be loaded, brings code that the recipe does not trust, is not safe to open, or is not
-            that of a causal LM.
+        InputError: see `read_config`; or it is not that of a causal LM.
+    """
+    config = read_config(spec)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not _brings_class(config, spec):
+        raise InputError(f"Transformers cannot load `{config.model_type}` as a causal language model", place=spec.place)
+    return config
+
+
+def read_config(spec: Model) -> PretrainedConfig:
+    """The configuration of a model of any kind.
+
+    Raises:
+        InputError: it cannot be loaded, brings code that the recipe does not trust, or is not safe to open.
     """
     check_files(spec)
     try:
-        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        return AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # also of what checks the types of a configuration
         refuse_untrusted_code(spec, error)
         if Path(spec.path).is_dir() or "model type" in str(error):
@@ -73,12 +84,6 @@ def load_config(spec: Model) -> PretrainedConfig:
         if not isinstance(error, OSError | ValueError):
             raise
         raise _unreachable(spec, error) from None
-    if type(config) not in AutoModelForCausalLM._model_mapping and not _brings_class(config, spec):
-        raise InputError(
-            f"Transformers cannot load `{config.model_type}` as a causal language model",
-            place=f"model.path: {spec.path}",
-        )
-    return config
 
 
 def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig | None = None) -> PreTrainedModel:
@@ -108,7 +113,7 @@ def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig
 def _makes_no_model(spec: Model, config: PretrainedConfig, error: Exception) -> InputError:
     """Of a configuration that is understood."""
     pad, tokens = (getattr(config.get_text_config(), name, None) for name in ("pad_token_id", "vocab_size"))
-    place = f"model.path: {spec.path}"
+    place = spec.place
     if "adding_idx" in str(error) and pad is not None and tokens is not None:
         return InputError(
             f"config.json has `pad_token_id` {pad:,}, and the model has {tokens:,} tokens: Transformers refuses that",
@@ -130,9 +135,12 @@ def refuse_untrusted_code(spec: Model, error: Exception) -> None:
 
 
 def _untrusted(spec: Model) -> InputError:
+    if not spec.is_base:
+        said = "this model needs Python code that comes with it, and only that of the recipe's `model` may be run"
+        return InputError(said, place=spec.place, hint="take one that Transformers has a class for")
     return InputError(
         "this model needs Python code that comes with it, which is not run unless the recipe says so",
-        place=f"model.path: {spec.path}",
+        place=spec.place,
         hint="if you have read that code and trust it, set `model.trust_remote_code: true`",
     )
 
@@ -156,7 +164,7 @@ def check_files(spec: Model) -> None:
     Raises:
         InputError: it is on the hub, which does not answer, and not in the local cache; or a file is not as it should.
     """
-    names, place = _file_names(spec), f"model.path: {spec.path}"
+    names, place = _file_names(spec), spec.place
     if found := model_files.other_format(spec.path, names):
         raise InputError(found.message, place=place, hint=found.hint)
     if "adapter_config.json" in names:
@@ -193,7 +201,7 @@ def _file_names(spec: Model) -> list[str]:
 def _not_understood(spec: Model, error: Exception) -> InputError:
     """Of a configuration that is there."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    place = f"model.path: {spec.path}"
+    place = spec.place
     if unknown := re.search(r"model type `([^`]*)`", said[0]):
         return InputError(
             f"Transformers {transformers.__version__} does not know the model type `{unknown[1]}`",
@@ -212,7 +220,7 @@ def _unreachable(spec: Model, error: Exception) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
         f"this is neither a model folder nor a hub model that can be reached: {reason}",
-        place=f"model.path: {spec.path}",
+        place=spec.place,
         hint="check the spelling, the network and, for gated models, `hf auth login`",
     )
 
@@ -274,13 +282,13 @@ def require_causal(model: PreTrainedModel, spec: Model) -> None:
     if not one.isfinite().all():
         raise InputError(
             "it computes numbers that are not finite, so some of its weights are not",
-            place=f"model.path: {spec.path}",
+            place=spec.place,
             hint="download it again, or set `model.dtype: float32` where 16 bits are too few for it",
         )
     if (one - other).abs().max() > 16 * torch.finfo(model.dtype).eps * one.abs().max():  # else it is rounding
         raise InputError(
             f"a {type(model).__name__} sees the tokens that follow, so it cannot be trained to write them",
-            place=f"model.path: {spec.path}",
+            place=spec.place,
             hint="take a model that was trained to write text from left to right",
         )
 

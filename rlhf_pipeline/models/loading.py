@@ -1,4 +1,4 @@
-"""A causal LM from its checkpoint: with the weights that are stored there, all of them, and no others.
+"""A model from its checkpoint: with the weights that are stored there, all of them, and no others.
 
 Where a weight is missing, Transformers draws it at random; where one has no place, it leaves it out; where weights are
 stored in few bits and another quantization is asked for, it uses some of them for what they are not. All of that goes
@@ -7,6 +7,7 @@ to a log. Here it is an error.
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def require_quantization(config: PretrainedConfig, spec: Model) -> None:
     found = model_files.dtypes(folder) if folder else {}
     problem = model_files.quantization_problem(stored_quantization(config), spec.quantization, found)
     if problem:
-        raise InputError(problem.message, place=f"model.path: {spec.path}", hint=problem.hint)
+        raise InputError(problem.message, place=spec.place, hint=problem.hint)
 
 
 def stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -58,7 +59,7 @@ def _folder(spec: Model) -> Path | None:
     return folder if model_files.no_model(folder) is None and model_files.problem(folder) is None else None
 
 
-def require_weights(spec: Model, config: PretrainedConfig) -> None:
+def require_weights(spec: Model, config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> None:
     """See that all weights of a model are there, by names and shapes, and as the recipe has it; no weight is read.
 
     Weights that are stored in 4 bits have other shapes; of them, the names alone are compared.
@@ -66,6 +67,7 @@ def require_weights(spec: Model, config: PretrainedConfig) -> None:
     Args:
         spec: the recipe's `model`. Of one on the hub that is not here yet, nothing is asked.
         config: from `base.load_config`.
+        auto: the class of Transformers that loads it.
 
     Raises:
         InputError: some are missing, or there are others; or see `require_quantization`.
@@ -78,30 +80,41 @@ def require_weights(spec: Model, config: PretrainedConfig) -> None:
     for one in (config, config.get_text_config()):
         for name in STORED:
             vars(one).pop(name, None)
-    _load(spec, config, torch.device("meta"), {}, packed)
+    _load(spec, config, torch.device("meta"), {}, packed, auto)
 
 
-def load(spec: Model, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal LM, quantized as it is stored or as the recipe has it.
+def load(
+    spec: Model,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    auto: Any = AutoModelForCausalLM,
+    whole: Sequence[str] | None = None,
+) -> PreTrainedModel:
+    """Load a model, quantized as it is stored or as the recipe has it.
 
     Args:
         spec: the recipe's `model`.
         config: from `base.load_config`.
         device: where its weights shall be.
         dtype: of weights that are not quantized, and of what is computed with those that are.
+        auto: the class of Transformers that loads it.
+        whole: modules that are not to be quantized, by name; None for the output embedding of a causal LM.
 
     Raises:
         InputError: see `require_weights`.
     """
-    require_weights(spec, config)  # shapes, too, which are not looked at where weights become 4 bits
+    require_weights(spec, config, auto)  # shapes, too, which are not looked at where weights become 4 bits
     config = copy.deepcopy(config)
     stored = stored_quantization(config)
     options: dict[str, Any] = {"dtype": dtype}
     if stored is None:
         options["quantization_config"] = quantization_config(spec, dtype)
+        if whole is not None and options["quantization_config"] is not None:
+            options["quantization_config"].llm_int8_skip_modules = [*whole]  # whatever the name says: of nf4, too
     else:
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-    model = _load(spec, config, device, options)
+    model = _load(spec, config, device, options, auto=auto)
     if stored is not None:
         _require_packed(model, spec)
     return model
@@ -119,7 +132,7 @@ def _require_packed(model: PreTrainedModel, spec: Model) -> None:
         if four or eight:
             raise InputError(
                 f"`{name}.weight` is stored whole, and config.json says that it is in {spec.quantization}",
-                place=f"model.path: {spec.path}",
+                place=spec.place,
                 hint=f"add `{name}` to `llm_int8_skip_modules` under `quantization_config` in config.json",
             )
 
@@ -146,6 +159,7 @@ def _load(
     device: torch.device,
     options: dict[str, Any],
     packed: bool = False,
+    auto: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """Load a model, and compare its weights with those that are stored.
 
@@ -153,7 +167,7 @@ def _load(
     `[bytes, 1]`, in 8 in their own shape, but for GPT-2's layers, which are stored the other way round.
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto.from_pretrained(
             spec.path,
             config=copy.deepcopy(config),  # a model changes its own
             revision=spec.revision,
@@ -165,7 +179,7 @@ def _load(
             **options,
         )
     except SafetensorError as error:
-        place = f"model.path: {spec.path}"
+        place = spec.place
         raise InputError(f"its weights cannot be read: {error}", place=place, hint=model_files.DAMAGED) from None
     missing = sorted(found["missing_keys"])
     # Of a model for several kinds of input, the text model alone may be what is loaded; what is missing still shows.
@@ -188,7 +202,7 @@ def _load(
     if said:
         raise InputError(
             f"the checkpoint is not that of a {type(model).__name__}: it {', and '.join(said)}",
-            place=f"model.path: {spec.path}",
+            place=spec.place,
             hint="config.json and weights must be of one model, as `save_pretrained` writes them",
         )
     return model

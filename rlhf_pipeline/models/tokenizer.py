@@ -81,7 +81,7 @@ def load_tokenizer(model: Model | str) -> PreTrainedTokenizerBase:
 
 
 def _set_chat_template(tokenizer: PreTrainedTokenizerBase, spec: Model) -> None:
-    place = f"model.path: {spec.path}"
+    place = spec.place
     if spec.chat_template is not None:
         place = spec.chat_template
         try:
@@ -111,11 +111,11 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, spec: Model) -> None:
                 place=f"model.chat_template_kwargs.{name}",
                 hint="remove it, or check its spelling in the template",
             )
-    texts = {name: _fixed(text, spec.chat_template_kwargs) for name, text in texts.items()}
+    texts = {name: fixed(text, spec.chat_template_kwargs) for name, text in texts.items()}
     tokenizer.chat_template = texts if isinstance(own, dict) else _with_header(tokenizer, texts[""])
 
 
-def _fixed(template: str, settings: dict[str, Any]) -> str:
+def fixed(template: str, settings: dict[str, Any]) -> str:
     """A chat template that begins with the recipe's settings, and in which today is `DAY`."""
     before = "".join(
         f"{{% set {name} = {name} if {name} is defined else {_literal(value)} %}}" for name, value in settings.items()
@@ -190,6 +190,11 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> s
         TemplateError: the chat template refuses the conversation, fails on it, or leaves out a part of it.
     """
     return _apply(tokenizer, turns, add_generation_prompt=True)
+
+
+def render_whole(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> str:
+    """A whole conversation as text; see `render`."""
+    return _apply(tokenizer, turns)
 
 
 class TurnEnd(NamedTuple):
@@ -429,6 +434,6 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, spec: Model) -> str:
         return "<|pad|>"
     raise InputError(
         "the tokenizer has no pad token, and none that could serve as one",
-        place=f"model.path: {spec.path}",
+        place=spec.place,
         hint="add one with `tokenizer.add_special_tokens`, resize the model's embedding, and save both to a folder",
     )

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -27,11 +27,13 @@ class Scores:
         total: float32 `[B]`, the weighted sum, which is what the policy learns from.
         by_name: of each reward float32 `[B]`, without its weight; NaN where it does not apply.
         disagreement: of each ensemble float32 `[B]`, the standard deviation over its members.
+        logged: what functions have logged themselves, as NAME/METRIC.
     """
 
     total: Tensor
     by_name: dict[str, Tensor]
     disagreement: dict[str, Tensor]
+    logged: dict[str, float] = field(default_factory=dict)
 
 
 class Reward(Protocol):
@@ -113,7 +115,7 @@ def of_rewards(rewards: Scores) -> dict[str, float]:
     """Of each reward by its name, the mean and the standard deviation over the replies that it applies to.
 
     Of an ensemble also the `disagreement`, the mean over replies of the standard deviation over members. A reward that
-    applies to none has no numbers.
+    applies to none has no numbers. And what functions have logged, under their own names.
     """
     found: dict[str, float] = {}
     for name, values in rewards.by_name.items():
@@ -121,7 +123,8 @@ def of_rewards(rewards: Scores) -> dict[str, float]:
         if len(own):
             found[f"rewards/{name}/mean"] = own.mean().item()
             found[f"rewards/{name}/std"] = own.std(correction=0).item()
-    return found | {f"rewards/{name}/disagreement": own.mean().item() for name, own in rewards.disagreement.items()}
+    found |= {f"rewards/{name}/disagreement": own.mean().item() for name, own in rewards.disagreement.items()}
+    return found | {f"rewards/{name}": value for name, value in rewards.logged.items()}
 
 
 def concatenated(parts: Sequence[Scores]) -> Scores:
@@ -131,6 +134,7 @@ def concatenated(parts: Sequence[Scores]) -> Scores:
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.by_name[name] for part in parts]) for name in first.by_name},
         {name: torch.cat([part.disagreement[name] for part in parts]) for name in first.disagreement},
+        means([part.logged for part in parts]),
     )
 
 

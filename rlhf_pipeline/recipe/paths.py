@@ -13,6 +13,7 @@ from rlhf_pipeline.recipe.schema import Data, Recipe
 from rlhf_pipeline.recipe.shipped import TINY
 from rlhf_pipeline.recipe.yaml import KeyPath
 
+MODEL: KeyPath = ("model", "path")
 RELATIVE = "relative paths start from the folder of the file that they are written in"
 
 
@@ -31,20 +32,19 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         problems.add(("output_dir",), f"there is no home folder `{whose}`", "name a folder, or set HOME for `~`")
     recipe.output_dir = str(resolved(origins.folder(("output_dir",)) / expanded(recipe.output_dir)))
     model = recipe.model
-    model.path = _model_path(model.path, ("model", "path"), problems)
-    if Path(model.path).is_absolute() and model.revision is not None:
-        problems.add(
-            ("model", "revision"),
-            "`revision` has no effect: a model folder has no revisions",
-            "remove it",
-            of_key=True,
-        )
+    model.path = str(TINY / "checkpoint") if model.path == "tiny" else _model_path(model.path, MODEL, problems)
+    _refuse_revision_of_folder(model.path, model.revision, ("model", "revision"), problems)
     if model.chat_template is not None and not problems.is_broken(("model", "chat_template")):
         model.chat_template = _template_path(model.chat_template, ("model", "chat_template"), problems)
     _check_template_settings(model.chat_template_kwargs, problems)
     for name, stage in recipe.stages.items():
-        path = ("stages", name, "data")
+        path: KeyPath = ("stages", name, "data")
         _resolve_data(stage.data, path, dict(stage.facts.unread), problems)
+        for place, reward in enumerate(stage.rewards):
+            if reward.model is not None:
+                key = ("stages", name, "rewards", place)
+                reward.model = _model_path(reward.model, (*key, "model"), problems)
+                _refuse_revision_of_folder(reward.model, reward.revision, (*key, "revision"), problems)
         if stage.ptx_data:
             unused = "nothing evaluates on these rows"
             _resolve_data(
@@ -150,16 +150,23 @@ def _is_set(source: schema.Source, key: str) -> bool:
     return getattr(source, key) != default
 
 
+def _refuse_revision_of_folder(path: str, revision: str | None, key: KeyPath, problems: Problems) -> None:
+    if Path(path).is_absolute() and revision is not None:
+        problems.add(key, "`revision` has no effect: a model folder has no revisions", "remove it", of_key=True)
+
+
 def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
-    if path == "tiny":
-        return str(TINY / "checkpoint")
+    """What a model's path means: an absolute folder, or a hub id; what is wrong is noted."""
     local = problems.origins.folder(key) / expanded(path)
     if not local.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             problems.add(key, _not_there("model folder", local), RELATIVE)
         return path  # a hub id
     if found := model_files.no_model(local) or model_files.problem(local):
-        problems.add(key, *found)
+        hint = found.hint
+        if key != MODEL and (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+            hint = "one over this recipe's base is named by `stage`, in place of `model`"
+        problems.add(key, found.message, hint)
     return str(resolved(local))
 
 

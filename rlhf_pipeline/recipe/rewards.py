@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from rlhf_pipeline.kinds import numbered
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import Reward, Stage
+from rlhf_pipeline.recipe.schema import Model, Recipe, Reward, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 SOURCES = ("stage", "function", "model")
@@ -32,6 +32,20 @@ def key_of(stage: Stage, role: str) -> str:
     """The key, from the stage on, that names the stage in a role: `init`, `reward`, or `rewards.1.stage`."""
     stages = [f"rewards.{place}.stage" for place, reward in enumerate(stage.rewards) if reward.stage is not None]
     return {numbered("reward", number): key for number, key in enumerate(stages, 1)}.get(role, role)
+
+
+def classifier(recipe: Recipe, stage: str, place: int) -> Model:
+    """The model of a reward that names one, as a base is said: quantized as the recipe's, and none of its code is run.
+
+    Args:
+        recipe: the recipe.
+        stage: the name of the stage that it is a reward of.
+        place: its number among the stage's `rewards`, from 0.
+    """
+    reward, like = recipe.stages[stage].rewards[place], recipe.model
+    spec = Model(path=str(reward.model), revision=reward.revision, quantization=like.quantization, dtype=like.dtype)
+    spec._key = f"stages.{stage}.rewards.{place}.model"
+    return spec
 
 
 def resolve_rewards(

@@ -43,6 +43,18 @@ class Model(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The precision of every stage; `auto` is bfloat16 where the GPU computes in it, else float32."""
 
+    _key: str = PrivateAttr("model.path")
+
+    @property
+    def place(self) -> str:
+        """The key that names it, and what that says: for messages."""
+        return f"{self._key}: {self.path}"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the recipe's `model`, and not that of a reward."""
+        return self._key == "model.path"
+
 
 class Source(_Strict):
     """Where rows come from."""

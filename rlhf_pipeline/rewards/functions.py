@@ -18,6 +18,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rewards.batch import Batch
 from rlhf_pipeline.user_code import FunctionError
 
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 HINT = (
     "it gets `prompts`, `completions`, `completion_ids` and the data's other columns as keywords, as TRL's reward "
     "functions do, and returns a number for each reply, or None where it does not apply"
@@ -29,16 +30,14 @@ class Function:
 
     It gets these keywords as far as its parameters name them, or all of them with `**kwargs`: `prompts`, `completions`,
     `completion_ids` and the other columns of the rows, all as in a `Batch`; and what TRL gives beside them:
-    `trainer_state`, of which `global_step` and `max_steps` are set; `log_metric(name, value)`, whose values are kept in
-    `metrics`; and `log_extra(column, values)`, which keeps nothing. What it gets is its own copy.
+    `trainer_state`, of which `global_step` and `max_steps` are set; `log_metric(name, value)`, see `take_logged`; and
+    `log_extra(column, values)`, which keeps nothing. A parameter that names a column which none of these rows has gets
+    None for each, unless it has a default. What it gets is its own copy.
 
     Args:
         name: `module:function`.
         folders: the recipe's; see `user_code`.
         place: the key of the recipe that names it.
-
-    Attributes:
-        metrics: what it has logged, by name, since somebody took it out.
 
     Raises:
         InputError: it cannot be imported or is not a function.
@@ -48,11 +47,26 @@ class Function:
         self.name, self.place = name, place
         self.who = f"the reward function `{name}`"
         self.call = user_code.load(name, folders, place)
-        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self._logged: dict[str, list[float]] = defaultdict(list)
 
     def __call__(self, batch: Batch) -> list[float | None]:
         """The rewards of B replies: see `call_all`."""
         return call_all([self], batch)[0]
+
+    def take_logged(self) -> dict[str, float]:
+        """The means of what it has logged since this was last asked, by name."""
+        found = {name: sum(values) / len(values) for name, values in self._logged.items()}
+        self._logged.clear()
+        return found
+
+    def require_columns(self, batch: Batch) -> None:
+        """See that a batch has all that it wants.
+
+        Raises:
+            FunctionError: it wants a column that is not there.
+        """
+        if lacking := user_code.lacking(self.call, (*GIVEN, *batch.columns)):
+            raise user_code.no_column(lacking, self.who, self.place)
 
     def _begin(self, batch: Batch) -> Any:
         """What it returns; of one that is async, what is to be awaited."""
@@ -65,8 +79,9 @@ class Function:
             }
         )
         given["trainer_state"] = TrainerState(global_step=batch.step, max_steps=batch.max_steps)
-        given["log_metric"] = lambda name, value: self.metrics[name].append(float(value))
+        given["log_metric"] = lambda name, value: self._logged[name].append(float(value))
         given["log_extra"] = lambda column, values: None
+        given |= {name: [None] * len(batch.prompts) for name in user_code.lacking(self.call, given)}
         given = user_code.taken(self.call, given, self.who, self.place)
         try:
             return self.call(**given)
@@ -100,8 +115,8 @@ def call_all(functions: Sequence[Function], batch: Batch) -> list[list[float | N
         For each function B finite numbers, or None where it does not apply.
 
     Raises:
-        FunctionError: one raised something or called `sys.exit`, wants a column that the data do not have, or returned
-            something other than B finite numbers or None. What was raised is its cause.
+        FunctionError: one raised something or called `sys.exit`, or returned something other than B finite numbers or
+            None. What was raised is its cause.
     """
     returned: list[Any] = []
     try:
@@ -148,9 +163,10 @@ def try_function(function: Function, batch: Batch) -> None:
     """Call a function on a few rows of its data, as training will.
 
     Raises:
-        InputError: it fails, or returns something else than it should.
+        InputError: it wants a column that the data do not have, fails, or returns something else than it should.
     """
     try:
+        function.require_columns(batch)
         function(batch)
     except FunctionError as error:
         raise InputError(f"on the first rows of `data`, {error}", place=function.place, hint=HINT) from None

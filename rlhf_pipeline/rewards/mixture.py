@@ -14,8 +14,10 @@ from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.recipe.rewards import classifier as classifier_of
 from rlhf_pipeline.recipe.rewards import deviations
 from rlhf_pipeline.rewards.batch import Batch
+from rlhf_pipeline.rewards.classifier import Classifier
 from rlhf_pipeline.rewards.functions import Function, call_all
 
 NOT_GIVEN = ("prompt", "prompts", "completion", "completions", "completion_ids")  # columns that TRL's keywords replace
@@ -34,7 +36,7 @@ class Part:
 
     label: str
     weight: float
-    source: Sequence[ScoreView] | Function
+    source: Sequence[ScoreView] | Function | Classifier
     combine: str = "mean"
 
 
@@ -52,7 +54,7 @@ class Rewards:
     @property
     def need_rows(self) -> bool:
         """Whether one of them reads more than token ids."""
-        return any(isinstance(part.source, Function) for part in self.parts)
+        return any(isinstance(part.source, Function | Classifier) for part in self.parts)
 
     @torch.no_grad()
     def __call__(
@@ -72,18 +74,22 @@ class Rewards:
 
         Raises:
             FunctionError: see `functions.call_all`.
+            ClassifierError: see `Classifier`.
         """
         total = torch.zeros(len(episodes), device=episodes.ids.device)
         found = Scores(total, {}, {})
+        batch = self._batch(episodes, rows or (), step, max_steps) if self.need_rows else None
         functions = [part.source for part in self.parts if isinstance(part.source, Function)]
-        of_functions = call_all(functions, self._batch(episodes, rows or (), step, max_steps)) if functions else []
-        returned = iter(of_functions)
+        returned = iter(call_all(functions, batch) if batch else [])
         for part in self.parts:
             applies = torch.ones_like(total, dtype=torch.bool)
             if isinstance(part.source, Function):
                 given = next(returned)
+                found.logged |= {f"{part.label}/{name}": value for name, value in part.source.take_logged().items()}
                 applies = torch.tensor([value is not None for value in given], device=total.device)
                 values = torch.tensor([value if value is not None else torch.nan for value in given]).to(total)
+            elif isinstance(part.source, Classifier):
+                values = torch.tensor(part.source(batch, at_once)).to(total)
             else:
                 scores = member_scores(part.source, episodes, at_once)
                 values = combined(scores, part.combine)
@@ -119,6 +125,8 @@ def load(
         source: Any
         if reward.stage is not None:
             source = next(left)
+        elif reward.model is not None:
+            source = Classifier(classifier_of(recipe, stage, place))
         else:
             source = Function(str(reward.function), recipe.folders, f"stages.{stage}.rewards.{place}.function")
         parts.append(Part(reward.label, reward.weight, source, reward.combine))

@@ -119,6 +119,13 @@ def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
                 new = f"reward-{len(stages)}-of-{name}" if stage.rewards else f"reward-of-{name}"
                 setattr(reward, key, new)
                 stages[new] = Stage(kind="reward", init=BASE, data=rows, lora=shape)
+        for reward in stage.rewards:
+            if reward.model is not None:
+                notes.append(f"`{reward.model}` is a model of its own: a new reward model stands in for it")
+                new = f"reward-{len(stages)}-of-{name}"
+                reward.name, reward.stage, reward.model, reward.revision = reward.label, new, None, None
+                rows = Data(path=str(TINY / "data" / "preferences.jsonl"))
+                stages[new] = Stage(kind="reward", init=BASE, data=rows, lora=recipe.lora)
         stages[name] = stage
     recipe.stages = stages
 

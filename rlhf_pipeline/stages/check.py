@@ -28,6 +28,7 @@ from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.rewards import key_of
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
+from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.stages import embedded, judge
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.trial import try_trainer
@@ -71,6 +72,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     for job in jobs:
         if inputs := attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job)):
             attempt(functools.partial(try_trainer, job, inputs))
+            attempt(functools.partial(try_rewards, recipe, job.name, reader.tokenizer))
     policies = [job for job in jobs if job.stage.facts.is_policy]
     judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
     if judging:

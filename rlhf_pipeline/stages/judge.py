@@ -19,6 +19,7 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe.schema import Evaluate
+from rlhf_pipeline.rewards.trial import a_reply
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.shares import standard_error
@@ -31,7 +32,6 @@ Asked = Sequence[tuple[Prompt, dict[str, Any]]]  # prompts, each with its row, w
 # What a judge gets beside the columns of the data; a column of such a name is not given.
 GIVEN = ("prompts", "completions", "messages")
 PLACE = "evaluate.judge"
-REPLY_COLUMNS = ("completion", "response", "answer", "chosen", "output")  # where a row may have a reply to try it on
 
 
 def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
@@ -60,12 +60,8 @@ def try_judge(spec: Evaluate, judge: Judge, asked: Asked) -> None:
     Raises:
         InputError: it fails, or returns something other than two numbers.
     """
-    replies = [
-        next((row[name] for name in REPLY_COLUMNS if isinstance(row.get(name), str)), "A reply.")
-        for _, row in asked[:2]
-    ]
     try:
-        ask(judge, asked[:2], replies)
+        ask(judge, asked[:2], [a_reply(row) for _, row in asked[:2]])
     except Exception as error:  # a user's function may fail in any way
         what = str(error) if isinstance(error, FunctionError) else f"it raised {user_code.said(error)}"
         raise InputError(

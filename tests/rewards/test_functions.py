@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from rlhf_pipeline.data.encode import row_of
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.ppo.numbers import concatenated, of_rewards
+from rlhf_pipeline.ppo.rollout import Episodes
+from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.rewards.batch import Batch
 from rlhf_pipeline.rewards.functions import Function, call_all, try_function
+from rlhf_pipeline.rewards.mixture import Part, Rewards
 from rlhf_pipeline.user_code import FunctionError
 
 PLACE = "stages.ppo.rewards.0.function"
@@ -64,7 +71,7 @@ def test_one_written_for_trl_gets_what_trl_gives(function: Callable[[Any], Funct
         "prompts": ["a", "b"], "completions": [" x", " yy"], "completion_ids": [[5], [6, 7]], "answer": ["x", "y"]
     }  # fmt: skip
     assert given.keys() == {"prompts", "completions", "completion_ids", "answer", "log_metric", "log_extra"}
-    assert reward.metrics == {"length": [2.0]}
+    assert (reward.take_logged(), reward.take_logged()) == ({"length": 2.0}, {})
     reward(CHATS)
     assert (given["prompts"], given["completions"]) == (CHATS.prompts, CHATS.completions)
 
@@ -126,7 +133,6 @@ WHO = f"the reward function `{__name__}:reward`"
 @pytest.mark.parametrize(
     ("returns", "said"),
     [
-        (lambda prompts, solution, tests: [], f"{WHO} wants `solution`, `tests`, and the data have no such column"),
         (lambda **_: [1.0], f"{WHO} returned 1 number for 2 replies"),
         (lambda **_: [1.0, 2.0, 3.0], f"{WHO} returned 3 numbers for 2 replies"),
         (lambda **_: None, f"{WHO} returned None, not a list of numbers"),
@@ -218,6 +224,19 @@ def test_a_column_named_as_what_is_given_is_not_given(function: Callable[[Any], 
     assert seen(batch) == [3.0]
 
 
+def test_a_column_that_the_data_lack_is_refused_and_one_that_a_batch_lacks_is_none(
+    function: Callable[[Any], Function],
+) -> None:
+    """Rows of several sources are mixed, and those of a batch may all be of the same."""
+    reward = function(lambda answer, solution: [float(one is None) for one in solution])
+    assert reward(TEXTS) == [1.0, 1.0]
+    with pytest.raises(InputError) as caught:
+        try_function(reward, TEXTS)
+    said = f"{WHO} wants `solution`, and the data have no such column"
+    assert caught.value.message == f"on the first rows of `data`, {said}"
+    try_function(reward, replace(TEXTS, columns={"answer": ["x", "y"], "solution": [None, 1]}))
+
+
 def test_one_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name, message in (
@@ -229,3 +248,18 @@ def test_one_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
             Function(name, [tmp_path], PLACE)
         assert caught.value.message.startswith(message)
         assert caught.value.place == PLACE
+
+
+def test_what_it_logs_is_logged_under_its_name(function: Callable[[Any], Function]) -> None:
+    def reward(completions: list[str], log_metric: Any) -> list[float]:
+        for number in (1, 2):
+            log_metric("rude", number)
+        return [0.0] * len(completions)
+
+    lengths = torch.tensor([1])
+    episodes = Episodes(torch.tensor([[4, 5]]), lengths, lengths, lengths > 0, torch.zeros(1, 1))
+    rewards = Rewards([Part("tone", 1.0, function(reward))], AutoTokenizer.from_pretrained(TINY / "checkpoint"))
+    first = rewards(episodes, [row_of("a", {"prompt": "a"})], at_once=1)
+    assert of_rewards(first) == {"rewards/tone/mean": 0.0, "rewards/tone/std": 0.0, "rewards/tone/rude": 1.5}
+    both = concatenated([first, replace(first, logged={"tone/rude": 4.5})])
+    assert of_rewards(both)["rewards/tone/rude"] == 3.0

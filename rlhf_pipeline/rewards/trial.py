@@ -1,0 +1,64 @@
+"""The rewards of a recipe tried before anything trains: functions on a few rows, classifiers without their weights."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_pipeline.data.encode import row_of
+from rlhf_pipeline.data.prepare import first_prompts
+from rlhf_pipeline.data.turns import Prompt
+from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.recipe.rewards import classifier as classifier_of
+from rlhf_pipeline.recipe.schema import Recipe
+from rlhf_pipeline.rewards import classifier, mixture
+from rlhf_pipeline.rewards.batch import Batch
+from rlhf_pipeline.rewards.functions import Function, try_function
+
+REPLY_COLUMNS = ("completion", "response", "answer", "chosen", "output")  # where a row may have a reply to try it on
+PROMPTS = 100  # whose columns count, and that a classifier's chat template is tried on
+
+
+def try_rewards(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See that the functions and classifiers among a stage's rewards can be used.
+
+    Args:
+        recipe: the recipe.
+        name: the stage's.
+        tokenizer: the policy's.
+
+    Raises:
+        InputError: for all that cannot.
+    """
+    stage, found = recipe.stages[name], list[InputError]()
+    if all(reward.stage is not None for reward in stage.rewards):
+        return
+    asked = first_prompts(stage.data, PROMPTS)
+    for place, reward in enumerate(stage.rewards):
+        try:
+            if reward.function is not None:
+                function = Function(reward.function, recipe.folders, f"stages.{name}.rewards.{place}.function")
+                try_function(function, _tried(asked, tokenizer))
+            if reward.model is not None:
+                classifier.check(classifier_of(recipe, name, place), [prompt for prompt, _ in asked])
+        except InputError as error:
+            found += error.all
+    if found:
+        raise InputErrors(found)
+
+
+def _tried(asked: Sequence[tuple[Prompt, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """The first two of some prompts with replies, as training gives them, and with the columns of all."""
+    rows = [json.loads(row_of(prompt, row)) for prompt, row in asked]
+    replies = [a_reply(row) for _, row in asked[:2]]
+    ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
+    names = mixture.batch_of(rows, [""] * len(rows), [[]] * len(rows), 0, 1).columns
+    batch = mixture.batch_of(rows[:2], replies, ids, step=0, max_steps=1)
+    return replace(batch, columns={name: values[:2] for name, values in names.items()})
+
+
+def a_reply(row: dict[str, Any]) -> str:
+    """A reply that a row has beside its prompt, or one made up."""
+    return next((row[name] for name in REPLY_COLUMNS if isinstance(row.get(name), str)), "A reply.")
