@@ -213,7 +213,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="ppo",
         title="PPO",
-        method="PPO against a learned reward",
+        method="proximal policy optimization",
         reads="prompts",
         encoding="prompts",
         makes="policy",

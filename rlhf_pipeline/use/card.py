@@ -22,7 +22,7 @@ from rlhf_pipeline.rundir.words import one_line
 
 # Of the machine or of the moment, not of the model.
 BOOKKEEPING = re.compile(r"seconds$|^eps$|^lr|^learning_rate$|^episode$|num_tokens$|^total_flos$")
-SETTINGS = ("trainer.", "lora.", "model.quantization", "model.dtype", "seed")  # in this order
+SETTINGS = ("trainer.", "rewards.", "lora.", "model.quantization", "model.dtype", "seed")  # in this order
 Records = dict[str, Record]
 
 
@@ -210,6 +210,11 @@ def _origins(records: Records) -> Iterator[list[Any]]:
     for name, record in records.items():
         origin = outside.said(record.init or BASE)
         rewards = [outside.said(parent) for role, parent in record.parents.items() if role != "init"]
+        rewards += [
+            str(value).partition("@")[0]
+            for key, value in record.inputs.items()
+            if re.fullmatch(r"rewards\.\d+\.(function|model)", key)
+        ]
         origin += f", scored by {', '.join(rewards)}" if rewards else ""
         yield [name, record.kind, origin, record.fingerprint or "", record.weights or ""]
 
