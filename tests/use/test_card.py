@@ -6,7 +6,7 @@ from rlhf_pipeline.use import card
 
 def test_all_that_scored_the_replies_is_named() -> None:
     record = Record(
-        kind="ppo", init="sft", reward="helpful", rewards={"reward.2": "runs/other:harmless"},
+        kind="ppo", init="sft", reward="helpful", rewards={"reward.2": "/of/runs/other:harmless"},
         inputs={"model": "base@1", "rewards.1.function": "mine:short", "rewards.2.model": "classifier@abc",
                 "rewards.1.weight": 0.5},
     )  # fmt: skip
