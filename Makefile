@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
 
-.PHONY: demo test quick floor smoke zoo soak check format clean
+.PHONY: demo test quick floor smoke learning zoo soak check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,10 @@ floor: .venv-floor/ready
 # Every shipped recipe for two steps a stage, on a tiny checkpoint of its model: docs/ci.md says what that shows.
 smoke: .venv/ready
 	set -e; for recipe in recipes/*.yaml; do $(BIN)/rlhf-pipeline smoke $$recipe; done
+
+# Every tiny recipe on three seeds that nothing was tuned on: does each policy gain what it should? Half an hour.
+learning: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learning.py --seeds 1 2 3
 
 # Every causal architecture of Transformers, made small at random: what holds of it. Renews docs/architectures.md, in
 # about half an hour.
