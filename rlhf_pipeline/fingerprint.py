@@ -182,6 +182,8 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     inputs |= data_inputs("data", stage.data, digests)
     if stage.ptx_data:
         inputs |= data_inputs("ptx_data", stage.ptx_data, digests)
+    if stage.members:
+        inputs |= {"members": stage.members} | ({"bootstrap": True} if stage.bootstrap else {})
     return inputs
 
 

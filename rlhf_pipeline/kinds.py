@@ -203,6 +203,7 @@ KINDS: tuple[Kind, ...] = (
         numbers=(
             Number("held-out accuracy", "eval_accuracy", logged=None, changes=False),
             Number("held-out margin", "eval_margin", logged=None, changes=False),
+            Number("disagreement", "eval_disagreement", logged=None, changes=False),  # of an ensemble's members
             Number("loss", "loss", logged="loss", changes=True),
             Number("accuracy", "accuracy", logged="accuracy", changes=True),
             Number("margin", "margin", logged="margin", changes=True),

@@ -17,19 +17,24 @@ class MetricsLog(TrainerCallback):
     Args:
         file: the file to append to; every line is written at once and whole. See `rundir.jsonl` for what happens where
             it cannot be read or written.
+        member: the number of the member of an ensemble that trains, from 1, which each of its lines gets as `member`;
+            None where it is no ensemble.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, member: int | None = None) -> None:
+        self.file, self.member = file, member
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop what an interrupted run wrote after the checkpoint that this one resumes from.
 
-        By the steps that the checkpoint knows of, not by the number of lines: some may have been lost.
+        By the steps that the checkpoint knows of, not by the number of lines: some may have been lost. Those of other
+        members stay.
         """
         known = Counter(entry.get("step") for entry in state.log_history)
 
         def is_known(row: dict[str, Any]) -> bool:
+            if row.get("member") != self.member:
+                return True
             step = row.get("step")
             if not isinstance(step, int) or not known[step]:
                 return False
@@ -47,7 +52,8 @@ class MetricsLog(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write one line."""
-        row = {"step": state.global_step, "time": round(time.time(), 3), **numbers(logs or {})}
+        of = {} if self.member is None else {"member": self.member}
+        row = {"step": state.global_step, "time": round(time.time(), 3), **of, **numbers(logs or {})}
         jsonl.append(self.file, [row])
 
 

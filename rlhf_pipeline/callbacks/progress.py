@@ -17,11 +17,16 @@ Phase = Literal["loading", "training", "evaluating", "judging"]
 class ProgressFile(TrainerCallback):
     """Keep `progress.json` in a stage's working folder: `phase`, `step`, `of` (or null) and `time` (Unix seconds).
 
+    While a member of an ensemble trains, or is evaluated, it has `member`, from 1, and `members`, too.
+
     It is replaced at once where the phase changes, at its first and last step, and else at most once a second. It tells
     nobody whether a stage is done, so nothing waits for the disk, and a disk that takes nothing harms no run.
 
     Args:
         work: the stage's working folder; where it is not there, nothing is written.
+
+    Attributes:
+        member: the number of the member at work, and how many there are; None where it is no ensemble.
     """
 
     def __init__(self, work: Path) -> None:
@@ -30,6 +35,7 @@ class ProgressFile(TrainerCallback):
         self.written = 0.0
         self.evaluated = 0
         self.training = False
+        self.member: tuple[int, int] | None = None
 
     def tell(self, phase: Phase, step: int = 0, of: int | None = None) -> None:
         """Say where the stage is.
@@ -45,7 +51,9 @@ class ProgressFile(TrainerCallback):
         self.phase, self.written = phase, now
         temporary = self.file.with_name(f"{PROGRESS}.new")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"phase": phase, "step": step, "of": of, "time": round(time.time(), 3)}))
+            said = {"phase": phase, "step": step, "of": of, "time": round(time.time(), 3)}
+            said |= {"member": self.member[0], "members": self.member[1]} if self.member else {}
+            temporary.write_text(json.dumps(said))
             temporary.replace(self.file)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -192,6 +192,8 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
             del content["stages"][name]["rewards"]
         if stage.ptx_data:
             content["stages"][name]["ptx_data"] = _content_of_data(stage.ptx_data)
+        if stage.members is None:
+            del content["stages"][name]["members"], content["stages"][name]["bootstrap"]
     if recipe.evaluate:
         content["evaluate"]["data"] = _content_of_data(recipe.evaluate.data)
     return content

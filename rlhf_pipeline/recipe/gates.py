@@ -42,6 +42,7 @@ OF_PPO_POLICY = {
 OF_PPO_EVALUATION = {
     "eval_objective/scores", "eval_objective/kl", "eval_objective/rlhf_reward", "eval_reply/length", "eval_reply/ended",
 }  # fmt: skip
+OF_ENSEMBLE = {"eval_disagreement", "eval_margin_disagreement"}
 OF_KL_BUDGET = {"kl_budget/best_step", "kl_budget/exceeded_at_step", "kl_budget/exceeded_with"}
 
 
@@ -234,6 +235,11 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
         certain.add("dropped_pairs")
         if held_out:
             certain |= {"eval_pairs", f"eval_{kind.accuracy}_se"}
+    if stage.members:
+        own, members = {number.metric for number in kind.numbers}, range(1, stage.members + 1)
+        possible |= {f"member/{member}/{metric}" for member in members for metric in own & possible}
+        certain |= {f"member/{member}/{metric}" for member in members for metric in own & certain}
+        certain |= OF_ENSEMBLE if held_out else set()
     if given.get("include_num_input_tokens_seen", "no") not in ("no", False):
         certain.add("num_input_tokens_seen")
     if given.get("skip_memory_metrics") is False:
@@ -307,6 +313,9 @@ def _hint(recipe: Recipe, name: str, metric: str) -> str:
     else:
         certain, possible = _of_trl(stage, held_out=True)
         needs.update(dict.fromkeys(certain | possible, f"held-out rows: set `eval_fraction` in {here}.data"))
+        if stage.facts.makes == "reward":
+            needs.update(dict.fromkeys(OF_ENSEMBLE, f"an ensemble and held-out rows: set `members` in {here}, and "
+                                                    f"`eval_fraction` in {here}.data"))  # fmt: skip
     if stage.facts.is_policy:
         needs[kinds.JUDGED] = "a judge: set `evaluate` at the top of the recipe"
     needs.update(dict.fromkeys(known_metrics(recipe, name) | possible_metrics(recipe, name)))

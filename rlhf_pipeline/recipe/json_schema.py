@@ -80,7 +80,9 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
         needed = {*(parent.role for parent in kinds.get(kind).parents), *kinds.get(kind).further_data}
         own = dict(properties)
         needed |= {"rewards"} if "reward" in needed else set()
-        own |= {key: WITHOUT_EFFECT for key in ("reward", "rewards", "ptx_data") if key not in needed}
+        needed |= {"members", "bootstrap"} if kinds.get(kind).makes == "reward" else set()
+        optional = ("reward", "rewards", "ptx_data", "members", "bootstrap")
+        own |= {key: WITHOUT_EFFECT for key in optional if key not in needed}
         own["kind"] = {"const": kind, "description": Stage.model_fields["kind"].description}
         own["trainer"] = {"$ref": f"#/definitions/{title}Trainer", "description": properties["trainer"]["description"]}
         definitions[f"{title}Stage"] = {**stage, "properties": own}

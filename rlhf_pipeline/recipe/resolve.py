@@ -56,6 +56,7 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
                 problems.add(
                     (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`", "remove it", of_key=True
                 )
+        _require_members(name, stage, problems)
         earlier[name] = stage
     if recipe.evaluate and recipe.evaluate.samples > 1 and recipe.evaluate.temperature == 0:
         problems.add(
@@ -103,6 +104,19 @@ def _require_both_of_ptx(name: str, stage: Stage, problems: Problems) -> None:
         problems.add(weight, "`ptx_data` has no effect without `ptx_coef`", "set `ptx_coef` in `trainer`")
     elif weighed and not stage.ptx_data:
         problems.add(weight, "`ptx_coef` has no effect without `ptx_data`", "give demonstrations", of_key=True)
+
+
+def _require_members(name: str, stage: Stage, problems: Problems) -> None:
+    """An ensemble is one of reward models, and without one there is nothing to draw a sample for each of."""
+    path = ("stages", name)
+    if stage.facts.makes != "reward":
+        for key in [key for key in ("members", "bootstrap") if getattr(stage, key)]:
+            problems.add(
+                (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`",
+                f"an ensemble is one of reward models: kind {_either(kinds.makers('reward'))}", of_key=True,
+            )  # fmt: skip
+    elif stage.bootstrap and stage.members is None and not problems.is_broken((*path, "members")):
+        problems.add((*path, "bootstrap"), "`bootstrap` has no effect without `members`", "set `members`", of_key=True)
 
 
 def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -> None:

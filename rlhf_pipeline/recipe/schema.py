@@ -231,6 +231,12 @@ class Stage(_Strict):
     ptx_data: DataField | None = None
     """PPO only: demonstrations that are mixed in with the weight `ptx_coef`."""
 
+    members: int | None = Field(default=None, ge=2, le=32)
+    """Reward models only: train an ensemble of so many, each with its own head and order of data, on one base."""
+
+    bootstrap: bool = False
+    """With `members`: each trains on a sample of the pairs, as many as there are, drawn with replacement."""
+
     lora: dict[str, Any] = {}
     """peft.LoraConfig's own keys, where this stage's adapter differs from the one it starts from, or from the recipe's
     `lora` where it starts from the base; once loaded, the whole shape."""

@@ -56,7 +56,9 @@ MISSING = {
 }
 BOOLEANS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
 SCALAR = re.compile(r"[-+\w.]+")
-FOLLOWS_FROM_KIND = ("kind", "init", "reward", "rewards", "ptx_data", "trainer", "lora", "gates")
+FOLLOWS_FROM_KIND = (
+    "kind", "init", "reward", "rewards", "ptx_data", "members", "bootstrap", "trainer", "lora", "gates",
+)  # fmt: skip
 
 
 def validate(content: dict[str, Any], problems: Problems) -> Recipe:
@@ -192,6 +194,8 @@ def _hint(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str 
         return "is what belongs to it indented?"
     if path == ("model",) and isinstance(given, str):
         return f"write `model: {dump_inline({'path': given})}`"
+    if path[-1] == "members" and kind in BOUNDS:
+        return "from 2 to 32 reward models make an ensemble; without `members` there is one alone"
     if path == ("stages",):
         return "for example `stages: {sft: {data: FILE}}`"
     return None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rlhf_pipeline import kinds
 from rlhf_pipeline.local import resolved
 from rlhf_pipeline.rundir import jsonl, state
+from rlhf_pipeline.rundir.headline import over_members
 from rlhf_pipeline.rundir.layout import (
     COMPARISON,
     METRICS,
@@ -246,7 +247,7 @@ def _stage(directory: RunDirectory, found: StageState) -> Stage:
     )  # fmt: skip
     if directory.unreadable(found.name):
         stage.notes.append(f"{RECORD} cannot be read, so its settings and final numbers are not shown.")
-    rows = _rows(folder / METRICS, stage.notes)
+    rows = over_members(_rows(folder / METRICS, stage.notes))
     _take_columns(stage, rows)
     if stage.state != "running" and folder.is_dir() and not rows:
         stage.notes.append(f"{METRICS} has no rows, so there are no curves.")

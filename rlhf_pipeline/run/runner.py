@@ -36,7 +36,6 @@ from rlhf_pipeline.rundir.layout import (
     RECIPE,
     RESULT,
     SAMPLES,
-    TRAINED,
     Progress,
     RunDirectory,
     read_json,
@@ -360,7 +359,7 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, what: str, w
     """
     unreadable = directory.unreadable(stage.name)
     same = stage.record.fingerprint == stage.fingerprint and stage.state == "failed"
-    if same and not directory.adapter(stage.name).exists() and not any(directory.work(stage.name).glob("checkpoint-*")):
+    if same and not directory.adapter(stage.name).exists() and not durable.holds_some(directory.work(stage.name)):
         return False
     aside = directory.set_aside(stage.name)
     if aside:
@@ -422,17 +421,17 @@ def _opening_record(
 
 def _time_to(progress: Progress, work: Path) -> float:
     """The seconds that a worker which was killed had spent on what is left of its work."""
-    left = {"checkpoint": f"checkpoint-{progress.step}", "trained": TRAINED, "finished": RESULT}[progress.point]
     try:
-        return round(max(0.0, (work / left).stat().st_mtime - (work / JOB).stat().st_mtime), 2)
+        return round(max(0.0, (work / progress.left).stat().st_mtime - (work / JOB).stat().st_mtime), 2)
     except FileNotFoundError:
         return 0.0
 
 
 def _stopped_at(name: str, step: int | None, directory: RunDirectory) -> str:
-    if step is not None:
-        return f"stage `{name}` stopped, with a checkpoint at step {step}"
     progress: Progress | None = directory.progress(name)
+    if step is not None:
+        of_member = f" of member {progress.member} of {progress.members}" if progress and progress.member else ""
+        return f"stage `{name}` stopped, with a checkpoint at step {step}{of_member}"
     return f"stage `{name}` stopped" + (f": {progress}" if progress else " before its first checkpoint")
 
 

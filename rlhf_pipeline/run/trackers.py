@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.fingerprint import short_hash
+from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import TRAINED, WORK
 
 # What Transformers needs for each: one of these.
@@ -50,7 +51,7 @@ def reporting(names: Sequence[str], recipe: str, stage: Path, started_at: str) -
         yield
         return
     work, events = stage / WORK, stage / "tensorboard"
-    if not any(work.glob("checkpoint-*")) and not (work / TRAINED).exists():
+    if not durable.holds_some(work) and not (work / TRAINED).exists():
         shutil.rmtree(events, ignore_errors=True)  # of an attempt that nothing was kept of
     theirs = os.environ.get("TENSORBOARD_LOGGING_DIR")
     settings = {

@@ -15,6 +15,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"  # in a checkpoint: how far it is, in Transformers' words
+MEMBER = "member-"  # and a number: the folder of a member of an ensemble, in `work/` and in an artifact
 # Of an `OSError`, what says that a file is not there, or is damaged; any other is no fault of a checkpoint.
 _OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 Contents = dict[str, list]  # a file's path inside its folder -> its size in bytes and its SHA-256
@@ -26,11 +27,15 @@ class CheckpointError(ValueError):
     Args:
         checkpoint: its folder.
         why: in one sentence.
+
+    Attributes:
+        checkpoint: its path inside `work/`.
     """
 
     def __init__(self, checkpoint: Path, why: str) -> None:
-        super().__init__(f"{checkpoint.name} cannot be resumed from: {why}")
-        self.checkpoint = checkpoint.name
+        of_member = checkpoint.parent.name.startswith(MEMBER)
+        self.checkpoint = f"{checkpoint.parent.name}/{checkpoint.name}" if of_member else checkpoint.name
+        super().__init__(f"{self.checkpoint} cannot be resumed from: {why}")
         self.why = why
 
 
@@ -123,6 +128,11 @@ def newest_first(work: Path) -> list[Path]:
     """The checkpoints in a folder."""
     found = [path for path in work.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=step, reverse=True)
+
+
+def holds_some(work: Path) -> bool:
+    """Whether there is a checkpoint in a stage's `work/`, sound or not, or something of a member of an ensemble."""
+    return any(work.glob("checkpoint-*")) or any(work.glob(f"{MEMBER}*"))
 
 
 def step(checkpoint: Path) -> int:

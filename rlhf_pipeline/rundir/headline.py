@@ -1,6 +1,7 @@
 """The few numbers that sum up a stage: the same ones, under the same names, wherever a run is shown."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -93,10 +94,37 @@ def series(kind: object, rows: Iterable[dict[str, Any]]) -> dict[str, list[float
     """
     known = kinds.find(kind)
     found: dict[str, list[float]] = {number.logged: [] for number in known.numbers if number.logged} if known else {}
-    for row in rows if found else ():
+    for row in over_members(rows) if found else ():
         for key, values in found.items():
             if is_number(row.get(key)):
                 values.append(row[key])
+    return found
+
+
+def over_members(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`, those of an ensemble's members made one for each step: the mean of what each logged.
+
+    A number that one of them has as null is null.
+    """
+    listed = list(rows)
+    if not any("member" in row for row in listed):
+        return listed
+    together: dict[Any, list[dict[str, Any]]] = {}
+    seen: Counter[Any] = Counter()
+    for row in listed:
+        member, step = (str(row.get(key)) for key in ("member", "step"))
+        seen[member, step] += 1  # training and evaluation both log at some steps
+        together.setdefault((step, seen[member, step]), []).append(row)
+    return [_mean(same) for same in together.values()]
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several of the same step."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row if name != "member"):
+        values = [row[name] for row in rows if name in row]
+        known = all(is_number(value) for value in values)
+        found[name] = values[0] if name in ("step", "time") else sum(values) / len(values) if known else None
     return found
 
 

@@ -1,6 +1,7 @@
 """The run directory: what a run has made so far, and the truth about it. No torch."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pipeline.rundir import durable, strict_json
+from rlhf_pipeline.rundir.durable import MEMBER as MEMBER
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.lock import Lock
 from rlhf_pipeline.rundir.record import WEIGHTS, Record
@@ -21,7 +23,6 @@ REPORT = "report.html"
 # In a stage's folder:
 RECORD = "stage.json"
 ADAPTER = "adapter"  # what a stage publishes
-MEMBER = "member-"  # and its number: the folder of a further member of an ensemble, within the artifact
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 PAIRS = "pairs.jsonl"  # held-out pairs with their scores
@@ -43,23 +44,43 @@ class Progress:
     Attributes:
         point: it resumes from a `checkpoint`; or it was `trained` and is to be judged; or it was `finished` and is
             to be published.
-        step: of the checkpoint.
+        step: of the checkpoint; None where a member of an ensemble has none yet, or all members are trained.
         of: how many steps there are.
-        damaged: later checkpoints that cannot be trusted, with what is wrong.
+        damaged: later checkpoints that cannot be trusted, by their paths inside `work/`, with what is wrong.
+        member: the number of the member of an ensemble that it resumes at, from 1; None where it is no ensemble, and
+            where all members are trained.
+        members: how many members there are; None where it is no ensemble.
     """
 
     point: Literal["checkpoint", "trained", "finished"]
     step: int | None = None
     of: int | None = None
     damaged: dict[str, str] = field(default_factory=dict)
+    member: int | None = None
+    members: int | None = None
 
     def __str__(self) -> str:
         if self.point != "checkpoint":
             return "trained, to be judged" if self.point == "trained" else "trained, to be published"
+        return "; ".join([self._from(), *(f"{name} is damaged: {why}" for name, why in self.damaged.items())])
+
+    def _from(self) -> str:
+        if self.members and self.member is None:
+            return f"its {self.members} members are trained, to be put together"
+        member = f"member {self.member} of {self.members}"
+        if self.step is None:
+            return f"resumes with {member}"
         steps = f"step {self.step}" + (f" of {self.of}" if self.of else "")
-        return "; ".join(
-            [f"resumes from {steps}", *(f"{name} is damaged: {why}" for name, why in self.damaged.items())]
-        )
+        return f"resumes from {steps}" + (f" of {member}" if self.members else "")
+
+    @property
+    def left(self) -> str:
+        """The path inside `work/` of what it goes on from."""
+        if self.point != "checkpoint":
+            return TRAINED if self.point == "trained" else RESULT
+        if self.step is not None:
+            return (f"{MEMBER}{self.member}/" if self.members else "") + f"checkpoint-{self.step}"
+        return f"{MEMBER}{(self.member or (self.members or 0) + 1) - 1}/{ADAPTER}"
 
 
 class RunDirectory:
@@ -125,11 +146,23 @@ class RunDirectory:
             for artifact in (work / ADAPTER, *([self.adapter(name)] if done else [])):
                 if durable.difference(artifact, files) is None:
                     return Progress("finished" if done else "trained")
+        members = self._members(name)
+        if members:
+            return _progress_of_ensemble(work, members)
         checkpoint, damaged = durable.newest_sound(work)
-        if checkpoint is None:
-            return None
-        of = (read_json(checkpoint / durable.STATE) or {}).get("max_steps")
-        return Progress("checkpoint", durable.step(checkpoint), of if isinstance(of, int) else None, damaged)
+        return _at_checkpoint(checkpoint, damaged) if checkpoint else None
+
+    def _members(self, name: str) -> int | None:
+        """How many members the ensemble has that a stage makes; None where it makes none."""
+        members = (self.record(name) or Record()).inputs.get("members")
+        return members if isinstance(members, int) else None
+
+    def damaged(self, name: str) -> dict[str, str]:
+        """What is wrong with what a stage that cannot resume has left in its `work/`, by the paths there."""
+        work, first = self.work(name), f"{MEMBER}1"
+        if self._members(name):
+            return {f"{first}/{file}": why for file, why in durable.newest_sound(work / first)[1].items()}
+        return durable.newest_sound(work)[1]
 
     def prepare(self, name: str, progress: Progress | None) -> None:
         """Leave in a stage's `work/` what it resumes from, and remove everything that could be mistaken for it."""
@@ -148,10 +181,16 @@ class RunDirectory:
                 self.put_away(name, damaged)
 
     def put_away(self, name: str, checkpoint: str) -> None:
-        """Rename a checkpoint of a stage that cannot be used, so that nothing resumes from it."""
-        work = self.work(name)
-        shutil.rmtree(work / f"damaged-{checkpoint}", ignore_errors=True)
-        (work / checkpoint).rename(work / f"damaged-{checkpoint}")
+        """Rename a checkpoint of a stage that cannot be used, so that nothing resumes from it.
+
+        Args:
+            name: the stage's.
+            checkpoint: its path inside `work/`.
+        """
+        folder = self.work(name) / checkpoint
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
     def set_aside(self, name: str) -> Path | None:
         """Move a stage's folder to `<stage>.<time>`, so that nothing is lost; None where there is none."""
@@ -189,7 +228,7 @@ class RunDirectory:
                     continue
                 if path.is_dir():
                     (copy / inside).mkdir(parents=True)
-                elif inside == Path(ADAPTER, WEIGHTS):
+                elif inside.parts[0] == ADAPTER and inside.name == WEIGHTS:
                     _link(path, copy / inside)
                 else:
                     shutil.copy2(path, copy / inside)
@@ -286,6 +325,28 @@ class RunDirectory:
     def is_locked(self) -> bool:
         """Whether a run is going on here."""
         return self.lock.is_held()
+
+
+def _at_checkpoint(checkpoint: Path, damaged: dict[str, str]) -> Progress:
+    of = (read_json(checkpoint / durable.STATE) or {}).get("max_steps")
+    return Progress("checkpoint", durable.step(checkpoint), of if isinstance(of, int) else None, damaged)
+
+
+def _progress_of_ensemble(work: Path, members: int) -> Progress | None:
+    """Where an ensemble can resume: at the first member that is not trained, from its last checkpoint if it has one."""
+    for number in range(1, members + 1):
+        name = f"{MEMBER}{number}"
+        problem = durable.damage(work / name / ADAPTER)
+        if problem is None:
+            continue
+        checkpoint, found = durable.newest_sound(work / name)
+        damaged = {f"{name}/{file}": why for file, why in found.items()}
+        if (work / name / ADAPTER).exists():
+            damaged[f"{name}/{ADAPTER}"] = problem
+        if checkpoint:
+            return dataclasses.replace(_at_checkpoint(checkpoint, damaged), member=number, members=members)
+        return Progress("checkpoint", damaged=damaged, member=number, members=members) if number > 1 else None
+    return Progress("checkpoint", members=members)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """The record of a stage: what its `stage.json` holds, as one typed object. No torch."""
 
+import hashlib
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -111,8 +112,11 @@ class Record(BaseModel):
 
     @property
     def weights(self) -> str | None:
-        """The SHA-256 of the weights in its artifact; None where it names none."""
-        return self.artifact_files[WEIGHTS][1] if WEIGHTS in self.artifact_files else None
+        """The SHA-256 of the weights in its artifact, of an ensemble that of all members'; None where it names none."""
+        digests = [sha256 for file, (_, sha256) in sorted(self.artifact_files.items()) if file.endswith(WEIGHTS)]
+        if WEIGHTS not in self.artifact_files:
+            return None
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @property
     def parents(self) -> dict[str, str]:

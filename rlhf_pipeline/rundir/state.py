@@ -8,7 +8,6 @@ from typing import Any, Literal
 from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.yaml import parse_document
-from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.layout import RECIPE, RECORD, Progress, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
@@ -261,7 +260,7 @@ def _of_unfinished(
     stage.progress = directory.progress(stage.name)
     if stage.progress:
         return "partial", f"{happened}; {stage.progress}"
-    damaged = durable.newest_sound(directory.work(stage.name))[1]
+    damaged = directory.damaged(stage.name)
     return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
 
 

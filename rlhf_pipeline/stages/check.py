@@ -82,7 +82,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     found += wrong
     if found:
         raise InputErrors(found)
-    return [*default_learning_rates(recipe, names), *doubts, *report["warnings"]]
+    return [*default_learning_rates(recipe, names), *levels_of_members(recipe, names), *doubts, *report["warnings"]]
 
 
 def _check_asked(spec: Evaluate, asked: Asked, reader: Reader) -> None:
@@ -99,6 +99,16 @@ def default_learning_rates(recipe: Recipe, names: Sequence[str]) -> list[str]:
         f"{recipe.stages[name].facts.learning_rate} (`rlhf-pipeline docs {recipe.stages[name].kind}`): set it"
         for name in names
         if "learning_rate" not in recipe.stages[name].trainer
+    ]
+
+
+def levels_of_members(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """A line for each ensemble whose members' scores have zero points that nothing holds together."""
+    return [
+        f"stages.{name}: the zero point of a reward model's scores is arbitrary, and each member has another, which "
+        "counts as disagreement: set `trainer.center_rewards_coefficient: 0.01` (`rlhf-pipeline docs reward`)"
+        for name in names
+        if recipe.stages[name].members and not recipe.stages[name].trainer.get("center_rewards_coefficient")
     ]
 
 

@@ -189,9 +189,13 @@ class Job:
         decided = {"save_strategy", "save_steps"} & self.stage.trainer.keys()
         return Checkpoints(None if decided else SECONDS_BETWEEN)
 
-    def last_checkpoint(self) -> str | None:
-        """The checkpoint that the stage resumes from; the runner has put away what cannot be trusted."""
-        return next((str(path) for path in durable.newest_first(self.work)), None)
+    def last_checkpoint(self, folder: Path | None = None) -> str | None:
+        """The checkpoint that the stage resumes from; the runner has put away what cannot be trusted.
+
+        Args:
+            folder: where checkpoints are, by default in `work/`.
+        """
+        return next((str(path) for path in durable.newest_first(folder or self.work)), None)
 
     def trained(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Note that training is over and the artifact whole: whatever comes now, it need not be done again.

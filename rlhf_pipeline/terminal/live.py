@@ -389,7 +389,7 @@ def _bar(stage: StageView, width: int, signs: _Signs) -> Text:
 
 
 def _how_far(stage: StageView, unknown: str | None = None) -> str:
-    """The step, the share and the time left.
+    """The step, the share and the time left; of an ensemble the step of the member at work.
 
     Args:
         stage: at work.
@@ -398,10 +398,11 @@ def _how_far(stage: StageView, unknown: str | None = None) -> str:
     if stage.phase in ("starting", "loading"):
         return stage.phase
     step = f"{'step' if stage.phase == 'training' else stage.phase} {stage.step}"
+    member = f" of member {stage.member[0]}/{stage.member[1]}" if stage.member else ""
     if not stage.of:
-        return step
+        return step + member
     left = unknown if stage.left is None else duration(_rounded(stage.left))
-    return f"{step}/{stage.of}, {stage.step / stage.of:.0%}" + (f", {left} left" if left else "")
+    return f"{step}/{stage.of}{member}, {stage.step / stage.of:.0%}" + (f", {left} left" if left else "")
 
 
 def _rounded(seconds: float) -> float:

@@ -100,6 +100,7 @@ class StageView:
         record: its record; an empty one where there is none.
         phase: what it does just now: `starting` until it says so itself.
         step, of: how far it is in that phase; `of` is None where nobody knows.
+        member: the number of the member of an ensemble that is at work, and how many there are; None for no ensemble.
         values: the last values of its numbers, by their short names.
         samples: of the latest step that has some.
         elapsed: seconds that it has worked, in all.
@@ -121,6 +122,7 @@ class StageView:
     def _reset(self) -> None:
         self.phase, self.step = "starting", 0
         self.of: int | None = None
+        self.member: tuple[int, int] | None = None
         self.pace, self.pace_of_phase = Pace(), Pace()
         self.elapsed = 0.0
         self.left: float | None = None
@@ -166,12 +168,18 @@ class StageView:
         if isinstance(phase, str) and isinstance(step, int) and is_number(at):
             if phase != self.phase or step < self.step:
                 self.pace_of_phase = Pace()
-            self.phase, self.step, self.of = phase, step, of if isinstance(of, int) else None
+            number, count = progress.get("member"), progress.get("members")
+            member = (number, count) if isinstance(number, int) and isinstance(count, int) else None
+            if member != self.member:
+                self.pace = Pace()  # its steps begin anew
+            self.phase, self.step, self.of, self.member = phase, step, of if isinstance(of, int) else None, member
             self.pace_of_phase.note(at, step)
             if phase == "training":
                 self.pace.note(at, step)
         pace = self.pace if self.phase == "training" else self.pace_of_phase
-        self.left = pace.seconds_left(self.of, now)
+        # Of an ensemble, the members after this one train as long.
+        after = (self.of or 0) * (self.member[1] - self.member[0]) if self.member and self.phase == "training" else 0
+        self.left = pace.seconds_left(self.of and self.of + after, now)
         self.elapsed = (self.record.wall_s or 0.0) + (max(now - began, 0.0) if began else 0.0)
 
     def _take(self, row: dict[str, Any]) -> None:

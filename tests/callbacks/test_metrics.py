@@ -35,6 +35,17 @@ def test_each_logged_step_is_one_line_with_step_and_time(tmp_path):
     assert all(abs(row["time"] - time.time()) < 60 for row in rows)
 
 
+def test_a_member_that_goes_on_leaves_the_lines_of_others(tmp_path: Path) -> None:
+    file, state = tmp_path / "metrics.jsonl", TrainerState()
+    for member in (1, 2):
+        for step in (1, 2):
+            MetricsLog(file, member).on_log(None, SimpleNamespace(global_step=step), None, logs={"loss": member / step})
+    state.log_history = [{"loss": 2.0, "step": 1}]
+    MetricsLog(file, member=2).on_train_begin(None, state, None)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["member"], row["step"], row["loss"]) for row in rows] == [(1, 1, 1.0), (1, 2, 0.5), (2, 1, 2.0)]
+
+
 def test_going_on_from_a_checkpoint_drops_what_was_logged_after_it(tmp_path: Path) -> None:
     """The third and fourth line are of updates that the checkpoint of the second does not know; the last is torn."""
     log, state = MetricsLog(tmp_path / "metrics.jsonl"), TrainerState()

@@ -57,6 +57,16 @@ def test_steps_are_told_once_a_second_and_a_new_phase_at_once(tmp_path, clock):
     assert told(tmp_path)["step"] == 50  # the last step is told, however soon
 
 
+def test_the_member_of_an_ensemble_at_work_is_told(tmp_path, clock):
+    file = ProgressFile(tmp_path)
+    for number in (1, 2):
+        file.member = number, 3
+        Loop(file, max_steps=9)("on_train_begin")
+        assert told(tmp_path) == {
+            "phase": "training", "step": 0, "of": 9, "time": 1e9 + 1000, "member": number, "members": 3,
+        }  # fmt: skip
+
+
 def test_evaluation_within_training_counts_its_batches_and_goes_back_to_training(tmp_path, clock):
     loop = Loop(ProgressFile(tmp_path), max_steps=9)
     loop("on_train_begin")

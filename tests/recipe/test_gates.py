@@ -209,6 +209,8 @@ def test_a_metric_that_the_stage_will_not_have_is_an_error_with_the_nearest_one(
         ("ppo", "eval_objective/scores", "`eval_steps` in stages.ppo.trainer",
          ["ppo.data.eval_fraction=0.1", "ppo.trainer.eval_steps=1"]),
         ("ppo", "kl_budget/exceeded_with", "`kl_budget` in stages.ppo.trainer", ["ppo.trainer.kl_budget=5"]),
+        ("reward", "eval_disagreement", "`members` in stages.reward", ["reward.members=2",
+                                                                       "reward.data.eval_fraction=0.1"]),
         ("ppo", "loss/ptx", "`ptx_data` in stages.ppo", ["ppo.ptx_data=tiny:demonstrations",
                                                         "ppo.trainer.ptx_coef=0.1"]),
     ],

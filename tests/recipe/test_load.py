@@ -401,6 +401,33 @@ def test_demonstrations_that_cannot_be_read_or_used_are_refused(write, override,
     assert found.place == f"override `{override}`"
 
 
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("reward.members=1", "expected a number of at least 2, got 1", "from 2 to 32 reward models make an ensemble"),
+        ("reward.members=0", "expected a number of at least 2, got 0", "without `members` there is one alone"),
+        ("reward.members=1000", "expected a number of at most 32, got 1000", "from 2 to 32"),
+        ("reward.members=two", "expected a whole number, got 'two'", None),
+        ("reward.bootstrap=true", "`bootstrap` has no effect without `members`", "set `members`"),
+        ("sft.members=4", "`members` has no effect in a stage of kind `sft`", "an ensemble is one of reward models"),
+        ("ppo.bootstrap=true", "`bootstrap` has no effect in a stage of kind `ppo`", "kind reward"),
+    ],
+)
+def test_an_ensemble_that_cannot_be_is_refused(write, override, message, hint):
+    found = problem(write(FULL), override)
+    assert found.message.endswith(message)
+    assert hint is None or hint in found.hint
+    assert found.place == f"override `{override}`"
+
+
+def test_members_are_in_the_resolved_recipe_where_there_are_some(write):
+    loaded = recipe.load(write(FULL), ["reward.members=3", "reward.bootstrap=true"])
+    text = recipe.to_yaml(loaded)
+    assert recipe.load(write(text, name="recipe.yaml")).model_dump() == loaded.model_dump()
+    assert text.count("members:") == text.count("bootstrap:") == 1
+    assert "members:" not in recipe.to_yaml(recipe.load(write(FULL)))
+
+
 def test_a_stage_takes_over_the_shape_of_the_adapter_it_starts_from(write):
     """Its own keys come on top, and stages that start from it take over both."""
     text = ONE + (

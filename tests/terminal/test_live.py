@@ -36,9 +36,9 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def tell(run: Path, stage: str, phase: str, step: int, of: int | None, at: float = NOW) -> None:
+def tell(run: Path, stage: str, phase: str, step: int, of: int | None, at: float = NOW, **more: int) -> None:
     file = run / stage / "work" / "progress.json"
-    file.write_text(json.dumps({"phase": phase, "step": step, "of": of, "time": at}))
+    file.write_text(json.dumps({"phase": phase, "step": step, "of": of, "time": at, **more}))
     os.utime(file, (at, at))
 
 
@@ -252,6 +252,23 @@ def test_what_is_no_news_does_not_change_the_pace():
     for at, step in ((0.0, 0), (10.0, 1), (10.5, 1), (9.0, 5), (20.0, 2), (25.0, 2)):
         pace.note(at, step)
     assert pace.seconds_left(4, 25.0) == pytest.approx(15)
+
+
+def test_of_an_ensemble_the_member_at_work_is_shown_and_the_time_of_those_after_it_is_left(run):
+    put_to_work(run, "ppo", NOW, kind="reward")
+    write_rows(run / "ppo" / "metrics.jsonl", [])
+    view = seen(run)
+
+    def at(step: int, member: int, after: float) -> str:
+        tell(run, "ppo", "training", step, 10, NOW + after, member=member, members=3)
+        view.refresh(NOW + after)
+        return live.plain_line(view.at_work)
+
+    at(8, 1, 0.0)
+    assert at(9, 1, 3.0).strip() == "ppo     step 9/10 of member 1/3, 90%, 1 min left"
+    at(0, 2, 10.0)
+    assert at(1, 2, 12.0).strip() == "ppo     step 1/10 of member 2/3, 10%, 38 s left"
+    assert at(10, 3, 20.0).strip().startswith("ppo     step 10/10 of member 3/3, 100%")
 
 
 # Files that grow
