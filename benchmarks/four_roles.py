@@ -3,7 +3,8 @@
 The model is a 32nd of Llama-3.1-8B, randomly initialised, in NF4: one of its 32 layers and a 32nd of its vocabulary, so
 that embedding, layers and adapters stand in the same proportion as in the whole model. Counted are the bytes of
 distinct storages behind parameters, buffers and bitsandbytes' quantization states; how far the process grew is printed
-beside them, and that includes what loading left behind. Each way of loading is measured in a process of its own.
+beside them, and that includes what loading left behind. With a value head, the fourth role is a head on the policy's
+trunk, without an adapter. Each way of loading is measured in a process of its own.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from rlhf_pipeline.recipe.schema import Model
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "rlhf_pipeline" / "models" / "tiny" / "checkpoint"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-WAYS = ["base", "shared", "four models"]
+WAYS = ["base", "shared", "value head", "four models"]
 
 
 def main() -> None:
@@ -106,8 +107,9 @@ def load(way: str, spec: Model, tokenizer: Any, folder: Path) -> list[torch.nn.M
     """Everything that way keeps in memory, as modules."""
     if way == "base":
         return [load_base(spec, tokenizer)]
-    if way == "shared":
-        shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "sft", [(folder / "reward", LORA)])
+    if way in ("shared", "value head"):
+        one_trunk = way == "value head"
+        shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "sft", [(folder / "reward", LORA)], one_trunk)
         return [shared.peft, shared.policy, shared.reference, shared.reward, shared.value]
     policy = PeftModel.from_pretrained(load_base(spec, tokenizer), folder / "sft", is_trainable=True)
     reference = PeftModel.from_pretrained(load_base(spec, tokenizer), folder / "sft")

@@ -171,6 +171,8 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     for role, parent in stage.parents.items():
         inputs[role] = digests.of_adapter(parent) if outside.is_one(parent) else earlier.get(parent, BASE)
     inputs |= _reward_inputs(recipe, stage, digests)
+    if stage.value_model == "head":
+        inputs["value_model"] = stage.value_model
     if recipe.model.trust_remote_code:
         inputs["model.trust_remote_code"] = True
     if recipe.model.chat_template:

@@ -128,6 +128,11 @@ class Kind:
         """Whether what it makes answers prompts."""
         return self.makes == "policy"
 
+    @property
+    def trains_value(self) -> bool:
+        """Whether a value model learns beside the policy, as in our own loop."""
+        return self.own_loop
+
 
 _TRAINING_ARGUMENTS = (
     ("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"),

@@ -245,12 +245,12 @@ def lora_of(artifact: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def share(tokenizer) -> Callable[[Artifacts], SharedBase]:
-    """A function that puts four roles on a freshly loaded base."""
+    """A function that puts four roles on a freshly loaded base; `one_trunk` as in `SharedBase`."""
 
-    def make(artifacts: Artifacts) -> SharedBase:
+    def make(artifacts: Artifacts, one_trunk: bool = False) -> SharedBase:
         model = base.load_base(artifacts.spec, tokenizer)
         shapes = lora_of(artifacts.init), lora_of(artifacts.reward)
-        return SharedBase(model, shapes[0], artifacts.init, [(artifacts.reward, shapes[1])])
+        return SharedBase(model, shapes[0], artifacts.init, [(artifacts.reward, shapes[1])], one_trunk)
 
     return make
 

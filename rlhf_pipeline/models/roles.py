@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.models import adapters, base
-from rlhf_pipeline.models.score_head import new_head
+from rlhf_pipeline.models.score_head import new_head, zero_head
 from rlhf_pipeline.rundir.layout import members
 
 TRAINED = ("policy", "value")
@@ -109,35 +109,46 @@ class Roles:
 class SharedBase(Roles):
     """PPO's roles: the policy and its reference, reward models, and the value model, each an adapter of its own.
 
+    With `one_trunk` the value model has none: it is a head that reads the policy's last hidden states.
+
     Args:
         model: the frozen causal LM.
         lora: the shape of policy and reference.
         init: the adapter that policy and reference start from; None for the bare base.
         rewards: the reward models: of each the stage's artifact and its shape.
+        one_trunk: whether the value is a head on the policy's trunk.
 
     Attributes:
         peft: the PEFT model, for saving adapters.
         names: the adapter's name of each role: the role's, unless the model has a module of that name.
         policy, reference, value: the views of these roles. The value model starts from the first reward model; where
-            there is none, from what the policy starts from, with a new head.
+            there is none, from what the policy starts from, with a new head. On the policy's trunk it starts at 0.
     """
 
     def __init__(
-        self, model: PreTrainedModel, lora: dict[str, Any], init: Path | None, rewards: Sequence[Stored]
+        self,
+        model: PreTrainedModel,
+        lora: dict[str, Any],
+        init: Path | None,
+        rewards: Sequence[Stored],
+        one_trunk: bool = False,
     ) -> None:
+        self.one_trunk = one_trunk
         policy_config = adapters.lora_config(lora, model)
-        value_config = adapters.lora_config(rewards[0][1], model) if rewards else policy_config
-        names = {role: adapters.free_name(model, role) for role in (*TRAINED, REFERENCE)}
+        own = ("policy", REFERENCE) if one_trunk else (*TRAINED, REFERENCE)
+        names = {role: adapters.free_name(model, role) for role in own}
         peft = get_peft_model(model, policy_config, adapter_name=names["policy"])
         peft.add_adapter(names[REFERENCE], policy_config)
-        peft.add_adapter(names["value"], value_config)
+        if not one_trunk:
+            value_config = adapters.lora_config(rewards[0][1], model) if rewards else policy_config
+            peft.add_adapter(names["value"], value_config)
         if init is not None:
             adapters.load_weights(peft, init, names["policy"])
         # A copy by parameter, not a second start: rows that a larger rank adds are drawn, and differ between two draws.
         adapters.copy_adapter(peft, names["policy"], names[REFERENCE])
-        if rewards:
+        if rewards and not one_trunk:
             adapters.load_weights(peft, rewards[0][0], names["value"])
-        else:
+        elif not one_trunk:
             adapters.copy_adapter(peft, names["policy"], names["value"])
         super().__init__(peft, names)
         for artifact, shape in rewards:
@@ -148,10 +159,14 @@ class SharedBase(Roles):
             for parameter in adapters.adapter_parameters(self.peft, adapter).values():
                 parameter.requires_grad_(role in TRAINED)
         self._switch("policy")
-        head = adapters.load_head(rewards[0][0]) if rewards else new_head(model)
         self.policy = PolicyView(self, "policy")
         self.reference = PolicyView(self, REFERENCE)
-        self.value = ScoreView(self, "value", head.to(model.device).requires_grad_())
+        if one_trunk:
+            self.value = ScoreView(self, "policy", zero_head(model).to(model.device), adapter_is_own=False)
+        else:
+            head = adapters.load_head(rewards[0][0]) if rewards else new_head(model)
+            self.value = ScoreView(self, "value", head.to(model.device))
+        self.value.score.requires_grad_()
 
     @property
     def reward(self) -> "ScoreView":
@@ -180,7 +195,8 @@ class SharedBase(Roles):
         """
         owned = {role: list(adapters.adapter_parameters(self.peft, name).values()) for role, name in self.names.items()}
         ours = {id(parameter) for parameters in owned.values() for parameter in parameters}
-        for view in (self.value, *(view for members_ in self.rewards for view in members_)):
+        owned["value"] = list(self.value.parameters())
+        for view in (view for members_ in self.rewards for view in members_):
             owned[view.role] += list(view.score.parameters())
         owned["base"] = [parameter for parameter in self.causal_lm.parameters() if id(parameter) not in ours]
         return {name: base.checksum(owned[name]) for name in names or owned}
@@ -215,13 +231,14 @@ class _View(nn.Module):
     Registering the base would list and save every parameter of the four adapters once per view.
     """
 
-    def __init__(self, shared: Shared, role: str) -> None:
+    def __init__(self, shared: Shared, role: str, adapter_is_own: bool = True) -> None:
         super().__init__()
         self.shared = shared  # no module itself, so nothing of it is registered here
         self.role = role
         adapter = shared.names.get(role, role)
-        for name, parameter in adapters.adapter_parameters(shared.peft, adapter).items():
-            self.register_parameter(name.replace(".", "_"), parameter)
+        if adapter_is_own:
+            for name, parameter in adapters.adapter_parameters(shared.peft, adapter).items():
+                self.register_parameter(name.replace(".", "_"), parameter)
 
     @property
     def config(self) -> Any:
@@ -296,12 +313,19 @@ class PolicyView(_View):
 
 
 class ScoreView(_View):
-    """The base's backbone under one adapter, and a head that reads one number per token: `reward` or `value`."""
+    """The base's backbone under one adapter, and a head that reads one number per token: `reward` or `value`.
+
+    Args:
+        shared: the base.
+        role: whose adapter it reads with.
+        score: the head.
+        adapter_is_own: whether that adapter's weights are this view's own; else they are another view's alone.
+    """
 
     base_model_prefix = "backbone"
 
-    def __init__(self, shared: Shared, role: str, score: nn.Linear) -> None:
-        super().__init__(shared, role)
+    def __init__(self, shared: Shared, role: str, score: nn.Linear, adapter_is_own: bool = True) -> None:
+        super().__init__(shared, role, adapter_is_own)
         self.score = score
 
     def backbone(self, **inputs: Any) -> BaseModelOutput:

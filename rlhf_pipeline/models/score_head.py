@@ -104,6 +104,18 @@ def new_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def zero_head(model: PreTrainedModel) -> nn.Linear:
+    """The same, but it says 0 of everything until it has learned: for values that are read from the policy's states.
+
+    What nobody taught yet is then no noise in the advantages, whatever the width, and its loss has no gradient for what
+    is below the head until the head has learned something. OpenAI's first RLHF began so, too (Huang et al. 2023, "The N
+    Implementation Details of RLHF with PPO").
+    """
+    head = nn.Linear(_width(model.get_output_embeddings(), model.config), 1, bias=False)
+    nn.init.zeros_(head.weight)
+    return head
+
+
 def backbone_name(model: Any) -> str:
     """The name of a causal LM's child that makes the last hidden states.
 

@@ -27,18 +27,33 @@ def reply_log_probs(policy: PolicyView, episodes: Episodes, temperature: float) 
     Returns:
         Two float32 `[n, T]`, 0 outside replies. The second has no gradient, and means nothing where gradients are off.
     """
-    hidden = policy.hidden_states(episodes.ids)
-    rows, tokens = episodes.mask.nonzero(as_tuple=True)
-    before = hidden[rows, episodes.prompt_lengths[rows] - 1 + tokens]
-    flat, entropy = token_log_probs(policy, before, episodes.replies[episodes.mask], temperature)
-    return _spread(flat, episodes.mask), _spread(entropy, episodes.mask)
+    return _log_probs(policy, _states(policy, episodes), episodes, temperature)
 
 
-def reply_values(value: ScoreView, episodes: Episodes) -> Tensor:
-    """The value of the state before each reply token, float32 `[n, T]`, 0 outside replies."""
-    hidden = value.hidden_states(episodes.ids)
-    rows, tokens = episodes.mask.nonzero(as_tuple=True)
-    return _spread(value.scores(hidden[rows, episodes.prompt_lengths[rows] - 1 + tokens]), episodes.mask)
+def reply_values(value: ScoreView, episodes: Episodes, trunk_learns: bool = True) -> Tensor:
+    """The value of the state before each reply token, float32 `[n, T]`, 0 outside replies.
+
+    Args:
+        value: the view of `value`.
+        episodes: n of them.
+        trunk_learns: whether there is a gradient for more than the head.
+    """
+    with torch.set_grad_enabled(trunk_learns and torch.is_grad_enabled()):
+        states = _states(value, episodes)
+    return _spread(value.scores(states), episodes.mask)
+
+
+def reply_log_probs_and_values(
+    policy: PolicyView, value: ScoreView, episodes: Episodes, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reply_log_probs` and `reply_values` give, from one pass, where the value is a head on the policy's trunk.
+
+    Returns:
+        Log-probabilities, entropies and values.
+    """
+    states = _states(policy, episodes)
+    log_probs, entropies = _log_probs(policy, states, episodes, temperature)
+    return log_probs, entropies, _spread(value.scores(states), episodes.mask)
 
 
 def reply_scores(reward: ScoreView, episodes: Episodes) -> Tensor:
@@ -55,6 +70,19 @@ def demonstration_loss(policy: PolicyView, ids: Tensor, labels: Tensor) -> Tenso
     labelled = labels != -100
     log_probs, _ = token_log_probs(policy, hidden[:, :-1][labelled], labels[labelled], 1.0)
     return -log_probs.sum()
+
+
+def _states(view: PolicyView | ScoreView, episodes: Episodes) -> Tensor:
+    """The last hidden state before each reply token, `[N, hidden]` of N tokens in all."""
+    hidden = view.hidden_states(episodes.ids)
+    rows, tokens = episodes.mask.nonzero(as_tuple=True)
+    return hidden[rows, episodes.prompt_lengths[rows] - 1 + tokens]
+
+
+def _log_probs(policy: PolicyView, states: Tensor, episodes: Episodes, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies, float32 `[n, T]`, of the states before each reply token."""
+    flat, entropies = token_log_probs(policy, states, episodes.replies[episodes.mask], temperature)
+    return _spread(flat, episodes.mask), _spread(entropies, episodes.mask)
 
 
 def token_log_probs(policy: PolicyView, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

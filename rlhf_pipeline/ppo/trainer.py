@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rlhf_pipeline.ppo.advantages import estimate_advantages, kl_per_token, shap
 from rlhf_pipeline.ppo.checkpoint import Best, Memory, PPOState
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.control import KLControl
-from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_values
+from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_log_probs_and_values, reply_values
 from rlhf_pipeline.ppo.losses import policy_loss, value_loss
 from rlhf_pipeline.ppo.numbers import Reward, Scored
 from rlhf_pipeline.ppo.prompts import check_data, padded, permutation, shuffled
@@ -108,6 +108,7 @@ class PPOTrainer(Trainer):
                 if own:
                     groups.append({**group, "params": own, "lr": self.args.learning_rate if rate is None else rate})
         self.optimizer.param_groups[:] = groups
+        self.value_group = next(i for i, group in enumerate(groups) if id(group["params"][0]) in value)
         return self.optimizer
 
     @property
@@ -190,9 +191,13 @@ class PPOTrainer(Trainer):
             some = episodes.select(part)
             columns = slice(some.mask.shape[1])
             with self._precision():
-                log_probs[part, columns] = reply_log_probs(shared.policy, some, temperature)[0]
+                if shared.one_trunk:
+                    of_policy, _, of_value = reply_log_probs_and_values(shared.policy, shared.value, some, temperature)
+                else:
+                    of_policy, _ = reply_log_probs(shared.policy, some, temperature)
+                    of_value = reply_values(shared.value, some)
+                log_probs[part, columns], values[part, columns] = of_policy, of_value
                 ref_log_probs[part, columns] = reply_log_probs(shared.reference, some, temperature)[0]
-                values[part, columns] = reply_values(shared.value, some)
         kl = kl_per_token(log_probs, ref_log_probs, self.args.kl_estimator)
         state = self.state
         with self._precision():
@@ -217,8 +222,7 @@ class PPOTrainer(Trainer):
         """Make `num_ppo_epochs` passes over the episodes, one optimizer step per mini-batch.
 
         A mini-batch is read in parts of `per_device_train_batch_size`. Every token of a mini-batch weighs the same,
-        however it is divided, so the size of the parts changes nothing but memory. The losses of policy and value
-        share no weights; each has its backward pass before the other's forward pass, which halves the activations.
+        however it is divided, so the size of the parts changes nothing but memory.
 
         Returns:
             Means over the tokens of all passes, by the names they are logged under.
@@ -232,17 +236,8 @@ class PPOTrainer(Trainer):
             for number, mini_batch in enumerate(order.split(batch // args.num_mini_batches)):
                 tokens = scored.episodes.reply_lengths[mini_batch].sum()
                 for rows in scored.episodes.by_length(mini_batch).split(args.per_device_train_batch_size):
-                    part = scored.episodes.select(rows)
-                    columns = slice(part.mask.shape[1])
-                    if train_policy:
-                        with self._precision():
-                            new, entropy = reply_log_probs(self.shared.policy, part, args.temperature)
-                        old, advantage = scored.log_probs[rows, columns], advantages[rows, columns]
-                        (policy_loss(new, old, entropy, advantage, part.mask, args, sums) / tokens).backward()
-                    with self._precision():
-                        values = reply_values(self.shared.value, part)
-                    old, target = scored.values[rows, columns], returns[rows, columns]
-                    (args.vf_coef * value_loss(values, old, target, part.mask, args, sums) / tokens).backward()
+                    for loss in self._losses(scored, rows, advantages, returns, train_policy, sums):
+                        (loss / tokens).backward()
                 if train_policy and self.ptx_dataset is not None:
                     self._learn_demonstrations(
                         self.ptx_dataset, len(mini_batch), epoch * args.num_mini_batches + number, sums
@@ -250,6 +245,39 @@ class PPOTrainer(Trainer):
                 for role, norm in self._step().items():
                     norms[role].append(norm)
         return numbers.of_training(sums, norms)
+
+    def _losses(
+        self,
+        scored: Scored,
+        rows: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+        train_policy: bool,
+        sums: dict[str, Tensor],
+    ) -> Iterator[Tensor]:
+        """The losses of policy and value on some episodes, summed over tokens, the value's times `vf_coef`.
+
+        With an adapter for each they share no weights; the first is to have its backward pass before the second's
+        forward pass, which halves the activations. On one trunk they are one loss of one pass. While the value alone
+        learns, its loss there reaches its head and no further, since all else belongs to the policy.
+        """
+        args, shared, part = self.args, self.shared, scored.episodes.select(rows)
+        columns = slice(part.mask.shape[1])
+        old_log_probs, advantage = scored.log_probs[rows, columns], advantages[rows, columns]
+        old_values, target = scored.values[rows, columns], returns[rows, columns]
+        if train_policy and shared.one_trunk:
+            with self._precision():
+                new, entropy, values = reply_log_probs_and_values(shared.policy, shared.value, part, args.temperature)
+            loss = policy_loss(new, old_log_probs, entropy, advantage, part.mask, args, sums)
+            yield loss + args.vf_coef * value_loss(values, old_values, target, part.mask, args, sums)
+            return
+        if train_policy:
+            with self._precision():
+                new, entropy = reply_log_probs(shared.policy, part, args.temperature)
+            yield policy_loss(new, old_log_probs, entropy, advantage, part.mask, args, sums)
+        with self._precision():
+            values = reply_values(shared.value, part, trunk_learns=not shared.one_trunk)
+        yield args.vf_coef * value_loss(values, old_values, target, part.mask, args, sums)
 
     def _learn_demonstrations(self, dataset: Dataset, rows: int, number: int, sums: dict[str, Tensor]) -> None:
         """Add to the policy's gradient that of `ptx_coef` times the mean loss on as many demonstrations as episodes."""
@@ -317,7 +345,7 @@ class PPOTrainer(Trainer):
             numbers.of_rollout(scored, scores, returns, ended, beta, eos)
             | losses
             | numbers.of_speed(episodes, clock, args.num_ppo_epochs)
-            | {"skipped_steps": self.memory.skipped_steps, "lr": rates[0], "lr_value": rates[-1]}
+            | {"skipped_steps": self.memory.skipped_steps, "lr": rates[0], "lr_value": rates[self.value_group]}
             | {"episode": self.state.episode + len(episodes)}
         )
         times = args.num_sample_generations

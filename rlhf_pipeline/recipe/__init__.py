@@ -190,6 +190,8 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         content["stages"][name]["rewards"] = [reward.model_dump(exclude_defaults=True) for reward in stage.rewards]
         if not stage.rewards:
             del content["stages"][name]["rewards"]
+        if stage.value_model is None:
+            del content["stages"][name]["value_model"]
         if stage.ptx_data:
             content["stages"][name]["ptx_data"] = _content_of_data(stage.ptx_data)
         if stage.members is None:

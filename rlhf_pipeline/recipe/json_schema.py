@@ -81,7 +81,8 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
         own = dict(properties)
         needed |= {"rewards"} if "reward" in needed else set()
         needed |= {"members", "bootstrap"} if kinds.get(kind).makes == "reward" else set()
-        optional = ("reward", "rewards", "ptx_data", "members", "bootstrap")
+        needed |= {"value_model"} if kinds.get(kind).trains_value else set()
+        optional = ("reward", "rewards", "value_model", "ptx_data", "members", "bootstrap")
         own |= {key: WITHOUT_EFFECT for key in optional if key not in needed}
         own["kind"] = {"const": kind, "description": Stage.model_fields["kind"].description}
         own["trainer"] = {"$ref": f"#/definitions/{title}Trainer", "description": properties["trainer"]["description"]}

@@ -51,6 +51,15 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             stage.trainer = {"stop_token": "eos", **stage.trainer}
         if "ptx_data" in kind.further_data:
             _require_both_of_ptx(name, stage, problems)
+        if kind.trains_value:
+            stage.value_model = stage.value_model or "adapter"
+        elif stage.value_model is not None:
+            problems.add(
+                (*path, "value_model"),
+                f"`value_model` has no effect in a stage of kind `{stage.kind}`, which has no value model",
+                "remove it",
+                of_key=True,
+            )
         for key, role in (("reward", "reward"), ("rewards", "reward"), ("ptx_data", "ptx_data")):
             if role not in (*roles, *kind.further_data) and getattr(stage, key):
                 problems.add(

@@ -225,6 +225,10 @@ class Stage(_Strict):
     """PPO, GRPO and RLOO only, in place of `reward`: several rewards, whose weighted sum is what the policy learns
     from."""
 
+    value_model: Literal["adapter", "head"] | None = None
+    """PPO only: what tells the value of a reply so far. `adapter`, the default, is an adapter of its own; `head` is a
+    head on the policy's own trunk, which costs one pass of the base less, and a policy that learns two things."""
+
     data: DataField
     """Rows: a path, keys with a path, or a list of several."""
 

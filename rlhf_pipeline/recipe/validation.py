@@ -57,7 +57,7 @@ MISSING = {
 BOOLEANS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
 SCALAR = re.compile(r"[-+\w.]+")
 FOLLOWS_FROM_KIND = (
-    "kind", "init", "reward", "rewards", "ptx_data", "members", "bootstrap", "trainer", "lora", "gates",
+    "kind", "init", "reward", "rewards", "value_model", "ptx_data", "members", "bootstrap", "trainer", "lora", "gates",
 )  # fmt: skip
 
 

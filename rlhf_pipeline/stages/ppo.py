@@ -63,7 +63,8 @@ def run(job: Job) -> dict[str, Any]:
     args, tokenizer, data, ptx_data = prepare(job)
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer)
-    shared = SharedBase(base, job.stage.lora, job.init, job.reward_models)
+    one_trunk = job.stage.value_model == "head"
+    shared = SharedBase(base, job.stage.lora, job.init, job.reward_models, one_trunk)
     some = data.train[: soundness.PROMPTS]["input_ids"]
     soundness.check_generation(shared.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
     trainer = PPOTrainer(

@@ -217,16 +217,17 @@ def test_ppo_with_gradient_checkpointing_gives_the_same_numbers(folder: Path) ->
 
 
 def test_ppo_takes_everything_that_a_recipe_may_give_it(folder: Path) -> None:
-    """Demonstrations, held-out prompts and checkpoints, each with its key, leave their traces."""
+    """Demonstrations, held-out prompts, checkpoints and a value head, each with its key, leave their traces."""
     job, metrics = train(
         folder, "ppo", "ppo.ptx_data=demonstrations.jsonl", "ppo.trainer.ptx_coef=0.1", "ppo.data.eval_fraction=0.25",
         "ppo.trainer.eval_steps=1", "ppo.trainer.eval_on_start=true", "ppo.trainer.save_steps=1",
-        "ppo.trainer.total_episodes=8",
+        "ppo.trainer.total_episodes=8", "ppo.value_model=head",
     )  # fmt: skip
     assert [row["step"] for row in logged(job) if "eval_objective/scores" in row] == [0, 1, 2]
     assert metrics["eval_objective/scores"] == logged(job)[-1]["eval_objective/scores"]
     assert [row["loss/ptx"] > 0 for row in logged(job) if "loss/policy_avg" in row] == [True, True]
     assert {path.name for path in job.work.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert load_file(job.work / "checkpoint-2" / "value.safetensors").keys() == {"score.weight"}
     samples = [json.loads(line) for line in (job.folder / "samples.jsonl").read_text().splitlines()]
     assert {sample["split"] for sample in samples} == {"train", "eval"}
 
