@@ -414,6 +414,16 @@ class TestPin:
         assert data.eval_data.revision == OLD
         assert sorted(hub.asked) == sorted(hub.commits)
 
+    def test_a_classifiers_commit_is_pinned_and_counts(self, hub, load):
+        """Its label is its name; that another commit is another reward, the fingerprint knows."""
+        hub.commits["/api/models/org/judge"] = OLD
+        rewards = "ppo.rewards=[{model: org/judge, weight: 0.5}]"
+        before = planned(recipe := load(rewards))
+        assert recipe.stages["ppo"].rewards[0].revision == OLD
+        assert before["ppo"].inputs["rewards.0.model"] == f"org/judge@{OLD}"
+        hub.commits["/api/models/org/judge"] = NEW
+        assert changed(before, planned(load(rewards))) == {"ppo"}
+
     def test_a_branch_is_resolved_and_a_commit_is_not_asked_for(self, hub, load):
         hub.commits["/api/models/org/base/revision/v1.0"] = NEW
         branch = load("model.revision=v1.0", f"evaluate.data.revision={OTHER}")

@@ -61,7 +61,11 @@ def resolve_rewards(
         named: looks up the name of a reward stage, or of a reward model from outside.
         problems: where to note what is wrong.
     """
-    path = ("stages", name, "reward")
+    path: KeyPath = ("stages", name, "reward")
+    if not stage.rewards and ("stages", name, "rewards") in problems.origins.written:
+        problems.add(
+            ("stages", name, "rewards"), "`rewards` is empty", "name at least one reward, or remove it", of_key=True
+        )
     if stage.rewards or problems.within(("stages", name, "rewards")):
         if stage.reward is not None:
             problems.add(
@@ -100,6 +104,11 @@ def _resolve_one(reward: Reward, path: KeyPath, named: Named, problems: Problems
         problems.add((*path, "weight"), "a reward of weight 0 changes nothing", "remove it, or give it a weight")
     if reward.revision is not None and reward.model is None:
         problems.add((*path, "revision"), "`revision` has an effect beside `model` alone", "remove it", of_key=True)
+    if reward.stage is None and reward.combine != "mean":
+        problems.add(
+            (*path, "combine"), "`combine` has no effect: only a reward stage has members", "remove it", of_key=True
+        )
+        return
     try:
         deviations(reward.combine)
     except ValueError as error:

@@ -182,7 +182,13 @@ def _hint(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str 
         near = difflib.get_close_matches(str(given).lower(), re.findall(r"'([^']*)'", context["expected"]), n=1)
         return f"did you mean `{near[0]}`?" if near else None
     if kind in ("string_pattern_mismatch", "string_unicode") and path[-1] in PATTERNS:
-        return PATTERNS[str(path[-1])][1]
+        of_reward = path[-1] == "name" and len(path) > 1
+        return "it is a part of the names of what is logged" if of_reward else PATTERNS[str(path[-1])][1]
+    if isinstance(given, str) and "rewards" in path[-2:] and kind in ("list_type", "model_type"):
+        entry = dump_inline({"function" if ":" in given else "stage": given})
+        return f"write {entry}" if kind == "model_type" else f"write [{entry}]"
+    if kind == "list_type" and isinstance(given, dict):
+        return "put [ ] around it, or `- ` before it"
     if kind == "list_type" and isinstance(given, (str, int, float)):
         return f"write [{shown(given)}]"
     if kind == "string_type" and isinstance(given, (bool, int, float)):

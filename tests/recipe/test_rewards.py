@@ -1,12 +1,13 @@
 """`rewards`: what a stage's replies are scored by."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, judging_inputs, stage_inputs
-from rlhf_pipeline.recipe import Recipe, content_of, load
+from rlhf_pipeline.recipe import TINY, Recipe, content_of, load
 from rlhf_pipeline.recipe.rewards import deviations
 
 HEAD = """
@@ -94,12 +95,49 @@ def test_it_is_written_as_it_was_said(tmp_path: Path) -> None:
         ("rewards: [{stage: reward, combine: max}]", "stages.ppo.rewards.0.combine", "got 'max'"),
         ("rewards: [{stage: reward}, {stage: reward}]", "stages.ppo.rewards.1", "two rewards are called `reward`"),
         ("rewards: [{function: nothing}]", "stages.ppo.rewards.0.function", "expected `module:function`"),
+        ("rewards: [{function: 'a:b', combine: min}]", "stages.ppo.rewards.0.combine", "only a reward stage has mem"),
+        ("rewards: []", "stages.ppo.rewards", "`rewards` is empty"),
+        ("rewards: [{model: ./nowhere}]", "stages.ppo.rewards.0.model", "there is no model folder"),
+        ("rewards: [{model: ./adapter}]", "stages.ppo.rewards.0.model", "is an adapter, not a model"),
+        ("rewards: [{model: ./empty}]", "stages.ppo.rewards.0.model", "it has no config.json"),
+        ("rewards: [{model: ./pickle}]", "stages.ppo.rewards.0.model", "as a pickle"),
+        ("rewards: [{model: ./pointer}]", "stages.ppo.rewards.0.model", "is a Git LFS pointer"),
+        ("rewards: [{model: ./good, revision: v1}]", "stages.ppo.rewards.0.revision", "a model folder has no revis"),
     ],
 )
 def test_what_is_wrong_is_refused_at_its_place(tmp_path: Path, ppo: str, place: str, message: str) -> None:
+    for name in ("adapter", "empty", "pickle", "pointer", "good"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    shutil.copytree(TINY / "checkpoint", tmp_path / "good", dirs_exist_ok=True)
+    for name, weights in (("pickle", "pytorch_model.bin"), ("pointer", "model.safetensors")):
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / weights).write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(InputError, match=message) as caught:
         written(tmp_path, ppo)
     assert str(caught.value.place).endswith(f": {place}")
+
+
+@pytest.mark.parametrize(
+    ("ppo", "hint"),
+    [
+        ("rewards: reward", "write [{stage: reward}]"),
+        ("rewards: [my:own]", "write {function: 'my:own'}"),
+        ("rewards: {stage: reward}", "put [ ] around it, or `- ` before it"),
+        ("rewards: [{stage: reward, name: a b}]", "it is a part of the names of what is logged"),
+    ],
+)
+def test_a_hint_says_how_it_is_written(tmp_path: Path, ppo: str, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        written(tmp_path, ppo)
+    assert caught.value.hint == hint
+
+
+def test_an_adapter_in_place_of_a_classifier_is_sent_to_its_key(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError) as caught:
+        written(tmp_path, "rewards: [{model: .}]")
+    assert caught.value.hint == "one over this recipe's base is named by `stage`, in place of `model`"
 
 
 def test_rewards_have_no_effect_where_nothing_is_sampled(tmp_path: Path) -> None:
