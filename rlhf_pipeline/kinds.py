@@ -91,6 +91,8 @@ class Kind:
         own_loop: the training loop is ours, not TRL's.
         further_data: keys of the stage with more rows, each with the kind that reads such rows.
         unread: keys of `data:` that have no effect, each with the reason.
+        reply_limit: the key of `trainer:` that says how many tokens a sampled reply may have; None where none is.
+        held_back_by: the key of `trainer:` that keeps the policy near its reference; None where it has none.
         learning_rate: the usual one with LoRA, as `docs/<name>.md` has it with its source.
         config: the keys of `trainer:`.
         batch_metrics: what its trainer logs of batches, the `loss` among it, each with what it is over. In evaluation,
@@ -115,6 +117,8 @@ class Kind:
     own_loop: bool
     further_data: Mapping[str, str]
     unread: Mapping[str, str]
+    reply_limit: str | None
+    held_back_by: str | None
     learning_rate: str
     config: Config
     batch_metrics: Mapping[str, Over]
@@ -144,7 +148,57 @@ _NAMED = "the pipeline names the adapters"
 _COMPUTED = "it is computed"
 _LOADED = "the pipeline loads one base for all stages; see the recipe's `model`"
 _NOTHING_TO_LOAD = "prompts are encoded before training starts: there is nothing left to load or to spread over workers"
+_PROMPTS_ONLY = "only prompts are read here"
+_SAMPLED = "replies are sampled from the policy's whole distribution, of which the log-probabilities are"
+_ALIKE = "replies are sampled by one function for all kinds of stages"
+_NO_VLLM = "replies are sampled by the policy itself, not by vLLM"
+_WRITTEN = "some replies are written to `samples.jsonl` in every stage that samples"
+_WHOLE_GROUPS = (
+    "batches are made of whole groups: the prompts of an epoch that make no whole batch wait for a later one"
+)
 _BUDGET = "set `kl_budget`, which keeps the best policy within it"
+
+_GROUPS_REFUSED: Mapping[str, str] = {
+    "reward_weights": "a reward has its `weight` in the stage's `rewards`",
+    "top_p": _SAMPLED, "top_k": _SAMPLED, "min_p": _SAMPLED, "repetition_penalty": _SAMPLED,
+    "generation_kwargs": _SAMPLED,
+    "cache_implementation": _ALIKE, "use_transformers_continuous_batching": _ALIKE,
+    "transformers_continuous_batching_config": _ALIKE, "use_transformers_paged": _ALIKE,
+    "chat_template_kwargs": "set `model.chat_template_kwargs`, which holds for all stages",
+    "disable_dropout": "there is none: replies are sampled, and the reference and the rewards read, without it",
+    "cast_lm_head_to_fp32": "the recipe's `model.dtype` decides the precision of every stage",
+    "use_liger_kernel": "it replaces the pass that the log-probabilities are taken from",
+    "liger_kernel_config": "it replaces the pass that the log-probabilities are taken from",
+    "neftune_noise_alpha": "its noise would be in log-probabilities that are compared with each other",
+    "label_smoothing_factor": "the loss is not one of labels",
+    "include_num_input_tokens_seen": "tokens are counted anyway, as `num_tokens`",
+    "dataloader_drop_last": _WHOLE_GROUPS, "train_sampling_strategy": _WHOLE_GROUPS,
+    "log_completions": _WRITTEN, "log_multimodal": _WRITTEN, "num_completions_to_print": _WRITTEN,
+    "log_unique_prompts": _WRITTEN, "log_completions_hub_repo": _WRITTEN,
+    **dict.fromkeys((
+        "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
+        "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+        "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+        "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_cap",
+        "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+    ), _NO_VLLM),
+}  # fmt: skip
+# What each rollout is logged as, of GRPO and RLOO alike; the first six by PPO's names.
+_OF_GROUPS: Mapping[str, Over] = {
+    "objective/scores": "rows", "objective/kl": "rows", "reply/length": "rows", "reply/ended": "rows",
+    "reply/distinct_2": "rows", "reply/unique": "rows",
+    "loss": "rows", "reward": "rows", "reward_std": "rows", "frac_reward_zero_std": "rows", "entropy": "rows",
+    "completions/mean_length": "rows", "completions/min_length": "least", "completions/max_length": "most",
+    "completions/clipped_ratio": "rows", "completions/mean_terminated_length": "rows",
+    "completions/min_terminated_length": "least", "completions/max_terminated_length": "most", "num_tokens": "last",
+}  # fmt: skip
+_OF_POLICIES_THAT_SAMPLE = (
+    Number("score", "objective/scores", logged="objective/scores", changes=True),
+    Number("KL", "objective/kl", logged="objective/kl", changes=True),
+    Number("length", "reply/length", logged="reply/length", changes=True),
+    Number("ended", "reply/ended", logged="reply/ended", changes=True),
+    Number("judge", JUDGED, logged="gold/judge_mean", changes=True),
+)
 
 KINDS: tuple[Kind, ...] = (
     Kind(
@@ -162,6 +216,8 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         further_data={},
         unread={},
+        reply_limit=None,
+        held_back_by=None,
         learning_rate="2e-4 up to 13B, 1e-4 above",
         config=Config(
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/sft_config.py", "SFTConfig")), "trl.SFTConfig", reads=None,
@@ -195,6 +251,8 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         further_data={},
         unread={},
+        reply_limit=None,
+        held_back_by=None,
         learning_rate="1e-4 with LoRA",
         config=Config(
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")), "trl.RewardConfig", reads=None,
@@ -230,7 +288,9 @@ KINDS: tuple[Kind, ...] = (
         samples=True,
         own_loop=True,
         further_data={"ptx_data": "sft"},
-        unread={"max_completion_length": "only prompts are read here"},
+        unread={"max_completion_length": _PROMPTS_ONLY},
+        reply_limit="response_length",
+        held_back_by="kl_coef",
         learning_rate="3e-6; with LoRA up to ten times that",
         config=Config(
             (
@@ -267,13 +327,7 @@ KINDS: tuple[Kind, ...] = (
         ),
         batch_metrics={},
         accuracy=None,
-        numbers=(
-            Number("score", "objective/scores", logged="objective/scores", changes=True),
-            Number("KL", "objective/kl", logged="objective/kl", changes=True),
-            Number("length", "reply/length", logged="reply/length", changes=True),
-            Number("ended", "reply/ended", logged="reply/ended", changes=True),
-            Number("judge", JUDGED, logged="gold/judge_mean", changes=True),
-        ),
+        numbers=_OF_POLICIES_THAT_SAMPLE,
         example="the first prompt, and where the policy goes on",
         color=1,
     ),
@@ -292,6 +346,8 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         further_data={},
         unread={},
+        reply_limit=None,
+        held_back_by="beta",
         learning_rate="5e-6 to 1e-5",
         config=Config(
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/dpo_config.py", "DPOConfig")), "trl.DPOConfig", reads=None,
@@ -316,6 +372,64 @@ KINDS: tuple[Kind, ...] = (
         ),
         example="the first pair; every [token] carries loss",
         color=2,
+    ),
+    Kind(
+        name="grpo",
+        title="GRPO",
+        method="GRPO against the mean of a group of replies",
+        reads="prompts",
+        encoding="prompts",
+        makes="policy",
+        artifact="adapter",
+        parents=(_INIT, _REWARD),
+        begins=False,
+        keeps_reference=True,
+        samples=True,
+        own_loop=False,
+        further_data={},
+        unread={"max_completion_length": _PROMPTS_ONLY},
+        reply_limit="max_completion_length",
+        held_back_by="beta",
+        learning_rate="1e-6 to 1e-5; with LoRA up to ten times that",
+        config=Config(
+            (*_TRAINING_ARGUMENTS, ("trl", "trainer/grpo_config.py", "GRPOConfig")), "trl.GRPOConfig", reads=None,
+            refused=_GROUPS_REFUSED | {"max_tool_calling_iterations": "policies call no tools here"},
+        ),
+        batch_metrics=_OF_GROUPS,
+        accuracy=None,
+        numbers=_OF_POLICIES_THAT_SAMPLE,
+        example="the first prompt, and where the policy goes on",
+        color=3,
+    ),
+    Kind(
+        name="rloo",
+        title="RLOO",
+        method="RLOO against the other replies of a group",
+        reads="prompts",
+        encoding="prompts",
+        makes="policy",
+        artifact="adapter",
+        parents=(_INIT, _REWARD),
+        begins=False,
+        keeps_reference=True,
+        samples=True,
+        own_loop=False,
+        further_data={},
+        unread={"max_completion_length": _PROMPTS_ONLY},
+        reply_limit="max_completion_length",
+        held_back_by="beta",
+        learning_rate="1e-6 to 1e-5; with LoRA up to ten times that",
+        config=Config(
+            (*_TRAINING_ARGUMENTS, ("trl", "trainer/rloo_config.py", "RLOOConfig")), "trl.RLOOConfig", reads=None,
+            refused=_GROUPS_REFUSED,
+        ),
+        batch_metrics=_OF_GROUPS | {
+            f"clip_ratio/{of}": "rows" for of in ("low_mean", "high_mean", "region_mean")
+        } | {"clip_ratio/low_min": "least", "clip_ratio/high_max": "most"},
+        accuracy=None,
+        numbers=_OF_POLICIES_THAT_SAMPLE,
+        example="the first prompt, and where the policy goes on",
+        color=1,
     ),
 )  # fmt: skip
 

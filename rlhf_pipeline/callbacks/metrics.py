@@ -73,7 +73,10 @@ def final(history: list[dict[str, Any]]) -> dict[str, float | int | None]:
 
     Without the trainer's own bookkeeping, and without what was measured on the way, `gold/…`.
     """
-    bookkeeping = {"step", "epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    bookkeeping = {
+        "step", "epoch", "total_flos", "step_time", "train_runtime", "train_samples_per_second",
+        "train_steps_per_second",
+    }  # fmt: skip
     latest: dict[str, Any] = {}
     for entry in history:
         latest |= {name: value for name, value in entry.items() if name not in bookkeeping}

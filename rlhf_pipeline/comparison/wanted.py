@@ -8,6 +8,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, data_inputs, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
+from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.rundir import durable, state, strict_json
 from rlhf_pipeline.rundir.layout import COMPARISON, read_json
 from rlhf_pipeline.rundir.state import StageState
@@ -44,8 +45,8 @@ def left_out(run: Path, recipe: Recipe) -> list[StageState]:
 def roles(recipe: Recipe, made: list[str]) -> Roles:
     """The roles of the stages that are there.
 
-    KL is taken from where PPO takes it, which is the `init` of the first PPO stage; without one, of the first DPO
-    stage. The reward is the one that PPO learns from, else the last one.
+    KL is taken from the `init` of the first stage that samples, as PPO; without one, of the first that keeps a
+    reference, as DPO. The reward is the one that the former learns from, else the last one.
     """
     kind_of = {name: stage.facts for name, stage in recipe.stages.items()}
     referred = [name for name in recipe.stages if kind_of[name].keeps_reference]
@@ -61,18 +62,19 @@ def roles(recipe: Recipe, made: list[str]) -> Roles:
 
 
 def default_settings(recipe: Recipe) -> dict[str, Any]:
-    """What is asked and how, where nothing else is wanted: as `evaluate` does, else as PPO does.
+    """What is asked and how, where nothing else is wanted: as `evaluate` does, else as the first stage that samples.
 
     Returns:
         The `settings` of `comparison.json`. Their `digest` is of the data and the judge; None where those cannot be
         read.
     """
     evaluate = recipe.evaluate
-    sampling = next((stage.trainer for stage in recipe.stages.values() if stage.facts.samples), None)
+    sampling = next((stage for stage in recipe.stages.values() if stage.facts.samples), None)
     if evaluate:
         n, temperature, longest = min(evaluate.n, MOST_PROMPTS), evaluate.temperature, evaluate.max_new_tokens
-    elif sampling is not None:  # the defaults are TRL's
-        n, temperature, longest = MOST_PROMPTS, sampling.get("temperature", 0.7), sampling.get("response_length", 53)
+    elif sampling is not None:
+        known = {name: key.default for name, key in keys(sampling.kind).items()} | sampling.trainer
+        n, temperature, longest = MOST_PROMPTS, known["temperature"], known[str(sampling.facts.reply_limit)]
     else:
         n, temperature, longest = MOST_PROMPTS, 0.7, 128
     name, data = default_data(recipe)
@@ -106,7 +108,7 @@ def _digest(recipe: Recipe, data: Data) -> str | None:
 def default_data(recipe: Recipe) -> tuple[str, Data]:
     """Where prompts come from by default, under the key that the recipe has for it.
 
-    From `evaluate`, else from the first PPO stage, else the first of DPO, else of SFT, else of any.
+    From `evaluate`, else from the first stage that samples, else one with a reference, else of SFT, else of any.
     """
     if recipe.evaluate:
         return "evaluate.data", recipe.evaluate.data

@@ -39,9 +39,9 @@ class Trainer(NamedTuple):
     Attributes:
         max_length: TRL's limit on prompt and reply together; None where there is none.
         keep_end: whether TRL keeps the end of a row that is longer, and not its beginning.
-        batch: the rows of one optimizer step; for PPO the prompts of one update.
-        response_length: PPO's limit on sampled replies.
-        stop_tokens: the tokens that end PPO's replies, from `reply_end.stop_tokens`.
+        batch: the rows of one optimizer step; of a policy that samples, the prompts.
+        response_length: the limit on sampled replies.
+        stop_tokens: the tokens that end sampled replies, from `reply_end.stop_tokens`.
         max_positions: how many tokens the model has positions for; None where it does not say.
     """
 
@@ -53,15 +53,26 @@ class Trainer(NamedTuple):
     max_positions: int | None = None
 
     @classmethod
-    def of(cls, args: Any, max_positions: int | None = None) -> "Trainer":
-        """Read it from TRL's config, but for the stop tokens, which that alone does not say."""
+    def of(cls, args: Any, max_positions: int | None = None, reply_limit: str | None = None) -> "Trainer":
+        """Read it from TRL's config, but for the stop tokens, which that alone does not say.
+
+        Args:
+            args: the config.
+            max_positions: see there.
+            reply_limit: its key for `response_length`; see `Kind.reply_limit`.
+        """
         # Packed rows are cut into pieces of `max_length` with nothing lost, except by `bfd`.
         packed = getattr(args, "packing", False) and args.packing_strategy != "bfd"
         return cls(
             max_length=None if packed else getattr(args, "max_length", None),
             keep_end=getattr(args, "truncation_mode", "keep_start") == "keep_end",
-            batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            response_length=getattr(args, "response_length", None),
+            batch=(
+                args.per_device_train_batch_size
+                * args.gradient_accumulation_steps
+                // getattr(args, "num_generations", 1)
+                or 1
+            ),
+            response_length=getattr(args, reply_limit) if reply_limit else None,
             max_positions=max_positions,
         )
 
@@ -269,7 +280,7 @@ def _count(
             demonstrations how many rows bear no loss at all.
         equal_pairs: pairs whose two replies are the same.
         bos_doubled: rows that begin with two BOS.
-        beyond_model: rows that are longer, for PPO with a reply of `response_length`, than the model has positions.
+        beyond_model: rows that are longer, with a sampled reply of `response_length`, than the model has positions.
     """
     counted = ("tokens", "loss", "cut", "dropped", "replies", "without_eos", "empty", "without_loss", "equal", "bos")
     sums = dict.fromkeys((*counted, "beyond"), 0)

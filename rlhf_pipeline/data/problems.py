@@ -95,11 +95,11 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
                 "raise it, or set `max_prompt_length` and `max_completion_length`"
             )
     if numbers["beyond_model"]:
-        samples = kinds.get(numbers["kind"]).samples
-        reply = f" with a reply of {limits['response_length']} tokens" if samples else ""
+        limit = kinds.get(numbers["kind"]).reply_limit
+        reply = f" with a reply of {limits['response_length']} tokens" if limit else ""
         yield (
             f"{out_of(numbers['beyond_model'], rows)} rows{reply} are longer than the {limits['max_positions']:,} "
-            f"tokens that the model has positions for: set {_limits_on_all(samples)}"
+            f"tokens that the model has positions for: set {_limits_on_all(limit)}"
         )
     if replies["without_loss"] and replies["without_loss"] < rows:
         yield (
@@ -237,12 +237,10 @@ def _raise_or_drop(key: str) -> str:
     return f"raise `{key}`, or leave such rows out with `too_long: drop`"
 
 
-def _limits_on_all(samples: bool) -> str:
-    return (
-        "`max_prompt_length`, or lower `response_length`"
-        if samples
-        else ("`max_prompt_length` and `max_completion_length`")
-    )
+def _limits_on_all(reply_limit: str | None) -> str:
+    if reply_limit:
+        return f"`max_prompt_length`, or lower `{reply_limit}`"
+    return "`max_prompt_length` and `max_completion_length`"
 
 
 def said(what: str) -> str:

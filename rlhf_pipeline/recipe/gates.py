@@ -43,6 +43,10 @@ OF_PPO_EVALUATION = {
     "eval_objective/scores", "eval_objective/kl", "eval_objective/rlhf_reward", "eval_reply/length", "eval_reply/ended",
 }  # fmt: skip
 OF_ENSEMBLE = {"eval_disagreement", "eval_margin_disagreement"}
+OF_GROUPS = {  # where `beta`, `loss_type` or other settings have TRL log them
+    "kl", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+    "clip_ratio/region_mean", "cispo_clip_ratio", "vespo/phi_seq_mean", "policy_loss", "entropy_coef",
+}  # fmt: skip
 OF_KL_BUDGET = {"kl_budget/best_step", "kl_budget/exceeded_at_step", "kl_budget/exceeded_with"}
 
 
@@ -212,7 +216,7 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
 
 
 def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
-    """The metrics of TRL's SFT, reward and DPO trainers: those that are certain, and those that are possible."""
+    """The metrics of TRL's trainers: those that are certain, and those that are possible."""
     kind = stage.facts
     given, certain, possible = stage.trainer, {"train_loss"}, set()
     batches = set(kind.batch_metrics) - {"loss"}
@@ -229,6 +233,11 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     (possible if lost else certain).update(batches)
     if held_out:
         certain |= {"eval_loss"} | {f"eval_{metric}" for metric in batches}
+    if kind.samples:
+        always = _of_rewards(stage, lambda reward: reward.function is None)
+        unsure = OF_GROUPS | _of_rewards(stage) | {f"rewards/{one.label}/disagreement" for one in stage.scored_by}
+        certain |= always | ({f"eval_{metric}" for metric in always} if held_out else set())
+        possible |= unsure | ({f"eval_{metric}" for metric in unsure} if held_out else set())
     if kind.is_policy and given.get("router_aux_loss_coef"):  # mixtures of experts have it
         possible |= {"aux_loss"} | ({"eval_aux_loss"} if held_out else set())
     if kind.reads == "preferences":
@@ -249,7 +258,7 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
 
 
 def _logs_steps(given: dict[str, Any]) -> bool | None:
-    """Whether the steps of an SFT, reward or DPO stage are logged at least once; None where its length decides."""
+    """Whether the steps of a stage that TRL trains are logged at least once; None where its length decides."""
     strategy, interval, steps = (
         given.get(key, default)
         for key, default in (("logging_strategy", "steps"), ("logging_steps", 10), ("max_steps", -1))

@@ -5,6 +5,7 @@ why, is here too: a key that would be ignored is an error, never silence.
 """
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import math
@@ -117,6 +118,15 @@ _DPO_LOSS_KEYS = {
     "discopop_tau": ("discopop",),
 }
 
+_LOSS_KEYS = {
+    "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
+_CLIPS_OTHERWISE = {
+    "cispo": ("epsilon", "delta"), "sapo": ("epsilon", "epsilon_high", "delta"),
+    "vespo": ("epsilon", "epsilon_high", "delta"),
+}  # fmt: skip
+
 # The least, and the most, that a number may be: where the libraries do not say so, or only when a stage trains.
 _RANGES: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, math.inf), "per_device_eval_batch_size": (1, math.inf),
@@ -125,6 +135,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "max_grad_norm": (0, math.inf),
     "warmup_steps": (0, math.inf), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, math.inf),
     "beta": (0, math.inf), "label_smoothing": (0, 1), "label_smoothing_factor": (0, 1), "ld_alpha": (0, 1),
+    "num_generations": (2, math.inf), "num_generations_eval": (1, math.inf), "num_iterations": (1, math.inf),
+    "steps_per_generation": (1, math.inf), "generation_batch_size": (2, math.inf),
+    "max_completion_length": (1, math.inf), "top_entropy_quantile": (0, 1),
     "r": (1, math.inf), "lora_dropout": (0, 1),
 }  # fmt: skip
 
@@ -187,6 +200,7 @@ def keys(config: str) -> dict[str, Key]:
                     details |= dict(zip(map(str, words), metadata.values, strict=True))
                 # A word of a choice may be given as text, but not any text.
                 annotation = re.sub(rf"({'|'.join(_CHOICES)}) \| str", r"\1", ast.unparse(item.annotation))
+                annotation = re.sub(r"tuple\[(\w+), \1\]", r"list[\1]", annotation)  # YAML has lists
                 if choices := _literal(details.get("choices"), []):
                     annotation = f"Literal[{', '.join(map(repr, choices))}]{' | None' * ('None' in annotation)}"
                 text = " ".join(str(_literal(details.get("help"), "")).replace("%%", "%").split())
@@ -325,7 +339,8 @@ def without_effect(config: str, values: dict[str, Any], holds_out: bool = True) 
             useless("without `eval_strategy`", "eval_on_start", "per_device_eval_batch_size")
     if not own_loop and not holds_out:
         evaluating = ("eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
-        useless("without `eval_fraction` or `eval_data` in `data`", *evaluating, "eval_packing")
+        own = ("eval_packing", "num_generations_eval")
+        useless("without `eval_fraction` or `eval_data` in `data`", *evaluating, *own)
     _optimizer_keys_without_effect(given, useless)
     if own_loop:
         for key in ("total_episodes", "max_steps"):  # elsewhere `max_steps` is there to end the epochs early
@@ -336,6 +351,8 @@ def without_effect(config: str, values: dict[str, Any], holds_out: bool = True) 
         return reasons
 
     _trainer_keys_without_effect(given, useless)
+    if kind is not None and kind.samples:
+        _group_keys_without_effect(given, useless)
     if "max_length" in values and values["max_length"] is None:
         useless("without `max_length`", "truncation_mode")
     if "packing" in accepted(config):
@@ -404,6 +421,29 @@ def _trainer_keys_without_effect(given: dict[str, Any], useless: Callable[..., N
     order = given.get("train_sampling_strategy", "random")
     if order in ("sequential", "group_by_length"):
         useless(f"with `train_sampling_strategy: {order}`", "data_seed")
+
+
+def _group_keys_without_effect(given: dict[str, Any], useless: Callable[..., None]) -> None:
+    """Of GRPO's and RLOO's keys, those that need another one."""
+    loss = given.get("loss_type", "dapo")
+    for one, keys_of_it in _LOSS_KEYS.items():
+        if loss != one:
+            useless(f"unless `loss_type` is `{one}`", *keys_of_it)
+    useless(f"with `loss_type: {loss}`", *_CLIPS_OTHERWISE.get(loss, ()))
+    if not given.get("use_adaptive_entropy"):
+        of_entropy = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
+        useless("without `use_adaptive_entropy`", *of_entropy)
+    if given.get("beta") in (None, 0):
+        useless("without `beta`", "use_bias_correction_kl")
+    if given.get("multi_objective_aggregation") == "normalize_then_sum":
+        useless("with `multi_objective_aggregation: normalize_then_sum`", "scale_rewards")
+    steps, batch = given.get("gradient_accumulation_steps", 1), given.get("per_device_train_batch_size", 8)
+    passes = given.get("steps_per_generation", steps)
+    with contextlib.suppress(TypeError, ZeroDivisionError):
+        passes = given["generation_batch_size"] // batch if "generation_batch_size" in given else passes
+        if steps % (passes * given.get("num_iterations", 1)) == 0:  # each reply is trained on by the policy it is of
+            several = "where each batch of replies makes one step (`num_iterations`, `steps_per_generation`)"
+            useless(several, "epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 
 
 # What the names in annotations mean, beside the choices; the library itself checks values of any other type.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.kinds import Kind
 from rlhf_pipeline.recipe.gates import how_sure
 from rlhf_pipeline.report import measures
 from rlhf_pipeline.report.fall import drop, fell_since
@@ -25,6 +26,7 @@ USEFUL = 0.65  # accuracy that reward models reach on human preferences
 BY_HEART = 0.8  # accuracy in training of a model that only guesses on held-out pairs
 OVERCONFIDENT = 0.1  # predicted less actual share of right pairs
 CLIPPED = 0.3  # share of clipped policy updates: usual is below 0.2
+ALIKE = 0.5  # share of groups whose replies all have the same reward, and teach nothing
 BY_LENGTH = 0.25  # accuracy where the chosen reply is longer, less where it is shorter
 FELL = 0.02  # of the judge's own range over training; less is no matter, however sure
 SCORE_FELL = 0.1  # of the score's own range over training
@@ -67,8 +69,8 @@ def alarms(run: Run) -> list[Alarm]:
         found += [Alarm("look", stage.name, "what cannot be read", note) for note in stage.notes]
         found += _not_finite(stage)
         kind = kinds.find(stage.kind)
-        if kind and kind.own_loop:
-            found += _of_ppo(run, stage)
+        if kind and kind.samples:
+            found += _of_sampling(run, stage, kind)
         elif kind and kind.reads == "preferences":
             found += _of_reward(stage) if kind.makes == "reward" else _of_dpo(stage)
         found += _same_to_all(stage)
@@ -228,12 +230,12 @@ def _after_guessing(at_most: float, trained: float | None) -> str:
     )
 
 
-# PPO
+# Policies that sample while they train
 
 HACKING = "reward hacking"
 
 
-def _of_ppo(run: Run, stage: Stage) -> Iterator[Alarm]:
+def _of_sampling(run: Run, stage: Stage, kind: Kind) -> Iterator[Alarm]:
     kl, budget = stage.series.get("objective/kl", EMPTY), stage.setting("trainer.kl_budget")
     exceeded = stage.final("kl_budget/exceeded_with")
     if exceeded is not None:
@@ -251,7 +253,7 @@ def _of_ppo(run: Run, stage: Stage) -> Iterator[Alarm]:
         )  # fmt: skip
     ended = _now(stage, "reply/ended")
     if ended is not None and ended < ENDED:
-        text = f"Only {ended:.0%} of the replies end by themselves. {_after_no_end(run, stage)}"
+        text = f"Only {ended:.0%} of the replies end by themselves. {_after_no_end(run, stage, kind)}"
         yield Alarm("bad", stage.name, "replies that do not end", text)
     for metric, words in (("reply/distinct_2", "distinct bigrams"), ("reply/unique", "distinct replies")):
         began, now = _began(stage.series.get(metric, EMPTY)), _now(stage, metric)
@@ -259,55 +261,69 @@ def _of_ppo(run: Run, stage: Stage) -> Iterator[Alarm]:
             yield Alarm(
                 "bad", stage.name, "collapsed diversity",
                 f"Diversity collapsed: {words} fell from {began:.0%} to {now:.0%}. Raise "
-                f"kl_coef{_at_present(stage, 'kl_coef')}, or lower the learning "
+                f"{_leash(stage, kind)}, or lower the learning "
                 f"rate{_at_present(stage, 'learning_rate')}.",
             )  # fmt: skip
-    clipped = _now(stage, "policy/clipfrac_avg")
-    if clipped is not None and clipped > CLIPPED:
-        epochs = stage.setting("trainer.num_ppo_epochs")
-        fewer = f", or num_ppo_epochs (now {short(epochs)})" if epochs is not None and epochs > 1 else ""
+    for metric, key in (("policy/clipfrac_avg", "num_ppo_epochs"), ("clip_ratio/region_mean", "num_iterations")):
+        clipped, times = _now(stage, metric), stage.setting(f"trainer.{key}")
+        if clipped is not None and clipped > CLIPPED:
+            fewer = f", or {key} (now {short(times)})" if times is not None and times > 1 else ""
+            yield Alarm(
+                "look", stage.name, "clipped updates",
+                f"{clipped:.0%} of the policy's updates are clipped: lower the learning "
+                f"rate{_at_present(stage, 'learning_rate')}{fewer}.",
+            )  # fmt: skip
+    alike = _now(stage, "frac_reward_zero_std")
+    if alike is not None and alike > ALIKE:
         yield Alarm(
-            "look", stage.name, "clipped updates",
-            f"{clipped:.0%} of the policy's updates are clipped: lower the learning "
-            f"rate{_at_present(stage, 'learning_rate')}{fewer}.",
+            "look", stage.name, "groups without a difference",
+            f"In {alike:.0%} of the groups all replies have the same reward, so they teach nothing: the prompts are "
+            "too easy or too hard for this policy, or the reward is too coarse. Raise "
+            f"num_generations{_at_present(stage, 'num_generations')} or the temperature, or take other prompts.",
         )  # fmt: skip
-    yield from _fallen_judge(run, stage)
+    yield from _fallen_judge(run, stage, kind)
 
 
-def _after_no_end(run: Run, stage: Stage) -> str:
+def _leash(stage: Stage, kind: Kind) -> str:
+    """The key that keeps the policy near its reference, with its value."""
+    key = str(kind.held_back_by)
+    return f"{key}{_at_present(stage, key)}"
+
+
+def _after_no_end(run: Run, stage: Stage, kind: Kind) -> str:
     """What to do about replies that do not end, by whether those of the policy that it started from did."""
     began, parent = _began(stage.series.get("reply/ended", EMPTY)), stage.parents.get("init", "base")
+    penalty, limit_key = "missing_eos_penalty", str(kind.reply_limit)
+    penalised = f"raise {penalty}{_at_present(stage, penalty)} or {_leash(stage, kind)}."
+    if not kind.own_loop:
+        penalised = f"raise {_leash(stage, kind)}, or add a function to `rewards` that takes something off for it."
     if began is not None and began >= ENDED:
-        return (
-            f"At first {began:.0%} did, so it was unlearned: raise "
-            f"missing_eos_penalty{_at_present(stage, 'missing_eos_penalty')} or "
-            f"kl_coef{_at_present(stage, 'kl_coef')}."
-        )
+        return f"At first {began:.0%} did, so it was unlearned: {penalised}"
     if parent not in {one.name for one in run.stages}:
         return "The base was never trained to end one: run an `sft` stage first, on demonstrations."
     before = number(mapping(mapping(run.comparison.get("means")).get(parent)).get("ended"))
     limit = number(mapping(run.comparison.get("settings")).get("max_new_tokens"))
-    response = stage.setting("trainer.response_length")
+    response = stage.setting(f"trainer.{limit_key}")
     if before is None:
         return (
             f"At the start of the stage they did not either, so begin with what {parent} replies (`rlhf-pipeline "
-            f"compare`): if that ends, raise response_length{_at_present(stage, 'response_length')}; if not, its "
+            f"compare`): if that ends, raise {limit_key}{_at_present(stage, limit_key)}; if not, its "
             "demonstrations are cut by max_length or max_completion_length, or have replies that do not end "
             "(`rlhf-pipeline data`)."
         )
     within = "" if limit is None else f" within {short(limit)} tokens"
     if before >= ENDED and (response is None or limit is None or limit > response):
-        return f"{before:.0%} of those of {parent} do{within}: raise response_length (now {_known(response)})."
+        return f"{before:.0%} of those of {parent} do{within}: raise {limit_key} (now {_known(response)})."
     if before >= ENDED:
-        return f"{before:.0%} of those of {parent} do{within}: raise missing_eos_penalty or kl_coef."
+        return f"{before:.0%} of those of {parent} do{within}: {penalised}"
     return (
         f"Of those of {parent}, which it started from, {before:.0%} do{within}, so the cause is there and not in "
-        f"response_length: the demonstrations of {parent} are cut by max_length or max_completion_length, have replies "
+        f"{limit_key}: the demonstrations of {parent} are cut by max_length or max_completion_length, have replies "
         "that do not end, or were trained on for too short a time (`rlhf-pipeline data`)."
     )
 
 
-def _fallen_judge(run: Run, stage: Stage) -> Iterator[Alarm]:
+def _fallen_judge(run: Run, stage: Stage, kind: Kind) -> Iterator[Alarm]:
     """The judge's mean fell, by more than chance explains: while the score rose or stayed, or together with it."""
     score, judge = stage.series.get("gold/score_mean", EMPTY), stage.series.get("gold/judge_mean", EMPTY)
     steps, of_score, of_judge = np.intersect1d(score.steps, judge.steps, return_indices=True)
@@ -336,11 +352,11 @@ def _fallen_judge(run: Run, stage: Stage) -> Iterator[Alarm]:
     yield Alarm(
         "bad", stage.name, HACKING,
         f"Reward hacking: {told}, while the score that it learns from {moved}, from {short(scores[best])} to "
-        f"{short(scores[-1])}. {_hold_back(stage, float(steps[best]))}{first}",
+        f"{short(scores[-1])}. {_hold_back(stage, kind, float(steps[best]))}{first}",
     )  # fmt: skip
 
 
-def _hold_back(stage: Stage, step: float) -> str:
+def _hold_back(stage: Stage, kind: Kind, step: float) -> str:
     """Which setting keeps the policy nearer to its reference, by what the stage has set; and how far it was at best."""
     kl = stage.series.get("gold/kl", EMPTY)
     then = kl.values[kl.steps == step]
@@ -348,11 +364,11 @@ def _hold_back(stage: Stage, step: float) -> str:
     for key in ("kl_budget", "target_kl"):
         if stage.setting(f"trainer.{key}") is not None:
             return f"Lower {key}{_at_present(stage, key)}{at_best}."
-    return f"Raise kl_coef{_at_present(stage, 'kl_coef')}, or set kl_budget{at_best}."
+    return f"Raise {_leash(stage, kind)}{', or set kl_budget' * kind.own_loop}{at_best}."
 
 
 def _error(run: Run, stage: Stage, means: Numbers) -> float | None:
-    """The standard error of one of the judge's means along PPO's way; None where nothing but the means tells.
+    """The standard error of one of the judge's means along a policy's way; None where nothing but the means tells.
 
     All means have the same one: a mean of ones alone has 0 by its own replies, and is not exact for that.
     """
@@ -387,7 +403,7 @@ def _worse_than_before(run: Run, stage: Stage) -> Iterator[Alarm]:
     chance = WORSE * math.hypot(ours[1], theirs[1])
     if theirs[0] - ours[0] > max(chance, 1e-9):
         kind = kinds.find(stage.kind)
-        setting = "kl_coef" if kind and kind.own_loop else "beta" if kind and kind.keeps_reference else None
+        setting = kind.held_back_by if kind else None
         kept = f"raise {setting}{_at_present(stage, setting)}, or " if setting else ""
         yield Alarm(
             "bad", stage.name, "a worse policy by the judge",

@@ -51,6 +51,33 @@ class Curve:
 
 
 DEFAULT_CURVES = (Curve("Loss", (("loss", "training"), ("eval_loss", "held out")), "Should fall and level off."),)
+OF_SAMPLING = (  # policies that sample while they train
+    Curve("Score", (("objective/scores", "training"), ("eval_objective/scores", "held out")),
+          "The score of the replies: the reward model's, or the sum of all rewards. Should rise, then level off."),
+    Curve("KL from the reference", (("objective/kl", "training"), ("eval_objective/kl", "held out")),
+          "How far the policy has gone, in nats a reply. Begins at 0; rising without end, it games the reward."),
+    Curve("Reply length", (("reply/length", "training"), ("eval_reply/length", "held out")),
+          "In tokens. A steady drift to the limit, or to zero, means that length is rewarded, and not content."),
+    Curve("Replies that end", (("reply/ended", "training"), ("eval_reply/ended", "held out")),
+          "The share that stop by themselves. Low: replies are cut, and scored without their end.",
+          ((1.0, ""),)),
+    Curve("Diversity", (("reply/distinct_2", "distinct bigrams"), ("reply/unique", "distinct replies")),
+          "Shares within a batch of replies. A fall towards 0 is collapse: the same reply to every prompt."),
+)  # fmt: skip
+OF_GROUPS = (
+    *OF_SAMPLING,
+    Curve("Entropy", (("entropy", "training"), ("eval_entropy", "held out")),
+          "How uncertain the policy is at each token, in nats. Falls slowly; near 0 there is nothing left to explore."),
+    Curve("Groups without a difference",
+          (("frac_reward_zero_std", "training"), ("eval_frac_reward_zero_std", "held out")),
+          "The share of groups whose replies all have the same reward, and teach nothing. Near 1, prompts are too easy "
+          "or too hard."),
+    Curve("Clipped updates", (("clip_ratio/region_mean", "policy"),),
+          "The share of updates that were clipped: of tokens, or in RLOO of replies. 0 where each batch of replies "
+          "makes one step."),
+    Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
+          "Moves around 0 and says little by itself; jumps mean that updates are too large."),
+)  # fmt: skip
 # Of the kinds of which there is more to see; all others have the default.
 CURVES = {
     "sft": (
@@ -72,17 +99,7 @@ CURVES = {
               "The scores of all replies. A mean that drifts far from 0 is harmless, but PPO's numbers shift with it."),
     ),
     "ppo": (
-        Curve("Score", (("objective/scores", "training"), ("eval_objective/scores", "held out")),
-              "The score of the replies: the reward model's, or the sum of all rewards. Should rise, then level off."),
-        Curve("KL from the reference", (("objective/kl", "training"), ("eval_objective/kl", "held out")),
-              "How far the policy has gone, in nats a reply. Begins at 0; rising without end, it games the reward."),
-        Curve("Reply length", (("reply/length", "training"), ("eval_reply/length", "held out")),
-              "In tokens. A steady drift to the limit, or to zero, means that length is rewarded, and not content."),
-        Curve("Replies that end", (("reply/ended", "training"), ("eval_reply/ended", "held out")),
-              "The share that stop by themselves. Low: replies are cut, and scored without their end.",
-              ((1.0, ""),)),
-        Curve("Diversity", (("reply/distinct_2", "distinct bigrams"), ("reply/unique", "distinct replies")),
-              "Shares within a batch of replies. A fall towards 0 is collapse: the same reply to every prompt."),
+        *OF_SAMPLING,
         Curve("Entropy", (("policy/entropy_avg", "of the policy"),),
               "How uncertain the policy is at each token. Falls slowly; near 0 there is nothing left to explore."),
         Curve("Clipped updates", (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "value")),
@@ -107,6 +124,8 @@ CURVES = {
         Curve("Rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
               "Rejected should fall. Where chosen falls far too, good replies become unlikely as well.", ((0.0, ""),)),
     ),
+    "grpo": OF_GROUPS,
+    "rloo": OF_GROUPS,
 }  # fmt: skip
 NOT_CURVES = {
     "epoch",
@@ -133,7 +152,7 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
             legend = [_entry(line) for line in lines] if len(lines) > 1 else []
             pictures.append(Picture(curve.title, curve.caption, svg, legend))
     known = kinds.find(kind)
-    if known and known.own_loop:
+    if known and known.samples:
         pictures[2:2] = [*_frontier(chosen, name, len(runs) > 1), *_score_and_judge(chosen, name, len(runs) > 1)]
     if known and known.makes == "reward":
         pictures += _pairs(chosen, name, len(runs) > 1)

@@ -153,7 +153,7 @@ def memory_hint(recipe: Recipe, name: str) -> str:
     steps = []
     if not trainer.get("gradient_checkpointing", True):
         steps.append("`gradient_checkpointing: true` (costs time only, and the stage resumes from its checkpoint)")
-    if kind.samples and trainer.get("local_rollout_forward_batch_size", 64) > 1:
+    if kind.own_loop and trainer.get("local_rollout_forward_batch_size", 64) > 1:
         steps.append("a lower `local_rollout_forward_batch_size` (costs time only)")
     if trainer.get("per_device_train_batch_size", 8) > 1:
         sorts = "aot" in str(trainer.get("loss_type", ""))  # the pairs that are read together
@@ -169,7 +169,9 @@ def memory_hint(recipe: Recipe, name: str) -> str:
         steps.append("`model.quantization: nf4`")
     if stage.lora.get("r", 8) > 1:
         steps.append("a lower `lora.r`")
-    steps.append("shorter texts by `response_length`" if kind.samples else "shorter texts by `max_length`")
+    if trainer.get("steps_per_generation", 1) > 1 or trainer.get("generation_batch_size", 1) > 1:
+        steps.append("fewer replies at once by `steps_per_generation` or `generation_batch_size`")
+    steps.append(f"shorter texts by `{kind.reply_limit or 'max_length'}`")
     tried = f"try, in this order, {', '.join(steps)}"
     return f"{tried}; a change of any other setting retrains the stages that use it, and the rest stays usable"
 

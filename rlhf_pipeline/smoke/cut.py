@@ -268,6 +268,8 @@ def _cut_settings(recipe: Recipe) -> None:
             _cut_ppo(stage.trainer)
         else:
             _cut_trainer(stage.trainer, stage.data.holds_out)
+            if kind.samples:
+                _cut_groups(stage.trainer)
         _cut_data(stage.data, replies=kind.reads != "prompts")
         if stage.ptx_data:
             _cut_data(stage.ptx_data, replies=True)
@@ -303,7 +305,7 @@ def _cut_common(trainer: dict[str, Any]) -> None:
 
 
 def _cut_trainer(trainer: dict[str, Any], evaluates: bool) -> None:
-    """Two steps of SFT, reward modelling or DPO."""
+    """Two steps of a stage that TRL trains."""
     _cut_common(trainer)
     trainer |= {"max_steps": STEPS, "gradient_accumulation_steps": 1}
     if evaluates:
@@ -311,6 +313,21 @@ def _cut_trainer(trainer: dict[str, Any], evaluates: bool) -> None:
     if trainer.get("max_length") or trainer.get("packing") or trainer.get("eval_packing"):
         trainer["max_length"] = min(trainer.get("max_length") or MAX_LENGTH, MAX_LENGTH)
     trainer.pop("dataset_num_proc", None)
+
+
+def _cut_groups(trainer: dict[str, Any]) -> None:
+    """Groups of two short replies; as many steps on each batch of them as the recipe has, up to two."""
+    for key in ("generation_batch_size", "num_generations_eval"):
+        trainer.pop(key, None)
+    trainer |= {
+        "num_generations": BATCH,
+        "per_device_train_batch_size": BATCH,
+        "max_completion_length": min(trainer.get("max_completion_length", REPLY), REPLY),
+        "steps_per_generation": 1,
+        "num_iterations": min(trainer.get("num_iterations", 1), 2),
+    }
+    if "per_device_eval_batch_size" in trainer:
+        trainer["per_device_eval_batch_size"] = BATCH
 
 
 def _cut_ppo(trainer: dict[str, Any]) -> None:

@@ -339,7 +339,7 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
     try:
         tokenizer = job.reader.tokenizer
         positions = getattr(job.reader.config.get_text_config(), "max_position_embeddings", None)
-        trainer = Trainer.of(job.trainer_config(stages.BY_KIND[stage.kind].CONFIG), positions)
+        trainer = Trainer.of(job.trainer_config(stages.BY_KIND[stage.kind].CONFIG), positions, stage.facts.reply_limit)
         if stage.facts.samples:
             stops = stop_tokens(tokenizer, job.reader.generation_config, stage.trainer)
             trainer = trainer._replace(stop_tokens=stops)

@@ -1,4 +1,4 @@
-"""SFT, reward and DPO that resume from any of their checkpoints end exactly as those that never stopped."""
+"""Stages that TRL trains and that resume from any of their checkpoints end exactly as those that never stopped."""
 
 import itertools
 import json
@@ -35,6 +35,14 @@ TRAINER = (
     "save_steps: 1, save_total_limit: 9"
 )
 STEPS = 4
+# Two optimizer steps for each batch of replies, so that every other checkpoint is amid one; three batches in a pass,
+# after which the prompts come in another order.
+GROUPS = (
+    "max_steps: 8, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, num_generations: 2, "
+    "num_iterations: 2, max_completion_length: 6, learning_rate: 5e-3, gradient_checkpointing: false, "
+    "lr_scheduler_type: cosine, logging_steps: 3, eval_steps: 2, eval_on_start: true, save_steps: 1, "
+    "save_total_limit: 9"
+)
 RECIPE = f"""
 name: short
 seed: 7
@@ -57,6 +65,14 @@ stages:
     init: start
     data: {{path: preferences.jsonl, eval_fraction: 0.25}}
     trainer: {{{TRAINER}, disable_dropout: false}}
+  grpo:
+    init: start
+    data: {{path: preferences.jsonl, eval_fraction: 0.25}}
+    trainer: {{{GROUPS}, use_adaptive_entropy: true, entropy_target: 9.0}}
+  rloo:
+    init: start
+    data: {{path: preferences.jsonl, eval_fraction: 0.25}}
+    trainer: {{{GROUPS}}}
 """
 NF4 = ("model.quantization=nf4", "sft.trainer.num_train_epochs=1", "sft.trainer.gradient_checkpointing=true")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,10 +81,13 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft, amid a pass": ("sft", ("sft.trainer.max_steps=3",)),
     "reward": ("reward", ()),
     "dpo": ("dpo", ()),
+    "grpo": ("grpo", ()),
+    "rloo": ("rloo", ()),
 }
 # To resume from: amid the first pass, at its end, after a step that was logged, and the last. What differs between
 # the trainers is what they remember of steps not logged yet; what does not is tried on the first alone.
-CHECKPOINTS = {"sft": (1, 2, 3, 4), "sft, nf4": (1,), "sft, amid a pass": (3,), "reward": (1, 3), "dpo": (1, 3)}
+CHECKPOINTS = {"sft": (1, 2, 3, 4), "sft, nf4": (1,), "sft, amid a pass": (3,), "reward": (1, 3), "dpo": (1, 3),
+               "grpo": (1, 6), "rloo": (7,)}  # fmt: skip
 pytestmark = pytest.mark.slow
 
 NUMPY = [numpy._core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32"))]
@@ -91,9 +110,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("demonstrations", "preferences"):
         lines = (TINY / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:8]))
-    job = new_job(folder, "start")
-    run(job)
-    job.artifact.rename(job.published)
+    for name in ("start", "reward"):
+        job = new_job(folder, name, "reward.trainer.max_steps=1")
+        run(job)
+        job.artifact.rename(job.published)
+        shutil.rmtree(job.work)
     return folder
 
 
@@ -137,7 +158,8 @@ def broken_off(prepared: Path, tmp_path: Path) -> Callable[[Whole, int], Job]:
         folder = Path(shutil.copytree(prepared, tmp_path / str(step)))
         job = new_job(folder, whole.job.name, *whole.overrides)
         shutil.copytree(whole.job.work / f"checkpoint-{step}", job.work / f"checkpoint-{step}")
-        shutil.copy(whole.job.folder / "metrics.jsonl", job.folder / "metrics.jsonl")
+        for file in whole.job.folder.glob("*.jsonl"):
+            shutil.copy(file, job.folder)
         return job
 
     return leave
@@ -149,15 +171,21 @@ def logged(job: Job) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.endswith(times)} for row in rows]
 
 
+def written(job: Job) -> str:
+    file = job.folder / "samples.jsonl"
+    return file.read_text() if file.exists() else ""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_going_on_from_any_checkpoint_ends_the_same(whole, broken_off, kind):
     expected = whole(kind)
-    assert expected.steps == {"sft, nf4": 2, "sft, amid a pass": 3}.get(kind, STEPS)
+    assert expected.steps == {"sft, nf4": 2, "sft, amid a pass": 3, "grpo": 8, "rloo": 8}.get(kind, STEPS)
     for step in CHECKPOINTS[kind]:
         job = broken_off(expected, step)
         metrics = run(job)
         assert (job.artifact / WEIGHTS).read_bytes() == (expected.job.artifact / WEIGHTS).read_bytes(), step
         assert logged(job) == logged(expected.job), step
+        assert written(job) == written(expected.job), step
         assert metrics == expected.metrics, step
         for later in range(step + 1, expected.steps + 1):  # the next break may come after any of them
             one, other = (of.work / f"checkpoint-{later}" for of in (job, expected.job))
