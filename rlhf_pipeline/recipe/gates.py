@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Recipe, Reward, Stage
 from rlhf_pipeline.shares import Z, interval
@@ -43,9 +44,10 @@ OF_PPO_EVALUATION = {
     "eval_objective/scores", "eval_objective/kl", "eval_objective/rlhf_reward", "eval_reply/length", "eval_reply/ended",
 }  # fmt: skip
 OF_ENSEMBLE = {"eval_disagreement", "eval_margin_disagreement"}
-OF_GROUPS = {  # where `beta`, `loss_type` or other settings have TRL log them
-    "kl", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
-    "clip_ratio/region_mean", "cispo_clip_ratio", "vespo/phi_seq_mean", "policy_loss", "entropy_coef",
+# What GRPO logs of each loss: how much of it was clipped.
+CLIPPED = {f"clip_ratio/{of}" for of in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
+OF_LOSSES = dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo", "luspo"), CLIPPED) | {
+    "cispo": {"cispo_clip_ratio"}, "vespo": {"vespo/phi_seq_mean"},
 }  # fmt: skip
 OF_KL_BUDGET = {"kl_budget/best_step", "kl_budget/exceeded_at_step", "kl_budget/exceeded_with"}
 
@@ -220,6 +222,10 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     kind = stage.facts
     given, certain, possible = stage.trainer, {"train_loss"}, set()
     batches = set(kind.batch_metrics) - {"loss"}
+    if kind.samples:
+        of_settings, unsure = _of_groups(stage)
+        batches |= of_settings
+        possible |= unsure | ({f"eval_{metric}" for metric in unsure} if held_out else set())
     if given.get("use_liger_kernel") and kind.is_policy:  # some versions of TRL do not have them then
         unsure = batches & {"entropy", "mean_token_accuracy"}
         batches -= unsure
@@ -233,11 +239,6 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     (possible if lost else certain).update(batches)
     if held_out:
         certain |= {"eval_loss"} | {f"eval_{metric}" for metric in batches}
-    if kind.samples:
-        always = _of_rewards(stage, lambda reward: reward.function is None)
-        unsure = OF_GROUPS | _of_rewards(stage) | {f"rewards/{one.label}/disagreement" for one in stage.scored_by}
-        certain |= always | ({f"eval_{metric}" for metric in always} if held_out else set())
-        possible |= unsure | ({f"eval_{metric}" for metric in unsure} if held_out else set())
     if kind.is_policy and given.get("router_aux_loss_coef"):  # mixtures of experts have it
         possible |= {"aux_loss"} | ({"eval_aux_loss"} if held_out else set())
     if kind.reads == "preferences":
@@ -254,6 +255,18 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
     if given.get("skip_memory_metrics") is False:
         certain |= {metric.replace("*", "cpu") for metric in OF_MEMORY}
         possible |= {metric.replace("*", "gpu") for metric in OF_MEMORY}
+    return certain, possible
+
+
+def _of_groups(stage: Stage) -> tuple[set[str], set[str]]:
+    """What GRPO and RLOO log of each batch by their settings and rewards: what is certain, and what is possible."""
+    settings = {name: key.default for name, key in keys(stage.kind).items()} | stage.trainer
+    certain = OF_LOSSES.get(settings.get("loss_type"), set()) | ({"kl"} if settings["beta"] else set())
+    certain |= _of_rewards(stage, lambda reward: reward.function is None)
+    possible = _of_rewards(stage, lambda reward: reward.function is not None)  # it may apply to none
+    possible |= {f"rewards/{reward.label}/disagreement" for reward in stage.scored_by if reward.stage is not None}
+    if settings.get("entropy_coef") or settings.get("use_adaptive_entropy"):
+        possible |= {"policy_loss", "entropy_coef"}
     return certain, possible
 
 

@@ -32,6 +32,16 @@ stages:
     data: prompts.jsonl
     trainer: {total_episodes: 4, per_device_train_batch_size: 2, num_ppo_epochs: 1, response_length: 2,
               learning_rate: 1e-3, gradient_checkpointing: false}
+  grpo:
+    init: base
+    data: prompts.jsonl
+    trainer: {max_steps: 1, per_device_train_batch_size: 4, num_generations: 2, max_completion_length: 2,
+              learning_rate: 1e-3, gradient_checkpointing: false}
+  rloo:
+    init: base
+    data: prompts.jsonl
+    trainer: {max_steps: 1, per_device_train_batch_size: 4, num_generations: 2, max_completion_length: 2,
+              learning_rate: 1e-3, gradient_checkpointing: false}
   dpo:
     init: base
     data: preferences.jsonl
@@ -79,6 +89,9 @@ def train(folder: Path, stage: str, *overrides: str) -> tuple[recipes.Recipe, se
         ("ppo", ["ptx_data=demonstrations.jsonl", "trainer.ptx_coef=0.1", "trainer.value_warmup_updates=1",
                  "trainer.normalize_scores=true", "trainer.score_clip=1.0"]),
         ("ppo", ["trainer.value_warmup_updates=2", "trainer.logging_strategy=no"]),
+        ("grpo", [HELD_OUT, EVALUATE, "trainer.logging_steps=1"]),
+        ("grpo", ["trainer.beta=0.1", "trainer.loss_type=cispo", "trainer.logging_steps=1"]),
+        ("rloo", ["trainer.logging_strategy=no"]),
     ],
 )  # fmt: skip
 def test_the_metrics_that_a_recipe_promises_are_those_of_the_stage(
