@@ -158,7 +158,7 @@ _WHOLE_GROUPS = (
 )
 _BUDGET = "set `kl_budget`, which keeps the best policy within it"
 
-_GROUPS_REFUSED: Mapping[str, str] = {
+_GROUPS_REFUSED = {
     "reward_weights": "a reward has its `weight` in the stage's `rewards`",
     "top_p": _SAMPLED, "top_k": _SAMPLED, "min_p": _SAMPLED, "repetition_penalty": _SAMPLED,
     "generation_kwargs": _SAMPLED,
@@ -166,7 +166,6 @@ _GROUPS_REFUSED: Mapping[str, str] = {
     "transformers_continuous_batching_config": _ALIKE, "use_transformers_paged": _ALIKE,
     "chat_template_kwargs": "set `model.chat_template_kwargs`, which holds for all stages",
     "disable_dropout": "there is none: replies are sampled, and the reference and the rewards read, without it",
-    "cast_lm_head_to_fp32": "the recipe's `model.dtype` decides the precision of every stage",
     "use_liger_kernel": "it replaces the pass that the log-probabilities are taken from",
     "liger_kernel_config": "it replaces the pass that the log-probabilities are taken from",
     "neftune_noise_alpha": "its noise would be in log-probabilities that are compared with each other",
@@ -174,17 +173,23 @@ _GROUPS_REFUSED: Mapping[str, str] = {
     "include_num_input_tokens_seen": "tokens are counted anyway, as `num_tokens`",
     "dataloader_drop_last": _WHOLE_GROUPS, "train_sampling_strategy": _WHOLE_GROUPS,
     "log_completions": _WRITTEN, "log_multimodal": _WRITTEN, "num_completions_to_print": _WRITTEN,
-    "log_unique_prompts": _WRITTEN, "log_completions_hub_repo": _WRITTEN,
+    "log_unique_prompts": _WRITTEN,
     **dict.fromkeys((
         "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
         "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
         "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+    ), _NO_VLLM),
+}  # fmt: skip
+_GRPO_REFUSED = {
+    "max_tool_calling_iterations": "policies call no tools here", "log_completions_hub_repo": _WRITTEN,
+    "cast_lm_head_to_fp32": "the recipe's `model.dtype` decides the precision of every stage",
+    **dict.fromkeys((
         "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_cap",
         "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
     ), _NO_VLLM),
 }  # fmt: skip
 # What each rollout is logged as, of GRPO and RLOO alike; the first six by PPO's names.
-_OF_GROUPS: Mapping[str, Over] = {
+_OF_GROUPS: dict[str, Over] = {
     "objective/scores": "rows", "objective/kl": "rows", "reply/length": "rows", "reply/ended": "rows",
     "reply/distinct_2": "rows", "reply/unique": "rows",
     "loss": "rows", "reward": "rows", "reward_std": "rows", "frac_reward_zero_std": "rows", "entropy": "rows",
@@ -393,7 +398,7 @@ KINDS: tuple[Kind, ...] = (
         learning_rate="1e-6 to 1e-5; with LoRA up to ten times that",
         config=Config(
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/grpo_config.py", "GRPOConfig")), "trl.GRPOConfig", reads=None,
-            refused=_GROUPS_REFUSED | {"max_tool_calling_iterations": "policies call no tools here"},
+            refused=_GROUPS_REFUSED | _GRPO_REFUSED,
         ),
         batch_metrics=_OF_GROUPS,
         accuracy=None,

@@ -300,7 +300,9 @@ def _of_ppo(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
         strategy = "steps" if "eval_steps" in given else given.get("eval_strategy", "no")
         # Training evaluates after its last update, if nothing stops it earlier.
         to_the_end = strategy == "steps" and not given.get("eval_delay") and given.get("kl_budget") is None
-        certain |= OF_PPO_EVALUATION if given.get("eval_on_start") or to_the_end else set()
+        if given.get("eval_on_start") or to_the_end:
+            always = _of_rewards(stage, lambda reward: reward.function is None)
+            certain |= OF_PPO_EVALUATION | {f"eval_{metric}" for metric in always}
         if strategy != "no":
             possible |= OF_PPO_EVALUATION | {f"eval_{metric}" for metric in _of_rewards(stage)}
     return certain, possible

@@ -31,7 +31,7 @@ def test_a_reply_is_right_where_its_final_answer_is(reply, right, reward):
 
 
 def test_turns_count_by_the_last_and_rows_without_an_answer_not_at_all():
-    turns = [{"role": "assistant", "content": "It is 7."}]
+    turns = [{"role": "assistant", "content": "It is 9."}, {"role": "assistant", "content": "It is 7."}]
     assert exact(completions=[turns, "7"], answer=["7", None], prompts=["", ""]) == [1.0, None]
     assert exact(["7", "8"]) == [None, None]
 
