@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Artifacts, lora_of
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, RLOOConfig
@@ -16,6 +15,7 @@ from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe.schema import Reward
 from rlhf_pipeline.stages import grpo, rloo
 from rlhf_pipeline.stages.groups import GroupTrainer
+from tests.conftest import Artifacts, lora_of
 
 SETTINGS: dict[str, Any] = {
     "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no",
