@@ -256,6 +256,22 @@ def test_replies_that_do_not_end(run, began, before, limit, said):
     assert ("raise response_length" in texts(run)) == (began < 0.5 and before != 0.0)
 
 
+def test_advice_to_a_policy_that_compares_groups_names_its_own_keys(run):
+    inputs = {"kind": "grpo", "trainer.beta": 0.02, "trainer.num_generations": 4, "trainer.num_iterations": 2}
+    report_run.change(run, "ppo", kind="grpo", inputs=inputs)
+    log(run, "ppo", [{"frac_reward_zero_std": 0.75, "clip_ratio/region_mean": 0.4}] * 5)
+    said = texts(run)
+    assert "In 75% of the groups all replies have the same reward" in said
+    assert "Raise num_generations (now 4) or the temperature" in said
+    assert "40% of the policy's updates are clipped" in said and ", or num_iterations (now 2)." in said
+    along(run, [0.5, 0.7, 0.9, 0.6, 0.3], error=0.04)
+    assert "Raise beta (now 0.02); at that step KL was 2." in texts(run)
+    report_run.write_lines(
+        run / "ppo" / "metrics.jsonl", [{"step": 1, "reply/ended": 0.9}, *[{"step": 2, "reply/ended": 0.0}] * 5]
+    )
+    assert "it was unlearned: raise beta (now 0.02), or add a function to `rewards`" in texts(run)
+
+
 def test_replies_of_a_base_that_never_learned_to_end(run):
     report_run.change(run, "ppo", init="base", parent_weights={})
     report_run.write_lines(run / "ppo" / "metrics.jsonl", [{"step": 1, "reply/ended": 0.0}])

@@ -17,6 +17,8 @@ from rlhf_pipeline.stages import grpo, rloo
 from rlhf_pipeline.stages.groups import GroupTrainer
 from tests.conftest import Artifacts, lora_of
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {
     "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no",
     "gradient_checkpointing": False, "max_steps": 1, "per_device_train_batch_size": 8, "num_generations": 4,
@@ -127,8 +129,7 @@ def test_advantages_of_rloo_are_distances_from_the_mean_of_the_others_less_kl(ma
 # The base that all share
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize(("kind", "beta"), [("grpo", 0.0), ("grpo", 0.1), ("rloo", 0.1)])
 def test_training_begins_without_kl_and_moves_the_policy_alone(make, make_artifacts, kind, beta):
     trainer = make(kind, beta=beta, max_steps=2)
     reward = make_artifacts("llama").reward
@@ -224,7 +225,7 @@ def test_evaluation_says_the_same_each_time_and_takes_no_random_number_of_traini
 
 
 @pytest.mark.parametrize(
-    ("kind", "loss"), [("grpo", "dapo"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("rloo", None)]
+    ("kind", "loss"), [("grpo", "dapo"), ("grpo", "grpo"), ("rloo", None)]
 )  # fmt: skip
 def test_the_loss_does_not_depend_on_how_a_batch_is_divided(make, kind, loss):
     """Of the same replies; TRL's `bnpo` is defined by the part."""
