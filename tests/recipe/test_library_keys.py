@@ -444,3 +444,29 @@ def test_no_shipped_recipe_sets_a_key_without_effect(name, tmp_path, monkeypatch
     loaded = recipe.load(name)
     for stage in loaded.stages.values():
         assert library_keys.without_effect(stage.kind, stage.trainer, stage.data.holds_out) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "useless"),
+    [
+        ({"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0}, {"epsilon", "epsilon_high", "delta"}),
+        ({"epsilon": 0.1, "num_iterations": 2}, set()),
+        ({"epsilon": 0.1, "steps_per_generation": 4, "gradient_accumulation_steps": 2}, set()),
+        ({"epsilon": 0.1, "steps_per_generation": 2, "gradient_accumulation_steps": 2}, {"epsilon"}),
+        ({"epsilon": 0.1, "generation_batch_size": 32, "per_device_train_batch_size": 8}, set()),
+        ({"epsilon": 0.1, "epsilon_high": 5.0, "loss_type": "cispo", "num_iterations": 2}, {"epsilon"}),
+        ({"vespo_k_pos": 2.0, "sapo_temperature_pos": 1.0, "loss_type": "sapo"}, {"vespo_k_pos"}),
+        ({"entropy_target": 0.3}, {"entropy_target"}),
+        ({"entropy_target": 0.3, "use_adaptive_entropy": True}, set()),
+        ({"use_bias_correction_kl": False}, {"use_bias_correction_kl"}),
+        ({"use_bias_correction_kl": False, "beta": 0.1}, set()),
+        ({"scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum"}, {"scale_rewards"}),
+    ],
+)
+def test_keys_of_groups_without_effect(settings, useless):
+    assert set(library_keys.without_effect("grpo", settings)) == useless
+
+
+def test_a_pair_of_numbers_is_a_list_in_yaml():
+    annotation = library_keys.accepted("rloo")["reward_clip_range"]
+    assert not library_keys.type_errors(annotation, [-5.0, 5.0]) and library_keys.type_errors(annotation, "wide")
