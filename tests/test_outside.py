@@ -20,6 +20,7 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import Recipe
+from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import WEIGHTS
 from rlhf_pipeline.smoke import cut
 from rlhf_pipeline.stages import check
@@ -321,3 +322,16 @@ def test_what_people_read_names_it_shortly():
     assert [outside.said(name) for name in ("sft", "base", "/runs/other:sft", f"org/policy@{COMMIT}", "/a/b")] == [
         "sft", "base", "other:sft", "org/policy", "b",
     ]  # fmt: skip
+
+
+def test_members_are_combined_only_where_there_are_several(made, tmp_path):
+    text = RECIPE.format(model=made.spec.path, init="adapters/init", reward="")
+    (tmp_path / "r.yaml").write_text(
+        text.replace("reward: \n", "rewards: [{stage: ./adapters/reward, combine: min}]\n")
+    )
+    loaded = recipe.load(str(tmp_path / "r.yaml"))
+    with pytest.raises(InputError, match="`reward` is one reward model, not several") as caught:
+        try_rewards(loaded, "ppo", Reader(loaded).tokenizer)
+    assert caught.value.place == "stages.ppo.rewards.0.combine"
+    shutil.copytree(made.reward, tmp_path / "adapters" / "reward" / "member-2")
+    try_rewards(loaded, "ppo", Reader(loaded).tokenizer)

@@ -46,7 +46,7 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         if "reward" in roles:
             latest = (other for other in reversed(known) if kinds.get(known[other].kind).makes == "reward")
             named = functools.partial(_reward_stage, recipe, earlier, problems=problems)
-            resolve_rewards(name, stage, next(latest, None), len(known) == len(earlier), named, problems)
+            resolve_rewards(name, stage, next(latest, None), len(known) == len(earlier), earlier, named, problems)
         if kind.own_loop and stage.trainer.get("stop_token_id") is None and "stop_token" not in stage.trainer:
             stage.trainer = {"stop_token": "eos", **stage.trainer}
         if "ptx_data" in kind.further_data:

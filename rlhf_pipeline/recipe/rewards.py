@@ -1,7 +1,7 @@
 """What scores the replies of a stage that samples them: `reward`, or the list `rewards`. No torch."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rlhf_pipeline.kinds import numbered
 from rlhf_pipeline.recipe.origins import Problems
@@ -49,7 +49,13 @@ def classifier(recipe: Recipe, stage: str, place: int) -> Model:
 
 
 def resolve_rewards(
-    name: str, stage: Stage, latest: str | None, is_certain: bool, named: Named, problems: Problems
+    name: str,
+    stage: Stage,
+    latest: str | None,
+    is_certain: bool,
+    earlier: Mapping[str, Stage],
+    named: Named,
+    problems: Problems,
 ) -> None:
     """Fill in what scores a stage's replies; what is wrong is noted.
 
@@ -58,6 +64,7 @@ def resolve_rewards(
         stage: of a kind whose replies are scored.
         latest: the latest reward stage before it, if there is one.
         is_certain: whether the kinds of all stages before it are known.
+        earlier: the stages before it, by name.
         named: looks up the name of a reward stage, or of a reward model from outside.
         problems: where to note what is wrong.
     """
@@ -73,7 +80,7 @@ def resolve_rewards(
             )
             stage.reward = None
         for place, reward in enumerate(stage.rewards):
-            _resolve_one(reward, ("stages", name, "rewards", place), named, problems)
+            _resolve_one(reward, ("stages", name, "rewards", place), earlier, named, problems)
         _require_own_labels(name, stage, problems)
     elif stage.reward is not None:
         stage.reward = named(path, stage.reward)
@@ -88,7 +95,7 @@ def resolve_rewards(
             )
 
 
-def _resolve_one(reward: Reward, path: KeyPath, named: Named, problems: Problems) -> None:
+def _resolve_one(reward: Reward, path: KeyPath, earlier: Mapping[str, Stage], named: Named, problems: Problems) -> None:
     given = [key for key in SOURCES if getattr(reward, key) is not None or problems.is_broken((*path, key))]
     if len(given) != 1:
         said = " and ".join(f"`{key}`" for key in given)
@@ -113,6 +120,15 @@ def _resolve_one(reward: Reward, path: KeyPath, named: Named, problems: Problems
         deviations(reward.combine)
     except ValueError as error:
         problems.add((*path, "combine"), str(error), "std is the standard deviation over the members")
+        return
+    scored_by = earlier.get(str(reward.stage))
+    if scored_by and scored_by.members is None and reward.combine != "mean":
+        problems.add(
+            (*path, "combine"),
+            f"`combine` has no effect: stage `{reward.stage}` trains one reward model, not several",
+            f"set `members` in stage `{reward.stage}`, or remove it",
+            of_key=True,
+        )
 
 
 def _require_own_labels(name: str, stage: Stage, problems: Problems) -> None:

@@ -1,4 +1,4 @@
-"""The rewards of a recipe tried before anything trains: functions on a few rows, classifiers without their weights."""
+"""A recipe's rewards, before anything trains: functions are tried on two rows, classifiers without their weights."""
 
 import json
 from collections.abc import Sequence
@@ -11,18 +11,20 @@ from rlhf_pipeline.data.encode import row_of
 from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.rewards import classifier as classifier_of
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.rewards import classifier, mixture
 from rlhf_pipeline.rewards.batch import Batch
 from rlhf_pipeline.rewards.functions import Function, try_function
+from rlhf_pipeline.rundir.layout import members
 
 REPLY_COLUMNS = ("completion", "response", "answer", "chosen", "output")  # where a row may have a reply to try it on
 PROMPTS = 100  # whose columns count, and that a classifier's chat template is tried on
 
 
 def try_rewards(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """See that the functions and classifiers among a stage's rewards can be used.
+    """See that a stage's rewards can be used; reward stages themselves are seen to elsewhere.
 
     Args:
         recipe: the recipe.
@@ -33,10 +35,15 @@ def try_rewards(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -
         InputError: for all that cannot.
     """
     stage, found = recipe.stages[name], list[InputError]()
-    if all(reward.stage is not None for reward in stage.rewards):
-        return
-    asked = first_prompts(stage.data, PROMPTS)
     for place, reward in enumerate(stage.rewards):
+        value = str(reward.stage)
+        combines = outside.is_one(reward.stage) and reward.combine != "mean"
+        if combines and len(members(outside.folder(value))) == 1:
+            said = f"`combine` has no effect: `{outside.label(value)}` is one reward model, not several"
+            found.append(InputError(said, place=f"stages.{name}.rewards.{place}.combine", hint="remove it"))
+    others = [(place, reward) for place, reward in enumerate(stage.rewards) if reward.stage is None]
+    asked = first_prompts(stage.data, PROMPTS) if others else []
+    for place, reward in others:
         try:
             if reward.function is not None:
                 function = Function(reward.function, recipe.folders, f"stages.{name}.rewards.{place}.function")

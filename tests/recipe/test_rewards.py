@@ -66,8 +66,11 @@ def test_a_function_needs_no_reward_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["weight: 0.5", "combine: min", "name: another"])
 def test_what_decides_the_sum_is_in_the_fingerprint(tmp_path: Path, change: str) -> None:
     earlier = {"sft": "a", "reward": "b", "other": "c"}
-    plain = stage_inputs(written(tmp_path, "reward: reward"), "ppo", earlier, Digests())
-    changed = stage_inputs(written(tmp_path, f"rewards: [{{stage: reward, {change}}}]"), "ppo", earlier, Digests())
+    head = HEAD.replace("tiny:preferences}", "tiny:preferences, members: 2}", 1)
+    plain = stage_inputs(written(tmp_path, "reward: reward", head), "ppo", earlier, Digests())
+    changed = stage_inputs(
+        written(tmp_path, f"rewards: [{{stage: reward, {change}}}]", head), "ppo", earlier, Digests()
+    )
     assert changed.keys() - plain.keys() == {"rewards.0.stage", f"rewards.0.{change.partition(':')[0]}"}
 
 
@@ -92,6 +95,7 @@ def test_it_is_written_as_it_was_said(tmp_path: Path) -> None:
         ("rewards: [{weight: 2.0}]", "stages.ppo.rewards.0", "names no reward"),
         ("rewards: [{stage: reward, weight: 0}]", "stages.ppo.rewards.0.weight", "weight 0 changes nothing"),
         ("rewards: [{stage: reward, revision: main}]", "stages.ppo.rewards.0.revision", "beside `model` alone"),
+        ("rewards: [{stage: reward, combine: min}]", "stages.ppo.rewards.0.combine", "`reward` trains one reward"),
         ("rewards: [{stage: reward, combine: max}]", "stages.ppo.rewards.0.combine", "got 'max'"),
         ("rewards: [{stage: reward}, {stage: reward}]", "stages.ppo.rewards.1", "two rewards are called `reward`"),
         ("rewards: [{function: nothing}]", "stages.ppo.rewards.0.function", "expected `module:function`"),
