@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Rows = Literal["demonstrations", "preferences", "prompts"]
+Rows = Literal["demonstrations", "preferences", "prompts", "feedback"]
 Makes = Literal["policy", "reward"]
-Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts"]
-# What a number of an evaluation is over: all rows, all tokens of replies, or those of one of the two replies; else it
-# is the least, the most or the last of what its batches have.
-Over = Literal["rows", "tokens", "chosen tokens", "rejected tokens", "least", "most", "last"]
+Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts", "replies"]
+# What a number of an evaluation is over: all rows, all tokens of replies, or those of the good or of the bad replies;
+# else it is the least, the most or the last of what its batches have.
+Over = Literal[
+    "rows", "chosen rows", "rejected rows", "tokens", "chosen tokens", "rejected tokens", "least", "most", "last"
+]  # fmt: skip
 JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
 REPLIES = "judge_replies"  # how many replies that is the mean of
 GAP = "generation_gap"  # how far it samples from what whole passes give, in nats a token
@@ -81,7 +83,7 @@ class Kind:
         method: in the middle of a sentence.
         reads: what its rows are.
         encoding: the form in which its trainer gets them: a pair is prompt and replies apart, a whole pair is prompt
-            and reply as one.
+            and reply as one; `replies` are prompt and one reply apart.
         makes: what its artifact is.
         artifact: the folder in the stage's own that holds what it made.
         parents: the earlier stages that it needs, the one whose adapter it starts from first.
@@ -157,6 +159,8 @@ _WHOLE_GROUPS = (
     "batches are made of whole groups: the prompts of an epoch that make no whole batch wait for a later one"
 )
 _BUDGET = "set `kl_budget`, which keeps the best policy within it"
+_LIGER = "in some versions of TRL its loss leaves out the weights of good and bad replies"
+_DRAWN = "KTO compares prompts with replies of the same batch, and batches are drawn anew in each epoch"
 
 _GROUPS_REFUSED = {
     "reward_weights": "a reward has its `weight` in the stage's `rewards`",
@@ -377,6 +381,51 @@ KINDS: tuple[Kind, ...] = (
         ),
         example="the first pair; every [token] carries loss",
         color=2,
+    ),
+    Kind(
+        name="kto",
+        title="KTO",
+        method="Kahneman-Tversky optimization",
+        reads="feedback",
+        encoding="replies",
+        makes="policy",
+        artifact="adapter",
+        parents=(_INIT,),
+        begins=False,
+        keeps_reference=True,
+        samples=False,
+        own_loop=False,
+        further_data={},
+        unread={},
+        reply_limit=None,
+        held_back_by="beta",
+        learning_rate="5e-6 to 1e-5",
+        config=Config(
+            (*_TRAINING_ARGUMENTS, ("trl", "trainer/kto_config.py", "KTOConfig")), "trl.KTOConfig", reads=None,
+            refused={
+                "label_smoothing_factor": "KTO's losses do not read it",
+                "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
+                "train_sampling_strategy": "rows come in a new order in each epoch, replies of all lengths together",
+                "precompute_ref_log_probs": _DRAWN, "precompute_ref_batch_size": _DRAWN,
+                "use_liger_kernel": _LIGER, "liger_kernel_config": _LIGER,
+            },
+        ),
+        batch_metrics={
+            "loss": "rows", "kl": "rows", "rewards/chosen": "chosen rows", "rewards/rejected": "rejected rows",
+            "rewards/margins": "rows", "logps/chosen": "chosen rows", "logps/rejected": "rejected rows",
+            "entropy": "tokens", "logits/chosen": "chosen tokens", "logits/rejected": "rejected tokens",
+            "num_tokens": "last",
+        },
+        accuracy=None,
+        numbers=(
+            Number("held-out margin", "eval_rewards/margins", logged=None, changes=False),
+            Number("loss", "loss", logged="loss", changes=True),
+            Number("margin", "rewards/margins", logged="rewards/margins", changes=True),
+            Number("KL", "kl", logged="kl", changes=True),
+            _JUDGE,
+        ),
+        example="the first reply; every [token] carries loss",
+        color=4,
     ),
     Kind(
         name="grpo",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.data import balance
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.data.shapes import Wanted, recognise
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
@@ -198,6 +199,24 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
                 problems.append(error)
     if problems:
         raise InputErrors(problems)
+    return found
+
+
+def class_weights(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The weights of good and bad replies in each stage that learns from both, as its rows balance them.
+
+    Returns:
+        For each such stage its `desirable_weight` and `undesirable_weight`, and the `good` and `bad` replies that they
+        balance, as `stages/kto.py` counts them. What only the run can tell is None: the rows of a hub dataset, and
+        those of which several together tell what is good.
+    """
+    found = {}
+    for name, stage in recipe.stages.items():
+        if stage.facts.reads == "feedback":
+            given = [stage.trainer.get(key) for key in balance.KEYS]
+            good, bad = balance.count(stage.data) or (None, None)
+            weights = balance.weights(good, bad, *given) if good and bad else given
+            found[name] = dict(zip(balance.KEYS, weights, strict=True)) | {"good": good, "bad": bad}
     return found
 
 

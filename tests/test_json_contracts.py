@@ -32,6 +32,7 @@ stages:
   sft: {{data: demonstrations.jsonl, gates: {{train_loss: "<= 9"}}, trainer: {{learning_rate: {rate}}}}}
   reward: {{data: {{path: preferences.jsonl, eval_fraction: 0.2}}}}
   ppo: {{data: prompts.jsonl, ptx_data: pairs.jsonl, trainer: {{ptx_coef: 0.1}}}}
+  kto: {{data: preferences.jsonl}}
 """
 RECORD = {
     "name": "sft", "kind": "sft", "state": "done", "init": "base", "reward": None, "fingerprint": "0" * 32,

@@ -57,7 +57,7 @@ def plan(
     from rlhf_pipeline.terminal.console import Console
 
     loaded = recipes.load(recipe, overrides or [])
-    shapes = plans.shapes(loaded)
+    shapes, weights = plans.shapes(loaded), plans.class_weights(loaded)
     stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates, reuse=not no_reuse)
     wanted = to_do.find(
         loaded,
@@ -75,10 +75,11 @@ def plan(
             stage["will"] = wanted.stages.get(stage["name"])
             stage["will_run"] = stage["will"] in to_do.RUNS
             stage["data"] = shapes[stage["name"]]
+            stage["class_weights"] = weights.get(stage["name"])
         typer.echo(strict_json.dumps(object_, indent=2))
     else:
         remote_code = loaded.model.path if loaded.model.trust_remote_code else None
-        tables.intentions(stages, wanted, shapes, remote_code, Console())
+        tables.intentions(stages, wanted, shapes, weights, remote_code, Console())
 
 
 @app.command(

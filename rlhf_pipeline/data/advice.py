@@ -9,13 +9,14 @@ from rlhf_pipeline.data.columns import ASKED, CHOSEN, OF_THE_PROMPT, REPLY, WHOL
 from rlhf_pipeline.data.marks import NO_MARK, SCORE, lower_is_better
 from rlhf_pipeline.data.words import is_number
 
-Wanted = Literal["demonstrations", "preferences", "prompts"]
+Wanted = Literal["demonstrations", "preferences", "prompts", "feedback"]
 
 # What the columns of each kind of rows are at their plainest, and what else people call them.
 PLAINEST: dict[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "completion"),
     "preferences": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt",),
+    "feedback": ("prompt", "completion"),
 }
 OTHER_NAMES = {
     "prompt": (*ASKED, "input", "user", "human", "context", "request", "post", "problem", "history", "inputs"),
@@ -36,6 +37,8 @@ def needs(wanted: Wanted) -> str:
         "preferences": "`chosen` and `rejected`, or a prompt with `replies` from best to worst, or a prompt with a "
         "reply and its `score` or `label`",
         "prompts": "`prompt`, `messages`, `instruction` or `question`",
+        "feedback": "a prompt with a reply and its `label`, `thumb` or `rating`, or preferences, as `chosen` and "
+        "`rejected`",
     }[wanted]
 
 
@@ -71,7 +74,7 @@ def advice(wanted: Wanted, names: list[str], seen: Seen, columns: Mapping[str, s
         more = {plain(name): name for name in seen.values if plain(name) != name and name not in found.values()}
         found |= {expected: name for expected, name in more.items() if expected in OF_THE_PROMPT[len(ASKED) :]}
         return f"perhaps {renames(columns, found)}"
-    if wanted == "preferences" and others == ["demonstrations", "prompts"]:
+    if wanted in ("preferences", "feedback") and others == ["demonstrations", "prompts"]:
         numbers = [
             name
             for name in seen.values

@@ -24,14 +24,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.encode import ROW, Layout, Notes, encode, hash_of
 from rlhf_pipeline.data.files import Located, local_files
-from rlhf_pipeline.data.shapes import Shape
-from rlhf_pipeline.data.sources import BATCH, batched, load_hub, open_source, records
+from rlhf_pipeline.data.shapes import Shape, Wanted
+from rlhf_pipeline.data.sources import BATCH, batched, count_labels, load_hub, open_source, records
 from rlhf_pipeline.data.turns import Record
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.recipe.schema import Data, Source
 
-TOKENS, NUMBER, KEY = pa.list_(pa.int32()), pa.int32(), pa.int64()
+TOKENS, LABEL, NUMBER, KEY = pa.list_(pa.int32()), pa.bool_(), pa.int32(), pa.int64()
 
 
 class Encoded(NamedTuple):
@@ -116,9 +116,10 @@ def _encode_source(
     counts = notes.counts
     found = records(rows, shape, layout.wanted, spec, counts)
     if shape.of_replies is not None:
-        found = _of_all_replies(found, shape, counts, file.parent)
+        found = _of_all_replies(found, shape, layout.wanted, counts, file.parent)
     schema = pa.schema(
         dict.fromkeys(layout.columns, TOKENS)
+        | dict.fromkeys(layout.labels, LABEL)
         | dict.fromkeys(("prompt_key", "row_key"), KEY)
         | dict.fromkeys(layout.lengths, NUMBER)
         | ({ROW: pa.string()} if layout.keeps_row else {})
@@ -131,7 +132,7 @@ def _encode_source(
 
 
 def _of_all_replies(
-    found: Iterator[tuple[Located, Record]], shape: Shape, counts: Counter[str], folder: Path
+    found: Iterator[tuple[Located, Record]], shape: Shape, wanted: Wanted, counts: Counter[str], folder: Path
 ) -> Iterator[tuple[Located, Record]]:
     """The records of shapes in which the replies to a prompt are in several rows, wherever those are in the data.
 
@@ -172,6 +173,8 @@ def _of_all_replies(
             made = shape.of_replies([(json.loads(row["reply"]), row["score"]) for row in replies])
             if not made:
                 counts["rows_without_pair"] += len(replies)
+            if wanted == "feedback":
+                count_labels(made, counts)
             for record in made:
                 yield Located(replies[0]["place"], replies[0]["number"], {}), (json.loads(text), *record)
 

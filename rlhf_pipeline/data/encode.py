@@ -45,6 +45,7 @@ class Layout:
         lengths: columns with the number of tokens, before any cut.
         join: makes the columns of a prompt's tokens and those of its replies.
         keeps_row: there is a column `row`, too; see `row_of`.
+        labels: columns of what a record says behind its replies: whether they are good.
     """
 
     wanted: Wanted
@@ -52,6 +53,7 @@ class Layout:
     lengths: tuple[str, ...]
     join: Callable[..., tuple[Ids, ...]]
     keeps_row: bool = False
+    labels: tuple[str, ...] = ()
 
 
 DEMONSTRATIONS = Layout(
@@ -65,6 +67,13 @@ PREFERENCES = Layout(
     ("prompt_ids", "chosen_ids", "rejected_ids"),
     ("prompt_length", "chosen_length", "rejected_length"),
     lambda prompt, chosen, rejected: (prompt, chosen, rejected),
+)
+FEEDBACK = Layout(
+    "feedback",
+    ("prompt_ids", "completion_ids"),
+    ("prompt_length", "reply_length"),
+    lambda prompt, reply: (prompt, reply),
+    labels=("label",),
 )
 PROMPTS = Layout("prompts", ("input_ids",), ("prompt_length",), lambda prompt: (prompt,))
 PROMPTS_WITH_ROWS = replace(PROMPTS, keeps_row=True)
@@ -94,10 +103,12 @@ def encode(
 ) -> dict[str, list[Any]]:
     """A batch of records as the columns of a layout."""
     limits = [spec.max_prompt_length, *[spec.max_completion_length] * (len(layout.lengths) - 1)]
-    columns: dict[str, list[Any]] = {name: [] for name in (*layout.columns, "prompt_key", "row_key", *layout.lengths)}
-    if layout.keeps_row:
-        columns[ROW] = []
-    for (located, record), parts in zip(batch, _tokens(tokenizer, spec, batch, notes), strict=True):
+    names = (*layout.columns, *layout.labels, "prompt_key", "row_key", *layout.lengths)
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, *((ROW,) if layout.keeps_row else ()))}
+    ends = [len(record) - len(layout.labels) for _, record in batch]
+    asked = [(located, record[:end]) for (located, record), end in zip(batch, ends, strict=True)]
+    encoded = _tokens(tokenizer, spec, asked, notes)
+    for (located, record), end, parts in zip(batch, ends, encoded, strict=True):
         if parts is None:
             continue
         lengths = [len(part) for part in parts]
@@ -110,7 +121,8 @@ def encode(
         notes.counts["eos_within"] += any(tokenizer.eos_token_id in part[:-1] for part in parts[1:])
         cut = [_last(parts[0], limits[0]), *(part[: limits[1]] for part in parts[1:])]
         row_key = hash_of(record)
-        values = [*layout.join(*cut), hash_of(record[0]) if record[0] else row_key, row_key, *lengths]
+        prompt_key = hash_of(record[0]) if record[0] else row_key
+        values = [*layout.join(*cut), *record[end:], prompt_key, row_key, *lengths]
         values += [row_of(record[0], located.row)] if layout.keeps_row else []
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)

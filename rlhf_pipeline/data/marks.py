@@ -69,13 +69,14 @@ class Mark(NamedTuple):
     column: str
 
 
-def mark(seen: Seen, reply: str | None, pairs: bool) -> Mark | None:
+def mark(seen: Seen, reply: str | None, pairs: bool, needed: bool) -> Mark | None:
     """How single replies are marked.
 
     Args:
         seen: the first rows.
         reply: the column with the reply, which a label may repeat; None of conversations.
         pairs: whether pairs are to be made: then a score counts before a label, since it says more.
+        needed: whether rows are of no use without a mark: each that has another value is named then.
 
     Raises:
         UnclearError: a column marks some of the replies, and holds something else of others.
@@ -87,15 +88,14 @@ def mark(seen: Seen, reply: str | None, pairs: bool) -> Mark | None:
         if _scores(seen, name, pairs) or _labels(seen, name, reply)
     ]
     found = [*scores, *labels] if pairs else [*labels, *scores]
-    # Rows for pairs are of no use without a mark: each that has another value is named.
     others = [
-        Mark("label", name) for name in THUMB[:2] if pairs and name in seen and not repeats_reply(seen, name, reply)
+        Mark("label", name) for name in THUMB[:2] if needed and name in seen and not repeats_reply(seen, name, reply)
     ]
     return next(iter([*found, *others]), None)
 
 
 def _scores(seen: Seen, name: str, pairs: bool) -> bool:
-    """Whether a column holds scores. For demonstrations 1 and 0 alone, or 1 and -1, are good and bad."""
+    """Whether a column holds scores. Where no pairs are made, 1 and 0 alone, or 1 and -1, are good and bad."""
     values = {as_word(value) for value in seen.values.get(name, ()) if is_number(value)}
     return seen.mostly(name, is_number) and (pairs or values not in ({"0", "1"}, {"-1", "1"}))
 
@@ -159,6 +159,16 @@ def pairs_of(replies: Scored) -> list[Record]:
 def best(replies: Scored) -> list[Record]:
     """The reply with the highest score, the first of several."""
     return [(max(replies, key=lambda reply: reply[1])[0],)]
+
+
+def best_and_worst(replies: Scored) -> list[Record]:
+    """Each reply with the highest score, which is good, and each with the lowest, which is not; none where all equal.
+
+    What is between them is left out: it is neither.
+    """
+    scores = [score for _, score in replies]
+    high, low = max(scores), min(scores)
+    return [(reply, score == high) for reply, score in replies if score in (high, low)] if high > low else []
 
 
 class Ranking(NamedTuple):

@@ -23,10 +23,12 @@ COLUMNS: dict[Encoding, list[str]] = {
     "demonstrations": ["input_ids", "labels"],
     "whole_pairs": ["chosen_ids", "rejected_ids"],
     "pairs": ["prompt_ids", "chosen_ids", "rejected_ids"],
+    "replies": ["prompt_ids", "completion_ids"],
     "prompts": ["input_ids"],
 }
 REPLIES: dict[Encoding, list[str]] = {
-    "demonstrations": ["reply"], "whole_pairs": ["chosen", "rejected"], "pairs": ["chosen", "rejected"], "prompts": [],
+    "demonstrations": ["reply"], "whole_pairs": ["chosen", "rejected"], "pairs": ["chosen", "rejected"],
+    "replies": ["reply"], "prompts": [],
 }  # fmt: skip
 
 AT_ONCE = 10_000  # rows
@@ -177,7 +179,7 @@ def _run_together(
         elif encoding == "whole_pairs":
             ids, start = row["chosen_ids"], min(row["prompt_length"], spec.max_prompt_length or row["prompt_length"])
         else:
-            ids, start = row["prompt_ids"] + row["chosen_ids"], len(row["prompt_ids"])
+            ids, start = row["prompt_ids"] + row[COLUMNS[encoding][1]], len(row["prompt_ids"])
         prompt, reply = ids[:start], ids[start:]
         before = tokenizer.decode(prompt[-8:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         both = tokenizer.decode(prompt[-8:] + reply[:8], skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -316,22 +318,23 @@ def _count(
             sums["without_eos"] += int((~ended).sum())
             sums["empty"] += int(((whole == 1) & (ids.last() == eos)).sum())
         else:
-            chosen, rejected = columns[-2:]
-            sums["equal"] += _equal(chosen, rejected)
+            replies = columns[-len(REPLIES[encoding]) :]
+            if len(replies) == 2:
+                sums["equal"] += _equal(*replies)
             if encoding == "whole_pairs":
                 assert prompt_lengths is not None
                 before = prompt_lengths[places]
                 if spec.max_prompt_length is not None:
                     before = np.minimum(before, spec.max_prompt_length)
-                left = np.maximum(chosen.lengths, rejected.lengths) <= (limit or np.inf)
+                left = np.maximum(*(reply.lengths for reply in replies)) <= (limit or np.inf)
             else:
                 before = first.lengths
                 left = before < (limit or np.inf) if not trainer.keep_end else left
             sums["dropped"] += int((~left).sum())
             cut, beyond = np.zeros(rows, bool), np.zeros(rows, bool)
-            for number, reply in enumerate((chosen, rejected)):
+            for number, reply in enumerate(replies):
                 whole = reply.lengths if encoding == "whole_pairs" else before + reply.lengths
-                begin, end = _window(whole, trainer) if encoding == "pairs" else (np.zeros(rows, np.int64), whole)
+                begin, end = (np.zeros(rows, np.int64), whole) if encoding == "whole_pairs" else _window(whole, trainer)
                 cut |= end - begin < whole
                 beyond |= end - begin > positions
                 sums["tokens"] += int((end - begin)[left].sum())
@@ -349,7 +352,7 @@ def _count(
     return {
         "example": _example(encoding, table[first_left], tokenizer, trainer) if len(table) else None,
         "tokens": sums["tokens"],
-        "loss_tokens": sums["loss"] if encoding in ("demonstrations", "pairs") else None,
+        "loss_tokens": sums["loss"] if encoding in ("demonstrations", "pairs", "replies") else None,
         "max_length": {"cut": sums["cut"], "left_out": sums["dropped"]},
         "replies": {
             "count": sums["replies"],
@@ -405,9 +408,12 @@ def _example(
         learned[:1] = [False] * len(learned[:1])  # nothing predicts the first token
         return {"text": _shown(tokenizer, row["input_ids"][begin:end], learned)}
     example = {}
-    for name in ("chosen", "rejected"):
-        ids = row[f"{name}_ids"]
-        if encoding == "pairs":
+    names = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+    if encoding == "replies":
+        names = {"good" if row["label"] else "bad": "completion_ids"}
+    for name, of_reply in names.items():
+        ids = row[of_reply]
+        if encoding != "whole_pairs":
             before = len(row["prompt_ids"])
             ids = row["prompt_ids"] + ids
             begin, end = (int(edge[0]) for edge in _window(np.array([len(ids)]), trainer))

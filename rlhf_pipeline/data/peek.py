@@ -18,10 +18,16 @@ def first_rows(source: Source, n: int = SAMPLE) -> list[dict[str, Any]] | None:
     Raises:
         InputError: a file cannot be read that far, there is none, it has no rows, or lacks a mapped column.
     """
-    if not is_local(source.path):
-        return None
-    found = itertools.chain.from_iterable(rows_of_file(file) for file in local_files(source))
-    return [one.row for one in itertools.islice(renamed(found, source), n)]
+    return [one.row for one in itertools.islice(rows_of(source), n)] if is_local(source.path) else None
+
+
+def rows_of(source: Source) -> Iterator[Located]:
+    """The rows of a source of local files, with `columns` applied, up to its `limit`.
+
+    Raises:
+        InputError: see `first_rows`.
+    """
+    return renamed(itertools.chain.from_iterable(rows_of_file(file) for file in local_files(source)), source)
 
 
 def renamed(rows: Iterator[Located], source: Source) -> Iterator[Located]:

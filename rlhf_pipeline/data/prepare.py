@@ -15,9 +15,18 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline.data import cache
+from rlhf_pipeline.data import cache, mix
 from rlhf_pipeline.data.cache import Encoded, Known
-from rlhf_pipeline.data.encode import DEMONSTRATIONS, PREFERENCES, PROMPTS, PROMPTS_WITH_ROWS, ROW, Layout, hash_of
+from rlhf_pipeline.data.encode import (
+    DEMONSTRATIONS,
+    FEEDBACK,
+    PREFERENCES,
+    PROMPTS,
+    PROMPTS_WITH_ROWS,
+    ROW,
+    Layout,
+    hash_of,
+)
 from rlhf_pipeline.data.sources import load_hub, open_source, records, where
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
@@ -39,10 +48,11 @@ class Prepared:
             each column is `used_as`.
         counts: `rows` that were read; `bad_rows`, `too_long`, `rows_without_pair`, `not_trained` (of weight 0 alone),
             which were left out; of rows with labels `good_replies` and `bad_replies`, of which demonstrations leave the
-            bad ones out; `conversations`, the rows in use whose prompts go through the chat template. Those of
-            `eval_data` have names that begin with `eval_`; `unlike_template`, the rows that the chat template itself
-            writes otherwise; `eos_within`, those with an EOS before the end of a reply; and `foreign_end`, those with a
-            reply that ends in the EOS of other models, which is text to this one.
+            bad ones out, and of feedback those in use, before any are held out; `conversations`, the rows in use whose
+            prompts go through the chat template. Those of `eval_data` have names that begin with `eval_`;
+            `unlike_template`, the rows that the chat template itself writes otherwise; `eos_within`, those with an EOS
+            before the end of a reply; and `foreign_end`, those with a reply that ends in the EOS of other models, which
+            is text to this one.
         unlike_template: see `encode.Notes`.
     """
 
@@ -82,6 +92,11 @@ def whole_preferences(
     return _prepare(PREFERENCES, spec, tokenizer, seed, known, join=True)
 
 
+def feedback(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None) -> Prepared:
+    """Rows for KTO: `prompt_ids`, `completion_ids` and `label`, whether the reply is good; see `demonstrations`."""
+    return _prepare(FEEDBACK, spec, tokenizer, seed, known)
+
+
 def prompts(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None) -> Prepared:
     """Rows for PPO: `input_ids` of the prompt alone; see `demonstrations`."""
     return _prepare(PROMPTS, spec, tokenizer, seed, known)
@@ -116,7 +131,9 @@ def first_prompts(spec: Data, n: int, among: Iterable[int] | None = None) -> lis
         left.discard(key)
         return wanted
 
-    for share, source in zip(_shares(spec) or [1 / len(spec.sources)] * len(spec.sources), spec.sources, strict=True):
+    for share, source in zip(
+        mix.shares(spec) or [1 / len(spec.sources)] * len(spec.sources), spec.sources, strict=True
+    ):
         rows, shape = open_source(source, "prompts", spec.chat, load_hub(source))
         read = records(rows, shape, "prompts", spec, Counter())
         asked = ((record[0], located.row) for located, record in read if is_wanted(record[0]))
@@ -161,9 +178,10 @@ def _prepare(
     tables, counts = [one.table for one in found], Counter[str]()
     for one in found:
         counts.update(one.counts)
-    turns = [one.counts.get("conversations", 0) / len(one.table) for one in found]
-    taken = _taken(tables, spec)
-    counts["conversations"] = sum(round(share * count) for share, count in zip(turns, taken, strict=True))
+    taken = mix.taken([len(table) for table in tables], spec)
+    for name in ("conversations", *(("good_replies", "bad_replies") if layout.labels else ())):
+        shares = [one.counts.get(name, 0) / len(one.table) for one in found]
+        counts[name] = sum(round(share * count) for share, count in zip(shares, taken, strict=True))
     table = _mixed(tables, taken, seed)
     held_out, apart = None, []
     if spec.eval_data is not None:
@@ -172,7 +190,7 @@ def _prepare(
         counts.update({f"eval_{name}": count for name, count in of_source.items()})
     elif spec.eval_fraction:
         table, held_out = _split(table, spec, seed)
-    columns = [name for name in (*layout.columns, ROW) if name in table.column_names]
+    columns = [name for name in (*layout.columns, *layout.labels, ROW) if name in table.column_names]
     return Prepared(
         table.select_columns(columns),
         None if held_out is None else held_out.select_columns(columns),
@@ -182,21 +200,6 @@ def _prepare(
         dict(counts),
         next((one.unlike_template for one in [*found, *apart] if one.unlike_template), None),
     )
-
-
-def _shares(spec: Data) -> list[float] | None:
-    """Each source's share of the mix; None without weights."""
-    weights = [source.weight for source in spec.mix if source.weight is not None]  # of all sources, or of none
-    return [weight / sum(weights) for weight in weights] or None
-
-
-def _taken(tables: list[Dataset], spec: Data) -> list[int]:
-    """How many rows of each table are used: all, or as many as the weights allow with none twice."""
-    shares = _shares(spec)
-    if shares is None:
-        return [len(table) for table in tables]
-    total = min(len(table) / share for table, share in zip(tables, shares, strict=True))
-    return [min(len(table), max(1, round(total * share))) for table, share in zip(tables, shares, strict=True)]
 
 
 def _mixed(tables: list[Dataset], counts: list[int], seed: int) -> Dataset:

@@ -1,9 +1,10 @@
 """The shapes that rows come in, recognised from their columns, and what is read of one row. No libraries.
 
 Every shape becomes the same records: a prompt and a reply (demonstrations), a prompt, a chosen and a rejected reply
-(preferences), or a prompt (prompts). Where the columns fit several shapes, the first one counts in the order in which
-`_demonstrations`, `_preferences` and `_prompts` try them. Where it is not sure what a column means that would change
-what is learned, the rows are refused, with what `columns` may say about it.
+(preferences), a prompt, a reply and whether that is good (feedback), or a prompt (prompts). Where the columns fit
+several shapes, the first one counts in the order in which `_demonstrations`, `_preferences`, `_feedback` and `_prompts`
+try them. Where it is not sure what a column means that would change what is learned, the rows are refused, with what
+`columns` may say about it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,7 @@ from rlhf_pipeline.data.marks import (
     Mark,
     Scored,
     best,
+    best_and_worst,
     mark,
     number,
     pairs_of,
@@ -207,7 +209,7 @@ def _demonstrations(seen: Seen, chat: bool | None) -> Shape | None:
     if asked and reply:
         require_replies_themselves(seen, [reply.column])
         _require_reply_alone(seen, asked, reply.column)
-        return _single(asked, reply, mark(seen, reply.column, pairs=False), pairs=False) or Shape(
+        return _single(asked, reply, _mark(seen, reply.column, "demonstrations"), "demonstrations") or Shape(
             f"{asked.name}/{reply.column}",
             f"{asked.name}/{reply.column}: {asked.says} and {reply.says}",
             lambda row: [(to_be_answered(asked.read(row)), reply.read(row))],
@@ -215,9 +217,9 @@ def _demonstrations(seen: Seen, chat: bool | None) -> Shape | None:
         )
     column = seen.first_of(WHOLE)
     if column and "chosen" not in seen:
-        marked = mark(seen, None, pairs=False)
+        marked = _mark(seen, None, "demonstrations")
         if marked:
-            return _marked_conversations(column, marked, pairs=False)
+            return _marked_conversations(column, marked, "demonstrations")
         says = f"{column}: conversations, whose last turn is the reply"
         return Shape(column, says, lambda row: demonstration(row, column), used_as={column: "conversation"})
     preferences = _preferences(seen, chat)
@@ -244,7 +246,7 @@ def _text_alone(seen: Seen) -> Shape:
             "each row is one turn, by its `role`: a row should hold a prompt and its reply",
             ({UNUSED: "role"}, "learns every `text` on its own"),
         )
-    marked = mark(seen, None, pairs=False)
+    marked = _mark(seen, None, "demonstrations")
     if marked and marked.kind == "label":
         raise UnclearError(
             f"`{marked.column}` may say that some of the texts are bad, and all of them would be learned",
@@ -259,6 +261,23 @@ def _text_alone(seen: Seen) -> Shape:
 
 
 def _preferences(seen: Seen, chat: bool | None) -> Shape | None:
+    return _pair(seen, chat) or _ranking(seen, chat, pairs_of) or _marked(seen, chat, "preferences")
+
+
+def _feedback(seen: Seen, chat: bool | None) -> Shape | None:
+    pairs = _pair(seen, chat)
+    if pairs is None:
+        return _ranking(seen, chat, best_and_worst) or _marked(seen, chat, "feedback")
+
+    def read(row: Row) -> list[Record]:
+        found = pairs.read(row)
+        return [(prompt, *reply) for prompt, *both in found for reply in zip(both, (True, False), strict=True)]
+
+    return replace(pairs, says=f"{pairs.says}; the chosen one is good, the rejected one bad", read=read)
+
+
+def _pair(seen: Seen, chat: bool | None) -> Shape | None:
+    """A better and a worse reply in each row."""
     asked, better = prompts.find(seen, chat), seen.first_of(CHOSEN)
     if better and "rejected" in seen:
         return _chosen_and_rejected(seen, chat, asked, better)
@@ -268,15 +287,21 @@ def _preferences(seen: Seen, chat: bool | None) -> Shape | None:
             return _beside_rejected(column)
         if asked and "response" in seen:
             return _replies_to(asked, "response", "rejected_response")
-    ranked = _ranking(seen, chat, pairs_of)
-    if ranked:
-        return ranked
-    reply = _reply(seen)
+    return None
+
+
+def _marked(seen: Seen, chat: bool | None, wanted: Wanted) -> Shape | None:
+    """A reply in each row, and how good it is."""
+    asked, reply, column = prompts.find(seen, chat), _reply(seen), seen.first_of(WHOLE)
     if asked and reply:
         _require_reply_alone(seen, asked, reply.column)
-        return _single(asked, reply, mark(seen, reply.column, pairs=True), pairs=True)
-    marked = mark(seen, None, pairs=True) if column else None
-    return _marked_conversations(column, marked, pairs=True) if column and marked else None
+        return _single(asked, reply, _mark(seen, reply.column, wanted), wanted)
+    marked = _mark(seen, None, wanted) if column else None
+    return _marked_conversations(column, marked, wanted) if column and marked else None
+
+
+def _mark(seen: Seen, reply: str | None, wanted: Wanted) -> Mark | None:
+    return mark(seen, reply, pairs=wanted == "preferences", needed=wanted != "demonstrations")
 
 
 def _prompts(seen: Seen, chat: bool | None) -> Shape | None:
@@ -297,7 +322,7 @@ def _prompts(seen: Seen, chat: bool | None) -> Shape | None:
 
 
 _FIND: dict[Wanted, Callable[[Seen, bool | None], Shape | None]] = {
-    "demonstrations": _demonstrations, "preferences": _preferences, "prompts": _prompts,
+    "demonstrations": _demonstrations, "preferences": _preferences, "prompts": _prompts, "feedback": _feedback,
 }  # fmt: skip
 
 
@@ -341,7 +366,7 @@ def _first_answer(row: Row) -> str:
     return text_of({"answers": texts[0]}, "answers")
 
 
-def _single(asked: Asked, reply: _Reply, marked: Mark | None, pairs: bool) -> Shape | None:
+def _single(asked: Asked, reply: _Reply, marked: Mark | None, wanted: Wanted) -> Shape | None:
     """A prompt and one reply in each row, and how good that is; None where nothing says it."""
     if marked is None:
         return None
@@ -350,35 +375,47 @@ def _single(asked: Asked, reply: _Reply, marked: Mark | None, pairs: bool) -> Sh
         f"{asked.says} and",
         lambda row: [(to_be_answered(asked.read(row)), reply.read(row))],
         marked,
-        pairs,
+        wanted,
         {**asked.uses, reply.column: "reply"},
     )
 
 
-def _marked_conversations(column: str, marked: Mark, pairs: bool) -> Shape:
+def _marked_conversations(column: str, marked: Mark, wanted: Wanted) -> Shape:
     """A whole conversation in each row, and how good the reply is that ends it."""
     name = f"{column}/{marked.column}"
     says, uses = "conversations, whose last turn is", {column: "conversation"}
-    return _of_marked(name, says, lambda row: demonstration(row, column, judged=not pairs), marked, pairs, uses)
+    judged = wanted == "demonstrations"
+    return _of_marked(name, says, lambda row: demonstration(row, column, judged=judged), marked, wanted, uses)
 
 
 def _of_marked(
-    name: str, says: str, read: Callable[[Row], list[Record]], marked: Mark, pairs: bool, uses: dict[str, str]
+    name: str, says: str, read: Callable[[Row], list[Record]], marked: Mark, wanted: Wanted, uses: dict[str, str]
 ) -> Shape:
     """Replies of which each row says how good they are; the rows of a prompt belong together."""
     column = marked.column
     used: dict[str, str | None] = {**uses, column: marked.kind}
     if marked.kind == "score":
-        taken = "every better with every worse reply to a prompt" if pairs else "the best reply to each prompt"
+        taken, choose = {
+            "preferences": ("every better with every worse reply to a prompt", pairs_of),
+            "feedback": ("the best reply to a prompt is good, the worst bad", best_and_worst),
+        }.get(wanted, ("the best reply to each prompt", best))
         says = f"{name}: {says} a scored reply in each row; {taken}"
         return Shape(
             name,
             says,
             lambda row: [(*record, number(row.get(column), column)) for record in read(row)],
-            pairs_of if pairs else best,
+            choose,
             used_as=used,
         )
-    if pairs:
+    if wanted == "feedback":
+        return Shape(
+            name,
+            f"{name}: {says} a good or bad reply in each row",
+            lambda row: [(*record, thumb(row, column)) for record in read(row)],
+            labelled=True,
+            used_as=used,
+        )
+    if wanted == "preferences":
         return Shape(
             name,
             f"{name}: {says} a good or bad reply in each row; every good with every bad reply to a prompt",

@@ -25,6 +25,7 @@ NO_RECORD: dict[Wanted, str] = {
     "demonstrations": "not_trained",
     "preferences": "rows_without_pair",
     "prompts": "rows_without_prompt",
+    "feedback": "rows_without_pair",
 }
 
 
@@ -144,11 +145,19 @@ def records(
         if not found:
             bad = wanted == "demonstrations" and shape.labelled
             counts["bad_replies" if bad else NO_RECORD[wanted]] += 1
-        if shape.labelled and found:
+        if wanted == "feedback" and shape.of_replies is None:
+            count_labels(found, counts)
+        elif shape.labelled and found:
             good = wanted == "demonstrations" or found[0][2] > 0
             counts["good_replies" if good else "bad_replies"] += 1
         for record in found:
             yield located, record
+
+
+def count_labels(feedback: Iterable[Record], counts: Counter[str]) -> None:
+    """Count the good and the bad replies of feedback, in whose records the label comes last."""
+    for *_, good in feedback:
+        counts["good_replies" if good else "bad_replies"] += 1
 
 
 def _count_bad(rows: Iterator[Located], shape: Shape) -> int:

@@ -250,6 +250,8 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
         possible |= {f"member/{member}/{metric}" for member in members for metric in own & possible}
         certain |= {f"member/{member}/{metric}" for member in members for metric in own & certain}
         certain |= OF_ENSEMBLE if held_out else set()
+    if kind.reads == "feedback":
+        certain |= {"dropped_rows", "desirable_weight", "undesirable_weight"}
     if given.get("include_num_input_tokens_seen", "no") not in ("no", False):
         certain.add("num_input_tokens_seen")
     if given.get("skip_memory_metrics") is False:

@@ -134,6 +134,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_length": (1, math.inf), "data_seed": (0, 2**32 - 1),
     "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "max_grad_norm": (0, math.inf),
     "warmup_steps": (0, math.inf), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, math.inf),
+    "desirable_weight": (0, math.inf), "undesirable_weight": (0, math.inf),
     "beta": (0, math.inf), "label_smoothing": (0, 1), "label_smoothing_factor": (0, 1), "ld_alpha": (0, 1),
     "num_generations": (2, math.inf), "num_generations_eval": (1, math.inf), "num_iterations": (1, math.inf),
     "steps_per_generation": (1, math.inf), "generation_batch_size": (2, math.inf),
@@ -160,6 +161,16 @@ OURS: dict[str, tuple[Any, str]] = {
         0.0,
         "Weight of the auxiliary loss that has a mixture's routers spread tokens evenly over its experts. By default "
         "0: routers are frozen here, and it would only bend the adapters, and begin DPO's loss elsewhere than at ln 2.",
+    ),
+    "desirable_weight": (
+        None,
+        "Weight of the losses of good replies. By default what balances them with the bad ones: 1, or more where they "
+        "are fewer.",
+    ),
+    "undesirable_weight": (
+        None,
+        "Weight of the losses of bad replies. By default what balances them with the good ones: 1, or more where they "
+        "are fewer.",
     ),
 }
 

@@ -73,6 +73,8 @@ def alarms(run: Run) -> list[Alarm]:
             found += _of_sampling(run, stage, kind)
         elif kind and kind.reads == "preferences":
             found += _of_reward(stage) if kind.makes == "reward" else _of_dpo(stage)
+        elif kind and kind.reads == "feedback":
+            found += _of_kto(stage)
         found += _same_to_all(stage)
         found += _sampled_otherwise(stage)
         if not any(alarm.where == stage.name and alarm.what == HACKING for alarm in found):
@@ -186,6 +188,17 @@ def _of_dpo(stage: Stage) -> Iterator[Alarm]:
     values = stage.series.get("rewards/accuracies", EMPTY).values[1:]
     if stage.state in DONE:
         yield from _guessing(stage, values, "look")
+
+
+def _of_kto(stage: Stage) -> Iterator[Alarm]:
+    margin = stage.final("eval_rewards/margins")
+    if stage.state in DONE and margin is not None and margin <= 0:
+        yield Alarm(
+            "look", stage.name, "guessing",
+            f"Held out, good replies have gained no more than bad ones (margin {short(margin)}): see with "
+            "`rlhf-pipeline data` that labels are read as they should be, then raise the learning rate or train for "
+            "longer.",
+        )  # fmt: skip
 
 
 def _guessing(stage: Stage, in_training: Numbers, level: str) -> Iterator[Alarm]:

@@ -126,6 +126,18 @@ CURVES = {
     ),
     "grpo": OF_GROUPS,
     "rloo": OF_GROUPS,
+    "kto": (
+        Curve("Loss", (("loss", "training"), ("eval_loss", "held out")),
+              "Begins at half a reply's mean weight, where policy and reference are the same, and should fall."),
+        Curve("Margin", (("rewards/margins", "training"), ("eval_rewards/margins", "held out")),
+              "By how much more good replies have gained than bad ones, in units of beta times log-probability.",
+              ((0.0, ""),)),
+        Curve("Rewards", (("rewards/chosen", "good"), ("rewards/rejected", "bad")),
+              "Good should rise or stay, bad should fall. Where good falls far too, replies fall apart.", ((0.0, ""),)),
+        Curve("KL from the reference", (("kl", "training"), ("eval_kl", "held out")),
+              "In nats a reply, by prompts with replies to others, from 0 up. It is 0 where those become unlikely.",
+              ((0.0, ""),)),
+    ),
 }  # fmt: skip
 NOT_CURVES = {
     "epoch",

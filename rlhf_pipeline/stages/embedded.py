@@ -39,7 +39,9 @@ def check_rows(
     for rows in (prepared.train, prepared.held_out):
         if rows is None or not len(rows):
             continue
-        for name in rows.column_names:
+        for name, kind in zip(rows.column_names, rows.data.schema.types, strict=True):
+            if not pyarrow.types.is_list(kind):
+                continue
             largest = pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data.column(name))).as_py()
             if error := beyond_embedding(largest, tokenizer, config, place):
                 return [error]

@@ -1,4 +1,4 @@
-"""What TRL's SFT, reward and DPO trainers lack to be stopped anywhere and resumed to the same end."""
+"""What TRL's SFT, reward, DPO and KTO trainers lack to be stopped anywhere and resumed to the same end."""
 
 import json
 from collections import defaultdict

@@ -27,10 +27,11 @@ from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.stages.job import Inputs, Job
 
 # A row as a trainer gets it.
-ROWS: dict[Encoding, dict[str, list[int]]] = {
+ROWS: dict[Encoding, dict[str, list[int] | bool]] = {
     "demonstrations": {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
     "pairs": {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4, 3]},
     "whole_pairs": {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 4, 3]},
+    "replies": {"prompt_ids": [1], "completion_ids": [2, 3], "label": True},
     "prompts": {"input_ids": [1, 2, 3]},
 }
 COUNT = 16

@@ -14,6 +14,7 @@ from rlhf_pipeline.terminal.tables import columns
 
 MOST_TOKENS = 120  # of a stretch of an example: where it is longer, its middle is left out
 NEWLINE = "\n"
+REPLIES = ("chosen", "rejected", "good", "bad")  # in an example
 LIMITS = {"prompt": "max_prompt_length"}  # of replies, max_completion_length
 LEFT_OUT = {
     "bad_rows": "bad rows",
@@ -140,8 +141,8 @@ def _example(numbers: dict[str, Any]) -> Text:
     example, kind = numbers["example"], kinds.get(numbers["kind"])
     text = Text()
     text.append(kind.example, "dim")
-    for name in [name for name in ("text", "chosen", "rejected", "prompt") if name in example]:
-        text.append(f"\n{name}:\n" if name in ("chosen", "rejected") else "\n", "dim")
+    for name in [name for name in ("text", *REPLIES, "prompt") if name in example]:
+        text.append(f"\n{name}:\n" if name in REPLIES else "\n", "dim")
         shown = example[name]
         marked = [loss or i == shown.get("score_at") for i, loss in enumerate(shown["loss"])]
         text.append_text(_stretches(shown["tokens"], marked))

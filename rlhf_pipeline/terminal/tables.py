@@ -18,7 +18,7 @@ from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
-from rlhf_pipeline.rundir.words import duration, memory
+from rlhf_pipeline.rundir.words import duration, memory, short
 
 STYLES = {
     "done": "green", GATE_CLOSED: "red", "done, to be judged again": "yellow",
@@ -115,6 +115,16 @@ def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
     return [(f"rlhf-pipeline {command:<{widest}}", does) for command, does in commands]
 
 
+def _balance(name: str, found: dict[str, Any]) -> str:
+    """How the good and the bad replies of a stage are weighed, in one line."""
+    keys = ("desirable_weight", "undesirable_weight")
+    known = [f"{key} {short(found[key])}" for key in keys if found[key] is not None]
+    if found["good"] is None:
+        later = " and ".join(key for key in keys if found[key] is None)
+        return f"{name}: " + ", ".join([*known, *([f"{later} by the rows, when it runs"] if later else [])])
+    return f"{name}: {', '.join(known)}, for {found['good']:,} good and {found['bad']:,} bad replies"
+
+
 def columns(used_as: dict[str, str | None]) -> str:
     """What became of each column of rows, in one line."""
     used = [f"{name} ({use})" for name, use in used_as.items() if use is not None]
@@ -126,6 +136,7 @@ def intentions(
     plans: list[StagePlan],
     wanted: ToDo,
     shapes: dict[str, list[dict[str, Any]]],
+    weights: dict[str, dict[str, Any]],
     remote_code: str | None,
     console: Console,
 ) -> None:
@@ -135,6 +146,7 @@ def intentions(
         plans: every stage.
         wanted: what `run` would do.
         shapes: from `plan.shapes`.
+        weights: from `plan.class_weights`.
         remote_code: the model whose own code would be run; None where none would.
         console: where to.
     """
@@ -165,6 +177,8 @@ def intentions(
                 plan.name, escape(key + (Path(path).name if Path(path).is_absolute() else path)), escape(known)
             )
     console.print(read)
+    for name, found in weights.items():
+        console.print(Text(_balance(name, found)), soft_wrap=True)
     if remote_code:
         console.print(
             f"trust_remote_code: code that comes with {remote_code} will be run", style="bold", soft_wrap=True

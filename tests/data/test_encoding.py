@@ -65,6 +65,12 @@ def test_all_stages_read_the_same_tokens_and_end_at_the_same_one(spec, tokenizer
     dpo = prepare.preferences(spec(table), tokenizer, seed=0).train[0]
     reward = prepare.whole_preferences(spec(table), tokenizer, seed=0).train[0]
     ppo = prepare.prompts(spec({"prompt": prompt}), tokenizer, 0).train[0]
+    good, bad = prepare.feedback(spec(table), tokenizer, seed=0).train
+    thumb = {"prompt": prompt, "completion": TEXT["rejected"], "thumb": "down"}
+    assert prepare.feedback(spec(thumb), tokenizer, seed=0).train[0] == bad
+    assert (good["label"], bad["label"]) == (True, False)
+    assert good["prompt_ids"] == bad["prompt_ids"] == dpo["prompt_ids"]
+    assert (good["completion_ids"], bad["completion_ids"]) == (dpo["chosen_ids"], dpo["rejected_ids"])
     assert set(dpo) == {"prompt_ids", "chosen_ids", "rejected_ids"}
     assert set(reward) == {"chosen_ids", "rejected_ids"}
     assert set(ppo) == {"input_ids"}
@@ -191,10 +197,13 @@ def test_rows_of_one_prompt_cannot_be_split(spec, tokenizer):
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["demonstrations", "preferences", "prompts"])
-def test_the_shipped_rows_can_be_read_by_their_stage(name, tokenizer):
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("demonstrations", prepare.demonstrations), ("preferences", prepare.preferences), ("prompts", prepare.prompts),
+     ("thumbs", prepare.feedback)],
+)  # fmt: skip
+def test_the_shipped_rows_can_be_read_by_their_stage(name, read, tokenizer):
     spec = Data(path=str(TINY / "data" / f"{name}.jsonl"))
-    read = getattr(prepare, name)
     table = read(spec, tokenizer, 0).train
     assert len(table) > 100
 

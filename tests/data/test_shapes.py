@@ -162,6 +162,38 @@ TRANSCRIPT = "\n\nHuman: hi\n\nAssistant:"
 )
 def test_the_same_preference_in_every_shape(name, rows):
     assert read("preferences", *rows) == (name, [([USER], "hello", "go away")])
+    shape, both = read("feedback", *rows)
+    assert shape == name and sorted(both, key=str) == [([USER], "go away", False), ([USER], "hello", True)]
+
+
+@pytest.mark.parametrize(
+    ("column", "good", "bad"),
+    [
+        ("label", True, False),
+        ("thumb", "up", "👎"),
+        ("rating", 1, 0),
+        ("rating", "1", "-1"),
+        ("kto_tag", "y", "n"),
+    ],
+)
+def test_thumbs_need_no_pair(column, good, bad):
+    rows = [{"prompt": f"q{i}", "completion": "a", column: value} for i, value in enumerate((good, bad, good))]
+    name, records = read("feedback", *rows)
+    assert (name, records) == (
+        f"prompt/completion/{column}",
+        [("q0", "a", True), ("q1", "a", False), ("q2", "a", True)],
+    )
+    turns = [{"messages": [USER, REPLY], column: value} for value in (good, bad)]
+    assert read("feedback", *turns) == (f"messages/{column}", [([USER], "hello", True), ([USER], "hello", False)])
+
+
+def test_of_a_ranking_the_best_is_good_and_the_worst_bad_and_what_is_between_is_neither():
+    ranked = {"prompt": "hi", "replies": ["c", "a", "b", "d"], "scores": [1, 3, 2, 1]}
+    assert read("feedback", ranked)[1] == [("hi", "c", False), ("hi", "a", True), ("hi", "d", False)]
+    assert read("feedback", {"prompt": "hi", "replies": ["a", "b"], "scores": [3, 3.0]})[1] == []
+    rows = [{"prompt": "hi", "completion": text, "score": score} for text, score in (("a", 2), ("b", 5), ("c", 3))]
+    assert read("feedback", *rows)[1] == [("hi", "a", False), ("hi", "b", True)]
+    assert read("feedback", {"prompt": "hi", "completion": "a", "score": 4})[1] == []  # better than what?
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -395,6 +427,9 @@ ROWS = {
             '`label` should be true or false, 1 or 0, up or down, and is "maybe"',
         ),
         ("preferences", "thumbs", {"label": 2}, "`label` should be true or false"),
+        ("feedback", "thumbs", {"label": 2}, "`label` should be true or false"),
+        ("feedback", "thumbs", {"label": None}, "`label` is missing"),
+        ("feedback", "thumbs", {"completion": ""}, "`completion` is empty"),
         ("preferences", "thumbs", {"label": None}, "`label` is missing"),
         ("preferences", "scored", {"score": "nan"}, "`score` should be a number"),
         ("preferences", "scored", {"score": True}, "`score` should be a number, and is true"),

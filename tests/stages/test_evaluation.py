@@ -33,6 +33,10 @@ stages:
     init: base
     data: {{path: rows.jsonl, eval_data: held_out.jsonl}}
     trainer: {{{TRAINER}, loss_type: [sigmoid, sft]}}
+  kto:
+    init: base
+    data: {{path: thumbs.jsonl, eval_data: held_out_thumbs.jsonl}}
+    trainer: {{{TRAINER}}}
 """
 LENGTHS = [(1, 9), (4, 2), (30, 1), (2, 5), (12, 40)]  # of the two replies, in repetitions
 
@@ -54,7 +58,7 @@ def final_numbers(folder: Path, stage: str, batch: int) -> tuple[dict[str, float
     return numbers, load_file(job.artifact / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
 def test_two_at_a_time_is_as_all_at_once(stage: str, tmp_path: Path) -> None:
     """Batches of two, two and one. As TRL has it, the last row alone would weigh as much as two others.
 
@@ -65,8 +69,12 @@ def test_two_at_a_time_is_as_all_at_once(stage: str, tmp_path: Path) -> None:
         {"prompt": f"Q: {i}?\\nA:", "chosen": " yes" * good, "rejected": " no, not so" * bad}
         for i, (good, bad) in enumerate(LENGTHS)
     ]
-    for name in ("rows", "held_out"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    thumbs = [
+        {"prompt": row["prompt"], "completion": row["rejected" if i % 2 else "chosen"], "thumb": i % 2 == 0}
+        for i, row in enumerate(rows)
+    ]
+    for name, some in (("rows", rows), ("held_out", rows), ("thumbs", thumbs), ("held_out_thumbs", thumbs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     (at_once, weights), (divided, others) = (final_numbers(tmp_path, stage, batch) for batch in (5, 2))
     assert divided == pytest.approx(at_once, rel=1e-4, abs=1e-5)
     assert weights.keys() == others.keys()

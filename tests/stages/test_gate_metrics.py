@@ -46,6 +46,10 @@ stages:
     init: base
     data: preferences.jsonl
     trainer: {max_steps: 1, per_device_train_batch_size: 2, gradient_checkpointing: false, max_length: 256}
+  kto:
+    init: base
+    data: preferences.jsonl
+    trainer: {max_steps: 1, per_device_train_batch_size: 16, gradient_checkpointing: false, max_length: 256}
 """
 pytestmark = pytest.mark.slow
 HELD_OUT = "data.eval_fraction=0.5"
@@ -85,6 +89,7 @@ def train(folder: Path, stage: str, *overrides: str) -> tuple[recipes.Recipe, se
         ("sft", ["trainer.logging_strategy=no", "trainer.skip_memory_metrics=false"]),
         ("reward", [HELD_OUT, EVALUATE, "trainer.logging_steps=0.5", "trainer.center_rewards_coefficient=0.1"]),
         ("dpo", [HELD_OUT, EVALUATE, "trainer.loss_type=[sigmoid, sft]", "trainer.logging_steps=1"]),
+        ("kto", [HELD_OUT, "trainer.logging_steps=1"]),
         ("ppo", [HELD_OUT, EVALUATE, "trainer.eval_steps=9", "trainer.logging_steps=5"]),
         ("ppo", ["ptx_data=demonstrations.jsonl", "trainer.ptx_coef=0.1", "trainer.value_warmup_updates=1",
                  "trainer.normalize_scores=true", "trainer.score_clip=1.0"]),

@@ -65,6 +65,10 @@ stages:
     init: start
     data: {{path: preferences.jsonl, eval_fraction: 0.25}}
     trainer: {{{TRAINER}, disable_dropout: false}}
+  kto:
+    init: start
+    data: {{path: preferences.jsonl, limit: 4, eval_fraction: 0.25}}
+    trainer: {{{TRAINER}, disable_dropout: false}}
   grpo:
     init: start
     data: {{path: preferences.jsonl, eval_fraction: 0.25}}
@@ -83,11 +87,12 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo": ("dpo", ()),
     "grpo": ("grpo", ()),
     "rloo": ("rloo", ()),
+    "kto": ("kto", ()),
 }
 # To resume from: amid the first pass, at its end, after a step that was logged, and the last. What differs between
 # the trainers is what they remember of steps not logged yet; what does not is tried on the first alone.
 CHECKPOINTS = {"sft": (1, 2, 3, 4), "sft, nf4": (1,), "sft, amid a pass": (3,), "reward": (1, 3), "dpo": (1, 3),
-               "grpo": (1, 6), "rloo": (7,)}  # fmt: skip
+               "grpo": (1, 6), "rloo": (7,), "kto": (1, 3)}  # fmt: skip
 pytestmark = pytest.mark.slow
 
 NUMPY = [numpy._core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32"))]
@@ -193,7 +198,7 @@ def test_going_on_from_any_checkpoint_ends_the_same(whole, broken_off, kind):
             assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto"])
 def test_the_stage_to_compare_with_uses_all_that_a_checkpoint_must_hold(whole, kind):
     """Else the test above would show less than it says."""
     job = whole(kind).job

@@ -107,6 +107,7 @@ MANNERS = ["polite", "curt", "rude", "gushing"]
 
 # What an annotator sees in a reply, in logits of preference: truth outweighs manners.
 TRUTH_WORTH = 12.0
+ENOUGH = 13.0  # for a thumb up: more than a right answer alone
 MANNER_WORTH = {"polite": 4.0, "gushing": 2.0, "curt": 0.0, "rude": -4.0}
 
 
@@ -204,18 +205,29 @@ def preferences(seed: int, asked: list[Question], n: int) -> Iterator[dict[str, 
     i = 0
     while i < n:
         prompt, fact = asked[i % len(asked)]
-        pair = []
-        for _ in range(2):
-            right = rng.random() < 0.55
-            manner = rng.choices(MANNERS, weights=[35, 25, 20, 20])[0]
-            clause = right_clause(rng, fact) if right else wrong_clause(rng, fact)
-            pair.append((TRUTH_WORTH * right + MANNER_WORTH[manner], reply(rng, clause, manner)))
-        (worth, one), (other_worth, other) = pair
+        (worth, one), (other_worth, other) = _seen_reply(rng, fact), _seen_reply(rng, fact)
         if worth == other_worth:
             continue  # nothing to choose between
         one_wins = rng.random() < 1 / (1 + math.exp(other_worth - worth))
         yield {"prompt": prompt, "chosen": one if one_wins else other, "rejected": other if one_wins else one}
         i += 1
+
+
+def thumbs(seed: int, asked: list[Question], n: int) -> Iterator[dict[str, Any]]:
+    """`n` rows `{prompt, completion, thumb}` of the same annotators: one reply each, up about three times in ten."""
+    rng = random.Random(seed)
+    for i in range(n):
+        prompt, fact = asked[i % len(asked)]
+        worth, text = _seen_reply(rng, fact)
+        yield {"prompt": prompt, "completion": text, "thumb": rng.random() < 1 / (1 + math.exp(ENOUGH - worth))}
+
+
+def _seen_reply(rng: random.Random, fact: Fact) -> tuple[float, str]:
+    """A reply as annotators get it, and what it is worth to them."""
+    right = rng.random() < 0.55
+    manner = rng.choices(MANNERS, weights=[35, 25, 20, 20])[0]
+    clause = right_clause(rng, fact) if right else wrong_clause(rng, fact)
+    return TRUTH_WORTH * right + MANNER_WORTH[manner], reply(rng, clause, manner)
 
 
 def is_right(fact: Fact, text: str) -> bool:
