@@ -244,7 +244,7 @@ def states(run: Path) -> list[dict[str, Any]]:
 
 # Recipes that are shown
 
-ROWS = {"sft": "demonstrations", "reward": "preferences", "ppo": "prompts", "dpo": "preferences"}
+ROWS = {"demonstrations": "demonstrations", "preferences": "preferences", "prompts": "prompts", "feedback": "thumbs"}
 # docs/ci.md shows a workflow, docs/data.md values of one key, docs/tutorial.md a file that is run.
 ELSEWHERE = {"docs/ci.md", "docs/data.md", TUTORIAL}
 SHOWN = [(name, i, block) for name in NAMES if name not in ELSEWHERE for i, block in enumerate(blocks(name, "yaml"))]
@@ -253,7 +253,7 @@ SHOWN = [(name, i, block) for name in NAMES if name not in ELSEWHERE for i, bloc
 def runnable(content: dict[str, Any]) -> dict[str, Any]:
     """A part of a recipe made whole, over the tiny model and its data."""
     if "stages" not in content:
-        of_stages = content.keys() <= set(KINDS)
+        of_stages = content.keys() <= set(kinds.NAMES)
         content = {"stages": content} if of_stages else {**content, "stages": {"sft": {}}}
     content["model"] = {"path": "tiny", "quantization": content.get("model", {}).get("quantization", "none")}
     stages = content["stages"]
@@ -264,7 +264,7 @@ def runnable(content: dict[str, Any]) -> dict[str, Any]:
         data = stage.get("data", {"eval_fraction": 0.1} if "gates" in stage and kind != "ppo" else {})
         data = {"path": data} if isinstance(data, str) else data
         data.pop("columns", None)
-        stage["data"] = data | {"path": f"tiny:{ROWS[kind]}"}
+        stage["data"] = data | {"path": f"tiny:{ROWS[kinds.get(kind).reads]}"}
         if "ptx_data" in stage:
             stage["ptx_data"] = "tiny:demonstrations"
     if "ppo" in stages and stages["ppo"] and "reward" not in stages and "extends" not in content:
@@ -311,7 +311,7 @@ def test_every_page_that_the_package_names_is_there_and_printed(capsys):
     assert error.value.hint == "did you mean `ppo`?"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "kto"])
 def test_the_usual_learning_rate_is_the_one_on_the_stages_page(kind):
     (table,) = (one for one in tables(f"docs/{kind}.md") if one[0][:2] == ["key", "TRL's default"])
     (row,) = (row for row in table if row[0] == "`learning_rate`")
@@ -422,6 +422,16 @@ def test_a_stages_page_names_its_metrics_and_no_others(kind, logged):
     assert undocumented == set()
 
 
+def test_the_page_of_kto_names_its_metrics_and_no_others():
+    """It is not among the stages of the run; a real stage has what a gate may name, by stages/test_gate_metrics.py."""
+    known = gates.known_metrics(recipe.load("tiny-kto"), "kto")
+    rows = [row for table in tables("docs/kto.md") if table[0][0] == "name" for row in table[1:]]
+    named = {name for row in rows for name in in_backticks(row[0])} - {"eval_…"}
+    real = {name for name in known if not BOOKKEEPING.match(name)}
+    assert named - real == set()
+    assert real - named == {f"eval_{name}" for name in kinds.get("kto").batch_metrics}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_looks_like_a_metric_is_one(name, logged):
     families = "objective|policy|value|val|loss|rewards?|logps|logits|rollout|optimise|reply|gold|kl_budget"
@@ -435,10 +445,12 @@ def test_metrics_under_conditions_are_ones():
     assert set(CONDITIONAL) <= known
 
 
-CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "ppo": PPOConfig, "dpo": trl.DPOConfig}
+CONFIGS = {
+    "sft": trl.SFTConfig, "reward": trl.RewardConfig, "ppo": PPOConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_keys_on_a_stages_page_can_be_set_and_have_the_defaults_that_it_says(kind):
     defaults = {
         field.name: field.default_factory() if callable(field.default_factory) else field.default
