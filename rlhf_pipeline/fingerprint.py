@@ -14,6 +14,7 @@ from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.rewards import key_of
 from rlhf_pipeline.recipe.schema import Reward, Source, Stage
 from rlhf_pipeline.rundir.file_digests import FileDigests
+from rlhf_pipeline.rundir.layout import members
 
 # Files of a model folder that decide what is loaded: weights, configuration, tokenizer.
 MODEL_FILES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".txt")
@@ -59,7 +60,7 @@ class Digests(FileDigests):
         return f"{folder.name}@{digest}"
 
     def of_adapter(self, value: str) -> str:
-        """`name@digest` of an adapter from outside: its configuration and weights; on the hub `id@commit`.
+        """`name@digest` of an adapter from outside: configuration and weights of all members; on the hub `id@commit`.
 
         Args:
             value: as `init` of a resolved recipe has it.
@@ -70,7 +71,12 @@ class Digests(FileDigests):
         if outside.is_hub(value):
             return value
         folder = outside.folder(value)
-        files = "".join(f"{file}={self.of_file(folder / file)}\n" for file in (outside.CONFIG, outside.WEIGHTS))
+        names = [
+            (member / file).relative_to(folder)
+            for member in members(folder)
+            for file in (outside.CONFIG, outside.WEIGHTS)
+        ]
+        files = "".join(f"{name.as_posix()}={self.of_file(folder / name)}\n" for name in names)
         return f"{outside.label(value)}@{short_hash(files.encode())}"
 
     def other_base(self, value: str, model: Model) -> str | None:

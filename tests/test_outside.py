@@ -263,6 +263,23 @@ def test_weights_of_another_size_do_not_fit(load, tmp_path):
         save_file(before, file, {"format": "pt"})
 
 
+def test_of_an_ensemble_all_members_count(load, tmp_path):
+    reward = tmp_path / "adapters" / "reward"
+    alone = Digests().of_adapter(str(reward))
+    (reward / "member-2").mkdir()
+    for name in (WEIGHTS, "adapter_config.json"):
+        shutil.copy(reward / name, reward / "member-2")
+    both = Digests().of_adapter(str(reward))
+    assert checked(load()) == []
+    state = load_file(reward / WEIGHTS)
+    save_file({name: weights + 1 for name, weights in state.items()}, reward / "member-2" / WEIGHTS)
+    assert len({alone, both, Digests().of_adapter(str(reward))}) == 3
+    name = next(iter(state))
+    save_file(state | {name: torch.zeros(2, 2)}, reward / "member-2" / WEIGHTS)
+    error = refused(load(), by=checked)
+    assert error.message.endswith("its members have weights of other shapes than the first one has")
+
+
 def test_another_quantization_is_a_warning(load, other_run):
     warnings = checked(load("model.quantization=int8", init="runs/other:sft", reward="runs/other:reward"))
     assert len(warnings) == 3 and "`quantization: none`, and here it is `int8`" in warnings[0]

@@ -227,6 +227,17 @@ def test_demonstrations_for_ppo_count_by_their_content(folder):
     assert len({first, second, shorter, make(folder)["ppo"].fingerprint}) == 4
 
 
+def test_members_count_where_there_are_some(folder):
+    alone = make(folder)["reward"]
+    assert not {"members", "bootstrap"} & alone.inputs.keys()
+    prints = {
+        make(folder, *overrides)["reward"].fingerprint
+        for overrides in (["reward.members=2"], ["reward.members=3"], ["reward.members=3", "reward.bootstrap=true"])
+    }
+    assert len(prints | {alone.fingerprint}) == 4
+    assert make(folder, "reward.members=null", "reward.bootstrap=false")["reward"].fingerprint == alone.fingerprint
+
+
 def test_the_same_content_under_another_folder_is_the_same_data(folder):
     finish(folder)
     (folder / "moved").mkdir()

@@ -111,7 +111,8 @@ def compare(
       sampled with (at 1 where that is 0, greedy). Over replies, its mean estimates the KL divergence of the two
       without bias; that of a single reply may be negative. It is PPO's `objective/kl` with `kl_estimator: k1`, and
       the `gold/kl` of `evaluate.along`.
-    * `reward`: the reward model's score, raw: without PPO's penalties and normalisation.
+    * `reward`: the reward model's score, raw: without PPO's penalties and normalisation. Of an ensemble it is the mean
+      of its members' scores, and `reward_std` their standard deviation, with their number below.
     * `judge`: what `evaluate.judge` says.
     * `tokens`: how many it has, with what ends it, and whether anything `ended` it; a stage's replies end as those of
       its training do, see `reply_end.stop_tokens`.
@@ -138,29 +139,31 @@ def compare(
     model = StagedBase(spec_of_model, artifacts(run, list(dict.fromkeys(needed))))
     ids = encode_prompts(model.tokenizer, spec, [prompt for prompt, _ in asked])
     at_once = recipe.evaluate.batch_size if recipe.evaluate else BATCH_SIZE
-    reference_view, scorer = model.policy(reference), model.reward(reward) if reward else None
+    reference_view, scorer = model.policy(reference), model.reward(reward) if reward else []
     replies: dict[str, list[dict[str, Any]]] = {}
-    scores: list[dict[tuple[int, ...], float | None]] = [{} for _ in ids]  # of each prompt's replies, by their tokens
+    scores: list[dict[tuple[int, ...], dict[str, float | None]]] = [{} for _ in ids]  # of replies, by their tokens
     for name in policies:
         view = reference_view if name == reference else model.policy(name)
         stops = stop_tokens(model.tokenizer, view.generation_config, finished.trained_with(run, name))
         episodes = _sampled(view, ids, model.tokenizer, settings, stops, at_once)
-        kl, rewards = _measured(episodes, view, reference_view, scorer, settings["temperature"] or 1.0, at_once)
+        kl, of_members = _measured(episodes, view, reference_view, scorer, settings["temperature"] or 1.0, at_once)
+        rewards = _rewards(of_members)
         replies[name] = []
         for row, tokens in enumerate(_tokens(episodes)):
             # Of the same reply the same score: in a batch of another shape it would be rounded otherwise, and no tie.
-            score = scores[row].setdefault(tuple(tokens), _finite(rewards[row]) if scorer else None)
+            score = scores[row].setdefault(tuple(tokens), rewards[row])
             replies[name].append(
                 {
                     "text": model.tokenizer.decode(tokens, skip_special_tokens=True),
                     "tokens": len(tokens),
                     "ended": bool(episodes.ended[row]),
                     "kl": _finite(kl[row]),
-                    "reward": score,
+                    **score,
                     "judge": None,
                 }
             )
     judge, notes = _judged(recipe, asked, replies)
+    measures = (*MEASURES, "reward_std") if len(scorer) > 1 else MEASURES
     return {
         "run": str(run.absolute()),
         "made_of": made_of,
@@ -175,7 +178,7 @@ def compare(
             for row, (prompt, _) in enumerate(asked)
         ],
         "means": {
-            name: {measure: _mean([reply[measure] for reply in replies[name]]) for measure in MEASURES}
+            name: {measure: _mean([reply[measure] for reply in replies[name]]) for measure in measures}
             for name in policies
         },
         "win_rates": _win_rates(policies, replies),
@@ -206,21 +209,34 @@ def _measured(
     episodes: Episodes,
     policy: PolicyView,
     reference: PolicyView,
-    scorer: ScoreView | None,
+    members: Sequence[ScoreView],
     temperature: float,
     at_once: int,
-) -> tuple[list[float], list[float]]:
-    """KL in nats and score of each reply; without a reward model all scores are 0."""
+) -> tuple[list[float], torch.Tensor]:
+    """KL in nats of n replies, and their scores by each member of the reward model, float32 `[members, n]`."""
     kl = torch.zeros(len(episodes), device=episodes.ids.device)
-    scores = torch.zeros_like(kl)
+    scores = torch.zeros(len(members), len(episodes), device=episodes.ids.device)
     for rows in episodes.by_length().split(at_once):
         some = episodes.select(rows)
         if policy is not reference:
             ours, theirs = (reply_log_probs(view, some, temperature)[0] for view in (policy, reference))
             kl[rows] = (ours - theirs).sum(1)
-        if scorer:
-            scores[rows] = reply_scores(scorer, some).float()
-    return kl.tolist(), scores.tolist()
+        for number, member in enumerate(members):
+            scores[number, rows] = reply_scores(member, some).float()
+    return kl.tolist(), scores
+
+
+def _rewards(scores: torch.Tensor) -> list[dict[str, float | None]]:
+    """What is written of the reward of n replies: the mean over members, and of an ensemble their standard deviation.
+
+    Args:
+        scores: `[members, n]`; without a reward model there are no members.
+    """
+    if not len(scores):
+        return [{"reward": None}] * scores.shape[1]
+    found = {"reward": scores.mean(0)} | ({"reward_std": scores.std(0, correction=0)} if len(scores) > 1 else {})
+    columns = ([_finite(value) for value in values.tolist()] for values in found.values())
+    return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _tokens(episodes: Episodes) -> list[list[int]]:

@@ -14,7 +14,7 @@ from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Model
-from rlhf_pipeline.rundir.layout import ADAPTER
+from rlhf_pipeline.rundir.layout import ADAPTER, members
 
 
 class StagedBase:
@@ -22,7 +22,8 @@ class StagedBase:
 
     Args:
         spec: the base.
-        artifacts: each stage's adapter folder, by the stage's name; none leaves the bare base.
+        artifacts: each stage's adapter folder, by the stage's name, with those of all members of an ensemble in it;
+            none leaves the bare base.
 
     Attributes:
         tokenizer: from `load_tokenizer`.
@@ -37,21 +38,28 @@ class StagedBase:
         self.tokenizer = load_tokenizer(spec)
         self.causal_lm = base.load_base(spec, self.tokenizer)
         self.causal_lm.get_input_embeddings().register_forward_pre_hook(self._require_rows)
-        self._artifacts = artifacts
-        self.names = {name: f"adapter{i}" for i, name in enumerate(artifacts)}  # PEFT takes no name with a dot
+        self.names: dict[str, str] = {}  # PEFT's of each adapter, which takes no name with a dot
+        self._members = {name: members(folder) for name, folder in artifacts.items()}
         self._in_bfloat16 = base.resolve_dtype(spec.dtype) == torch.bfloat16
         self._active: list[str] = []
         self.peft: torch.nn.Module = self.causal_lm
-        for name, folder in artifacts.items():
+        for role, folder in self._adapters():
             config = adapters.config_of(folder)  # a score head is loaded separately
+            self.names[role] = f"adapter{len(self.names)}"
             if isinstance(self.peft, PeftModel):
-                self.peft.add_adapter(self.names[name], config)
+                self.peft.add_adapter(self.names[role], config)
             else:
-                self.peft = get_peft_model(self.causal_lm, config, adapter_name=self.names[name])
-            adapters.load_weights(self.peft, folder, self.names[name])
+                self.peft = get_peft_model(self.causal_lm, config, adapter_name=self.names[role])
+            adapters.load_weights(self.peft, folder, self.names[role])
         self.causal_lm.requires_grad_(False).eval()
         self._layers = [module for module in self.causal_lm.modules() if isinstance(module, BaseTunerLayer)]
         self._switch([])
+
+    def _adapters(self) -> Iterator[tuple[str, Path]]:
+        """The folder of each adapter, by the stage's name; of an ensemble's further members with their number."""
+        for name, folders in self._members.items():
+            for number, folder in enumerate(folders, 1):
+                yield _role(name, number), folder
 
     def _require_rows(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """See that the embedding has a row for each token of a text that no recipe's check has seen.
@@ -96,9 +104,17 @@ class StagedBase:
         """A stage's model, or the `base`, as a causal LM for `rollout.sample` and `forward.reply_log_probs`."""
         return PolicyView(self, stage)
 
-    def reward(self, stage: str) -> ScoreView:
-        """A reward stage's model, for `forward.reply_scores`."""
-        return ScoreView(self, stage, adapters.load_head(self._artifacts[stage]).to(self.causal_lm.device))
+    def reward(self, stage: str) -> list[ScoreView]:
+        """A reward stage's model, for `forward.reply_scores`: the views of its members, of which most have one."""
+        device = self.causal_lm.device
+        return [
+            ScoreView(self, _role(stage, number), adapters.load_head(folder).to(device))
+            for number, folder in enumerate(self._members[stage], 1)
+        ]
+
+
+def _role(stage: str, member: int) -> str:
+    return stage if member == 1 else f"{stage}/{member}"
 
 
 def artifacts(run: Path, stages: Sequence[str]) -> dict[str, Path]:

@@ -93,7 +93,8 @@ def folder(value: str, files: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Path:
     """
     if is_hub(value):
         name, _, revision = value.partition("@")
-        found = hub.download(name, revision or None, files)
+        further = [f"member-*/{file}" for file in files]  # of an ensemble; see `rundir.layout.members`
+        found = hub.download(name, revision or None, [*files, *further])
         missing = next((file for file in files if found is None or not (found / file).is_file()), None)
         if found is None or missing:
             raise InputError(

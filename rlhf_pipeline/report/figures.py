@@ -329,6 +329,24 @@ def _pairs(chosen: Chosen, name: str, several: bool) -> list[Picture]:
             legend,
         )
     )  # fmt: skip
+    ensembles = [one for one in known if len(one[2].margin_std)]
+    if ensembles:
+        pictures.append(
+            Picture(
+                "Accuracy by disagreement",
+                "Pairs in groups by how far the members of the ensemble differ in their margins. Should fall: they are "
+                "then wrong more often where they disagree. If it does not, their disagreement warns of nothing.",
+                charts.shares(
+                    f"{name}: accuracy by disagreement",
+                    [
+                        (label, measures.accuracy_by(pairs.margin_std, measures.right(pairs)), color)
+                        for color, label, pairs in ensembles
+                    ],
+                    "standard deviation of the members' margins",
+                ),
+                legend,
+            )
+        )  # fmt: skip
     with_lengths = [one for one in known if len(one[2].chosen_length)]
     if with_lengths:
         groups_by_length = [

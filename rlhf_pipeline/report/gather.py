@@ -46,12 +46,19 @@ class Series:
 
 @dataclass
 class Pairs:
-    """Held-out pairs of a reward stage, each array `[n]`: scores, and lengths in tokens (empty where not known)."""
+    """Held-out pairs of a reward stage, each array `[n]`; empty where not known.
+
+    Attributes:
+        chosen, rejected: scores.
+        chosen_length, rejected_length: in tokens.
+        margin_std: of an ensemble, the standard deviation of its members' margins.
+    """
 
     chosen: Numbers
     rejected: Numbers
     chosen_length: Numbers
     rejected_length: Numbers
+    margin_std: Numbers = field(default_factory=lambda: np.empty(0))
 
     @property
     def margins(self) -> Numbers:
@@ -298,16 +305,17 @@ def _take_columns(stage: Stage, rows: list[dict[str, Any]]) -> None:
 
 def _pairs(rows: list[dict[str, Any]]) -> Pairs | None:
     scored = [
-        (chosen, rejected, number(row.get("chosen_length")), number(row.get("rejected_length")))
+        (chosen, rejected, number(row.get("chosen_length")), number(row.get("rejected_length")), row.get("margin_std"))
         for row in rows
         if (chosen := number(row.get("chosen"))) is not None and (rejected := number(row.get("rejected"))) is not None
     ]
     if not scored:
         return None
-    wins, losses, *lengths = zip(*scored, strict=True)
+    wins, losses, *lengths, deviations = zip(*scored, strict=True)
     known = all(value is not None for column in lengths for value in column)
     long, short = (np.array(column if known else [], dtype=np.float64) for column in lengths)
-    return Pairs(np.array(wins), np.array(losses), long, short)
+    of_ensemble = all(number(value) is not None for value in deviations)
+    return Pairs(np.array(wins), np.array(losses), long, short, np.array(deviations if of_ensemble else [], np.float64))
 
 
 def content(value: Any) -> str:

@@ -25,7 +25,10 @@ MOST_PROMPTS = 50  # samples side by side
 FIRST_PROMPTS = 12  # of them those that show at once
 MOST_OTHER_CURVES = 120  # small ones, of one stage: a trainer with more logs one for each layer
 LONGEST_TEXT = 4000  # characters of a prompt or reply; more would be no sample but a book
-MEANS = (("reward", "reward"), ("judge", "judge"), ("kl", "KL"), ("tokens", "tokens"), ("ended", "ended"))
+MEANS = (
+    ("reward", "reward"), ("reward_std", "disagreement"), ("judge", "judge"), ("kl", "KL"), ("tokens", "tokens"),
+    ("ended", "ended"),
+)  # fmt: skip
 DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
 
 
@@ -320,7 +323,14 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _reply_numbers(reply: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, words in (("reward", "reward"), ("kl", "KL"), ("judge", "judge"), ("tokens", "tokens")):
+    listed = (
+        ("reward", "reward"),
+        ("reward_std", "disagreement"),
+        ("kl", "KL"),
+        ("judge", "judge"),
+        ("tokens", "tokens"),
+    )
+    for key, words in listed:
         value = number(reply.get(key))
         if value is not None:
             yield words, short(value)

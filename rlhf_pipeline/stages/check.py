@@ -29,6 +29,7 @@ from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.rewards import key_of
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
+from rlhf_pipeline.rundir.layout import members
 from rlhf_pipeline.stages import embedded, judge
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.trial import try_trainer
@@ -231,6 +232,9 @@ def _misfit_of(recipe: Recipe, value: str, place: str, config: PretrainedConfig,
         problem = (
             f"it should have one score head of 1 x {hidden}, and has {[list(shape) for shape in weights] or 'none'}"
         )
+    further = members(outside.folder(value))[1:]
+    if problem is None and any(adapters.stored_shapes(member, head=True) != stored for member in further):
+        problem = "its members have weights of other shapes than the first one has"
     if problem is None and makes == "policy" and heads:
         problem = f"it has weights that are not LoRA's: {next(iter(heads))}"
     said = f"`{outside.label(value)}` does not fit this recipe's model: {problem}"

@@ -138,12 +138,14 @@ def _mean(values: Sequence[Any]) -> float | None:
 
 
 def of_pairs(trained: Sequence[Trained]) -> dict[str, list[float]]:
-    """The members' mean scores of pairs, `chosen` and `rejected`, and their standard deviations, `chosen_std`, …"""
-    found: dict[str, list[float]] = {}
-    for side in ("chosen", "rejected"):
-        scores = torch.tensor([member.pairs[side] for member in trained], dtype=torch.float64)
-        found |= {side: scores.mean(0).tolist(), f"{side}_std": scores.std(0, correction=0).tolist()}
-    return found
+    """The members' mean scores of pairs, `chosen` and `rejected`, and the standard deviations, of margins too."""
+    chosen, rejected = (
+        torch.tensor([member.pairs[side] for member in trained], dtype=torch.float64) for side in ("chosen", "rejected")
+    )
+    spread = {"chosen_std": chosen, "rejected_std": rejected, "margin_std": chosen - rejected}
+    return {"chosen": chosen.mean(0).tolist(), "rejected": rejected.mean(0).tolist()} | {
+        name: values.std(0, correction=0).tolist() for name, values in spread.items()
+    }
 
 
 def write_pairs(scores: dict[str, list[float]], pairs: rows.Prepared, file: Path) -> None:

@@ -11,8 +11,8 @@ from rlhf_pipeline.rundir.words import one_line
 
 SHOWN = 3  # prompts with their replies, where nobody asked for certain ones
 LONGEST = 400  # characters of a prompt or a reply; of a longer prompt the end is shown, of a longer reply the beginning
-FORMATS = {"reward": ".2f", "judge": ".3f", "kl": ".2f", "tokens": ".1f", "ended": ".0%"}
-NAMES = {"kl": "KL"}  # of measures in what people read
+FORMATS = {"reward": ".2f", "reward_std": ".2f", "judge": ".3f", "kl": ".2f", "tokens": ".1f", "ended": ".0%"}
+NAMES = {"kl": "KL", "reward_std": "disagreement"}  # of measures in what people read
 
 
 def show(comparison: dict[str, Any], most: int | None, console: Console) -> None:
@@ -46,8 +46,11 @@ def _show_means(comparison: dict[str, Any], console: Console) -> None:
     if comparison["judge"] is not None:
         said = {"judge": one_line(comparison["judge"]), **said}
     if comparison["reward"] is not None:
-        said = {"reward": f"of stage {comparison['reward']}", **said}
-    measures = [name for name in ("reward", "judge", "kl", "tokens", "ended") if name in said or name == "tokens"]
+        of_ensemble = any("reward_std" in means for means in comparison["means"].values())
+        members = {"reward_std": "the standard deviation of the members' scores"} if of_ensemble else {}
+        mean = ", the mean of its members" if of_ensemble else ""
+        said = {"reward": f"of stage {comparison['reward']}{mean}", **members, **said}
+    measures = [name for name in FORMATS if name in said or name == "tokens"]
     table = _table("policy", *(NAMES.get(measure, measure) for measure in measures))
     for name in comparison["policies"]:
         means = comparison["means"][name]
@@ -76,7 +79,9 @@ def _show_replies(row: dict[str, Any], policies: list[str], console: Console) ->
     console.print(Text(trimmed(_as_text(row["prompt"]), from_end=True), style="bold"))
     for name in policies:
         reply = row["replies"][name]
-        said = [f"{measure} {reply[measure]:.2f}" for measure in ("reward", "judge") if reply[measure] is not None]
+        deviation = "" if reply.get("reward_std") is None else f" ± {reply['reward_std']:.2f}"
+        said = [] if reply["reward"] is None else [f"reward {reply['reward']:.2f}{deviation}"]
+        said += [] if reply["judge"] is None else [f"judge {reply['judge']:.2f}"]
         said += [f"KL {_number(reply['kl'], '.2f')}", f"{reply['tokens']} tokens" + ("" if reply["ended"] else ", cut")]
         heading = Text.assemble((name, "cyan"), ("  " + "  ".join(said), "dim"))
         console.print(Padding(heading, (0, 0, 0, 2), expand=False))

@@ -157,7 +157,9 @@ def intentions(
         start = " + ".join(map(outside.said, plan.parents.values()))
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
         task = wanted.stages.get(plan.name, "nothing")
-        table.add_row(plan.name, plan.kind, start, state, task, escape(_why(plan)))
+        members = plan.inputs.get("members")
+        kind = f"{plan.kind}, {members} members" if members else plan.kind
+        table.add_row(plan.name, kind, start, state, task, escape(_why(plan)))
     console.print(table)
     if wanted.compares:
         console.print("afterwards `run` compares the policies on the same prompts", soft_wrap=True)

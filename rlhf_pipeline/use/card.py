@@ -15,20 +15,29 @@ from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
 from rlhf_pipeline.rundir.headline import is_number, order, rests_on, shown_as
 from rlhf_pipeline.rundir.jsonl import rows
-from rlhf_pipeline.rundir.layout import SAMPLES, RunDirectory
+from rlhf_pipeline.rundir.layout import MEMBER, SAMPLES, RunDirectory
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.rundir.words import one_line
 
 # Of the machine or of the moment, not of the model.
 BOOKKEEPING = re.compile(r"seconds$|^eps$|^lr|^learning_rate$|^episode$|num_tokens$|^total_flos$")
-SETTINGS = ("trainer.", "rewards.", "lora.", "model.quantization", "model.dtype", "seed")  # in this order
+SETTINGS = (
+    "trainer.",
+    "members",
+    "bootstrap",
+    "rewards.",
+    "lora.",
+    "model.quantization",
+    "model.dtype",
+    "seed",
+)  # in this order
 Records = dict[str, Record]
 
 
 def text(
     run: Path, stage: str, recipe: Recipe, *, license: dict[str, str], merged: dict[str, Any] | None, own_class: bool,
-    name: str,
+    name: str, members: int = 1,
 ) -> str:  # fmt: skip
     """The card, as Markdown with the head that the hub reads.
 
@@ -40,6 +49,7 @@ def text(
         merged: how it was merged, as `export --json` says it; None where the adapter is exported.
         own_class: whether its class comes with it, as Transformers has none.
         name: what the model is loaded by: a hub id or a folder.
+        members: how many members an ensemble has.
     """
     directory = RunDirectory(run)
     records = {one: directory.record(one) or Record() for one in _lineage(directory, stage)}
@@ -75,6 +85,8 @@ def text(
         by_reward=any(parent.makes == "reward" for parent in kind.parents),
         dtype=dtype,
         own_class=own_class,
+        members=members,
+        folder_of_members=MEMBER,
         dequantized=merged is not None and merged["base"] == "dequantized",
         rounding=said_of_rounding(stage, merged) if merged else "",
         merging=_without_folders(said_of_merging(merged)) if merged else "",

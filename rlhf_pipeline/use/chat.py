@@ -17,7 +17,7 @@ from rlhf_pipeline.models.tokenizer import begins_with_space, has_default_templa
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe
 from rlhf_pipeline.rundir.finished import choose, done, model_of, trained_with, warning
 from rlhf_pipeline.rundir.words import printable, show
-from rlhf_pipeline.use.score import context_of, first_prompt, score_tokens
+from rlhf_pipeline.use.score import context_of, first_prompt, score_tokens, scores_of
 from rlhf_pipeline.use.stream import stream
 
 HELP = """\
@@ -152,9 +152,13 @@ class Chat:
         own = self.recipe.stages[self.stage].parents.get("reward") if self.stage != BASE else None
         name = own if own in self.rewards else self.rewards[-1]
         self.warn(name)
-        (score,) = score_tokens(self.base.reward(name), [self.last], self.tokenizer.pad_token_id)
+        members = self.base.reward(name)
+        (score,) = scores_of(score_tokens(members, [self.last], self.tokenizer.pad_token_id))
         ended = self.last[1][-1] in self.stops()
-        return f"{score:.4f} by `{name}`" + ("" if ended else "; the reply has no end, the score is of what there is")
+        said = f"{score.mean:.4f} by `{name}`"
+        if len(members) > 1:
+            said = f"{score.mean:.4f} ± {score.std:.4f} by `{name}`, whose {len(members)} members differ by that"
+        return said + ("" if ended else "; the reply has no end, the score is of what there is")
 
 
 def converse(chat: Chat) -> bool:

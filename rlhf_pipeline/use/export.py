@@ -20,7 +20,7 @@ from rlhf_pipeline.recipe import BASE, Recipe, outside
 from rlhf_pipeline.run.explain import recognise
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.finished import trained_with, warning
-from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory
+from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory, members
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.use import card
@@ -67,6 +67,13 @@ def export(
     recipe = recipes.of_run(run)
     _refuse_options(recipe, merge, dtype, dequantized)
     record = _record(run, stage, recipe)
+    count = len(members(RunDirectory(run).adapter(stage)))
+    if merge and count > 1:
+        raise InputError(
+            f"the {count} members of an ensemble cannot be merged into one model: none is what they are together",
+            place=stage,
+            hint="export the adapters, without `--merge`",
+        )
     about = warning(run, stage)
     if about:
         say(about)
@@ -86,6 +93,7 @@ def export(
             merged=merged,
             own_class=(folder / "reward_model.py").is_file(),
             name=push_to or resolved(out).name,
+            members=count,
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
     if push_to is not None:

@@ -133,7 +133,7 @@ def of_reward(run: Path, recipe: Recipe, stage: str, folder: Path, n: int) -> Fo
     replies = [ids for pair in pairs if max(map(len, pair)) <= context for ids in pair]
     if not replies:
         raise InputError("there is no pair that the model can take", place=f"stages.{stage}.data")
-    own, padding = base.reward(stage), base.tokenizer.pad_token_id
+    (own,), padding = base.reward(stage), base.tokenizer.pad_token_id
     ours = _in_batches(replies, partial(_own_scores, own, padding))
     del base, own
     merged, tokenizer = _load(folder, recipe, "score"), AutoTokenizer.from_pretrained(folder)
@@ -195,7 +195,7 @@ def _replies(episodes: Episodes) -> list[list[int]]:
 
 
 def _own_scores(view: ScoreView, pad_token_id: int, replies: Sequence[Ids]) -> list[float]:
-    return score_tokens(view, [([], ids) for ids in replies], pad_token_id)
+    return score_tokens([view], [([], ids) for ids in replies], pad_token_id)[0].tolist()
 
 
 def _merged_scores(model: Any, tokenizer: PreTrainedTokenizerBase, replies: Sequence[Ids]) -> list[float]:

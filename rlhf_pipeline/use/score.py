@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -209,7 +209,7 @@ class Scorer:
     def __init__(self, run: Path, recipe: Recipe, stage: str, chat: bool | None) -> None:
         base = StagedBase(model_of(run, recipe, stage), {stage: RunDirectory(run).adapter(stage)})
         self.tokenizer = base.tokenizer
-        self.view = base.reward(stage)
+        self.members = base.reward(stage)
         self.context = context_of(base)
         # Lengths that training cut to are left out: a reply is scored as a whole.
         self.spec = Data(path=stage, chat=chat)
@@ -239,20 +239,24 @@ class Scorer:
             scores = iter(self.scores(pairs, batch_size, lambda share: tell(so_far + share * size)))  # noqa: B023
             lines = []
             for number, _, (prompt, *texts) in window:
-                found = [next(scores) for _ in texts]
                 line: dict[str, Any] = {"row": number, "prompt": prompt}
                 if len(texts) == 1:
-                    line |= {"completion": texts[0], "score": found[0]}
+                    line |= {"completion": texts[0]} | self._named("score", next(scores))
                 else:
-                    known = None not in found
+                    chosen, rejected = (next(scores) for _ in texts)
                     line |= {"chosen": texts[0], "rejected": texts[1]}
-                    line |= {"chosen_score": found[0], "rejected_score": found[1]}
-                    line["margin"] = found[0] - found[1] if known else None  # type: ignore[operator]
+                    line |= self._named("chosen_score", chosen) | self._named("rejected_score", rejected)
+                    line["margin"] = chosen.mean - rejected.mean if chosen and rejected else None
                     if knows:
                         line["trained_on"] = knows(prompt, texts[0], texts[1])
                 lines.append(line)
             done += size
             yield lines
+
+    def _named(self, name: str, score: "Score | None") -> dict[str, float | None]:
+        """What a line has of a reply's score; of an ensemble also how far the members disagree."""
+        found = {name: score.mean if score else None}
+        return found | ({f"{name}_std": score.std if score else None} if len(self.members) > 1 else {})
 
     def _tokens(self, window: Sequence[tuple[int, Located, Record]]) -> list[list[Ids]]:
         try:
@@ -267,8 +271,8 @@ class Scorer:
 
     def scores(
         self, pairs: Sequence[tuple[Ids, Ids]], batch_size: int, tell: Callable[[float], None]
-    ) -> list[float | None]:
-        """The score of each prompt and reply; None of those that the model cannot take.
+    ) -> "list[Score | None]":
+        """The score of each prompt and reply; None of those that the model cannot take, or gives no finite number.
 
         Args:
             pairs: the tokens of each.
@@ -279,31 +283,58 @@ class Scorer:
         if self.context:
             fits = {(prompt, reply) for prompt, reply in fits if len(prompt) + len(reply) <= self.context}
         ordered = sorted(fits, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
-        found: dict[Any, float] = {}
+        found: dict[Any, Score] = {}
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
-            found.update(zip(batch, score_tokens(self.view, batch, self.tokenizer.pad_token_id), strict=True))
+            scores = score_tokens(self.members, batch, self.tokenizer.pad_token_id)
+            found.update(zip(batch, scores_of(scores), strict=True))
             tell(len(found) / len(ordered))
-        scores = [found.get((tuple(prompt), tuple(reply)), math.nan) for prompt, reply in pairs]
-        return [score if math.isfinite(score) else None for score in scores]
+        listed = [found.get((tuple(prompt), tuple(reply))) for prompt, reply in pairs]
+        return [score if score and math.isfinite(score.mean) else None for score in listed]
 
 
 @torch.no_grad()
 def score_tokens(
-    view: ScoreView, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int
-) -> list[float]:
-    """The reward model's scores of prompts with replies, given as tokens, as PPO reads them: at the last token."""
-    rows = [[*prompt, *reply] for prompt, reply in pairs]
+    members: Sequence[ScoreView], pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int
+) -> torch.Tensor:
+    """A reward model's scores of prompts with replies, given as tokens, as PPO reads them: at the last token.
+
+    Args:
+        members: from `StagedBase.reward`.
+        pairs: the tokens of n prompts and replies.
+        pad_token_id: the tokenizer's.
+
+    Returns:
+        Float32 `[members, n]`.
+    """
+    rows, device = [[*prompt, *reply] for prompt, reply in pairs], members[0].device
     width = max(len(row) for row in rows)
     replies = torch.tensor([len(reply) for _, reply in pairs])
     episodes = Episodes(
-        torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows]).to(view.device),
-        torch.tensor([len(prompt) for prompt, _ in pairs]).to(view.device),
-        replies.to(view.device),
+        torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows]).to(device),
+        torch.tensor([len(prompt) for prompt, _ in pairs]).to(device),
+        replies.to(device),
         ended=torch.ones(len(rows), dtype=torch.bool),  # neither of these two is looked at
         sampled_log_probs=torch.zeros(len(rows), int(replies.max())),
     )
-    return reply_scores(view, episodes).tolist()
+    return torch.stack([reply_scores(view, episodes) for view in members])
+
+
+class Score(NamedTuple):
+    """What a reward model says of a reply.
+
+    Attributes:
+        mean: of its members' scores; where there is one, that.
+        std: their standard deviation, with their number below; 0 where there is one.
+    """
+
+    mean: float
+    std: float
+
+
+def scores_of(members: torch.Tensor) -> list[Score]:
+    """The scores of n replies by those of all members, `[members, n]`."""
+    return [Score(*both) for both in zip(members.mean(0).tolist(), members.std(0, correction=0).tolist(), strict=True)]
 
 
 def context_of(base: StagedBase) -> int | None:

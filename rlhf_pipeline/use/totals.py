@@ -37,6 +37,7 @@ class Totals:
         last_row: the number of the last of them.
         unscored: replies without a score: too long for the model, or it gave no finite number.
         scores: the number of scores, and their sum.
+        deviations: the number of standard deviations of an ensemble's scores, and their sum.
         margins: all pairs.
         by_training: the pairs that the model was trained on under True, others under False.
     """
@@ -45,6 +46,7 @@ class Totals:
     last_row: int = 0
     unscored: int = 0
     scores: tuple[int, float] = (0, 0.0)
+    deviations: tuple[int, float] = (0, 0.0)
     margins: Margins = field(default_factory=Margins)
     by_training: dict[bool, Margins] = field(default_factory=lambda: {True: Margins(), False: Margins()})
 
@@ -52,6 +54,8 @@ class Totals:
         said = f"{self.rows} rows"
         if self.scores[0]:
             said += f", mean score {self.scores[1] / self.scores[0]:.4g}"
+        if self.deviations[0]:
+            said += f", mean disagreement {self.deviations[1] / self.deviations[0]:.4g}"
         if self.margins.pairs:
             mean = self.margins.total / self.margins.pairs
             said += f"; of {self.margins.pairs} pairs the mean margin is {mean:.4g} and the accuracy "
@@ -75,6 +79,9 @@ class Totals:
         known = [score for score in found if score is not None]
         self.unscored += len(found) - len(known)
         self.scores = self.scores[0] + len(known), self.scores[1] + sum(known)
+        deviations = [line.get(f"{name}_std") for name in ("score", "chosen_score", "rejected_score")]
+        deviations = [value for value in deviations if value is not None]
+        self.deviations = self.deviations[0] + len(deviations), self.deviations[1] + sum(deviations)
         margin = line.get("margin")
         if margin is not None:
             self.margins.count(margin)

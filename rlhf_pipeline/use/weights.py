@@ -27,6 +27,7 @@ from rlhf_pipeline.models.base import Head, load_base, load_config, load_generat
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.score_head import HEAD, with_score_head
 from rlhf_pipeline.recipe.schema import Model
+from rlhf_pipeline.rundir.layout import members
 from rlhf_pipeline.use import merge
 from rlhf_pipeline.use.merge import Rounding
 
@@ -35,25 +36,28 @@ SHARD_SIZE = "5GB"  # what Transformers' files were long cut to, and what most t
 
 
 def write_adapter(spec: Model, artifact: Path, out: Path, head: Head, settings: dict[str, Any]) -> None:
-    """Write an adapter that names its base; see `_write_own_class` for some reward models.
+    """Write an adapter that names its base, of an ensemble those of all members; see `_write_own_class`, too.
 
     Args:
         spec: the base.
         artifact: the stage's adapter folder.
-        out: a folder that is there.
+        out: a folder that is there. Of an ensemble it gets the first member's adapter, and a folder for each other one.
         head: `causal`, or `score` for a reward model.
         settings: the `trainer` of the stage, which may say what ends a reply.
     """
     names = _names_in_transformers(spec, artifact) if head == "score" else {}
     if names is None:
         _write_own_class(without_weights(spec, "score"), out)
-    state = {(names or {}).get(name, name): tensor for name, tensor in load_file(artifact / WEIGHTS).items()}
-    save_file(state, out / WEIGHTS, {"format": "pt"})
-    config = json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8"))
-    config |= {"base_model_name_or_path": spec.path, "revision": spec.revision}
-    if config["modules_to_save"]:
-        config["modules_to_save"] = sorted(set(config["modules_to_save"]))
-    _write_json(out / "adapter_config.json", config)
+    for member in members(artifact):
+        place = out / member.relative_to(artifact)
+        place.mkdir(exist_ok=True)
+        state = {(names or {}).get(name, name): tensor for name, tensor in load_file(member / WEIGHTS).items()}
+        save_file(state, place / WEIGHTS, {"format": "pt"})
+        config = json.loads((member / "adapter_config.json").read_text(encoding="utf-8"))
+        config |= {"base_model_name_or_path": spec.path, "revision": spec.revision}
+        if config["modules_to_save"]:
+            config["modules_to_save"] = sorted(set(config["modules_to_save"]))
+        _write_json(place / "adapter_config.json", config)
     _write_tokenizer(artifact, out, head)
     if head == "causal":
         tokenizer = AutoTokenizer.from_pretrained(artifact, trust_remote_code=spec.trust_remote_code)
@@ -247,7 +251,7 @@ def _generation_config(
 def _write_tokenizer(artifact: Path, out: Path, head: Head) -> None:
     """Copy the artifact's tokenizer; that of a reward model pads on the right, as its positions were in training."""
     for file in artifact.iterdir():
-        if file.name not in (WEIGHTS, "adapter_config.json"):
+        if file.is_file() and file.name not in (WEIGHTS, "adapter_config.json"):
             shutil.copy2(file, out / file.name)
     settings = out / "tokenizer_config.json"
     if head == "score":

@@ -84,7 +84,7 @@ def test_a_reward_model_from_sft_scores_as_ppo_does(architecture, make_reward):
         with torch.no_grad():
             scores = reward(**batch).logits[:, 0]
         staged = StagedBase(spec, {"reward": folder / "reward"})
-        expected = torch.tensor(score_tokens(staged.reward("reward"), ROWS, words.pad_token_id))
+        expected = score_tokens(staged.reward("reward"), ROWS, words.pad_token_id)[0]
         assert expected.abs().max() > 0.05
         assert_close(scores, expected, rtol=0, atol=1e-5)
 
@@ -103,9 +103,7 @@ def test_a_reward_adapter_over_the_class_of_transformers_is_read_and_written(mak
     batch = words.pad({"input_ids": [prompt + reply for prompt, reply in ROWS]}, return_tensors="pt")
     expected = model(**batch).logits[:, 0]
     staged = StagedBase(spec, {"reward": tmp_path / "reward"})
-    assert_close(
-        torch.tensor(score_tokens(staged.reward("reward"), ROWS, words.pad_token_id)), expected, rtol=0, atol=1e-5
-    )
+    assert_close(score_tokens(staged.reward("reward"), ROWS, words.pad_token_id)[0], expected, rtol=0, atol=1e-5)
     for name in ("adapter", "merged"):
         (tmp_path / name).mkdir()
     write_adapter(spec, tmp_path / "reward", tmp_path / "adapter", "score", {})

@@ -41,7 +41,10 @@ def test_scores_and_log_probabilities_are_those_of_ppo(make_artifacts, tokenizer
         pad_token_id=0, at_once=2,
     )  # fmt: skip
     with torch.no_grad():
-        ours = reply_scores(staged.reward("reward"), episodes), reply_log_probs(staged.policy("sft"), episodes, 1.0)[0]
+        ours = (
+            reply_scores(staged.reward("reward")[0], episodes),
+            reply_log_probs(staged.policy("sft"), episodes, 1.0)[0],
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):  # as `bf16` has it in PPO
             theirs = reply_scores(shared.reward, episodes), reply_log_probs(shared.policy, episodes, 1.0)[0]
     for mine, other in zip(ours, theirs, strict=True):

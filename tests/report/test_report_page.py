@@ -19,7 +19,7 @@ import report_run
 from rlhf_pipeline import cli, report, shares
 from rlhf_pipeline.recipe import gates
 from rlhf_pipeline.recipe.yaml import dump, parse_document
-from rlhf_pipeline.report import alarms, charts, gather, measures
+from rlhf_pipeline.report import alarms, charts, figures, gather, measures
 from rlhf_pipeline.report.gather import Series
 from rlhf_pipeline.rundir import layout
 from rlhf_pipeline.rundir.layout import RunDirectory
@@ -217,6 +217,25 @@ def test_accuracy_by_length_is_that_of_the_pairs(made_up):
     assert sum(one.share * one.count for one in bins) == pytest.approx(
         sum(row["chosen"] > row["rejected"] for row in rows)
     )
+
+
+def test_an_ensemble_is_shown_by_the_pairs_on_which_its_members_disagree(tmp_path):
+    """Where they do, it is wrong here; a reward model alone has no such picture."""
+    folder = report_run.write(tmp_path / "run")
+    file = folder / "reward" / "pairs.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    titles = [picture.title for picture in figures.of_stage([gather.read_run(folder)], "reward")]
+    assert "Accuracy by disagreement" not in titles and "Accuracy by length" in titles
+    for row in rows:
+        row["margin_std"] = 0.5 if row["chosen"] > row["rejected"] else 2.0
+    report_run.write_lines(file, rows)
+    run = gather.read_run(folder)
+    pairs = run.stage("reward").pairs
+    assert pairs.margin_std.tolist() == [row["margin_std"] for row in rows]
+    pictures = {picture.title: picture for picture in figures.of_stage([run], "reward")}
+    assert "standard deviation of the members" in pictures["Accuracy by disagreement"].svg
+    bins = measures.accuracy_by(pairs.margin_std, measures.right(pairs))
+    assert [(one.x, one.share) for one in bins] == [(0.5, 1.0), (2.0, 0.0)]
 
 
 def test_equal_values_are_in_one_bin_and_ties_are_half_right():

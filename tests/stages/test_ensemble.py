@@ -151,6 +151,9 @@ def test_an_ensemble_is_evaluated_by_its_mean_scores(whole: tuple[Job, dict[str,
     assert metrics["eval_disagreement"] == pytest.approx(
         statistics.fmean(row[name] for row in evaluated for name in ("chosen_std", "rejected_std")), abs=1e-6
     )
+    assert metrics["eval_margin_disagreement"] == pytest.approx(
+        statistics.fmean(row["margin_std"] for row in evaluated), abs=1e-6
+    )
     trained = [ensemble.read_member(job.work / f"member-{number}" / "adapter") for number in (1, 2)]
     for row, *scores in zip(rows, *(member.pairs["chosen"] for member in trained), strict=True):
         assert row["chosen"] == pytest.approx(statistics.fmean(scores))

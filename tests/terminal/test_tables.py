@@ -94,6 +94,11 @@ def test_intentions_show_what_will_run_from_where_and_why():
     assert "compares the policies" in lines[3]
 
 
+def test_intentions_say_how_many_members_an_ensemble_has():
+    lines = printed(tables.intentions, [stage("sft", inputs={"members": 4})], NOTHING, NO_DATA, None).splitlines()
+    assert "sft, 4 members" in lines[1]
+
+
 def test_intentions_name_the_model_whose_own_code_would_run():
     assert "code that comes with a/model will be run" in printed(
         tables.intentions, [stage("sft")], NOTHING, NO_DATA, "a/model"

@@ -138,7 +138,7 @@ def test_a_reward_model_gives_the_scores_that_ppo_reads(
     )
     staged = StagedBase(artifacts.spec, {"reward": artifacts.reward})
     with torch.no_grad():
-        expected = reply_scores(staged.reward("reward"), episodes)
+        expected = reply_scores(staged.reward("reward")[0], episodes)
     for name in ("merged", "adapter"):
         (tmp_path / name).mkdir()
     write_merged(artifacts.spec, artifacts.reward, tmp_path / "merged", "score", {})
@@ -250,7 +250,7 @@ def test_the_code_of_a_card_scores_as_the_stage_does(
         Model(path=str(TINY / "checkpoint"), quantization="none", dtype="float32"),
         {"reward": run / "reward" / "adapter"},
     )
-    view = staged.reward("reward")
+    view = staged.reward("reward")[0]
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     ((prompt, *replies),) = encode_records(staged.tokenizer, Data(path="x"), [(turns, *found["replies"])])
     assert found["ids"] == [prompt + reply for reply in replies]

@@ -119,7 +119,7 @@ def test_merged_into_the_dequantized_base_it_is_the_model_that_was_judged(
     with torch.no_grad(), staged.acting_as("own"):
         expected = staged.causal_lm(input_ids=IDS).logits
     if head == "score":
-        view = staged.reward("own")
+        view = staged.reward("own")[0]
         with torch.no_grad():
             expected = view.scores(view.hidden_states(IDS)[:, -1])[:, None]
     off = {}

@@ -248,7 +248,7 @@ class Batches:
         monkeypatch.setattr(scoring, "score_tokens", self)
         monkeypatch.setattr(scoring, "BATCHES_AT_ONCE", 1)
 
-    def __call__(self, *arguments: Any) -> list[float]:
+    def __call__(self, *arguments: Any) -> torch.Tensor:
         if self.count == self.stop_at:
             raise KeyboardInterrupt
         self.count += 1
