@@ -1,4 +1,6 @@
-"""What four PPO roles hold in memory: one shared base with four adapters, beside four models loaded one by one.
+"""What PPO's roles hold in memory: one shared base with four adapters, beside four models loaded one by one.
+
+And what four more reward models add to the shared base, as members of an ensemble.
 
 The model is a 32nd of Llama-3.1-8B, randomly initialised, in NF4: one of its 32 layers and a 32nd of its vocabulary, so
 that embedding, layers and adapters stand in the same proportion as in the whole model. Counted are the bytes of
@@ -10,6 +12,7 @@ trunk, without an adapter. Each way of loading is measured in a process of its o
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +33,8 @@ from rlhf_pipeline.recipe.schema import Model
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "rlhf_pipeline" / "models" / "tiny" / "checkpoint"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-WAYS = ["base", "shared", "value head", "four models"]
+WAYS = ["base", "shared", "value head", "ensemble", "four models"]
+MEMBERS = 5  # of the ensemble
 
 
 def main() -> None:
@@ -54,6 +58,8 @@ def main() -> None:
         megabytes, grown = numbers["weight_bytes"] / 1e6, numbers["grown_bytes"] / 1e6
         ratio = numbers["weight_bytes"] / one
         print(f"{way:<12} weights {megabytes:7.1f} MB   {ratio:5.3f} x base   process grew by {grown:7.1f} MB")
+    ratio = measured["ensemble"]["weight_bytes"] / measured["shared"]["weight_bytes"]
+    print(f"an ensemble of {MEMBERS} reward models: weights {ratio:.3f} x those with one")
     print(json.dumps({"parameters": parameters, "measured": measured}))
 
 
@@ -87,6 +93,9 @@ def make_artifacts(folder: Path) -> int:
     adapters.save_adapter(policy, "default", folder / "sft", tokenizer)
     scorer = adapters.with_reward_adapter(load_base(spec, tokenizer, head="score"), LORA, None)
     adapters.save_adapter(scorer, "default", folder / "reward", tokenizer)
+    for number in range(1, MEMBERS + 1):  # what they hold does not depend on their values
+        member = folder / "ensemble" / (f"member-{number}" if number > 1 else "")
+        shutil.copytree(folder / "reward", member, dirs_exist_ok=True)
     return parameters
 
 
@@ -107,10 +116,11 @@ def load(way: str, spec: Model, tokenizer: Any, folder: Path) -> list[torch.nn.M
     """Everything that way keeps in memory, as modules."""
     if way == "base":
         return [load_base(spec, tokenizer)]
-    if way in ("shared", "value head"):
-        one_trunk = way == "value head"
-        shared = SharedBase(load_base(spec, tokenizer), LORA, folder / "sft", [(folder / "reward", LORA)], one_trunk)
-        return [shared.peft, shared.policy, shared.reference, shared.reward, shared.value]
+    if way in ("shared", "value head", "ensemble"):
+        rewards = [(folder / ("ensemble" if way == "ensemble" else "reward"), LORA)]
+        base = load_base(spec, tokenizer)
+        shared = SharedBase(base, LORA, folder / "sft", rewards, one_trunk=way == "value head")
+        return [shared.peft, shared.policy, shared.reference, *shared.rewards[0], shared.value]
     policy = PeftModel.from_pretrained(load_base(spec, tokenizer), folder / "sft", is_trainable=True)
     reference = PeftModel.from_pretrained(load_base(spec, tokenizer), folder / "sft")
     reward = PeftModel.from_pretrained(load_base(spec, tokenizer, head="score"), folder / "reward")

@@ -79,7 +79,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
 def on_one_base(folder: Path) -> None:
     artifacts = {name: folder / adapter for name, adapter in ADAPTERS.items() if adapter}
     models = StagedBase(spec_of(folder), artifacts | {"reward": folder / "reward"})
-    reward = models.reward("reward")
+    reward = models.reward("reward")[0]
     for name in ADAPTERS:
         episodes = sample(
             models.policy(name), PROMPTS, response_length=LENGTH, temperature=0.0, stop_token_id=None, pad_token_id=0,
