@@ -73,6 +73,7 @@ class Roles:
             config = adapters.lora_config({**lora, "lora_dropout": 0.0}, self.causal_lm)
             self.peft.add_adapter(self.names[own], config)
             adapters.load_weights(self.peft, folder, self.names[own])
+            self._store_as_computed(self.names[own])
             head = adapters.load_head(folder).to(self.causal_lm.device)
             views.append((own, head))
         self.peft.base_model.set_adapter(active)  # it toggles what is trained, which is put right below
@@ -81,6 +82,12 @@ class Roles:
         self._find_layers()
         self.rewards.append([ScoreView(self, own, head) for own, head in views])
         return self.rewards[-1]
+
+    def _store_as_computed(self, adapter: str) -> None:
+        """Keep a frozen adapter in bfloat16 where the base computes in that: autocast rounds it so at every use."""
+        if self.causal_lm.dtype == torch.bfloat16:
+            for parameter in adapters.adapter_parameters(self.peft, adapter).values():
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     @contextlib.contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
@@ -151,6 +158,7 @@ class SharedBase(Roles):
         elif not one_trunk:
             adapters.copy_adapter(peft, names["policy"], names["value"])
         super().__init__(peft, names)
+        self._store_as_computed(names[REFERENCE])
         for artifact, shape in rewards:
             self.add_reward(artifact, shape)
         base.remove_dropout(self.peft)
