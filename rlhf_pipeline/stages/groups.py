@@ -299,8 +299,11 @@ class GroupTrainer(Resumable):
             super().log(logs, *args, **kwargs)
 
     def _write_samples(self) -> None:
-        """Write down the first replies: `TIMES_SAMPLED` times in training, and those of an evaluation's first batch."""
-        if self.samples_file is None:
+        """Write down the first replies: `TIMES_SAMPLED` times in training, and those of an evaluation's first batch.
+
+        Not those of the evaluation at the end, which is repeated where a stage is resumed after its last step.
+        """
+        if self.samples_file is None or not self.is_in_train:
             return
         step, split = self.state.global_step, "eval"
         if self.model.training:

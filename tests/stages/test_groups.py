@@ -50,8 +50,10 @@ def prompts() -> Dataset:
 def make(tmp_path, make_artifacts, tokenizer, prompts) -> Make:
     """A function that makes a trainer of a kind; keywords are settings."""
 
-    def trainer(kind: str, shape: str = "llama", held_out: Dataset | None = None, **settings: Any) -> GroupTrainer:
-        artifacts: Artifacts = make_artifacts(shape)
+    def trainer(
+        kind: str, shape: str = "llama", held_out: Dataset | None = None, quantization: str = "none", **settings: Any
+    ) -> GroupTrainer:
+        artifacts: Artifacts = make_artifacts(shape, quantization)
         config, trainer_class = CLASSES[kind]
         args = config(**{"output_dir": str(tmp_path / "out"), **SETTINGS, **settings})
         model = base.load_base(artifacts.spec, tokenizer)
@@ -129,10 +131,12 @@ def test_advantages_of_rloo_are_distances_from_the_mean_of_the_others_less_kl(ma
 # The base that all share
 
 
-@pytest.mark.parametrize(("kind", "beta"), [("grpo", 0.0), ("grpo", 0.1), ("rloo", 0.1)])
-def test_training_begins_without_kl_and_moves_the_policy_alone(make, make_artifacts, kind, beta):
-    trainer = make(kind, beta=beta, max_steps=2)
-    reward = make_artifacts("llama").reward
+@pytest.mark.parametrize(
+    ("kind", "beta", "quantization"), [("grpo", 0.0, "none"), ("grpo", 0.1, "nf4"), ("rloo", 0.1, "none")]
+)
+def test_training_begins_without_kl_and_moves_the_policy_alone(make, make_artifacts, kind, beta, quantization):
+    trainer = make(kind, beta=beta, max_steps=2, quantization=quantization)
+    reward = make_artifacts("llama", quantization).reward
     trainer.roles.add_reward(reward, lora_of(reward))
     before = {adapter: weights(trainer, adapter) for adapter in trainer.model.peft_config}
     assert set(before) == {"default", "ref", "reward"} and same(before["default"], before["ref"])
