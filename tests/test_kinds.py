@@ -196,7 +196,7 @@ def test_a_new_kind_is_one_entry(tiny_run, monkeypatch, plans):
     made_up = dataclasses.replace(plans[-1], kind="made_up")
     loss = f"loss {short(plans[-1].record.metrics['loss'])}"
     assert loss in printed(tables.results, tiny_run, [made_up])
-    assert "made_up" in printed(tables.intentions, [made_up], ToDo({}, compares=False), {made_up.name: []}, None)
+    assert "made_up" in printed(tables.intentions, [made_up], ToDo({}, compares=False), {made_up.name: []}, {}, None)
     run = gather.read_runs([tiny_run])[0]
     stage = dataclasses.replace(run.stages[-1], kind="made_up")
     assert page._summary(run, stage)["numbers"]

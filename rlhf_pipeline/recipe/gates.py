@@ -263,7 +263,7 @@ def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
 def _of_groups(stage: Stage) -> tuple[set[str], set[str]]:
     """What GRPO and RLOO log of each batch by their settings and rewards: what is certain, and what is possible."""
     settings = {name: key.default for name, key in keys(stage.kind).items()} | stage.trainer
-    certain = OF_LOSSES.get(settings.get("loss_type"), set()) | ({"kl"} if settings["beta"] else set())
+    certain = OF_LOSSES.get(str(settings.get("loss_type")), set()) | ({"kl"} if settings["beta"] else set())
     certain |= _of_rewards(stage, lambda reward: reward.function is None)
     possible = _of_rewards(stage, lambda reward: reward.function is not None)  # it may apply to none
     possible |= {f"rewards/{reward.label}/disagreement" for reward in stage.scored_by if reward.stage is not None}

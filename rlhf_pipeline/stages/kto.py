@@ -92,9 +92,9 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                ours = self._compute_kl_logps(self.model, inputs)
+                ours: Any = self._compute_kl_logps(self.model, inputs)
                 with use_adapter(self.model, "ref"):
-                    reference = self._compute_kl_logps(self.model, inputs)
+                    reference: Any = self._compute_kl_logps(self.model, inputs)
             total, count = total + (ours - reference).sum().item(), count + len(ours)
         return total / count
 

@@ -79,8 +79,8 @@ class Totals:
         known = [score for score in found if score is not None]
         self.unscored += len(found) - len(known)
         self.scores = self.scores[0] + len(known), self.scores[1] + sum(known)
-        deviations = [line.get(f"{name}_std") for name in ("score", "chosen_score", "rejected_score")]
-        deviations = [value for value in deviations if value is not None]
+        names = ("score_std", "chosen_score_std", "rejected_score_std")
+        deviations: list[float] = [value for name in names if (value := line.get(name)) is not None]
         self.deviations = self.deviations[0] + len(deviations), self.deviations[1] + sum(deviations)
         margin = line.get("margin")
         if margin is not None:
