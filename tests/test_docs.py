@@ -267,7 +267,8 @@ def runnable(content: dict[str, Any]) -> dict[str, Any]:
         stage["data"] = data | {"path": f"tiny:{ROWS[kinds.get(kind).reads]}"}
         if "ptx_data" in stage:
             stage["ptx_data"] = "tiny:demonstrations"
-    if "ppo" in stages and stages["ppo"] and "reward" not in stages and "extends" not in content:
+    samples = any(kinds.get(stage["kind"]).samples for stage in stages.values() if stage)
+    if samples and "reward" not in stages and "extends" not in content:
         reward = {"kind": "reward", "init": "base", "data": "tiny:preferences"}
         content["stages"] = {"reward": reward} | stages
     named = {stage.get("init") for stage in stages.values() if stage}
@@ -311,7 +312,7 @@ def test_every_page_that_the_package_names_is_there_and_printed(capsys):
     assert error.value.hint == "did you mean `ppo`?"
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "kto"])
+@pytest.mark.parametrize("kind", [*KINDS, "kto", "grpo", "rloo"])
 def test_the_usual_learning_rate_is_the_one_on_the_stages_page(kind):
     (table,) = (one for one in tables(f"docs/{kind}.md") if one[0][:2] == ["key", "TRL's default"])
     (row,) = (row for row in table if row[0] == "`learning_rate`")
@@ -447,6 +448,7 @@ def test_metrics_under_conditions_are_ones():
 
 CONFIGS = {
     "sft": trl.SFTConfig, "reward": trl.RewardConfig, "ppo": PPOConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig,
+    "grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig,
 }  # fmt: skip
 
 
