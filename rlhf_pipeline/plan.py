@@ -191,7 +191,7 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
             try:
                 rows = first_rows(source)
                 shape = recognise(rows, wanted, data.chat, source.path, source.columns) if rows else None
-                says, used_as = (shape.says, shape.used_as) if shape else (None, None)
+                says, used_as = (shape.says_with(data.loss), shape.used_as) if shape else (None, None)
                 found[name].append({"key": key, "path": source.path, "shape": says, "used_as": used_as})
             except ColumnsError as error:  # what they lack depends on the stage
                 problems.append(error.in_recipe(recipe.place("stages", name, *key.split("."))))

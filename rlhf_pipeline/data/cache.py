@@ -127,7 +127,7 @@ def _encode_source(
     _write(file, schema, (encode(layout, batch, spec, tokenizer, notes) for batch in batched(found)))
     # Counts of nothing are left out, as a counter has them where nothing was found.
     counted = {name: count for name, count in counts.items() if count}
-    shown = {"name": shape.name, "says": shape.says, "used_as": shape.used_as}
+    shown = {"name": shape.name, "says": shape.says_with(spec.loss), "used_as": shape.used_as}
     return {"shape": shown, "counts": counted, "unlike_template": notes.unlike_template}
 
 
@@ -232,7 +232,8 @@ def _cache_folder() -> Path:
 
 def _settings(layout: Layout, source: Source, spec: Data) -> dict[str, Any]:
     """What a recipe says of how a source is read and encoded."""
-    return {
+    loss = {"loss": spec.loss} if layout.wanted == "demonstrations" and spec.loss != "last" else {}
+    return loss | {
         "columns": source.columns,
         "limit": source.limit,
         "layout": (layout.wanted, layout.columns, *([ROW] if layout.keeps_row else [])),

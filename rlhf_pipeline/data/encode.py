@@ -6,6 +6,7 @@ behind its prompt, in the whole text as the chat template writes it: alone, many
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_pipeline.data import every_turn
 from rlhf_pipeline.data.files import Located
 from rlhf_pipeline.data.shapes import Wanted
 from rlhf_pipeline.data.sources import bad_row, where
@@ -105,24 +107,34 @@ def encode(
     limits = [spec.max_prompt_length, *[spec.max_completion_length] * (len(layout.lengths) - 1)]
     names = (*layout.columns, *layout.labels, "prompt_key", "row_key", *layout.lengths)
     columns: dict[str, list[Any]] = {name: [] for name in (*names, *((ROW,) if layout.keeps_row else ()))}
+    places: list[list[int]] = [[] for _ in batch]
+    if layout is DEMONSTRATIONS and spec.loss == "all":
+        unmarked = [every_turn.without_marks(record) for _, record in batch]
+        batch = [(located, record) for (located, _), (record, _) in zip(batch, unmarked, strict=True)]
+        places = [of_row for _, of_row in unmarked]
     ends = [len(record) - len(layout.labels) for _, record in batch]
     asked = [(located, record[:end]) for (located, record), end in zip(batch, ends, strict=True)]
     encoded = _tokens(tokenizer, spec, asked, notes)
-    for (located, record), end, parts in zip(batch, ends, encoded, strict=True):
+    within = _replies_within(tokenizer, spec, asked, places, encoded, notes)
+    for (located, record), end, parts, spans in zip(batch, ends, encoded, within, strict=True):
         if parts is None:
             continue
+        replies = [*(parts[0][start:stop] for start, stop in spans), *parts[1:]]
         lengths = [len(part) for part in parts]
+        if spans:
+            lengths[1] = max(map(len, replies))
         if spec.too_long == "drop" and any(
             limit and length > limit for length, limit in zip(lengths, limits, strict=True)
         ):
             notes.counts["too_long"] += 1
             continue
         notes.counts["conversations"] += isinstance(record[0], list)
-        notes.counts["eos_within"] += any(tokenizer.eos_token_id in part[:-1] for part in parts[1:])
+        notes.counts["eos_within"] += any(tokenizer.eos_token_id in reply[:-1] for reply in replies)
         cut = [_last(parts[0], limits[0]), *(part[: limits[1]] for part in parts[1:])]
         row_key = hash_of(record)
         prompt_key = hash_of(record[0]) if record[0] else row_key
         values = [*layout.join(*cut), *record[end:], prompt_key, row_key, *lengths]
+        _put_loss_on(spans, values, len(parts[0]) - len(cut[0]), limits[-1])
         values += [row_of(record[0], located.row)] if layout.keeps_row else []
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
@@ -198,6 +210,73 @@ def _tokens(
             for i, parts in zip(written, _encoded(tokenizer, list(written.values()), special), strict=True):
                 found[i] = parts
     return found
+
+
+def _replies_within(
+    tokenizer: PreTrainedTokenizerBase,
+    spec: Data,
+    batch: list[tuple[Located, Record]],
+    places: list[list[int]],
+    found: list[list[Ids] | None],
+    notes: Notes,
+) -> list[list[tuple[int, int]]]:
+    """From where up to where in each prompt's tokens there are replies that are learned, each with its EOS.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        spec: the recipe's `data`.
+        batch: records without marks.
+        places: of each, the turns of its prompt that are to be learned.
+        found: from `_tokens`; of a bad row that is left out, None is put there.
+        notes: where such rows are counted.
+
+    Raises:
+        InputError: a turn has other text or other tokens within the conversation than as the last one.
+    """
+    spans: list[list[tuple[int, int]]] = [[] for _ in batch]
+    end = turn_end(tokenizer) if any(places) else TurnEnd(None, ())
+    pieces: dict[int, list[list[str]]] = {}
+
+    def refuse(row: int, why: str) -> None:
+        if spec.bad_rows == "error":
+            raise bad_row(why, batch[row][0], hint=every_turn.HINT)
+        notes.counts["bad_rows"] += 1
+        found[row], spans[row] = None, []
+
+    for row, (_, record) in enumerate(batch):
+        if places[row] and found[row] is not None:
+            try:
+                pieces[row] = every_turn.in_pieces(tokenizer, record[0], places[row], end)
+            except TemplateError as error:
+                refuse(row, str(error))
+    encoded = iter(_encoded(tokenizer, [piece for of_row in pieces.values() for piece in of_row], special=False))
+    for row, of_row in pieces.items():
+        parts, ids = found[row], Ids()
+        assert parts is not None
+        for number, (before, *reply) in enumerate(itertools.islice(encoded, len(of_row))):
+            ids += before[1:] if number else before  # without the EOS of the reply before, which that has
+            for one in reply:
+                spans[row].append((len(ids), len(ids) + len(one)))
+                ids += one
+        if ids != parts[0]:
+            number = next((i for i, (_, stop) in enumerate(spans[row]) if ids[:stop] != parts[0][:stop]), -1)
+            refuse(
+                row,
+                f"turn {places[row][number] + 1} of the conversation, the assistant's, has other tokens where more "
+                "turns follow, as it shares one with the text around it",
+            )
+    return spans
+
+
+def _put_loss_on(spans: list[tuple[int, int]], values: list[Any], cut: int, limit: int | None) -> None:
+    """Put labels on the replies within a demonstration's prompt of which so many tokens were cut.
+
+    One that lost its beginning there has none; and each has as many as the last reply may have.
+    """
+    for start, stop in spans:
+        if start >= cut:
+            part = slice(start - cut, min(stop, start + (limit or stop)) - cut)
+            values[1][part] = values[0][part]
 
 
 def _text(reply: Reply) -> str:

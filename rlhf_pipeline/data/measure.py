@@ -110,6 +110,7 @@ def measure(
         "held_out_rows": None if held_out is None else len(held_out),
         "prompts": len(distinct),
         "chat": spec.chat,
+        "loss": spec.loss if encoding == "demonstrations" else None,
         "conversations": sum(prepared.counts.get(f"{name}conversations", 0) for name in ("", "eval_")),
         "left_out": {
             name: count
@@ -313,9 +314,9 @@ def _count(
             sums["dropped"] += int((~left).sum())
             whole = learned[ids.starts[1:]] - learned[ids.starts[:-1]]
             sums["without_loss"] += int((whole == 0).sum())
-            ended = (ids.last() == eos) & (end == ids.lengths)
-            sums["replies"] += rows
-            sums["without_eos"] += int((~ended).sum())
+            replies, ended = _replies(ids, labels, begin, end, eos)
+            sums["replies"] += replies
+            sums["without_eos"] += replies - ended
             sums["empty"] += int(((whole == 1) & (ids.last() == eos)).sum())
         else:
             replies = columns[-len(REPLIES[encoding]) :]
@@ -370,6 +371,21 @@ def _window(lengths: np.ndarray, trainer: Trainer) -> tuple[np.ndarray, np.ndarr
     """The part of each row that `max_length` leaves: from where, and up to where."""
     kept = lengths if trainer.max_length is None else np.minimum(lengths, trainer.max_length)
     return (lengths - kept, lengths) if trainer.keep_end else (np.zeros_like(lengths), kept)
+
+
+def _replies(ids: _Lists, labels: _Lists, begin: np.ndarray, end: np.ndarray, eos: int) -> tuple[int, int]:
+    """How many replies are learned in what is left of each row, at least one, and how many of them end in EOS."""
+    learned, first = labels.values != -100, ids.starts[:-1]
+    goes_on = np.append(learned[1:], False)
+    goes_on[ids.starts[1:][ids.lengths > 0] - 1] = False  # a row's last token
+    stops = np.flatnonzero(learned & ~goes_on)
+    row = np.searchsorted(ids.starts, stops, side="right") - 1
+    within = (stops >= (first + begin)[row]) & (stops < (first + end)[row])
+    at_end = (first + end - 1)[end > begin]
+    cut = learned[at_end] & goes_on[at_end]
+    counts = np.bincount(row[within], minlength=len(first))
+    counts[end > begin] += cut
+    return int(np.maximum(counts, 1).sum()), int((ids.values[stops[within]] == eos).sum())
 
 
 def _doubled(ids: _Lists, bos: int | None) -> int:

@@ -42,7 +42,8 @@ class Prepared:
         held_out: the same of the rows to evaluate on; None where there are none.
         table: of the rows to train on, also `prompt_key` and `row_key`, hashes of the prompt and of the whole record,
             and the lengths in tokens before any cut: `prompt_length`, and `reply_length` or `chosen_length` and
-            `rejected_length`, which count the EOS.
+            `rejected_length`, which count the EOS; with `loss: all`, `reply_length` is of the longest one that is
+            learned.
         held_out_table: the same of the rows to evaluate on.
         shapes: what was recognised in each source, those of `eval_data` apart: its `name`, what it `says`, and what
             each column is `used_as`.
@@ -67,6 +68,8 @@ class Prepared:
 
 def demonstrations(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None) -> Prepared:
     """Rows for SFT: `input_ids` and `labels`, -100 on the prompt, so that only the reply bears loss.
+
+    With `loss: all`, so do the assistant's turns in the prompt that may be trained. The tokens are the same.
 
     Args:
         spec: the recipe's `data`.

@@ -110,7 +110,7 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
     if numbers["pairs"] and rows >= 20:
         yield from _warnings_of_length(numbers["pairs"])
     if unlike := numbers["unlike_template"]:
-        ours, own = _where_they_differ(unlike["prompt_and_reply"], unlike["template"])
+        ours, own = where_they_differ(unlike["prompt_and_reply"], unlike["template"])
         yield (
             f"in {unlike['rows']:,} rows prompt and reply are another text than the chat template's own of the whole "
             f"conversation: {ours!r}, and the template's is {own!r}; change the replies, `model.chat_template`, or "
@@ -221,7 +221,7 @@ def across(stages: dict[str, dict[str, Any]], judged_on: Sequence[Prompt] = ()) 
     return warnings
 
 
-def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+def where_they_differ(one: str, other: str) -> tuple[str, str]:
     """Two texts around the first place at which they differ."""
     at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     begin = max(at - 40, 0)

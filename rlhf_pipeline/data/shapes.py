@@ -53,6 +53,7 @@ from rlhf_pipeline.data.marks import (
 from rlhf_pipeline.data.pairs import require_common_beginnings, split_texts, whole_conversations, whole_transcripts
 from rlhf_pipeline.data.parts import has_functions
 from rlhf_pipeline.data.turns import (
+    WITH_TURNS,
     Prompt,
     Record,
     Reply,
@@ -93,6 +94,12 @@ class Shape:
     of_replies: Callable[[Scored], list[Record]] | None = None
     labelled: bool = False
     used_as: dict[str, str | None] = field(default_factory=dict)
+
+    def says_with(self, loss: str) -> str:
+        """What it says where the recipe's `data.loss` is that."""
+        if loss == "last" or not any(use in WITH_TURNS for use in self.used_as.values()):
+            return self.says
+        return f"{self.says}; the assistant's turns before it are learned, too"
 
 
 def recognise(

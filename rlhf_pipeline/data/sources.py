@@ -11,10 +11,11 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
+from rlhf_pipeline.data.columns import listed
 from rlhf_pipeline.data.files import Located, local_files, rows_of_file
 from rlhf_pipeline.data.peek import SAMPLE, column_names, renamed
 from rlhf_pipeline.data.shapes import Shape, Wanted, recognise
-from rlhf_pipeline.data.turns import Record, RowError
+from rlhf_pipeline.data.turns import Record, RowError, with_marks
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import Data, Source
@@ -130,6 +131,8 @@ def records(
 ) -> Iterator[tuple[Located, Record]]:
     """The records of rows, each with its row; bad rows end it, or are left out and counted.
 
+    With `loss: all`, the turns of demonstrations that may not be trained have marks; see `turns.with_marks`.
+
     Raises:
         InputError: naming the first bad row, and how many more there are.
     """
@@ -137,6 +140,9 @@ def records(
         counts["rows"] += 1
         try:
             found = shape.read(located.row)
+            if wanted == "demonstrations" and spec.loss == "all":
+                used = {name: listed(name, value) for name, value in located.row.items() if shape.used_as.get(name)}
+                found = [with_marks(record, used, shape.used_as) for record in found]
         except RowError as problem:
             if spec.bad_rows == "error":
                 raise bad_row(str(problem), located, _count_bad(rows, shape)) from None
@@ -173,13 +179,14 @@ def _count_bad(rows: Iterator[Located], shape: Shape) -> int:
     return bad
 
 
-def bad_row(problem: str, located: Located, more: int = 0) -> InputError:
-    """The error of a row that cannot be used."""
+def bad_row(problem: str, located: Located, more: int = 0, hint: str | None = None) -> InputError:
+    """The error of a row that cannot be used; the hint by default says what may be wrong with its columns."""
     others = f" (and {more} more row{'s' if more > 1 else ''})" if more else ""
     return InputError(
         f"{problem}{others}",
         place=f"{located.place}: row {located.number}",
-        hint=f"the row has {', '.join(located.row)}; `columns: {{expected: yours}}` renames, and `bad_rows: drop` "
+        hint=hint
+        or f"the row has {', '.join(located.row)}; `columns: {{expected: yours}}` renames, and `bad_rows: drop` "
         "leaves such rows out",
     )
 

@@ -4,6 +4,7 @@ Every function that takes a row or turns raises a RowError where they are not as
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_pipeline.data.parts import (
@@ -27,6 +28,12 @@ Reply = str | Turn  # a turn where there is more than text: `reasoning_content`,
 Record = tuple[Any, ...]  # (prompt, reply), (prompt, chosen, rejected), or (prompt,)
 
 PAIRED = ("chosen", "preferred", "rejected", "rejected_response")  # of which a turn may say what the column says
+
+# What a column is taken for that may hold the turns before a reply. Where several do, they are those of the first.
+WITH_TURNS = (
+    "chosen conversation", "chosen reply", "conversation", "conversation before the replies", "prompt",
+    "turns before the prompt",
+)  # fmt: skip
 
 # Which roles may follow a role; None is the beginning.
 AFTER: dict[str | None, tuple[str, ...]] = {
@@ -170,6 +177,45 @@ def demonstration(row: Row, column: str, judged: bool = True) -> list[Record]:
         row = row | {column: value[:last]}
     turns = turns_of(row, column)
     return [(with_system(without_reply(turns, column), row), as_reply(turns[-1], column))]
+
+
+def with_marks(record: Record, row: Row, used_as: Mapping[str, str | None]) -> Record:
+    """A demonstration in whose prompt `learned: False` marks the assistant's turns that may not be trained.
+
+    Args:
+        record: the prompt and the reply.
+        row: of which it was made, its lists as lists.
+        used_as: what each column is taken for; see `shapes.Shape`.
+
+    Raises:
+        RowError: a turn does not say clearly whether it may be.
+    """
+    prompt = record[0]
+    if isinstance(prompt, str):
+        return record
+    columns = [name for use in WITH_TURNS for name, taken_for in used_as.items() if taken_for == use]
+    column = next((name for name in columns if isinstance(row.get(name), list) and len(row[name]) > 1), None)
+    learned = iter(_learned_turns(row[column], column) if column else [])
+    marked = [
+        turn | {"learned": False} if turn["role"] == "assistant" and not next(learned, True) else turn
+        for turn in prompt
+    ]
+    return (marked, *record[1:])
+
+
+def _learned_turns(turns: list[Any], column: str) -> list[bool]:
+    """Of each of the assistant's turns whether it may be trained, in the order in which `turns_of` has them."""
+    found: list[bool] = []
+    follows = False  # another one of the assistant's
+    for turn in turns:
+        if _is_assistants(turn):
+            made, may_be = one_turn(turn, column), _is_learned(turn, column, judged=True)
+            if follows and "tool_calls" in made and not made["content"]:  # becomes a part of that; see `_with_calls`
+                found[-1] = found[-1] and may_be
+            else:
+                found.append(may_be)
+        follows = _is_assistants(turn)
+    return found
 
 
 def _is_assistants(turn: Any) -> bool:

@@ -176,7 +176,7 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], times: i
     return tokenizer.bos_token_id is not None and ids[:times] == [tokenizer.bos_token_id] * times
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], checked: bool = True) -> str:
     """A conversation as text, up to where the assistant's reply begins.
 
     The text has all the special tokens it shall have: encode it with `add_special_tokens=False`.
@@ -185,11 +185,12 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> s
         tokenizer: from `load_tokenizer`.
         turns: `{role, content}`, an assistant's perhaps with `tool_calls` and `reasoning_content`; the first one
             perhaps with the `tools` of the conversation.
+        checked: whether it is seen to that the chat template leaves out no turn, which takes as long again.
 
     Raises:
         TemplateError: the chat template refuses the conversation, fails on it, or leaves out a part of it.
     """
-    return _apply(tokenizer, turns, add_generation_prompt=True)
+    return _apply(tokenizer, turns, checked, add_generation_prompt=True)
 
 
 def render_whole(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> str:
@@ -306,7 +307,9 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], **options: Any) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], checked: bool = True, **options: Any
+) -> str:
     """A conversation as a template writes it, with all its parts.
 
     Templates differ in how they take the arguments of a call: as a mapping or as JSON. The first way counts in which
@@ -323,7 +326,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], **op
         text = _rendered(tokenizer, plain, tools, options)
     if tools and text == _or_none(tokenizer, plain, None, options):
         raise TemplateError(f"the chat template does not write `tools`; {ANOTHER}")
-    if options or any("tool_calls" in turn for turn in plain):
+    if checked and (options or any("tool_calls" in turn for turn in plain)):
         _require_all_written(tokenizer, plain, tools, options)
     return text
 

@@ -36,7 +36,7 @@ _CHOICES = {
 _RUN_DIRECTORY = "the run directory decides where a stage writes"
 _DTYPE = "the recipe's `model.dtype` decides the precision of every stage"
 _TOKENIZER = "the pipeline prepares one tokenizer for all stages, so that they read the same tokens"
-_ENCODED = "the pipeline encodes the data itself: loss on the reply only, one EOS at its end, in every stage alike"
+_ENCODED = "the pipeline encodes the data itself: loss on replies only, one EOS behind each, in every stage alike"
 _MODEL = "the pipeline loads one base for all stages; see the recipe's `model`"
 _CHECKPOINTS = "checkpoints are always complete, and a run resumes from them by itself"
 _BEST = "a stage's result is its last step; the best checkpoint is not kept"
@@ -88,6 +88,7 @@ _INSTEAD = {
     "bf16": "model.dtype: bfloat16", "bf16_full_eval": "model.dtype: bfloat16",
     "fp16": "model.dtype: float16", "fp16_full_eval": "model.dtype: float16", "tf32": "model.dtype",
     "trust_remote_code": "model.trust_remote_code", "chat_template_path": "model.chat_template",
+    "assistant_only_loss": "data.loss: all",
 }  # fmt: skip
 
 _BASE_STAYS = "the base is never changed: only adapters are trained"

@@ -39,7 +39,10 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
     _check_template_settings(model.chat_template_kwargs, problems)
     for name, stage in recipe.stages.items():
         path: KeyPath = ("stages", name, "data")
-        _resolve_data(stage.data, path, dict(stage.facts.unread), problems)
+        without_effect = dict(stage.facts.unread)
+        if stage.facts.reads != "demonstrations":
+            without_effect["loss"] = f"it is of demonstrations, and {stage.facts.reads} are read here"
+        _resolve_data(stage.data, path, without_effect, problems)
         for place, reward in enumerate(stage.rewards):
             if reward.model is not None:
                 key = ("stages", name, "rewards", place)
@@ -54,7 +57,7 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         all_held_out, as_they_are = "all rows are held out here", "every prompt that is asked is judged"
         without_effect = {
             "eval_fraction": all_held_out, "eval_data": all_held_out, "too_long": as_they_are, "bad_rows": as_they_are,
-            "max_completion_length": "only prompts are read here",
+            "max_completion_length": "only prompts are read here", "loss": "only prompts are read here",
         }  # fmt: skip
         _resolve_data(recipe.evaluate.data, ("evaluate", "data"), without_effect, problems)
 

@@ -124,6 +124,10 @@ class Data(Source):
     too_long: Literal["cut", "drop"] = "cut"
     """What becomes of a row that is over one of the two lengths: it is cut, or left out and counted."""
 
+    loss: Literal["last", "all"] = "last"
+    """Demonstrations only. Which of the assistant's turns of a conversation are learned: the last one, or all of them.
+    One of weight 0 never is."""
+
     bad_rows: Literal["error", "drop"] = "error"
     """What becomes of a row that lacks something: it ends the check, or is left out and counted."""
 

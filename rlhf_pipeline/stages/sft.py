@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: TRL's SFTTrainer on demonstrations, loss on the reply only."""
+"""Supervised fine-tuning: TRL's SFTTrainer on demonstrations, loss on replies only."""
 
 from collections.abc import Mapping
 from typing import Any

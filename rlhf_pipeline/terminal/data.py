@@ -68,6 +68,8 @@ def _facts(numbers: dict[str, Any]) -> list[tuple[str, str | Text]]:
     if numbers["labels"]:
         good, bad = numbers["labels"]["good"], numbers["labels"]["bad"]
         facts.append(("labels", f"{_share(good, good + bad)} good, {_share(bad, good + bad)} bad"))
+    if numbers["loss"] == "all":
+        facts.append(("learned", f"all of the assistant's turns: {numbers['replies']['count']:,} replies"))
     loss = numbers["loss_tokens"]
     facts.append(("tokens", f"{numbers['tokens']:,}" + ("" if loss is None else f", {loss:,} of them carry loss")))
     facts.append(("prompts are", _format(numbers)))
@@ -124,7 +126,8 @@ def _lengths(numbers: dict[str, Any]) -> Table:
         effect = "" if limit is None else f"{key} {limit:,}: {_share(cut, numbers['rows'])} cut"
         if name == "prompt" and kinds.get(numbers["kind"]).samples:
             effect += f"{'; ' if effect else ''}a reply has up to {numbers['limits']['response_length']:,}"
-        table.add_row(name, *(f"{lengths[column]:,}" for column in ("p50", "p90", "p99", "max")), effect)
+        what = "longest reply" if name == "reply" and numbers["loss"] == "all" else name
+        table.add_row(what, *(f"{lengths[column]:,}" for column in ("p50", "p90", "p99", "max")), effect)
     if numbers["limits"]["max_length"] is not None:
         done = [
             f"{_share(count, numbers['rows'])} {word}"

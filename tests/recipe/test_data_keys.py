@@ -212,7 +212,7 @@ def test_keys_of_data_that_do_not_go_together_are_refused(folder, data, key, mes
     "data",
     [
         "{path: a.jsonl, too_long: drop, max_prompt_length: 9}",
-        "{path: a.jsonl, too_long: drop, max_completion_length: 9, bad_rows: drop, chat: true, limit: 3}",
+        "{path: a.jsonl, too_long: drop, max_completion_length: 9, bad_rows: drop, chat: true, limit: 3, loss: all}",
         "[{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 0.5, limit: 1, columns: {prompt: x, completion: x}}]",
         "{mix: [a.jsonl, {path: org/name, split: test}], eval_data: {path: org/name, split: test}}",
         "{path: a.jsonl, split: train}",  # as a resolved recipe has it
@@ -232,6 +232,9 @@ def test_keys_of_data_that_go_together_are_kept_and_written_down(folder, data):
         ("evaluate.data.too_long=drop", "every prompt that is asked is judged"),
         ("evaluate.data.bad_rows=drop", "every prompt that is asked is judged"),
         ("evaluate.data.max_completion_length=9", "only prompts are read here"),
+        ("evaluate.data.loss=all", "only prompts are read here"),
+        ("reward.data.loss=all", "it is of demonstrations, and preferences are read here"),
+        ("ppo.data.loss=all", "it is of demonstrations, and prompts are read here"),
         ("ppo.data.max_completion_length=9", "only prompts are read here"),
         ("ppo.ptx_data.eval_fraction=0.1", "nothing evaluates on these rows"),
         ("ppo.ptx_data.eval_data=a.jsonl", "nothing evaluates on these rows"),
@@ -241,6 +244,12 @@ def test_keys_that_the_place_of_the_data_makes_idle_are_refused(folder, override
     found = refused(folder, "a.jsonl", override)
     assert found.message == f"`{override.partition('=')[0].rpartition('.')[2]}` has no effect: {reason}"
     assert found.place == f"override `{override}`"
+
+
+def test_every_turn_of_ptx_data_may_be_learned(folder):
+    (folder / "r.yaml").write_text(FULL.replace("DATA", "a.jsonl"))
+    loaded = recipe.load(str(folder / "r.yaml"), ["ppo.ptx_data.loss=all"])
+    assert (loaded.stages["ppo"].ptx_data.loss, loaded.stages["sft"].data.loss) == ("all", "last")
 
 
 def test_dropping_what_is_too_long_of_prompts_needs_their_length(folder):

@@ -212,6 +212,7 @@ def test_what_a_chat_template_cannot_be_told(problems, setting, message):
         ("sft", "bf16: false", "remove it"),
         ("sft", "trust_remote_code: true", "set `model.trust_remote_code` instead"),
         ("sft", "chat_template_path: x.jinja", "set `model.chat_template` instead"),
+        ("sft", "assistant_only_loss: true", "set `data.loss: all` instead"),
         ("sft", "seed: 7", "set `seed` at the top of the recipe instead"),
         ("sft", "run_name: x", "set `name` at the top of the recipe instead"),
         ("sft", "push_to_hub: true", "remove it"),
