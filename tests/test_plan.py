@@ -308,6 +308,12 @@ def test_what_is_as_by_default_makes_no_difference(folder):
     assert [key for key in make(folder)["dpo"].inputs if key.startswith("data")] == ["data"]
 
 
+def test_which_turns_are_learned_counts(folder):
+    last, every = (make(folder, f"sft.data.loss={loss}")["sft"] for loss in ("last", "all"))
+    assert last.fingerprint == make(folder)["sft"].fingerprint != every.fingerprint
+    assert every.inputs.keys() - last.inputs.keys() == {"data.loss"}
+
+
 def shapes(folder: Path, *overrides: str) -> dict[str, list[tuple[str, str, str | None]]]:
     """For each stage the key, the file's name and what its rows are read as."""
     found = plan.shapes(recipe.load(str(folder / "r.yaml"), overrides))

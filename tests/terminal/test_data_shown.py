@@ -90,6 +90,21 @@ def test_every_token_with_loss_stands_in_brackets(written):
     assert inside == "Very [large] 🐘!↵Yes.<|end|>"
 
 
+def test_every_turn_that_is_learned_stands_in_brackets(written):
+    chats = [{"messages": [*row["messages"], *row["messages"][1:]]} for row in CHATS]
+    report = of(written({"sft": {"loss": "all"}}, sft=chats))
+    text = shown(report, width=1000)
+    example = text[text.index("the first row") :]
+    first, second = example.split("<|assistant|>")[1:]
+    for reply in (first.partition("<|user|>")[0], second):
+        assert "".join(re.findall(r"\[(\[?[^]]*\]?)\]", reply)) == "Very [large] 🐘!↵Yes.<|end|>"
+    assert "[" not in first.partition("<|user|>")[2].replace("elephant [0]", "")
+    assert re.search(r"learned +all of the assistant's turns: 60 replies\n", text)
+    loss = sum(report["stages"][0]["data"]["example"]["text"]["loss"])
+    assert f", {30 * loss:,} of them carry loss\n" in re.sub(" +\n", "\n", text)
+    assert re.search(r"^  longest reply ", text, re.MULTILINE)
+
+
 def test_pairs_and_prompts(written):
     text = shown(of(written({}, sft=PAIRS, reward=PAIRS, ppo=PAIRS, dpo=PAIRS), "ppo.trainer.response_length=9"))
     of_reward, of_ppo, of_dpo = (text[text.index(f"{name}.data") :] for name in ("reward", "ppo", "dpo"))
