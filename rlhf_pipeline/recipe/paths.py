@@ -41,7 +41,7 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         path: KeyPath = ("stages", name, "data")
         without_effect = dict(stage.facts.unread)
         if stage.facts.reads != "demonstrations":
-            without_effect["loss"] = f"it is of demonstrations, and {stage.facts.reads} are read here"
+            without_effect["loss"] = f"it is of demonstrations, and this stage reads {stage.facts.reads}"
         _resolve_data(stage.data, path, without_effect, problems)
         for place, reward in enumerate(stage.rewards):
             if reward.model is not None:
