@@ -230,6 +230,13 @@ def test_what_to_do_about_guessing_depends_on_training(run):
     assert "In training it is 0.97, so it learns pairs by heart" in texts(run)
 
 
+@pytest.mark.parametrize(("margin", "said"), [(0.4, ""), (-0.02, "good replies have gained no more than bad ones")])
+def test_replies_that_come_no_further_apart_held_out_are_guessed(run, margin, said):
+    report_run.change(run, "dpo", kind="kto", metrics={"eval_rewards/margins": margin})
+    assert said in texts(run)
+    assert bool(said) == ("guessing" in [alarm.what for alarm in alarms.read(run)])
+
+
 # Advice by what came before
 
 

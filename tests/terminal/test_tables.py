@@ -76,7 +76,9 @@ def test_intentions_say_what_the_data_are_read_as():
     ]
     lines = [
         line.rstrip()
-        for line in printed(tables.intentions, [stage("sft")], NOTHING, {"sft": sources}, None, width=160).splitlines()
+        for line in printed(
+            tables.intentions, [stage("sft")], NOTHING, {"sft": sources}, {}, None, width=160
+        ).splitlines()
     ]
     assert lines[-3].split(maxsplit=2) == ["sft", "a[1].jsonl", says]
     assert lines[-2].strip() == "columns: prompt (prompt), completion (reply); not used: id"
@@ -87,7 +89,7 @@ def test_intentions_say_what_the_data_are_read_as():
 def test_intentions_show_what_will_run_from_where_and_why():
     ppo = stage("ppo", "stale", init="sft", reward="reward", reason="trainer.kl_coef 0.1 → 0.2")
     wanted = ToDo({"ppo": "train"}, compares=True)
-    lines = printed(tables.intentions, [stage("sft"), ppo], wanted, NO_DATA, None).splitlines()
+    lines = printed(tables.intentions, [stage("sft"), ppo], wanted, NO_DATA, {}, None).splitlines()
     assert lines[1].split() == ["sft", "sft", "base", "done", "nothing", "up", "to", "date"]
     assert lines[2].split()[:7] == ["ppo", "ppo", "sft", "+", "reward", "stale", "train"]
     assert lines[2].rstrip().endswith("trainer.kl_coef 0.1 → 0.2")
@@ -95,15 +97,31 @@ def test_intentions_show_what_will_run_from_where_and_why():
 
 
 def test_intentions_say_how_many_members_an_ensemble_has():
-    lines = printed(tables.intentions, [stage("sft", inputs={"members": 4})], NOTHING, NO_DATA, None).splitlines()
+    lines = printed(tables.intentions, [stage("sft", inputs={"members": 4})], NOTHING, NO_DATA, {}, None).splitlines()
     assert "sft, 4 members" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"desirable_weight": 2.3803, "undesirable_weight": 1.0, "good": 710, "bad": 1690},
+         "kto: desirable_weight 2.38, undesirable_weight 1, for 710 good and 1,690 bad replies"),
+        ({"desirable_weight": None, "undesirable_weight": None, "good": None, "bad": None},
+         "kto: desirable_weight and undesirable_weight by the rows, when it runs"),
+        ({"desirable_weight": 1.5, "undesirable_weight": None, "good": None, "bad": None},
+         "kto: desirable_weight 1.5, undesirable_weight by the rows, when it runs"),
+    ],
+)  # fmt: skip
+def test_intentions_say_how_good_and_bad_replies_are_weighed(weights, said):
+    lines = printed(tables.intentions, [stage("sft")], NOTHING, NO_DATA, {"kto": weights}, None).splitlines()
+    assert lines[-1] == said
 
 
 def test_intentions_name_the_model_whose_own_code_would_run():
     assert "code that comes with a/model will be run" in printed(
-        tables.intentions, [stage("sft")], NOTHING, NO_DATA, "a/model"
+        tables.intentions, [stage("sft")], NOTHING, NO_DATA, {}, "a/model"
     )
-    assert "will be run" not in printed(tables.intentions, [stage("sft")], NOTHING, NO_DATA, None)
+    assert "will be run" not in printed(tables.intentions, [stage("sft")], NOTHING, NO_DATA, {}, None)
 
 
 def test_a_gate_that_was_ignored_is_not_passed_over_in_silence():
@@ -121,13 +139,13 @@ def test_a_stage_whose_gate_is_closed_keeps_its_numbers_in_json():
 def test_a_reason_with_brackets_is_shown_as_it_is():
     """A reason quotes recipes and errors; its brackets are text, not styling."""
     reason = "trainer.loss_type [sigmoid] → [ipo]"
-    assert reason in printed(tables.intentions, [stage("dpo", "stale", reason=reason)], NOTHING, NO_DATA, None)
+    assert reason in printed(tables.intentions, [stage("dpo", "stale", reason=reason)], NOTHING, NO_DATA, {}, None)
     assert reason in printed(tables.results, Path("r"), [stage("dpo", "stale", reason=reason)])
 
 
 def test_a_narrow_terminal_loses_no_word():
     reason = "trainer.learning_rate 0.001 → 0.002; trainer.max_steps default → 5"
-    text = printed(tables.intentions, [stage("dpo", "stale", reason=reason)], NOTHING, NO_DATA, None, width=60)
+    text = printed(tables.intentions, [stage("dpo", "stale", reason=reason)], NOTHING, NO_DATA, {}, None, width=60)
     assert "…" not in text
     assert "".join(text.split()).find("0.002;") > 0
 
