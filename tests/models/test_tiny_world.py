@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from rlhf_pipeline.models.tiny import make, world
 
 FOLDER = Path(make.__file__).parent
-TABLES = ["demonstrations", "preferences", "prompts", "heldout"]
+TABLES = ["demonstrations", "preferences", "thumbs", "prompts", "heldout"]
 
 
 def rows(folder, name):
@@ -107,7 +107,7 @@ class TestData:
         held_out = {row["prompt"] for row in rows(FOLDER / "data", "heldout")}
         train = {row["prompt"] for row in rows(FOLDER / "data", "prompts")}
         assert held_out
-        for name in ("demonstrations", "preferences"):
+        for name in ("demonstrations", "preferences", "thumbs"):
             assert {row["prompt"] for row in rows(FOLDER / "data", name)} <= train
         assert not held_out & train
         assert held_out | train == {question.prompt for question in world.questions()}
@@ -126,6 +126,15 @@ class TestData:
         assert len(apart) > 100
         assert sum(apart) / len(apart) > 0.8
         assert all(row["chosen"] != row["rejected"] for row in table)
+
+    def test_thumbs_are_up_for_most_of_what_the_judge_likes_and_little_else(self):
+        table = rows(FOLDER / "data", "thumbs")
+        liked = world.judge([row["prompt"] for row in table], [row["completion"] for row in table])
+        up = {
+            score: [row["thumb"] for row, one in zip(table, liked, strict=True) if one == score] for score in (0.0, 1.0)
+        }
+        assert sum(up[1.0]) / len(up[1.0]) > 0.9
+        assert sum(up[0.0]) / len(up[0.0]) < 0.2
 
     def test_demonstrations_leave_something_to_learn(self):
         """Demonstrations are good often enough to learn from, and bad often enough for the later stages."""
