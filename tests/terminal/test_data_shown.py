@@ -99,7 +99,7 @@ def test_every_turn_that_is_learned_stands_in_brackets(written):
     for reply in (first.partition("<|user|>")[0], second):
         assert "".join(re.findall(r"\[(\[?[^]]*\]?)\]", reply)) == "Very [large] 🐘!↵Yes.<|end|>"
     assert "[" not in first.partition("<|user|>")[2].replace("elephant [0]", "")
-    assert re.search(r"learned +all of the assistant's turns: 60 replies\n", text)
+    assert re.search(r"learned +all of the assistant's turns: 60 replies *\n", text)
     loss = sum(report["stages"][0]["data"]["example"]["text"]["loss"])
     assert f", {30 * loss:,} of them carry loss\n" in re.sub(" +\n", "\n", text)
     assert re.search(r"^  longest reply ", text, re.MULTILINE)
