@@ -64,8 +64,6 @@ class Roles:
             member's number from the second on: `reward/2`.
         """
         role = kinds.numbered("reward", len(self.rewards) + 1)
-        before = {parameter: parameter.requires_grad for parameter in self.peft.parameters()}
-        active = self.peft.active_adapters
         views = []
         for number, folder in enumerate(members(artifact), 1):
             own = role if number == 1 else f"{role}/{number}"
@@ -76,9 +74,6 @@ class Roles:
             self._store_as_computed(self.names[own])
             head = adapters.load_head(folder).to(self.causal_lm.device)
             views.append((own, head))
-        self.peft.base_model.set_adapter(active)  # it toggles what is trained, which is put right below
-        for parameter in self.peft.parameters():
-            parameter.requires_grad_(before.get(parameter, False))
         self._find_layers()
         self.rewards.append([ScoreView(self, own, head) for own, head in views])
         return self.rewards[-1]
