@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Text = str | Sequence[Mapping[str, Any]]  # or turns, each with `role` and `content`
+Text = str | list[dict[str, Any]]  # or turns, each with `role` and `content`
 
 
 @dataclass(frozen=True)

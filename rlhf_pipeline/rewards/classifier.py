@@ -83,12 +83,12 @@ class Classifier:
                 print(f"{self.spec.place}: {said}: of this and others, the beginning of the prompt is left out")
                 self._told = True
             texts.append(shortened(ids, self.longest, self.tokenizer))
-        if error := beyond_embedding(texts, self.tokenizer, self.model.config, self.spec):
-            raise ClassifierError(f"`{self.spec.path}` cannot read a reply: {error.message}")
+        if found := beyond_embedding(texts, self.tokenizer, self.model.config, self.spec):
+            raise ClassifierError(f"`{self.spec.path}` cannot read a reply: {found.message}")
         scores = self._scores(texts, at_once).tolist()
         for row, score in enumerate(scores):
             if not abs(score) < float("inf"):
-                begin = as_text(_plain(batch.prompts[row]))[:60]
+                begin = as_text(batch.prompts[row])[:60]
                 said = f"gave {score} for reply {row + 1}, to the prompt {begin!r}: {NOT_FINITE}"
                 raise ClassifierError(f"`{self.spec.path}` {said}")
         return scores
@@ -192,8 +192,8 @@ def check(spec: Model, prompts: Sequence[Prompt]) -> None:
             place=spec.place,
             hint="take a classifier whose chat template does, or change these rows",
         ) from None
-    if error := beyond_embedding(texts, tokenizer, config, spec):
-        raise error
+    if found := beyond_embedding(texts, tokenizer, config, spec):
+        raise found
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> list[int]:
@@ -202,19 +202,14 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) 
     Raises:
         TemplateError: the chat template refuses the conversation.
     """
-    asked = _plain(prompt)
     reply = {"role": "assistant", "content": completion} if isinstance(completion, str) else dict(completion[0])
     if tokenizer.chat_template:
         if isinstance(completion, str):  # behind text it may begin with the space between them
             reply["content"] = completion.strip()
-        text = render_whole(tokenizer, [*as_turns(asked), reply])
+        text = render_whole(tokenizer, [*as_turns(prompt), reply])
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    between = "" if isinstance(asked, str) else "\n\n"
-    return list(tokenizer(f"{as_text(asked)}{between}{reply['content']}")["input_ids"])
-
-
-def _plain(prompt: Text) -> Prompt:
-    return prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    between = "" if isinstance(prompt, str) else "\n\n"
+    return list(tokenizer(f"{as_text(prompt)}{between}{reply['content']}")["input_ids"])
 
 
 def shortened(ids: list[int], longest: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:

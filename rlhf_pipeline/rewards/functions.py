@@ -70,7 +70,7 @@ class Function:
 
     def _begin(self, batch: Batch) -> Any:
         """What it returns; of one that is async, what is to be awaited."""
-        given = copy.deepcopy(
+        given: dict[str, Any] = copy.deepcopy(
             {
                 **batch.columns,
                 "prompts": list(batch.prompts),

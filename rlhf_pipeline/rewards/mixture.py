@@ -78,9 +78,9 @@ class Rewards:
         """
         total = torch.zeros(len(episodes), device=episodes.ids.device)
         found = Scores(total, {}, {})
-        batch = self._batch(episodes, rows or (), step, max_steps) if self.need_rows else None
+        batch = self._batch(episodes, rows or (), step, max_steps) if self.need_rows else Batch([], [], [], {}, step)
         functions = [part.source for part in self.parts if isinstance(part.source, Function)]
-        returned = iter(call_all(functions, batch) if batch else [])
+        returned = iter(call_all(functions, batch))
         for part in self.parts:
             applies = torch.ones_like(total, dtype=torch.bool)
             if isinstance(part.source, Function):

@@ -135,6 +135,14 @@ def test_a_chat_template_is_its_own_and_text_is_a_users_turn(folders: dict[str, 
     assert tokenizer.decode(encoded(tokenizer, "who", " i")) == "<user>who\n<assistant>i\n"
 
 
+def test_a_chat_template_alone_writes_special_tokens(tmp_path: Path) -> None:
+    tokenizer = classifier.load_tokenizer(
+        spec_of(make(tmp_path, "bert", template="{{ cls_token }} " + TEMPLATE)), AutoConfig.for_model("bert")
+    )
+    ids = encoded(tokenizer, "who", "i")
+    assert ids.count(tokenizer.cls_token_id) == 1 and tokenizer.sep_token_id not in ids
+
+
 def test_without_a_chat_template_it_reads_prompt_and_reply(folders: dict[str, Path]) -> None:
     tokenizer = classifier.load_tokenizer(spec_of(folders["bert"]), AutoConfig.for_model("bert"))
     for prompt, reply in (("who", " i am"), ([{"role": "user", "content": "who"}], [{"role": "x", "content": "i am"}])):

@@ -186,6 +186,11 @@ def test_what_one_raises_is_said_with_its_line_and_kept(
     assert refused.value.place == PLACE
 
 
+def test_the_line_is_the_functions_own_where_a_library_raises(function: Callable[[Any], Function]) -> None:
+    with pytest.raises(FunctionError, match=r"JSONDecodeError: .* \(my_rewards.py:4\)$"):
+        function("import json\n\ndef reward(completions):\n    return [json.loads(one) for one in completions]")(TEXTS)
+
+
 def test_async_ones_wait_together_in_one_loop_that_stays(function: Callable[[Any], Function]) -> None:
     """Each waits for the other: one after the other, they would do so for ever."""
     loops, met = [], [asyncio.Event(), asyncio.Event()]
