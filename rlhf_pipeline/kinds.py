@@ -3,7 +3,7 @@
 One entry here and one file in `stages/` make a kind. No field has a default: a fact that is missing fails at import.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -512,6 +512,12 @@ def find(name: object) -> Kind | None:
 def numbered(role: str, number: int) -> str:
     """The name of the first parent in a role, and of the second and further ones: `reward`, `reward.2`."""
     return role if number == 1 else f"{role}.{number}"
+
+
+def either(names: Sequence[str]) -> str:
+    """Names as a choice: `a`, `a or b`, `a, b or c`."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def makers(makes: Makes) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def test_json_of_a_fresh_directory(folder):
         assert object_["run"] == str(folder / "runs" / "t")
         assert [stage["name"] for stage in object_["stages"]] == ["sft", "reward", "ppo"]
         for stage in object_["stages"]:
-            keys = {"name", "kind", "state", "reason", "init", "reward", "fingerprint", "wall_s", "peak_memory_bytes",
+            keys = {"name", "kind", "state", "reason", "init", "reward", "rewards", "fingerprint", "wall_s", "peak_memory_bytes",
                     "metrics", "artifact", "taken_from", "log", "step", "gates"}  # fmt: skip
             assert set(stage) == keys | ({"will", "will_run", "data"} if command == "plan" else set())
             assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)

@@ -105,7 +105,7 @@ def test_the_summary_of_commands_is_whole(say, tmp_path):
 
 COMPLETED = {
     "rlhf-pipeline cha": ["chat"],
-    "rlhf-pipeline run ti": ["tiny"],
+    "rlhf-pipeline run tiny-g": ["tiny-grpo"],
     "rlhf-pipeline run fi": ["first.yaml"],
     "rlhf-pipeline watch runs/f": ["runs/first/"],
     "rlhf-pipeline run first.yaml --until r": ["reward"],

@@ -88,7 +88,7 @@ def advice(wanted: Wanted, names: list[str], seen: Seen, columns: Mapping[str, s
                 )
             return f"if `{numbers[0]}` says how good a reply is, {renames(columns, {'score': numbers[0]})}"
     if others:
-        return f"they are {others[0]}, which a stage of kind {' or '.join(_kinds_that_read(others[0]))} takes"
+        return f"they are {others[0]}, which a stage of kind {kinds.either(_kinds_that_read(others[0]))} takes"
     return "`columns: {expected: yours}` gives your columns the names that are expected"
 
 

@@ -31,7 +31,7 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         known = {other: spec for other, spec in earlier.items() if not problems.is_broken(("stages", other, "kind"))}
         if stage.init is None:
             stage.init = next((other for other in reversed(known) if kinds.get(known[other].kind).begins), BASE)
-            first = _either(tuple(kind.name for kind in kinds.KINDS if kind.begins))
+            first = kinds.either(tuple(kind.name for kind in kinds.KINDS if kind.begins))
             derived[*path, "init"] = f"{'the latest' if stage.init != BASE else 'no'} {first} stage before"
         elif outside.is_one(stage.init):
             stage.init = _from_outside((*path, "init"), stage.init, "policy", problems)
@@ -122,7 +122,7 @@ def _require_members(name: str, stage: Stage, problems: Problems) -> None:
         for key in [key for key in ("members", "bootstrap") if getattr(stage, key)]:
             problems.add(
                 (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`",
-                f"an ensemble is one of reward models: kind {_either(kinds.makers('reward'))}", of_key=True,
+                f"an ensemble is one of reward models: kind {kinds.either(kinds.makers('reward'))}", of_key=True,
             )  # fmt: skip
     elif stage.bootstrap and stage.members is None and not problems.is_broken((*path, "members")):
         problems.add((*path, "bootstrap"), "`bootstrap` has no effect without `members`", "set `members`", of_key=True)
@@ -185,7 +185,7 @@ def _require(
     elif earlier[wanted].kind not in wanted_kinds and not problems.is_broken(("stages", wanted, "kind")):
         problems.add(
             path,
-            f"`{wanted}` is of kind `{earlier[wanted].kind}`; `{key}` needs {_either(wanted_kinds)}",
+            f"`{wanted}` is of kind `{earlier[wanted].kind}`; `{key}` needs {kinds.either(wanted_kinds)}",
             _earlier(earlier, wanted_kinds),
         )
 
@@ -193,9 +193,4 @@ def _require(
 def _earlier(earlier: dict[str, Stage], names: tuple[str, ...]) -> str:
     """The stages that would do, for a hint."""
     fitting = [name for name, stage in earlier.items() if stage.kind in names]
-    return f"earlier stages: {', '.join(fitting) or f'none of kind {_either(names)}'}"
-
-
-def _either(names: tuple[str, ...]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
+    return f"earlier stages: {', '.join(fitting) or f'none of kind {kinds.either(names)}'}"

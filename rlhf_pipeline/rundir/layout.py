@@ -228,7 +228,7 @@ class RunDirectory:
                     continue
                 if path.is_dir():
                     (copy / inside).mkdir(parents=True)
-                elif inside.parts[0] == ADAPTER and inside.name == WEIGHTS:
+                elif inside.parts[:1] == (ADAPTER,) and inside.name == WEIGHTS:
                     _link(path, copy / inside)
                 else:
                     shutil.copy2(path, copy / inside)

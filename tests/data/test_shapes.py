@@ -480,7 +480,12 @@ def test_a_column_that_need_not_be_there_may_be_blank(blank):
             "its `score` or `label`",
             "they are demonstrations, which a stage of kind sft takes",
         ),
-        ("demonstrations", {"prompt": "a"}, "`completion`", "they are prompts, which a stage of kind ppo takes"),
+        (
+            "demonstrations",
+            {"prompt": "a"},
+            "`completion`",
+            "they are prompts, which a stage of kind ppo, grpo or rloo takes",
+        ),
         ("demonstrations", {"prompt": "a", "answer": None}, "a reply", "`answer` is null in the first rows"),
         ("prompts", {"x": "a"}, "`question`", "`columns: {expected: yours}`"),
         ("prompts", {}, "the columns (none)", "columns"),
