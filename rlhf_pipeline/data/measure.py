@@ -314,9 +314,9 @@ def _count(
             sums["dropped"] += int((~left).sum())
             whole = learned[ids.starts[1:]] - learned[ids.starts[:-1]]
             sums["without_loss"] += int((whole == 0).sum())
-            replies, ended = _replies(ids, labels, begin, end, eos)
-            sums["replies"] += replies
-            sums["without_eos"] += replies - ended
+            count, with_eos = _replies(ids, labels, begin, end, eos)
+            sums["replies"] += count
+            sums["without_eos"] += count - with_eos
             sums["empty"] += int(((whole == 1) & (ids.last() == eos)).sum())
         else:
             replies = columns[-len(REPLIES[encoding]) :]

@@ -291,6 +291,13 @@ def test_the_report_counts_every_reply_and_shows_where_the_loss_is(tokenizer, ro
     assert (last["loss"], last["replies"]["count"], last["tokens"]) == ("last", 1, numbers["tokens"])
 
 
+def test_rows_without_a_prompt_are_a_reply_each(tokenizer, rows):
+    """One begins with loss where the one before it ended."""
+    spec = rows({"text": "That is it."}, {"text": "It is yellow."})
+    numbers = measure.measure("sft", prepare.demonstrations(spec, tokenizer, 0), spec, tokenizer, measure.Trainer())
+    assert numbers["replies"] == {"count": 2, "without_eos": 0, "empty": 0, "without_loss": 0}
+
+
 def test_of_what_max_length_leaves_each_reply_is_counted(tokenizer, rows):
     spec = rows(chat(4), loss="all")
     prepared = prepare.demonstrations(spec, tokenizer, 0)
