@@ -35,6 +35,13 @@ class Scores:
     disagreement: dict[str, Tensor]
     logged: dict[str, float] = field(default_factory=dict)
 
+    def select(self, rows: Tensor) -> "Scores":
+        """Those of some replies."""
+        by_name, disagreement = (
+            {name: values[rows] for name, values in named.items()} for named in (self.by_name, self.disagreement)
+        )
+        return Scores(self.total[rows], by_name, disagreement, self.logged)
+
 
 class Reward(Protocol):
     """What scores replies; see `rewards.mixture.Rewards`."""
@@ -183,9 +190,9 @@ def means(updates: list[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def by_name(rewards: Scores, row: int) -> dict[str, float | None]:
-    """Each reward of one reply; None where it does not apply."""
-    found = {name: values[row].item() for name, values in rewards.by_name.items()}
+def named(values: dict[str, Tensor], row: int) -> dict[str, float | None]:
+    """The numbers of one reply by name; None for NaN, where a reward does not apply."""
+    found = {name: of_replies[row].item() for name, of_replies in values.items()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
@@ -195,9 +202,9 @@ def write_samples(
     """Append the first few episodes to a file, one JSON object a line.
 
     Its keys: `step`, `split`, `prompt` and `completion` as text, `score`, the reply's `kl` in nats, and `ended`; where
-    there are several rewards, `rewards` by name, null where one does not apply.
+    there are several rewards, `rewards` by name, null where one does not apply; of ensembles `disagreement` by name.
     """
-    episodes = scored.episodes
+    episodes, rewards = scored.episodes, scored.rewards
     written = []
     for row in range(min(SAMPLES, len(episodes))):
         ids, start = episodes.ids[row].tolist(), int(episodes.prompt_lengths[row])
@@ -209,7 +216,8 @@ def write_samples(
                 "prompt": tokenizer.decode(ids[:start], skip_special_tokens=True),
                 "completion": tokenizer.decode(ids[start:end], skip_special_tokens=True),
                 "score": scored.scores[row].item(),
-                **({"rewards": by_name(scored.rewards, row)} if len(scored.rewards.by_name) > 1 else {}),
+                **({"rewards": named(rewards.by_name, row)} if len(rewards.by_name) > 1 else {}),
+                **({"disagreement": named(rewards.disagreement, row)} if rewards.disagreement else {}),
                 "kl": scored.kl[row].sum().item(),
                 "ended": bool(ended[row]),
             }

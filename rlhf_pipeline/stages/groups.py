@@ -315,9 +315,8 @@ class GroupTrainer(Resumable):
             due, self._evaluated_batches = self._evaluated_batches == 0, self._evaluated_batches + 1
         if due:
             first = torch.arange(min(SAMPLES, len(self._episodes)), device=self.accelerator.device)
-            some, scores = self._episodes.select(first), self._scores
-            named = {name: values[first] for name, values in scores.by_name.items()}
-            scored = self.score(some, scores=Scores(scores.total[first], named, {}))
+            some = self._episodes.select(first)
+            scored = self.score(some, scores=self._scores.select(first))
             write_samples(self.samples_file, scored, some.ended, self.processing_class, split, step)
 
     # Checkpoints

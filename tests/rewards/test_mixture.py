@@ -16,7 +16,7 @@ from rlhf_pipeline.data.encode import row_of
 from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.roles import Roles, SharedBase
 from rlhf_pipeline.ppo.forward import reply_scores
-from rlhf_pipeline.ppo.numbers import of_rewards
+from rlhf_pipeline.ppo.numbers import of_rewards, write_samples
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.rewards.functions import Function
 from rlhf_pipeline.rewards.mixture import Part, Rewards, combined
@@ -88,6 +88,20 @@ class TestEnsemble:
             assert scores.disagreement["reward"][row].item() == pytest.approx(std, abs=1e-5)
             assert scores.total[row].item() == pytest.approx(2 * (mean - 0.5 * std), abs=1e-5)
         assert min(scores.disagreement["reward"]) > 0.01
+
+    def test_samples_say_how_far_the_members_differ(self, ensemble, tokenizer, make_trainer, tmp_path) -> None:
+        made, folder = ensemble
+        shared = shared_with(made, tokenizer, folder)
+        rewards = Rewards([Part("reward", 1.0, shared.rewards[0])], tokenizer)
+        trainer = make_trainer(
+            shared=shared, rewards=rewards, max_steps=1, num_sample_generations=1, samples_file=tmp_path / "s.jsonl"
+        )
+        scored = trainer.score(trainer.roll_out(trainer._prompts(0)[0]))
+        write_samples(tmp_path / "s.jsonl", scored, scored.episodes.ended, tokenizer, "train", 1)
+        rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+        expected = scored.rewards.disagreement["reward"][: len(rows)].tolist()
+        assert [row["disagreement"]["reward"] for row in rows] == expected
+        assert "rewards" not in rows[0]
 
     def test_a_member_that_is_there_alone_disagrees_with_nobody(self, ensemble, tokenizer) -> None:
         made, _ = ensemble
