@@ -186,23 +186,24 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
     if not recipe.model.chat_template_kwargs:
         del content["model"]["chat_template_kwargs"]
     for name, stage in recipe.stages.items():
-        content["stages"][name]["data"] = _content_of_data(stage.data)
+        content["stages"][name]["data"] = _content_of_data(stage.data, stage.facts.reads == "demonstrations")
         content["stages"][name]["rewards"] = [reward.model_dump(exclude_defaults=True) for reward in stage.rewards]
         if not stage.rewards:
             del content["stages"][name]["rewards"]
         if stage.value_model is None:
             del content["stages"][name]["value_model"]
         if stage.ptx_data:
-            content["stages"][name]["ptx_data"] = _content_of_data(stage.ptx_data)
+            content["stages"][name]["ptx_data"] = _content_of_data(stage.ptx_data, bear_loss=True)
         if stage.members is None:
             del content["stages"][name]["members"], content["stages"][name]["bootstrap"]
     if recipe.evaluate:
-        content["evaluate"]["data"] = _content_of_data(recipe.evaluate.data)
+        content["evaluate"]["data"] = _content_of_data(recipe.evaluate.data, bear_loss=False)
     return content
 
 
-def _content_of_data(data: Data) -> dict[str, Any]:
-    content = data.model_dump()
+def _content_of_data(data: Data, bear_loss: bool) -> dict[str, Any]:
+    """The keys of one section of data; `bear_loss` says whether its replies are trained on as they are."""
+    content = data.model_dump(exclude=None if bear_loss else {"loss"})
     if data.mix:
         for key in OF_SOURCE:
             del content[key]

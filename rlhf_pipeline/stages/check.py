@@ -80,7 +80,8 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
         attempt(functools.partial(judge.try_judge, *judging))
         attempt(functools.partial(_check_asked, judging[0], judging[2], reader))
     report, wrong = data_report(recipe, names, reader, judging[2] if judging else [])
-    found += wrong
+    # What a library says of all of `trainer` follows from what was said of one of its keys.
+    found += [error for error in wrong if not any(str(one.place).startswith(f"{error.place}.") for one in found)]
     if found:
         raise InputErrors(found)
     return [*default_learning_rates(recipe, names), *levels_of_members(recipe, names), *doubts, *report["warnings"]]

@@ -208,7 +208,7 @@ SFT = "  sft: {data: tiny:demonstrations}\n"
         (ONE + "  model: {kind: sft, data: tiny:prompts}\n", 3, "has a meaning of its own", None),
         (ONE + "  base: {kind: sft, data: tiny:prompts}\n", 3, "has a meaning of its own", None),
         (ONE + "  warmup: {data: tiny:prompts}\n", 3, "kind of stage `warmup` is not given", "sft, reward, ppo, dpo"),
-        (ONE + "  a: {kind: rlo, data: tiny:prompts}\n", 3, "a name such as 'rloo'", "did you mean `rloo`?"),
+        (ONE + "  a: {kind: rlo, data: tiny:prompts}\n", 3, "expected 'sft'", "did you mean `rloo`?"),
         (ONE + "  sft: {trainer: {}}\n", 3, "`data` is missing", None),
         (ONE + SFT + "  dpo:\n    init: sff\n    data: tiny:preferences\n", 5, "not in the recipe", "`sft`"),
         (ONE + "  dpo: {init: sft, data: tiny:preferences}\n" + SFT, 3, "comes after it", "in order"),
