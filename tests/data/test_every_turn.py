@@ -169,7 +169,8 @@ class TestShapes:
         whole, marked = chat(3), chat(3, **mark)
         worse = [*marked[:-1], {"role": "assistant", "content": "No."}]
         apart = {"prompt": marked[:-1], "completion": marked[-1]["content"]}
-        for row in (marked, apart, {"chosen": marked, "rejected": worse}):
+        as_text = {"messages": json.dumps(marked)}
+        for row in (marked, apart, {"chosen": marked, "rejected": worse}, as_text):
             prepared = prepare.demonstrations(rows(row, loss="all"), tokenizer, 0)
             assert learned(tokenizer, prepared.train[0]) == ["That 1, is it yellow?", "That 2, is it yellow?", ""]
             plain = prepare.demonstrations(rows(whole, loss="all"), tokenizer, 0)
