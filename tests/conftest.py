@@ -2,10 +2,14 @@
 
 import fcntl
 import os
+import shutil
+import tempfile
 import zlib
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when trackio is imported, which TRL's GRPOTrainer does.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,6 +131,7 @@ def own_cache_home(tmp_path_factory) -> Iterator[None]:
         patch.setenv("HF_MODULES_CACHE", modules := str(tmp_path_factory.mktemp("modules")))
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)  # read when the library was imported
         yield
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +140,7 @@ def warm_server(tmp_path_factory: pytest.TempPathFactory, own_cache_home: None) 
     environment = {
         "WANDB_MODE": "offline",
         "WANDB_API_KEY": "0123456789" * 4,
-        "TRACKIO_DIR": str(tmp_path_factory.mktemp("trackio")),
+        "TRACKIO_DIR": os.environ["TRACKIO_DIR"],
     }
     with processes.WarmLauncher(tmp_path_factory.mktemp("server") / "log.txt", environment) as launcher:
         yield launcher

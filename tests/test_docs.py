@@ -377,6 +377,10 @@ CONDITIONAL = {
     "loss/ptx": "no `ptx_data`",
     "eval_loss": "`sft` holds nothing out",
     "kl_budget/best_step": "no `kl_budget`",
+    "eval_disagreement": "no `members`",
+    "eval_margin_disagreement": "no `members`",
+    "member/2/eval_accuracy": "no `members`",
+    "member/2/loss": "no `members`",
 }
 BOOKKEEPING = re.compile(r"(step|time|epoch|total_flos|(eval|train)_(runtime|\w+_per_second)|train_\w+)$")
 
@@ -443,6 +447,8 @@ def test_what_looks_like_a_metric_is_one(name, logged):
 
 def test_metrics_under_conditions_are_ones():
     known = gates.OF_KL_BUDGET | {f"eval_{name}" for name in gates.OF_STEPS} | {"loss/ptx"}
+    ensemble = recipe.load("tiny-ensemble")
+    known |= gates.known_metrics(ensemble, "reward") | gates.possible_metrics(ensemble, "reward")
     assert set(CONDITIONAL) <= known
 
 
