@@ -19,6 +19,7 @@ from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir.layout import JOB, LOG, RESULT, read_json
 
+OF_TINY = {"feedback": "thumbs"}  # rows of the tiny world that have another name than what they are read as
 ROWS = 64  # of each source
 EVAL_ROWS = 8
 STEPS = 2
@@ -84,7 +85,7 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
                 cut.evaluate = None
                 notes.append(f"{path} is not available ({missing[name]}): the judge is not tested")
                 continue
-            with (TINY / "data" / f"{wanted}.jsonl").open(encoding="utf-8") as ours:
+            with (TINY / "data" / f"{OF_TINY.get(wanted, wanted)}.jsonl").open(encoding="utf-8") as ours:
                 file.write_text("".join(line for line, _ in zip(ours, range(n), strict=False)), encoding="utf-8")
             source.columns = {}
             notes.append(

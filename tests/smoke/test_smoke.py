@@ -17,6 +17,7 @@ import pytest
 from processes import Started
 from transformers import AutoConfig
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import TINY
@@ -309,3 +310,8 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
     assert (smoke.returncode, said.splitlines()[-1]) == (130, "interrupted")
     assert not any((tmp_path / "temporary").iterdir())
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.name)
+def test_the_tiny_world_has_rows_of_every_kind_to_stand_in(kind: kinds.Kind) -> None:
+    assert (cut.TINY / "data" / f"{cut.OF_TINY.get(kind.reads, kind.reads)}.jsonl").is_file()
