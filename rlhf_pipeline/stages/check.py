@@ -32,6 +32,7 @@ from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import members
 from rlhf_pipeline.stages import embedded, judge
 from rlhf_pipeline.stages.job import Job, Reader
+from rlhf_pipeline.stages.resumable import REFERENCE
 from rlhf_pipeline.stages.trial import try_trainer
 
 EVALUATE = "evaluate"  # among the names of stages: the prompts on which policies are judged
@@ -251,7 +252,7 @@ def _made_without_weights(recipe: Recipe, stage: Stage, config: PretrainedConfig
     with torch.device("meta"):
         of_reward = stage.facts.makes == "reward"
         base = without_weights(recipe.model, "score" if of_reward else "causal", config)
-        taken = [name for name in ("default", "ref") if adapters.free_name(base, name) != name]
+        taken = [name for name in ("default", REFERENCE) if adapters.free_name(base, name) != name]
         if taken:
             raise InputError(
                 f"a module of this model is called `{taken[0]}`, and so is an adapter that TRL trains or compares with",

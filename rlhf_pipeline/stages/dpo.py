@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,7 +22,7 @@ from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
-from rlhf_pipeline.stages.resumable import Resumable
+from rlhf_pipeline.stages.resumable import Resumable, with_room_for_replies
 
 CONFIG = DPOConfig
 ON_CHOSEN = "sft"  # what TRL calls the loss that is over the tokens of the chosen replies
@@ -39,14 +38,6 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
 
     kind = kinds.get("dpo")
     loss_weights: list[float]
-
-    @classmethod
-    def over(cls, model: PeftModel, *args: Any, **kwargs: Any) -> Self:
-        """See `Resumable.over`."""
-        trainer = super().over(model, *args, **kwargs)
-        # TRL's own copy leaves out what is not named `.default.` within.
-        adapters.copy_adapter(model, "default", "ref")
-        return trainer
 
     def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
         """The pairs, and the tokens of their replies; chosen ones are the first half of a batch."""
@@ -107,11 +98,7 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         return torch.cat(batches, dim=1).float().cpu()
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
-        limit = args.max_length
-        if limit is None or args.truncation_mode != "keep_start":
-            return dataset
-        # As in TRL: where the prompt alone fills `max_length`, no token of the replies would be left.
-        return dataset.filter(lambda ids: [len(one) < limit for one in ids], batched=True, input_columns="prompt_ids")
+        return with_room_for_replies(dataset, args.max_length) if args.truncation_mode == "keep_start" else dataset
 
 
 TRAINER = EncodedDPOTrainer

@@ -12,26 +12,33 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from rlhf_pipeline.callbacks.metrics import keep_until
+from rlhf_pipeline.callbacks.metrics import MetricsLog, final, keep_until
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
-from rlhf_pipeline.models.base import remove_dropout
+from rlhf_pipeline.models.base import load_base, remove_dropout
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.roles import PolicyView, Roles
+from rlhf_pipeline.ppo import numbers
 from rlhf_pipeline.ppo.advantages import kl_per_token
 from rlhf_pipeline.ppo.forward import reply_log_probs
-from rlhf_pipeline.ppo.numbers import SAMPLES, Scored, Scores, write_samples
 from rlhf_pipeline.ppo.numbers import Reward as Scorer
+from rlhf_pipeline.ppo.numbers import Scored, Scores
 from rlhf_pipeline.ppo.rollout import Episodes, diversity, sample
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Reward
+from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir import durable
+from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
+from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.job import Config, Inputs, Job
-from rlhf_pipeline.stages.resumable import Resumable
+from rlhf_pipeline.stages.judge import judge_policy
+from rlhf_pipeline.stages.judge import prepare as prepare_judging
+from rlhf_pipeline.stages.judge_along import GoldAlong
+from rlhf_pipeline.stages.resumable import REFERENCE, Resumable
 
 ROLLOUTS = "rollouts.pt"
 TIMES_SAMPLED = 10  # how often some replies are written down in the course of training
@@ -94,6 +101,40 @@ def check_groups(job: Job) -> None:
             )
 
 
+def run(job: Job, config: type[Config], trainer_class: type["GroupTrainer"]) -> dict[str, Any]:
+    """Train, evaluate, save the adapter and judge it; returns the final metrics. Resumes from the last checkpoint.
+
+    The reference is what the stage starts from, as in `dpo.run`.
+
+    Args:
+        job: the stage.
+        config: see `prepare`.
+        trainer_class: that of its kind.
+    """
+    job.progress.tell("loading")
+    args, tokenizer, data, _ = prepare(job, config)
+    set_seed(job.recipe.seed)
+    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
+    callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
+    trainer = trainer_class.over(model, args, tokenizer, data.train, data.held_out, callbacks)
+    for artifact, shape in job.reward_models:
+        trainer.roles.add_reward(artifact, shape)
+    rewards = mixture.load(job.recipe, job.name, trainer.roles.rewards, tokenizer)
+    trainer.score_with(rewards, job.stage.scored_by)
+    trainer.samples_file = job.folder / SAMPLES
+    some = data.train[: soundness.PROMPTS]["input_ids"]
+    soundness.check_generation(trainer.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
+    judging = prepare_judging(job)
+    if judging and judging[0].along:
+        trainer.add_callback(GoldAlong(trainer, *judging))
+    trainer.train(resume_from_checkpoint=job.last_checkpoint())
+    if data.held_out is not None:
+        trainer.evaluate()
+    adapters.save_adapter(model, "default", job.artifact, tokenizer)
+    metrics = job.trained(final(trainer.state.log_history))
+    return metrics | judge_policy(job, model, tokenizer)
+
+
 class GroupTrainer(Resumable):
     """A base class to put before TRL's GRPOTrainer or RLOOTrainer, whose advantages and losses stay TRL's.
 
@@ -133,10 +174,10 @@ class GroupTrainer(Resumable):
         train = train.rename_column("input_ids", "prompt")
         held_out = None if held_out is None else held_out.rename_column("input_ids", "prompt")
         trainer = super().over(model, args, tokenizer, train, held_out, callbacks)
-        if "ref" not in model.peft_config:  # TRL adds it where `beta` is not 0
-            model.add_adapter("ref", model.peft_config["default"])
-        adapters.copy_adapter(model, "default", "ref")  # TRL's own copy leaves out what is not named `.default.` within
-        trainer.roles = Roles(model, {"policy": "default", "reference": "ref"})
+        if REFERENCE not in model.peft_config:  # TRL adds it where `beta` is not 0
+            model.add_adapter(REFERENCE, model.peft_config["default"])
+            adapters.copy_adapter(model, "default", REFERENCE)
+        trainer.roles = Roles(model, {"policy": "default", "reference": REFERENCE})
         remove_dropout(model)
         trainer.policy, trainer.reference = (PolicyView(trainer.roles, role) for role in ("policy", "reference"))
         return trainer
@@ -157,7 +198,6 @@ class GroupTrainer(Resumable):
             listed: the same as the recipe has them, for TRL: names, and weights.
         """
         self.rewards = rewards
-        remove_dropout(self.model)  # that of their adapters as well
         self.reward_func_names = [reward.label for reward in listed]
         self.reward_funcs = self.reward_processing_classes = [_no_reward] * len(listed)
         self.reward_weights = torch.tensor([reward.weight for reward in listed], dtype=torch.float32)
@@ -242,7 +282,7 @@ class GroupTrainer(Resumable):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         output = super()._generate_and_score_completions(inputs)
-        reference = output.get("ref_per_token_logps", self._read.get("ref"))
+        reference = output.get("ref_per_token_logps", self._read.get(REFERENCE))
         if reference is None:
             ids, mask = (torch.cat([output[f"prompt_{of}"], output[f"completion_{of}"]], 1) for of in ("ids", "mask"))
             size = self.args.per_device_train_batch_size
@@ -314,10 +354,10 @@ class GroupTrainer(Resumable):
         else:
             due, self._evaluated_batches = self._evaluated_batches == 0, self._evaluated_batches + 1
         if due:
-            first = torch.arange(min(SAMPLES, len(self._episodes)), device=self.accelerator.device)
+            first = torch.arange(min(numbers.SAMPLES, len(self._episodes)), device=self.accelerator.device)
             some = self._episodes.select(first)
             scored = self.score(some, scores=self._scores.select(first))
-            write_samples(self.samples_file, scored, some.ended, self.processing_class, split, step)
+            numbers.write_samples(self.samples_file, scored, some.ended, self.processing_class, split, step)
 
     # Checkpoints
 

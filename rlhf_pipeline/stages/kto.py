@@ -24,7 +24,7 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.judge import judge_policy
-from rlhf_pipeline.stages.resumable import Resumable
+from rlhf_pipeline.stages.resumable import REFERENCE, Resumable, with_room_for_replies
 
 CONFIG = KTOConfig
 WITHOUT_KL = "apo_zero_unpaired"  # what TRL calls the loss that has no KL in it
@@ -50,8 +50,6 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
     def over(cls, model: PeftModel, *args: Any, **kwargs: Any) -> Self:
         """See `Resumable.over`."""
         trainer = super().over(model, *args, **kwargs)
-        # TRL's own copy leaves out what is not named `.default.` within.
-        adapters.copy_adapter(model, "default", "ref")
         if trainer.calculate_KL:
             trainer.data_collator = functools.partial(with_mismatched, trainer.data_collator)
         return trainer
@@ -93,7 +91,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 ours: Any = self._compute_kl_logps(self.model, inputs)
-                with use_adapter(self.model, "ref"):
+                with use_adapter(self.model, REFERENCE):
                     reference: Any = self._compute_kl_logps(self.model, inputs)
             total, count = total + (ours - reference).sum().item(), count + len(ours)
         return total / count
@@ -102,7 +100,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
         """TRL's log-probabilities of mismatched replies; where their KL is known, that, and 0 for the reference."""
         if self.held_out_kl is None:
             return super()._compute_kl_logps(model, batch)
-        of_reference = self.model.active_adapter == "ref"
+        of_reference = self.model.active_adapter == REFERENCE
         return torch.tensor([0.0 if of_reference else self.held_out_kl], device=batch["label"].device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -117,11 +115,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
         return RandomSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: KTOConfig, name: str) -> Dataset:
-        limit = args.max_length
-        if limit is not None:
-            # As in TRL: where the prompt alone fills `max_length`, no token of the reply would be left.
-            columns = {"batched": True, "input_columns": "prompt_ids"}
-            dataset = dataset.filter(lambda ids: [len(one) < limit for one in ids], **columns)
+        dataset = with_room_for_replies(dataset, args.max_length)
         if name == "train" or not self.calculate_KL:
             return dataset
         replies, half = list(dataset["completion_ids"]), len(dataset) // 2

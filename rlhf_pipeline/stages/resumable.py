@@ -25,8 +25,16 @@ from rlhf_pipeline.models.base import remove_dropout
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.shares import standard_error
 
+REFERENCE = "ref"  # what TRL calls the adapter that it compares with
 MEMORY = "memory.json"
 EPOCH_START = "epoch_start.pt"
+
+
+def with_room_for_replies(dataset: Dataset, max_length: int | None) -> Dataset:
+    """Rows without those, as in TRL, whose prompt alone fills `max_length`: no token of their replies would be left."""
+    if max_length is None:
+        return dataset
+    return dataset.filter(lambda ids: [len(one) < max_length for one in ids], batched=True, input_columns="prompt_ids")
 
 
 class Resumable(Trainer):
@@ -54,11 +62,15 @@ class Resumable(Trainer):
         held_out: Dataset | None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> Self:
-        """The trainer of a model with an adapter `default`, from encoded rows."""
+        """The trainer of a model with an adapter `default`, from encoded rows.
+
+        Where TRL compares with a frozen copy of that, `ref`, it is whole: TRL's own leaves out what is not named
+        `.default.` within.
+        """
         if getattr(args, "disable_dropout", False):
             remove_dropout(model)  # TRL leaves the dropout that models pass to functions
         with adapters.exact_adapters(model):
-            return cls(
+            trainer = cls(
                 model=model,
                 args=args,
                 train_dataset=train,
@@ -66,6 +78,9 @@ class Resumable(Trainer):
                 processing_class=tokenizer,
                 callbacks=list(callbacks),
             )
+        if REFERENCE in model.peft_config:
+            adapters.copy_adapter(model, "default", REFERENCE)
+        return trainer
 
     def counts(self, inputs: Mapping[str, torch.Tensor]) -> dict[Over, float]:
         """How many rows or tokens the numbers of a batch are over."""
