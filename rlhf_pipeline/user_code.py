@@ -84,6 +84,17 @@ def source(name: str, folders: Sequence[Path]) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def columns(rows: Sequence[Mapping[str, Any]], replaced: Collection[str]) -> dict[str, list[Any]]:
+    """The columns of rows that functions get: each a list with a value of every row, None where a row lacks it.
+
+    Args:
+        rows: the rows.
+        replaced: the columns that are not given, since other keywords have what is in them.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name not in replaced)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
 def taken(function: Callable[..., Any], given: dict[str, Any], who: str, place: str) -> dict[str, Any]:
     """Of the keywords that there are for a function, those that its parameters take.
 

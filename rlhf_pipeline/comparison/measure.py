@@ -19,7 +19,7 @@ from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.ppo.forward import reply_log_probs, reply_scores
+from rlhf_pipeline.ppo.forward import disagreement, member_scores, reply_log_probs
 from rlhf_pipeline.ppo.rollout import Episodes, sample
 from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
@@ -221,8 +221,7 @@ def _measured(
         if policy is not reference:
             ours, theirs = (reply_log_probs(view, some, temperature)[0] for view in (policy, reference))
             kl[rows] = (ours - theirs).sum(1)
-        for number, member in enumerate(members):
-            scores[number, rows] = reply_scores(member, some).float()
+        scores[:, rows] = member_scores(members, some)
     return kl.tolist(), scores
 
 
@@ -234,7 +233,7 @@ def _rewards(scores: torch.Tensor) -> list[dict[str, float | None]]:
     """
     if not len(scores):
         return [{"reward": None}] * scores.shape[1]
-    found = {"reward": scores.mean(0)} | ({"reward_std": scores.std(0, correction=0)} if len(scores) > 1 else {})
+    found = {"reward": scores.mean(0)} | ({"reward_std": disagreement(scores)} if len(scores) > 1 else {})
     columns = ([_finite(value) for value in values.tolist()] for values in found.values())
     return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
 

@@ -66,7 +66,7 @@ class Roles:
         role = kinds.numbered("reward", len(self.rewards) + 1)
         views = []
         for number, folder in enumerate(members(artifact), 1):
-            own = role if number == 1 else f"{role}/{number}"
+            own = of_member(role, number)
             self.names[own] = adapters.free_name(self.causal_lm, re.sub(r"\W", "_", own))
             config = adapters.lora_config({**lora, "lora_dropout": 0.0}, self.causal_lm)
             self.peft.add_adapter(self.names[own], config)
@@ -208,6 +208,11 @@ class SharedBase(Roles):
     def frozen(self) -> list[str]:
         """The roles that training leaves as they are."""
         return [role for role in self.names if role not in TRAINED]
+
+
+def of_member(role: str, number: int) -> str:
+    """The role of a member of an ensemble: that of the first is the ensemble's own."""
+    return role if number == 1 else f"{role}/{number}"
 
 
 class Shared(Protocol):

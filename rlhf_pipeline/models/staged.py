@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rlhf_pipeline.models import adapters, base
-from rlhf_pipeline.models.roles import PolicyView, ScoreView
+from rlhf_pipeline.models.roles import PolicyView, ScoreView, of_member
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.schema import BASE, Model
@@ -59,7 +59,7 @@ class StagedBase:
         """The folder of each adapter, by the stage's name; of an ensemble's further members with their number."""
         for name, folders in self._members.items():
             for number, folder in enumerate(folders, 1):
-                yield _role(name, number), folder
+                yield of_member(name, number), folder
 
     def _require_rows(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """See that the embedding has a row for each token of a text that no recipe's check has seen.
@@ -108,13 +108,9 @@ class StagedBase:
         """A reward stage's model, for `forward.reply_scores`: the views of its members, of which most have one."""
         device = self.causal_lm.device
         return [
-            ScoreView(self, _role(stage, number), adapters.load_head(folder).to(device))
+            ScoreView(self, of_member(stage, number), adapters.load_head(folder).to(device))
             for number, folder in enumerate(self._members[stage], 1)
         ]
-
-
-def _role(stage: str, member: int) -> str:
-    return stage if member == 1 else f"{stage}/{member}"
 
 
 def artifacts(run: Path, stages: Sequence[str]) -> dict[str, Path]:

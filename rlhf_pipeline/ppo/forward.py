@@ -4,7 +4,7 @@ Logits are what costs memory: one row of them is as long as the vocabulary. They
 few at a time, and none is kept: neither for the rollout, nor for the backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,23 @@ def reply_scores(reward: ScoreView, episodes: Episodes) -> Tensor:
     hidden = reward.hidden_states(episodes.ids)
     rows = torch.arange(len(hidden), device=hidden.device)
     return reward.scores(hidden[rows, episodes.prompt_lengths + episodes.reply_lengths - 1])
+
+
+def member_scores(members: Sequence[ScoreView], episodes: Episodes) -> Tensor:
+    """The scores of n whole replies by each member of a reward model, of which most have one, float32 `[members, n]`.
+
+    Without a reward model there are no members.
+    """
+    scores = [reply_scores(member, episodes).float() for member in members]
+    return torch.stack(scores) if scores else torch.empty(0, len(episodes), device=episodes.ids.device)
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """How far the members of an ensemble differ on each reply: their standard deviation, `[...]` of `[members, ...]`.
+
+    It divides by the number of members, and not by one less: these are all there are, and not a sample of more.
+    """
+    return scores.std(0, correction=0)
 
 
 def demonstration_loss(policy: PolicyView, ids: Tensor, labels: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_pipeline import user_code
 from rlhf_pipeline.models.roles import ScoreView
-from rlhf_pipeline.ppo.forward import reply_scores
+from rlhf_pipeline.ppo.forward import disagreement, member_scores
 from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import Recipe
@@ -91,10 +92,12 @@ class Rewards:
             elif isinstance(part.source, Classifier):
                 values = torch.tensor(part.source(batch, at_once)).to(total)
             else:
-                scores = member_scores(part.source, episodes, at_once)
+                scores = torch.zeros(len(part.source), len(episodes), device=total.device)
+                for some in episodes.by_length().split(at_once):
+                    scores[:, some] = member_scores(part.source, episodes.select(some))
                 values = combined(scores, part.combine)
                 if len(scores) > 1:
-                    found.disagreement[part.label] = scores.std(0, correction=0)
+                    found.disagreement[part.label] = disagreement(scores)
             found.by_name[part.label] = values
             total += part.weight * torch.where(applies, values, 0.0)
         return found
@@ -133,16 +136,6 @@ def load(
     return Rewards(parts, tokenizer)
 
 
-def member_scores(members: Sequence[ScoreView], episodes: Episodes, at_once: int) -> Tensor:
-    """The scores of whole replies by each member of a reward model, float32 `[members, B]`."""
-    scores = torch.zeros(len(members), len(episodes), device=episodes.ids.device)
-    for rows in episodes.by_length().split(at_once):
-        some = episodes.select(rows)
-        for number, member in enumerate(members):
-            scores[number, rows] = reply_scores(member, some).float()
-    return scores
-
-
 def combined(scores: Tensor, combine: str) -> Tensor:
     """One score of a reply from those of an ensemble's members.
 
@@ -151,7 +144,7 @@ def combined(scores: Tensor, combine: str) -> Tensor:
 
     Args:
         scores: float32 `[members, B]`.
-        combine: `mean`, `min` or `mean - k*std`; the standard deviation divides by the number of members.
+        combine: `mean`, `min` or `mean - k*std`, std being what `disagreement` says.
 
     Returns:
         Float32 `[B]`.
@@ -159,7 +152,7 @@ def combined(scores: Tensor, combine: str) -> Tensor:
     k = deviations(combine)
     if k is None:
         return scores.amin(0)
-    return scores.mean(0) - k * scores.std(0, correction=0) if k else scores.mean(0)
+    return scores.mean(0) - k * disagreement(scores) if k else scores.mean(0)
 
 
 def batch_of(
@@ -174,7 +167,6 @@ def batch_of(
         step: how many optimizer steps are done.
         max_steps: how many there will be.
     """
-    names = dict.fromkeys(name for row in rows for name in row["columns"] if name not in NOT_GIVEN)
     prompts = [row["prompt"] for row in rows]
     return Batch(
         [prompt if isinstance(prompt, str) else [_plain(turn) for turn in prompt] for prompt in prompts],
@@ -183,7 +175,7 @@ def batch_of(
             for prompt, reply in zip(prompts, replies, strict=True)
         ],
         ids,
-        {name: [row["columns"].get(name) for row in rows] for name in names},
+        user_code.columns([row["columns"] for row in rows], NOT_GIVEN),
         step,
         max_steps,
     )

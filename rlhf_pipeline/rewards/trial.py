@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_pipeline import user_code
 from rlhf_pipeline.data.encode import row_of
 from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.data.turns import Prompt
@@ -61,9 +62,9 @@ def _tried(asked: Sequence[tuple[Prompt, dict[str, Any]]], tokenizer: PreTrained
     rows = [json.loads(row_of(prompt, row)) for prompt, row in asked]
     replies = [a_reply(row) for _, row in asked[:2]]
     ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
-    names = mixture.batch_of(rows, [""] * len(rows), [[]] * len(rows), 0, 1).columns
+    columns = user_code.columns([row["columns"] for row in rows], mixture.NOT_GIVEN)
     batch = mixture.batch_of(rows[:2], replies, ids, step=0, max_steps=1)
-    return replace(batch, columns={name: values[:2] for name, values in names.items()})
+    return replace(batch, columns={name: values[:2] for name, values in columns.items()})
 
 
 def a_reply(row: dict[str, Any]) -> str:

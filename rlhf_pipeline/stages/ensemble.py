@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data import prepare as rows
+from rlhf_pipeline.ppo.forward import disagreement
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import MEMBER
 from rlhf_pipeline.shares import standard_error
@@ -127,8 +128,8 @@ def held_out_metrics(scores: Tensor, center: float | None) -> dict[str, float]:
         "eval_min_reward": mean.min().item(),
         "eval_mean_reward": mean.mean().item(),
         "eval_max_reward": mean.max().item(),
-        "eval_disagreement": scores.std(0, correction=0).mean().item(),
-        "eval_margin_disagreement": (scores[:, 0] - scores[:, 1]).std(0, correction=0).mean().item(),
+        "eval_disagreement": disagreement(scores).mean().item(),
+        "eval_margin_disagreement": disagreement(scores[:, 0] - scores[:, 1]).mean().item(),
     }
 
 
@@ -144,7 +145,7 @@ def of_pairs(trained: Sequence[Trained]) -> dict[str, list[float]]:
     )
     spread = {"chosen_std": chosen, "rejected_std": rejected, "margin_std": chosen - rejected}
     return {"chosen": chosen.mean(0).tolist(), "rejected": rejected.mean(0).tolist()} | {
-        name: values.std(0, correction=0).tolist() for name, values in spread.items()
+        name: disagreement(values).tolist() for name, values in spread.items()
     }
 
 

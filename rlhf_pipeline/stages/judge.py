@@ -163,8 +163,7 @@ def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None
     Raises:
         FunctionError: it returned something else, wants a column that the data do not have, or called `sys.exit`.
     """
-    names = dict.fromkeys(name for _, row in asked for name in row if name not in ("prompt", "completion", *GIVEN))
-    given: dict[str, Any] = {name: [row.get(name) for _, row in asked] for name in names}
+    given: dict[str, Any] = user_code.columns([row for _, row in asked], ("prompt", "completion", *GIVEN))
     prompts = [as_text(prompt) for prompt, _ in asked]
     given |= {
         "prompts": prompts,

@@ -26,7 +26,7 @@ from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.local import expanded
 from rlhf_pipeline.models.roles import ScoreView
 from rlhf_pipeline.models.staged import StagedBase
-from rlhf_pipeline.ppo.forward import reply_scores
+from rlhf_pipeline.ppo.forward import disagreement, member_scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe.schema import Data, Recipe, Source
 from rlhf_pipeline.recipe.shipped import TINY
@@ -317,7 +317,7 @@ def score_tokens(
         ended=torch.ones(len(rows), dtype=torch.bool),  # neither of these two is looked at
         sampled_log_probs=torch.zeros(len(rows), int(replies.max())),
     )
-    return torch.stack([reply_scores(view, episodes) for view in members])
+    return member_scores(members, episodes)
 
 
 class Score(NamedTuple):
@@ -334,7 +334,7 @@ class Score(NamedTuple):
 
 def scores_of(members: torch.Tensor) -> list[Score]:
     """The scores of n replies by those of all members, `[members, n]`."""
-    return [Score(*both) for both in zip(members.mean(0).tolist(), members.std(0, correction=0).tolist(), strict=True)]
+    return [Score(*both) for both in zip(members.mean(0).tolist(), disagreement(members).tolist(), strict=True)]
 
 
 def context_of(base: StagedBase) -> int | None:
