@@ -197,24 +197,20 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
 
 def _reward_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, Any]:
     """What decides the rewards beside the reward stages themselves; nothing where there is one, used as it is."""
-    if all(reward == Reward(stage=reward.stage) for reward in stage.rewards) and len(stage.rewards) <= 1:
+    if not stage.rewards or stage.rewards == [Reward(stage=stage.rewards[0].stage)]:
         return {}
     inputs: dict[str, Any] = {}
+    roles = {key_of(stage, role): role for role in stage.parents}
     for place, reward in enumerate(stage.rewards):
         found = reward.model_dump(exclude={"revision"}, exclude_defaults=True)
         if reward.stage is not None:
-            found["stage"] = next(role for role, key in _keys(stage) if key == f"rewards.{place}.stage")
+            found["stage"] = roles[f"rewards.{place}.stage"]
         if reward.function is not None:
             found["source"] = digests.of_function(reward.function, recipe.folders)
         if reward.model is not None:
             found["model"] = digests.of_model(Model(path=reward.model, revision=reward.revision))
         inputs |= {f"rewards.{place}.{key}": value for key, value in found.items()}
     return inputs
-
-
-def _keys(stage: Stage) -> list[tuple[str, str]]:
-    """Each role with the key that names its stage."""
-    return [(role, key_of(stage, role)) for role in stage.parents]
 
 
 def judging_inputs(recipe: Recipe, name: str, digests: Digests) -> dict[str, Any] | None:

@@ -122,7 +122,8 @@ def _resolve_one(reward: Reward, path: KeyPath, earlier: Mapping[str, Stage], na
         problems.add((*path, "combine"), str(error), "std is the standard deviation over the members")
         return
     scored_by = earlier.get(str(reward.stage))
-    if scored_by and scored_by.members is None and reward.combine != "mean":
+    is_known = not problems.is_broken(("stages", str(reward.stage), "members"))
+    if scored_by and scored_by.members is None and is_known and reward.combine != "mean":
         problems.add(
             (*path, "combine"),
             f"`combine` has no effect: stage `{reward.stage}` trains one reward model, not several",

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.data import balance
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.run.to_do import ToDo
@@ -117,10 +118,9 @@ def _next(run: Path, plans: list[StagePlan]) -> list[tuple[str, str]]:
 
 def _balance(name: str, found: dict[str, Any]) -> str:
     """How the good and the bad replies of a stage are weighed, in one line."""
-    keys = ("desirable_weight", "undesirable_weight")
-    known = [f"{key} {short(found[key])}" for key in keys if found[key] is not None]
+    known = [f"{key} {short(found[key])}" for key in balance.KEYS if found[key] is not None]
     if found["good"] is None:
-        later = " and ".join(key for key in keys if found[key] is None)
+        later = " and ".join(key for key in balance.KEYS if found[key] is None)
         return f"{name}: " + ", ".join([*known, *([f"{later} by the rows, when it runs"] if later else [])])
     return f"{name}: {', '.join(known)}, for {found['good']:,} good and {found['bad']:,} bad replies"
 
