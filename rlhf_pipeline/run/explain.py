@@ -52,7 +52,7 @@ def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Pa
             return text, f"correct the function that `{error.place}` names; {safe}"
         return text, (
             f"correct the function that `{error.place}` names: the stage is then retrained from the start, since "
-            f"another reward makes another policy; as it is, the same command resumes from the last checkpoint"
+            f"another reward makes another policy; as it is, {safe}"
         )
     if kind == "ClassifierError":
         return text, f"set `model.dtype: float32` where 16 bits are too few for it, or name another one; {RETRAINS}"

@@ -144,6 +144,14 @@ def test_an_adapter_in_place_of_a_classifier_is_sent_to_its_key(tmp_path: Path) 
     assert caught.value.hint == "one over this recipe's base is named by `stage`, in place of `model`"
 
 
+def test_members_that_are_wrong_are_all_that_is_said(tmp_path: Path) -> None:
+    """How many there will be is not known, so nothing is said of `combine`."""
+    head = HEAD.replace("reward: {data: tiny:preferences}", "reward: {data: tiny:preferences, members: 1}", 1)
+    with pytest.raises(InputError) as caught:
+        written(tmp_path, "rewards: [{stage: reward, combine: min}]", head)
+    assert [str(error.place).rpartition(": ")[2] for error in caught.value.all] == ["stages.reward.members"]
+
+
 def test_rewards_have_no_effect_where_nothing_is_sampled(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(HEAD + "  dpo: {data: tiny:preferences, rewards: [{stage: reward}]}\n")
