@@ -159,14 +159,14 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def try_function(function: Function, batch: Batch) -> None:
-    """Call a function on a few rows of its data, as training will.
+def try_function(function: Function, batch: Batch) -> list[float | None]:
+    """Call a function on a few rows of its data, as training will; returns what it does.
 
     Raises:
         InputError: it wants a column that the data do not have, fails, or returns something else than it should.
     """
     try:
         function.require_columns(batch)
-        function(batch)
+        return function(batch)
     except FunctionError as error:
         raise InputError(f"on the first rows of `data`, {error}", place=function.place, hint=HINT) from None

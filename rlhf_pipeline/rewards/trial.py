@@ -24,13 +24,16 @@ REPLY_COLUMNS = ("completion", "response", "answer", "chosen", "output")  # wher
 PROMPTS = 100  # whose columns count, and that a classifier's chat template is tried on
 
 
-def try_rewards(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def try_rewards(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """See that a stage's rewards can be used; reward stages themselves are seen to elsewhere.
 
     Args:
         recipe: the recipe.
         name: the stage's.
         tokenizer: the policy's.
+
+    Returns:
+        Warnings: that no reward applies to the rows on which the functions were tried.
 
     Raises:
         InputError: for all that cannot.
@@ -44,17 +47,25 @@ def try_rewards(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -
             found.append(InputError(said, place=f"stages.{name}.rewards.{place}.combine", hint="remove it"))
     others = [(place, reward) for place, reward in enumerate(stage.rewards) if reward.stage is None]
     asked = first_prompts(stage.data, PROMPTS) if others else []
+    applies = len(others) < len(stage.scored_by)
     for place, reward in others:
         try:
             if reward.function is not None:
                 function = Function(reward.function, recipe.folders, f"stages.{name}.rewards.{place}.function")
-                try_function(function, _tried(asked, tokenizer))
+                given = try_function(function, _tried(asked, tokenizer))
+                applies = applies or any(value is not None for value in given)
             if reward.model is not None:
+                applies = True
                 classifier.check(classifier_of(recipe, name, place), [prompt for prompt, _ in asked])
         except InputError as error:
             found += error.all
     if found:
         raise InputErrors(found)
+    said = (
+        f"stages.{name}.rewards: none applies to the first rows of `data`, as every function returned None there, and "
+        "a reply to which none applies has the reward 0: see whether the rows have the columns that the functions read"
+    )
+    return [said] if others and not applies else []
 
 
 def _tried(asked: Sequence[tuple[Prompt, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> Batch:

@@ -74,7 +74,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     for job in jobs:
         if inputs := attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job)):
             attempt(functools.partial(try_trainer, job, inputs))
-            attempt(functools.partial(try_rewards, recipe, job.name, reader.tokenizer))
+            doubts += attempt(functools.partial(try_rewards, recipe, job.name, reader.tokenizer)) or []
     policies = [job for job in jobs if job.stage.facts.is_policy]
     judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
     if judging:
