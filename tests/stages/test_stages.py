@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -31,6 +32,7 @@ from rlhf_pipeline.stages.check import check
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.judge import ask, judge_policy, summary
 from rlhf_pipeline.stages.ppo import check_weights
+from rlhf_pipeline.stages.resumable import with_room_for_replies
 from rlhf_pipeline.user_code import FunctionError
 
 pytestmark = pytest.mark.slow
@@ -490,3 +492,9 @@ def test_the_check_calls_the_judge_on_two_rows(
     with pytest.raises(InputError, match=said) as error:
         check(recipe, ["sft"])
     assert error.value.place == "evaluate.judge" and "`tried_judge:judge` fails on the first rows" in str(error.value)
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, [1, 2, 3]), (3, [1, 2]), (4, [1, 2, 3]), (1, [])])
+def test_rows_whose_prompt_fills_max_length_are_left_out(limit: int | None, left: list[int]) -> None:
+    rows = Dataset.from_dict({"prompt_ids": [[5] * length for length in (1, 2, 3)]})
+    assert [len(ids) for ids in with_room_for_replies(rows, limit)["prompt_ids"]] == left
