@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import Recipe, Reward, Stage
+from rlhf_pipeline.recipe.schema import Recipe, Stage
 from rlhf_pipeline.shares import Z, interval
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -264,9 +264,8 @@ def _of_groups(stage: Stage) -> tuple[set[str], set[str]]:
     """What GRPO and RLOO log of each batch by their settings and rewards: what is certain, and what is possible."""
     settings = {name: key.default for name, key in keys(stage.kind).items()} | stage.trainer
     certain = OF_LOSSES.get(str(settings.get("loss_type")), set()) | ({"kl"} if settings["beta"] else set())
-    certain |= _of_rewards(stage, lambda reward: reward.function is None)
-    possible = _of_rewards(stage, lambda reward: reward.function is not None)  # it may apply to none
-    possible |= {f"rewards/{reward.label}/disagreement" for reward in stage.scored_by if reward.stage is not None}
+    always, possible = _of_rewards(stage)
+    certain |= always
     if settings.get("entropy_coef") or settings.get("use_adaptive_entropy"):
         possible |= {"policy_loss", "entropy_coef"}
     return certain, possible
@@ -296,24 +295,32 @@ def _of_ppo(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:
         possible |= policy
     if given.get("kl_budget") is not None:
         possible |= OF_KL_BUDGET
-    certain |= _of_rewards(stage, lambda reward: reward.function is None)
-    possible |= _of_rewards(stage, lambda reward: reward.function is not None)  # it may apply to none
+    always, at_times = _of_rewards(stage)
+    certain |= always
+    possible |= at_times
     if held_out:
         strategy = "steps" if "eval_steps" in given else given.get("eval_strategy", "no")
         # Training evaluates after its last update, if nothing stops it earlier.
         to_the_end = strategy == "steps" and not given.get("eval_delay") and given.get("kl_budget") is None
         if given.get("eval_on_start") or to_the_end:
-            always = _of_rewards(stage, lambda reward: reward.function is None)
             certain |= OF_PPO_EVALUATION | {f"eval_{metric}" for metric in always}
         if strategy != "no":
-            possible |= OF_PPO_EVALUATION | {f"eval_{metric}" for metric in _of_rewards(stage)}
+            possible |= OF_PPO_EVALUATION | {f"eval_{metric}" for metric in always | at_times}
     return certain, possible
 
 
-def _of_rewards(stage: Stage, which: Callable[[Reward], bool] = lambda _: True) -> set[str]:
-    """What is logged of the rewards of a stage by their names."""
-    rewards = [reward for reward in stage.scored_by if which(reward)]
-    return {f"rewards/{reward.label}/{number}" for reward in rewards for number in ("mean", "std")}
+def _of_rewards(stage: Stage) -> tuple[set[str], set[str]]:
+    """What is logged of the rewards of a stage by their names: what is certain, and what is possible.
+
+    A function may apply to no reply; and of a reward model from outside, the recipe does not say whether it is several.
+    """
+    certain, possible = set[str](), set[str]()
+    for reward in stage.scored_by:
+        own = {f"rewards/{reward.label}/{number}" for number in ("mean", "std")}
+        (certain if reward.function is None else possible).update(own)
+        if reward.stage is not None:
+            possible.add(f"rewards/{reward.label}/disagreement")
+    return certain, possible
 
 
 def _updates(given: dict[str, Any]) -> int | None:

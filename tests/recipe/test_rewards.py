@@ -144,6 +144,15 @@ def test_an_adapter_in_place_of_a_classifier_is_sent_to_its_key(tmp_path: Path) 
     assert caught.value.hint == "one over this recipe's base is named by `stage`, in place of `model`"
 
 
+@pytest.mark.parametrize("metric", ["rewards/reward/mean", "rewards/reward/std", "rewards/reward/disagreement"])
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
+def test_what_is_logged_of_an_ensemble_can_have_a_gate(tmp_path: Path, kind: str, metric: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    head = HEAD.replace("reward: {data: tiny:preferences}", "reward: {data: tiny:preferences, members: 2}", 1)
+    file.write_text(f'{head}  {kind}: {{data: tiny:prompts, reward: reward, gates: {{{metric}: "< 9"}}}}\n')
+    assert metric in load(str(file)).stages[kind].gates
+
+
 def test_members_that_are_wrong_are_all_that_is_said(tmp_path: Path) -> None:
     """How many there will be is not known, so nothing is said of `combine`."""
     head = HEAD.replace("reward: {data: tiny:preferences}", "reward: {data: tiny:preferences, members: 1}", 1)
