@@ -80,7 +80,8 @@ class Progress:
             return TRAINED if self.point == "trained" else RESULT
         if self.step is not None:
             return (f"{MEMBER}{self.member}/" if self.members else "") + f"checkpoint-{self.step}"
-        return f"{MEMBER}{(self.member or (self.members or 0) + 1) - 1}/{ADAPTER}"
+        trained = self.members if self.member is None else self.member - 1
+        return f"{MEMBER}{trained}/{ADAPTER}"
 
 
 class RunDirectory:
