@@ -12,7 +12,7 @@ from rlhf_pipeline.recipe import BASE, Data, Model, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.rewards import key_of
-from rlhf_pipeline.recipe.schema import Reward, Source, Stage
+from rlhf_pipeline.recipe.schema import AIJudge, Reward, Source, Stage
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.layout import members
 
@@ -30,14 +30,18 @@ class Digests(FileDigests):
     def of_source(self, source: Source) -> str:
         """`name@digest` of a file, a glob or a folder; of a hub dataset its identity: `id@commit`, or what is known.
 
+        Of the rows of a stage it is the recipe's word for them: what they are, the stage's own fingerprint says.
+
         Of several files, names and contents of all that match count.
 
         Raises:
             InputError: a file cannot be read.
         """
-        if not is_local(source.path):
+        if source.stage is not None:
+            return source.path
+        if not is_local(source.files):
             return _on_hub(source)
-        path, files = Path(source.path), matching(source.path)
+        path, files = Path(source.files), matching(source.files)
         if files == [path]:
             return f"{path.name}@{self.of_file(path)}"
         start = path if path.is_dir() else next(parent for parent in path.parents if not has_magic(str(parent)))
@@ -137,21 +141,28 @@ def pin(recipe: Recipe) -> None:
         return commits[key] or revision
 
     recipe.model.revision = pinned("model", recipe.model.path, recipe.model.revision)
-    everywhere = [data for stage in recipe.stages.values() for data in (stage.data, stage.ptx_data) if data]
+    everywhere = [data for stage in recipe.stages.values() for data in stage.tables.values()]
     if recipe.evaluate:
         everywhere.append(recipe.evaluate.data)
     for data in everywhere:
         for source in (*data.sources, data.eval_data):
-            if source:
+            if source and source.stage is None:
                 source.revision = pinned("dataset", source.path, source.revision)
+
+    def pinned_adapter(value: Any) -> Any:
+        """An adapter from the hub with its commit; any other value as it is."""
+        if not outside.is_one(value) or not outside.is_hub(value):
+            return value
+        path, _, revision = value.partition("@")
+        commit = pinned("model", path, revision or None)
+        return f"{path}@{commit}" if commit else value
+
     for stage in recipe.stages.values():
-        named: list[tuple[Stage | Reward, str]] = [(stage, "init"), (stage, "reward")]
-        for holder, role in [*named, *((reward, "stage") for reward in stage.rewards)]:
-            value = getattr(holder, role)
-            if outside.is_one(value) and outside.is_hub(value):
-                path, _, revision = value.partition("@")
-                commit = pinned("model", path, revision or None)
-                setattr(holder, role, f"{path}@{commit}" if commit else value)
+        inits = [pinned_adapter(one) for one in stage.inits]
+        stage.init = inits if isinstance(stage.init, list) else stage.init and inits[0]
+        stage.reward = pinned_adapter(stage.reward)
+        for reward in stage.rewards:
+            reward.stage = pinned_adapter(reward.stage)
         for reward in stage.rewards:
             if reward.model is not None:
                 reward.revision = pinned("model", reward.model, reward.revision)
@@ -187,12 +198,40 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     inputs |= {f"model.chat_template_kwargs.{key}": value for key, value in recipe.model.chat_template_kwargs.items()}
     inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
     inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
-    inputs |= data_inputs("data", stage.data, digests)
-    if stage.ptx_data:
-        inputs |= data_inputs("ptx_data", stage.ptx_data, digests)
+    for key, data in stage.tables.items():
+        inputs |= data_inputs(key, data, digests)
     if stage.members:
         inputs |= {"members": stage.members} | ({"bootstrap": True} if stage.bootstrap else {})
+    return inputs | _row_inputs(recipe, stage, digests)
+
+
+def _row_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, Any]:
+    """What decides the rows that a stage makes, beside its policies, rewards and data; nothing where it trains."""
+    inputs = {key: value for key in ("n", "pairs", "ties", "passes") if (value := getattr(stage, key)) is not None}
+    if stage.principles:
+        inputs["principles"] = _of_text(stage.principles, digests)
+    if stage.sampling:
+        settings = stage.sampling.model_dump(exclude={"batch_size"})
+        inputs |= {f"sampling.{key}": value for key, value in settings.items()}
+    if stage.judge:
+        inputs |= {f"judge.{key}": value for key, value in of_ai_judge(recipe, stage.judge, digests).items()}
     return inputs
+
+
+def of_ai_judge(recipe: Recipe, judge: AIJudge, digests: Digests) -> dict[str, Any]:
+    """What decides the answers of an AI judge, as flat keys; where it is a stage, that stage's fingerprint does."""
+    inputs: dict[str, Any] = {"model": judge.model} if judge.stage is None else {}
+    if judge.served_model is not None:
+        inputs["served_model"] = judge.served_model
+    if judge.is_function:
+        inputs["source"] = digests.of_function(judge.model, recipe.folders)
+    files = {key: getattr(judge, key) for key in ("rubric", "principles", "template")}
+    return inputs | {key: _of_text(file, digests) for key, file in files.items() if file is not None}
+
+
+def _of_text(file: str, digests: Digests) -> str:
+    """`name@digest` of a file that the recipe names; the word itself where it is what ships with the package."""
+    return file if file == "default" else f"{Path(file).name}@{digests.of_file(Path(file))}"
 
 
 def _reward_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, Any]:

@@ -3,18 +3,20 @@
 One entry here and one file in `stages/` make a kind. No field has a default: a fact that is missing fails at import.
 """
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Rows = Literal["demonstrations", "preferences", "prompts", "feedback"]
-Makes = Literal["policy", "reward"]
+Rows = Literal["demonstrations", "preferences", "prompts", "feedback", "candidates"]
+Makes = Literal["policy", "reward", "rows"]
 Encoding = Literal["demonstrations", "pairs", "whole_pairs", "prompts", "replies"]
 # What a number of an evaluation is over: all rows, all tokens of replies, or those of the good or of the bad replies;
 # else it is the least, the most or the last of what its batches have.
 Over = Literal[
     "rows", "chosen rows", "rejected rows", "tokens", "chosen tokens", "rejected tokens", "least", "most", "last"
 ]  # fmt: skip
+ROWS = "rows"  # the role of a stage whose rows are read
 JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
 REPLIES = "judge_replies"  # how many replies that is the mean of
 GAP = "generation_gap"  # how far it samples from what whole passes give, in nats a token
@@ -85,12 +87,16 @@ class Kind:
         encoding: the form in which its trainer gets them: a pair is prompt and replies apart, a whole pair is prompt
             and reply as one; `replies` are prompt and one reply apart.
         makes: what its artifact is.
-        artifact: the folder in the stage's own that holds what it made.
+        artifact: the folder, or the file, in the stage's own that holds what it made.
+        doing: what it does while it is at work, for a line that begins so.
+        gives: what its rows can be read as; empty where it trains.
+        gives_scored: what they can be read as where replies have scores.
         parents: the earlier stages that it needs, the one whose adapter it starts from first.
         begins: a later stage starts from the latest such one unless the recipe says otherwise.
         keeps_reference: it keeps what it starts from as its reference.
         samples: it samples replies while it trains.
         own_loop: the training loop is ours, not TRL's.
+        takes: the keys of a stage that have an effect, beside `kind`, `data` and `gates`, which have one in all.
         further_data: keys of the stage with more rows, each with the kind that reads such rows.
         unread: keys of `data:` that have no effect, each with the reason.
         reply_limit: the key of `trainer:` that says how many tokens a sampled reply may have; None where none is.
@@ -112,11 +118,15 @@ class Kind:
     encoding: Encoding
     makes: Makes
     artifact: str
+    doing: str
+    gives: frozenset[Rows]
+    gives_scored: frozenset[Rows]
     parents: tuple[Parent, ...]
     begins: bool
     keeps_reference: bool
     samples: bool
     own_loop: bool
+    takes: frozenset[str]
     further_data: Mapping[str, str]
     unread: Mapping[str, str]
     reply_limit: str | None
@@ -135,6 +145,11 @@ class Kind:
         return self.makes == "policy"
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains an adapter; else it makes rows."""
+        return self.makes != "rows"
+
+    @property
     def trains_value(self) -> bool:
         """Whether a value model learns beside the policy, as in our own loop."""
         return self.own_loop
@@ -143,6 +158,9 @@ class Kind:
 _TRAINING_ARGUMENTS = (
     ("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"),
 )  # fmt: skip
+_TRAINED = frozenset({"init", "lora", "trainer"})
+_ALL_ROWS: frozenset[Rows] = frozenset(typing.get_args(Rows))
+_NO_TRAINER = Config((), "", reads=frozenset(), refused={})
 _INIT = Parent("init", makes="policy", required=False)
 _REWARD = Parent("reward", makes="reward", required=False)  # `rewards` may name others, or several, or none
 _JUDGE = Number("judge", JUDGED, logged=None, changes=True)
@@ -218,11 +236,15 @@ KINDS: tuple[Kind, ...] = (
         encoding="demonstrations",
         makes="policy",
         artifact="adapter",
+        doing="training",
+        gives=frozenset(),
+        gives_scored=frozenset(),
         parents=(_INIT,),
         begins=True,
         keeps_reference=False,
         samples=False,
         own_loop=False,
+        takes=_TRAINED,
         further_data={},
         unread={},
         reply_limit=None,
@@ -253,11 +275,15 @@ KINDS: tuple[Kind, ...] = (
         encoding="whole_pairs",
         makes="reward",
         artifact="adapter",
+        doing="training",
+        gives=frozenset(),
+        gives_scored=frozenset(),
         parents=(_INIT,),
         begins=False,
         keeps_reference=False,
         samples=False,
         own_loop=False,
+        takes=_TRAINED | {"members", "bootstrap"},
         further_data={},
         unread={},
         reply_limit=None,
@@ -291,11 +317,15 @@ KINDS: tuple[Kind, ...] = (
         encoding="prompts",
         makes="policy",
         artifact="adapter",
+        doing="training",
+        gives=frozenset(),
+        gives_scored=frozenset(),
         parents=(_INIT, _REWARD),
         begins=False,
         keeps_reference=True,
         samples=True,
         own_loop=True,
+        takes=_TRAINED | {"reward", "rewards", "value_model", "ptx_data"},
         further_data={"ptx_data": "sft"},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="response_length",
@@ -348,11 +378,15 @@ KINDS: tuple[Kind, ...] = (
         encoding="pairs",
         makes="policy",
         artifact="adapter",
+        doing="training",
+        gives=frozenset(),
+        gives_scored=frozenset(),
         parents=(_INIT,),
         begins=False,
         keeps_reference=True,
         samples=False,
         own_loop=False,
+        takes=_TRAINED,
         further_data={},
         unread={},
         reply_limit=None,
@@ -390,11 +424,15 @@ KINDS: tuple[Kind, ...] = (
         encoding="replies",
         makes="policy",
         artifact="adapter",
+        doing="training",
+        gives=frozenset(),
+        gives_scored=frozenset(),
         parents=(_INIT,),
         begins=False,
         keeps_reference=True,
         samples=False,
         own_loop=False,
+        takes=_TRAINED,
         further_data={},
         unread={},
         reply_limit=None,
@@ -435,11 +473,15 @@ KINDS: tuple[Kind, ...] = (
         encoding="prompts",
         makes="policy",
         artifact="adapter",
+        doing="training",
+        gives=frozenset(),
+        gives_scored=frozenset(),
         parents=(_INIT, _REWARD),
         begins=False,
         keeps_reference=True,
         samples=True,
         own_loop=False,
+        takes=_TRAINED | {"reward", "rewards"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",
@@ -463,11 +505,15 @@ KINDS: tuple[Kind, ...] = (
         encoding="prompts",
         makes="policy",
         artifact="adapter",
+        doing="training",
+        gives=frozenset(),
+        gives_scored=frozenset(),
         parents=(_INIT, _REWARD),
         begins=False,
         keeps_reference=True,
         samples=True,
         own_loop=False,
+        takes=_TRAINED | {"reward", "rewards"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",
@@ -485,10 +531,111 @@ KINDS: tuple[Kind, ...] = (
         example="the first prompt, and where the policy goes on",
         color=1,
     ),
+    Kind(
+        name="sample",
+        title="Sampled replies",
+        method="sampling replies",
+        reads="prompts",
+        encoding="prompts",
+        makes="rows",
+        artifact="rows.jsonl",
+        doing="sampling",
+        gives=frozenset({"prompts", "candidates"}),
+        gives_scored=_ALL_ROWS,
+        parents=(_INIT, _REWARD),
+        begins=False,
+        keeps_reference=False,
+        samples=False,
+        own_loop=False,
+        takes=frozenset({"init", "n", "sampling", "reward", "rewards"}),
+        further_data={},
+        unread={"max_completion_length": _PROMPTS_ONLY},
+        reply_limit=None,
+        held_back_by=None,
+        learning_rate="",
+        config=_NO_TRAINER,
+        batch_metrics={},
+        accuracy=None,
+        numbers=(
+            Number("rows", "rows", logged=None, changes=False),
+            Number("length", "reply/length", logged=None, changes=False),
+            Number("ended", "reply/ended", logged=None, changes=False),
+        ),
+        example="the first prompt, and where the policy goes on",
+        color=4,
+    ),
+    Kind(
+        name="judge",
+        title="AI feedback",
+        method="choosing the better of two replies",
+        reads="candidates",
+        encoding="prompts",
+        makes="rows",
+        artifact="rows.jsonl",
+        doing="judging",
+        gives=_ALL_ROWS,
+        gives_scored=_ALL_ROWS,
+        parents=(),
+        begins=False,
+        keeps_reference=False,
+        samples=False,
+        own_loop=False,
+        takes=frozenset({"judge", "pairs", "ties", "human"}),
+        further_data={"human": "dpo"},
+        unread={"max_completion_length": _PROMPTS_ONLY},
+        reply_limit=None,
+        held_back_by=None,
+        learning_rate="",
+        config=_NO_TRAINER,
+        batch_metrics={},
+        accuracy=None,
+        numbers=(
+            Number("pairs", "judge/pairs", logged=None, changes=False),
+            Number("order agreement", "judge/agreement", logged=None, changes=False),
+            Number("first position", "judge/first_position", logged=None, changes=False),
+        ),
+        example="the first prompt",
+        color=2,
+    ),
+    Kind(
+        name="revise",
+        title="Revised replies",
+        method="criticising and revising replies",
+        reads="prompts",
+        encoding="prompts",
+        makes="rows",
+        artifact="rows.jsonl",
+        doing="revising",
+        gives=_ALL_ROWS,
+        gives_scored=_ALL_ROWS,
+        parents=(_INIT,),
+        begins=False,
+        keeps_reference=False,
+        samples=False,
+        own_loop=False,
+        takes=frozenset({"init", "sampling", "principles", "passes"}),
+        further_data={},
+        unread={"max_completion_length": _PROMPTS_ONLY},
+        reply_limit=None,
+        held_back_by=None,
+        learning_rate="",
+        config=_NO_TRAINER,
+        batch_metrics={},
+        accuracy=None,
+        numbers=(
+            Number("rows", "rows", logged=None, changes=False),
+            Number("revised", "revised", logged=None, changes=False),
+            Number("length", "reply/length", logged=None, changes=False),
+        ),
+        example="the first prompt, and where the policy goes on",
+        color=3,
+    ),
 )  # fmt: skip
 
 NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
 SHARES = frozenset(f"eval_{kind.accuracy}" for kind in KINDS if kind.accuracy)  # of as many pairs as `PAIRS` says
+KEYS: tuple[str, ...] = tuple(dict.fromkeys(key for kind in KINDS for key in sorted(kind.takes)))  # of some kinds only
+DATA_KEYS = ("data", *dict.fromkeys(key for kind in KINDS for key in kind.further_data))  # those that name rows
 ROLES: tuple[str, ...] = tuple(dict.fromkeys(parent.role for kind in KINDS for parent in kind.parents))
 
 
@@ -518,6 +665,11 @@ def either(names: Sequence[str]) -> str:
     """Names as a choice: `a`, `a or b`, `a, b or c`."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def takers(key: str) -> tuple[str, ...]:
+    """The names of the kinds in which a key of a stage has an effect."""
+    return tuple(kind.name for kind in KINDS if key in kind.takes)
 
 
 def makers(makes: Makes) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline import kinds
 from rlhf_pipeline.data import balance
 from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.data.shapes import Wanted, recognise
@@ -54,7 +53,7 @@ class StagePlan(StageState):
         record = self.record if self.is_current or self.state in (*DONE, "stale") else Record()
         return {
             **{key: getattr(self, key) for key in ("name", "kind", "state", "reason")},
-            **{"rewards": {}, **Record.with_parents(self.parents)},
+            **{"rewards": {}, "others": {}, **Record.with_parents(self.parents)},
             "fingerprint": self.fingerprint,
             "step": self.progress.step if self.progress else None,
             "gates": record.gates,
@@ -178,16 +177,15 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     problems: list[InputError] = []
     for name, stage in recipe.stages.items():
         used: list[tuple[str, Wanted, Data, Source]]
-        used = [("data", kinds.get(stage.kind).reads, stage.data, source) for source in stage.data.sources]
+        used = [(key, stage.reads(key), data, source) for key, data in stage.tables.items() for source in data.sources]
         if stage.data.eval_data:
-            used.append(("data.eval_data", kinds.get(stage.kind).reads, stage.data, stage.data.eval_data))
-        if stage.ptx_data:
-            used += [
-                ("ptx_data", kinds.get(kinds.get(stage.kind).further_data["ptx_data"]).reads, stage.ptx_data, source)
-                for source in stage.ptx_data.sources
-            ]
+            used.append(("data.eval_data", stage.facts.reads, stage.data, stage.data.eval_data))
         found[name] = []
         for key, wanted, data, source in used:
+            if source.stage is not None:
+                made = f"the rows that stage `{source.stage}` makes, as {wanted}"
+                found[name].append({"key": key, "path": source.path, "shape": made, "used_as": None})
+                continue
             try:
                 rows = first_rows(source)
                 shape = recognise(rows, wanted, data.chat, source.path, source.columns) if rows else None

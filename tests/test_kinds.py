@@ -26,6 +26,7 @@ from rlhf_pipeline.use import card
 
 PACKAGE = Path(rlhf_pipeline.__file__).parent
 NAMES = set(kinds.NAMES)
+OF_OTHERS = {"reward", "judge"}  # they are roles, keys and numbers of a reply, too
 
 
 def words(nodes: list[ast.expr | None]) -> set[str]:
@@ -38,14 +39,14 @@ def wrong(tree: ast.AST) -> list[int]:
     for node in ast.walk(tree):
         keys = node.keys if isinstance(node, ast.Dict) else []
         elements = node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else []
-        if len(words(keys)) > 1 or len(words(elements)) > 1:
+        if any(len(named) > 1 and named - OF_OTHERS for named in (words(keys), words(elements))):
             found.append(node.lineno)
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             named = words([*sides, *(one for side in sides for one in getattr(side, "elts", ()))])
-            # "reward" is a role, a number of a reply and what a stage makes, too: there the other side tells.
+            # There the other side tells.
             of_kind = any(ast.unparse(side).rstrip("']").endswith("kind") for side in sides)
-            if named - {"reward"} or (named and of_kind):
+            if named - OF_OTHERS or (named and of_kind):
                 found.append(node.lineno)
     return found
 

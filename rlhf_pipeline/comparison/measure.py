@@ -25,7 +25,7 @@ from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.shares import interval
-from rlhf_pipeline.stages.judge import PLACE, ask
+from rlhf_pipeline.stages.evaluate import PLACE, ask
 
 Asked = list[tuple[Prompt, dict[str, Any]]]
 MEASURES = ("reward", "judge", "kl", "tokens", "ended")

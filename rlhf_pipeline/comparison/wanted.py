@@ -51,7 +51,7 @@ def roles(recipe: Recipe, made: list[str]) -> Roles:
     kind_of = {name: stage.facts for name, stage in recipe.stages.items()}
     referred = [name for name in recipe.stages if kind_of[name].keeps_reference]
     sampling = [name for name in referred if kind_of[name].samples]
-    init = next((recipe.stages[name].init for name in (*sampling, *referred)), None)
+    init = next((recipe.stages[name].start for name in (*sampling, *referred)), None)
     rewards = [name for name in made if kind_of[name].makes == "reward"]
     learned_from = [one.stage for name in sampling for one in recipe.stages[name].scored_by if one.stage in rewards]
     return Roles(
@@ -90,7 +90,7 @@ def default_settings(recipe: Recipe) -> dict[str, Any]:
 
 def _digest(recipe: Recipe, data: Data) -> str | None:
     """A hash of prompts and judge; None where one of them is not there, as where a run was made elsewhere."""
-    if any(is_local(source.path) and not matching(source.path) for source in data.sources):
+    if any(is_local(source.files) and not matching(source.files) for source in data.sources):
         return None
     digests = Digests()
     try:

@@ -2,14 +2,13 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Literal
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data.columns import ASKED, CHOSEN, OF_THE_PROMPT, REPLY, WHOLE, Seen, is_turns, plain, renames
 from rlhf_pipeline.data.marks import NO_MARK, SCORE, lower_is_better
 from rlhf_pipeline.data.words import is_number
 
-Wanted = Literal["demonstrations", "preferences", "prompts", "feedback"]
+Wanted = kinds.Rows
 
 # What the columns of each kind of rows are at their plainest, and what else people call them.
 PLAINEST: dict[str, tuple[str, ...]] = {

@@ -37,7 +37,7 @@ def local_files(source: Source) -> list[Path]:
     Raises:
         InputError: there are none, or one is of a type that is not read.
     """
-    files = matching(source.path)
+    files = matching(source.files)
     if not files:
         raise InputError(
             "there is no data file",

@@ -18,7 +18,7 @@ def first_rows(source: Source, n: int = SAMPLE) -> list[dict[str, Any]] | None:
     Raises:
         InputError: a file cannot be read that far, there is none, it has no rows, or lacks a mapped column.
     """
-    return [one.row for one in itertools.islice(rows_of(source), n)] if is_local(source.path) else None
+    return [one.row for one in itertools.islice(rows_of(source), n)] if is_local(source.files) else None
 
 
 def rows_of(source: Source) -> Iterator[Located]:

@@ -101,7 +101,7 @@ def load_hub(source: Source) -> Dataset | None:
     Raises:
         InputError: it cannot be had.
     """
-    if is_local(source.path):
+    if is_local(source.files):
         return None
     try:
         return datasets.load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.local import resolved
 from rlhf_pipeline.recipe import gates, outside
@@ -81,6 +82,7 @@ def load_with_origins(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recip
     resolve_paths(loaded, problems)
     problems.raise_if_any()
     loaded._place = origins.place
+    loaded.locate_rows()
     return loaded, origins
 
 
@@ -139,6 +141,7 @@ def of_run(run: Path) -> Recipe:
         ) from None
     folder = _folder_of_run(run)
     recipe._folders = [folder] if folder else recipe._folders
+    recipe.locate_rows(run)
     return recipe
 
 
@@ -170,8 +173,10 @@ def to_yaml(recipe: Recipe) -> str:
     """
     content = content_of(recipe)
     for name, stage in recipe.stages.items():
-        before = recipe.stages[stage.init].lora if stage.init in recipe.stages else recipe.lora
-        if outside.is_one(stage.init):
+        if "lora" not in stage.facts.takes:
+            continue
+        before = recipe.stages[stage.start].lora if stage.start in recipe.stages else recipe.lora
+        if outside.is_one(stage.start):
             before = {}
         own = {key: value for key, value in stage.lora.items() if key not in before or before[key] != value}
         content["stages"][name]["lora"] = own
@@ -186,16 +191,19 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
     if not recipe.model.chat_template_kwargs:
         del content["model"]["chat_template_kwargs"]
     for name, stage in recipe.stages.items():
-        content["stages"][name]["data"] = _content_of_data(stage.data, stage.facts.reads == "demonstrations")
-        content["stages"][name]["rewards"] = [reward.model_dump(exclude_defaults=True) for reward in stage.rewards]
-        if not stage.rewards:
-            del content["stages"][name]["rewards"]
-        if stage.value_model is None:
-            del content["stages"][name]["value_model"]
-        if stage.ptx_data:
-            content["stages"][name]["ptx_data"] = _content_of_data(stage.ptx_data, bear_loss=True)
-        if stage.members is None:
-            del content["stages"][name]["members"], content["stages"][name]["bootstrap"]
+        own = content["stages"][name]
+        own["rewards"] = [reward.model_dump(exclude_defaults=True) for reward in stage.rewards]
+        if stage.judge:
+            own["judge"] = {"model": stage.judge.model} | stage.judge.model_dump(exclude_defaults=True)
+        for key, data in stage.tables.items():
+            own[key] = _content_of_data(data, stage.reads(key) == "demonstrations")
+        unsaid = {key for key in kinds.KEYS if key not in stage.facts.takes}
+        unsaid |= {key for key in ("rewards", "value_model", "members", "pairs", "human") if not getattr(stage, key)}
+        unsaid |= {"bootstrap"} if stage.members is None else set()
+        unsaid |= {"reference"} if stage.reference is None else set()
+        content["stages"][name] = {key: value for key, value in own.items() if key not in unsaid}
+    if recipe.rounds is None:
+        del content["rounds"]
     if recipe.evaluate:
         content["evaluate"]["data"] = _content_of_data(recipe.evaluate.data, bear_loss=False)
     return content
@@ -210,5 +218,5 @@ def _content_of_data(data: Data, bear_loss: bool) -> dict[str, Any]:
         content["mix"] = [source.model_dump(exclude_defaults=True) for source in data.mix]
     if data.eval_data:
         content["eval_data"] = data.eval_data.model_dump(exclude_defaults=True)
-    unsaid = [key for key in ("subset", "limit", "mix", "eval_data", "chat") if content.get(key) in (None, [])]
+    unsaid = [key for key in ("subset", "limit", "mix", "eval_data", "chat", "pairs") if content.get(key) in (None, [])]
     return {key: value for key, value in content.items() if key not in unsaid}

@@ -171,7 +171,7 @@ def check(recipe: Recipe, problems: Problems) -> None:
             metrics.
     """
     for name, stage in recipe.stages.items():
-        known = not any(problems.within(("stages", name, key)) for key in ("kind", "data", "ptx_data", "trainer"))
+        known = not any(problems.within(("stages", name, key)) for key in ("kind", "trainer", *kinds.DATA_KEYS))
         known = known and not problems.within(("evaluate",))
         for metric, text in stage.gates.items():
             path = ("stages", name, "gates", metric)
@@ -210,11 +210,18 @@ def possible_metrics(recipe: Recipe, name: str) -> set[str]:
 def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
     stage = recipe.stages[name]
     held_out = stage.data.holds_out
+    if not stage.facts.trains:
+        return _of_rows(stage)
     certain, possible = _of_ppo(stage, held_out) if stage.facts.own_loop else _of_trl(stage, held_out)
     if recipe.evaluate and stage.facts.is_policy:
         certain |= {kinds.JUDGED, kinds.REPLIES, kinds.GAP}
         (certain if recipe.evaluate.n > 1 else possible).add(f"{kinds.JUDGED}_se")
     return certain, possible
+
+
+def _of_rows(stage: Stage) -> tuple[set[str], set[str]]:
+    """The metrics of a stage that makes rows: those that are certain, and those that are possible."""
+    return {number.metric for number in stage.facts.numbers}, set()
 
 
 def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:

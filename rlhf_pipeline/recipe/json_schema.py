@@ -77,17 +77,15 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
     definitions = {"StageOfSomeKind": {**stage, "properties": dict(properties)}}
     for kind in reversed(NAMES):
         title = kind.title()
-        needed = {*(parent.role for parent in kinds.get(kind).parents), *kinds.get(kind).further_data}
+        takes = kinds.get(kind).takes
         own = dict(properties)
-        needed |= {"rewards"} if "reward" in needed else set()
-        needed |= {"members", "bootstrap"} if kinds.get(kind).makes == "reward" else set()
-        needed |= {"value_model"} if kinds.get(kind).trains_value else set()
-        optional = ("reward", "rewards", "value_model", "ptx_data", "members", "bootstrap")
-        own |= {key: WITHOUT_EFFECT for key in optional if key not in needed}
+        own |= {key: WITHOUT_EFFECT for key in kinds.KEYS if key not in takes}
         own["kind"] = {"const": kind, "description": Stage.model_fields["kind"].description}
-        own["trainer"] = {"$ref": f"#/definitions/{title}Trainer", "description": properties["trainer"]["description"]}
+        if "trainer" in takes:
+            described = properties["trainer"]["description"]
+            own["trainer"] = {"$ref": f"#/definitions/{title}Trainer", "description": described}
+            definitions[f"{title}Trainer"] = _library(kind)
         definitions[f"{title}Stage"] = {**stage, "properties": own}
-        definitions[f"{title}Trainer"] = _library(kind)
         definitions[f"StageNamed{title}"] = {
             "if": {"required": ["kind"]},
             "then": {"$ref": "#/definitions/Stage"},

@@ -9,13 +9,13 @@ from typing import Any
 import yaml as pyyaml
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.kinds import DATA_KEYS
 from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe.origins import Origin, Origins, Problems, Source
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.recipe.shipped import shipped
 from rlhf_pipeline.recipe.yaml import KeyPath, Mark, parse_value, read_document, shown
 
-DATA_KEYS = ("data", "ptx_data")
 # A new path leaves behind what named a place inside the former one.
 KEYS_TIED_TO_PATH = ("subset", "revision", "split")
 OF_SOURCE = ("path", *KEYS_TIED_TO_PATH, "columns", "limit")

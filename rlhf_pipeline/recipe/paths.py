@@ -14,6 +14,8 @@ from rlhf_pipeline.recipe.shipped import TINY
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 MODEL: KeyPath = ("model", "path")
+OF_HELD_OUT = ("eval_fraction", "eval_data")
+NOT_EVALUATED = "nothing evaluates on these rows"
 RELATIVE = "relative paths start from the folder of the file that they are written in"
 
 
@@ -38,26 +40,24 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         model.chat_template = _template_path(model.chat_template, ("model", "chat_template"), problems)
     _check_template_settings(model.chat_template_kwargs, problems)
     for name, stage in recipe.stages.items():
-        path: KeyPath = ("stages", name, "data")
-        without_effect = dict(stage.facts.unread)
-        if stage.facts.reads != "demonstrations":
-            without_effect["loss"] = f"it is of demonstrations, and this stage reads {stage.facts.reads}"
-        _resolve_data(stage.data, path, without_effect, problems)
+        for key, data in stage.tables.items():
+            without_effect = dict(stage.facts.unread) if key == "data" else dict.fromkeys(OF_HELD_OUT, NOT_EVALUATED)
+            for own, of in (("loss", "demonstrations"), ("pairs", "preferences")):
+                if stage.reads(key) != of:
+                    without_effect[own] = f"it is of {of}, and this stage reads {stage.reads(key)}"
+            _resolve_data(data, ("stages", name, key), without_effect, problems)
         for place, reward in enumerate(stage.rewards):
             if reward.model is not None:
-                key = ("stages", name, "rewards", place)
-                reward.model = _model_path(reward.model, (*key, "model"), problems)
-                _refuse_revision_of_folder(reward.model, reward.revision, (*key, "revision"), problems)
-        if stage.ptx_data:
-            unused = "nothing evaluates on these rows"
-            _resolve_data(
-                stage.ptx_data, ("stages", name, "ptx_data"), {"eval_fraction": unused, "eval_data": unused}, problems
-            )
+                path: KeyPath = ("stages", name, "rewards", place)
+                reward.model = _model_path(reward.model, (*path, "model"), problems)
+                _refuse_revision_of_folder(reward.model, reward.revision, (*path, "revision"), problems)
+        _resolve_files_of_judging(stage, ("stages", name), problems)
     if recipe.evaluate:
         all_held_out, as_they_are = "all rows are held out here", "every prompt that is asked is judged"
         without_effect = {
             "eval_fraction": all_held_out, "eval_data": all_held_out, "too_long": as_they_are, "bad_rows": as_they_are,
             "max_completion_length": "only prompts are read here", "loss": "only prompts are read here",
+            "pairs": "only prompts are read here",
         }  # fmt: skip
         _resolve_data(recipe.evaluate.data, ("evaluate", "data"), without_effect, problems)
 
@@ -131,9 +131,13 @@ def _resolve_source(source: schema.Source, path: KeyPath, problems: Problems) ->
             )
     if problems.is_broken((*path, "path")):
         return
-    source.path = _data_path(source.path, (*path, "path"), problems)
-    if data_files.is_local(source.path):
-        no = "a data file has no"
+    if source.stage is None:
+        source.path = _data_path(source.path, (*path, "path"), problems)
+    elif path[0] == "evaluate":
+        said = "policies are judged on the same prompts before and after that stage, so its rows cannot be these"
+        problems.add((*path, "path"), said, "name a file, a folder or a hub id")
+    if data_files.is_local(source.path) or source.stage is not None:
+        no = "a data file has no" if source.stage is None else "the rows of a stage have no"
         without_effect = {"split": f"{no} splits", "revision": f"{no} revisions", "subset": f"{no} subsets"}
         _refuse_without_effect(source, {key: without_effect[key] for key in KEYS_TIED_TO_PATH}, path, problems)
 
@@ -145,6 +149,19 @@ def _refuse_without_effect(
     for key, reason in without_effect.items():
         if _is_set(source, key):
             problems.add((*path, key), f"`{key}` has no effect: {reason}", "remove it", of_key=True)
+
+
+def _resolve_files_of_judging(stage: schema.Stage, path: KeyPath, problems: Problems) -> None:
+    """Make the paths of principles, rubrics and templates absolute, and see that they are there."""
+    of_judge = [(stage.judge, (*path, "judge"), key) for key in ("rubric", "principles", "template")]
+    for holder, place, key in [(stage, path, "principles"), *of_judge]:
+        value = getattr(holder, key) if holder else None
+        if value is None or value == "default" or problems.is_broken((*place, key)):
+            continue
+        file = problems.origins.folder((*place, key)) / expanded(value)
+        if not file.is_file():
+            problems.add((*place, key), _not_there("file", file), RELATIVE)
+        setattr(holder, key, str(resolved(file)))
 
 
 def _is_set(source: schema.Source, key: str) -> bool:

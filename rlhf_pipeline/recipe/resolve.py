@@ -9,6 +9,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.rewards import resolve_rewards
+from rlhf_pipeline.recipe.rows import resolve_row_stage, resolve_rows
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath
 
@@ -25,47 +26,28 @@ SIZE_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 def resolve_stages(recipe: Recipe, problems: Problems) -> None:
     """Fill in `init`, `reward` and the whole `lora` of every stage; what is wrong is noted."""
     earlier: dict[str, Stage] = {}
-    derived = problems.origins.derived
     for name, stage in recipe.stages.items():
-        path = ("stages", name)
-        known = {other: spec for other, spec in earlier.items() if not problems.is_broken(("stages", other, "kind"))}
-        if stage.init is None:
-            stage.init = next((other for other in reversed(known) if kinds.get(known[other].kind).begins), BASE)
-            first = kinds.either(tuple(kind.name for kind in kinds.KINDS if kind.begins))
-            derived[*path, "init"] = f"{'the latest' if stage.init != BASE else 'no'} {first} stage before"
-        elif outside.is_one(stage.init):
-            stage.init = _from_outside((*path, "init"), stage.init, "policy", problems)
-        elif stage.init != BASE:
-            _require(recipe, earlier, (*path, "init"), stage.init, kinds.makers("policy"), problems)
-        if problems.is_broken((*path, "init")):
-            stage.init = BASE
-            problems.break_((*path, "lora"))
-        _resolve_lora(recipe, name, stage, problems)
-        kind = kinds.get(stage.kind)
-        roles = [parent.role for parent in kind.parents]
-        if "reward" in roles:
-            latest = (other for other in reversed(known) if kinds.get(known[other].kind).makes == "reward")
+        kind, known = stage.facts, _of_known_kind(earlier, problems)
+        _refuse_keys_of_other_kinds(name, stage, problems)
+        if "init" in kind.takes:
+            _resolve_init(recipe, name, stage, earlier, problems)
+        if "lora" in kind.takes:
+            _resolve_lora(recipe, name, stage, problems)
+        if "reward" in kind.takes and (kind.trains or stage.reward or stage.rewards):
+            latest = next((other for other in reversed(known) if earlier[other].facts.makes == "reward"), None)
             named = functools.partial(_reward_stage, recipe, earlier, problems=problems)
-            resolve_rewards(name, stage, next(latest, None), len(known) == len(earlier), earlier, named, problems)
+            resolve_rewards(name, stage, latest, len(known) == len(earlier), earlier, named, problems)
         if kind.own_loop and stage.trainer.get("stop_token_id") is None and "stop_token" not in stage.trainer:
             stage.trainer = {"stop_token": "eos", **stage.trainer}
-        if "ptx_data" in kind.further_data:
+        if "ptx_data" in kind.takes:
             _require_both_of_ptx(name, stage, problems)
         if kind.trains_value:
             stage.value_model = stage.value_model or "adapter"
-        elif stage.value_model is not None:
-            problems.add(
-                (*path, "value_model"),
-                f"`value_model` has no effect in a stage of kind `{stage.kind}`, which has no value model",
-                "remove it",
-                of_key=True,
-            )
-        for key, role in (("reward", "reward"), ("rewards", "reward"), ("ptx_data", "ptx_data")):
-            if role not in (*roles, *kind.further_data) and getattr(stage, key):
-                problems.add(
-                    (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`", "remove it", of_key=True
-                )
-        _require_members(name, stage, problems)
+        if "bootstrap" in kind.takes:
+            _require_members_for_bootstrap(name, stage, problems)
+        if not kind.trains:
+            resolve_row_stage(recipe, name, functools.partial(_require, recipe, earlier), problems)
+        resolve_rows(recipe, name, earlier, functools.partial(_require, recipe, earlier), problems)
         earlier[name] = stage
     if recipe.evaluate and recipe.evaluate.samples > 1 and recipe.evaluate.temperature == 0:
         problems.add(
@@ -74,6 +56,59 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             "set `temperature`, or remove it",
             of_key=True,
         )
+
+
+def _of_known_kind(earlier: dict[str, Stage], problems: Problems) -> list[str]:
+    """The earlier stages but those whose kind is wrong."""
+    return [other for other in earlier if not problems.is_broken(("stages", other, "kind"))]
+
+
+def _refuse_keys_of_other_kinds(name: str, stage: Stage, problems: Problems) -> None:
+    """A key that has no effect in a stage of its kind is an error."""
+    for key in kinds.KEYS:
+        if key not in stage.facts.takes and getattr(stage, key):
+            takers = kinds.takers(key)
+            whose = f"kind {kinds.either(takers)}" if len(takers) < len(kinds.NAMES) - 1 else "other kinds"
+            problems.add(
+                ("stages", name, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`",
+                f"remove it: it is a key of {whose}", of_key=True,
+            )  # fmt: skip
+
+
+def _resolve_init(recipe: Recipe, name: str, stage: Stage, earlier: dict[str, Stage], problems: Problems) -> None:
+    """Fill in what a stage starts from; what is wrong is noted."""
+    path, known = ("stages", name, "init"), _of_known_kind(earlier, problems)
+    if stage.init is None:
+        stage.init = next((other for other in reversed(known) if earlier[other].facts.begins), BASE)
+        first = kinds.either(tuple(kind.name for kind in kinds.KINDS if kind.begins))
+        problems.origins.derived[path] = f"{'the latest' if stage.init != BASE else 'no'} {first} stage before"
+    elif isinstance(stage.init, list):
+        _resolve_several_inits(recipe, stage, path, earlier, problems)
+    elif outside.is_one(stage.init):
+        stage.init = _from_outside(path, stage.init, "policy", problems)
+    elif stage.init != BASE:
+        _require(recipe, earlier, path, stage.init, kinds.makers("policy"), problems)
+    if problems.is_broken(path):
+        stage.init = BASE
+        problems.break_(("stages", name, "lora"))
+
+
+def _resolve_several_inits(
+    recipe: Recipe, stage: Stage, path: KeyPath, earlier: dict[str, Stage], problems: Problems
+) -> None:
+    """See that several policies can be asked; what is wrong is noted."""
+    inits = stage.inits
+    if stage.facts.trains:
+        problems.add(path, "a stage that trains starts from one policy", "name one")
+    elif not inits:
+        problems.add(path, "`init` is empty", "name a stage, or `base`")
+    elif len(set(inits)) < len(inits):
+        problems.add(path, "a policy is named twice", "set `n` for more replies of each")
+    for place, one in enumerate(inits):
+        if outside.is_one(one):
+            inits[place] = _from_outside((*path, place), one, "policy", problems)
+        elif one != BASE:
+            _require(recipe, earlier, (*path, place), one, kinds.makers("policy"), problems)
 
 
 def _reward_stage(recipe: Recipe, earlier: dict[str, Stage], path: KeyPath, value: str, problems: Problems) -> str:
@@ -115,16 +150,10 @@ def _require_both_of_ptx(name: str, stage: Stage, problems: Problems) -> None:
         problems.add(weight, "`ptx_coef` has no effect without `ptx_data`", "give demonstrations", of_key=True)
 
 
-def _require_members(name: str, stage: Stage, problems: Problems) -> None:
-    """An ensemble is one of reward models, and without one there is nothing to draw a sample for each of."""
+def _require_members_for_bootstrap(name: str, stage: Stage, problems: Problems) -> None:
+    """Without several members there is nothing to draw a sample for each of."""
     path = ("stages", name)
-    if stage.facts.makes != "reward":
-        for key in [key for key in ("members", "bootstrap") if getattr(stage, key)]:
-            problems.add(
-                (*path, key), f"`{key}` has no effect in a stage of kind `{stage.kind}`",
-                f"an ensemble is one of reward models: kind {kinds.either(kinds.makers('reward'))}", of_key=True,
-            )  # fmt: skip
-    elif stage.bootstrap and stage.members is None and not problems.is_broken((*path, "members")):
+    if stage.bootstrap and stage.members is None and not problems.is_broken((*path, "members")):
         problems.add((*path, "bootstrap"), "`bootstrap` has no effect without `members`", "set `members`", of_key=True)
 
 
@@ -133,7 +162,7 @@ def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -
 
     Only what the keys alone show; the worker's check compares the adapters themselves, module by module.
     """
-    init, path = str(stage.init), ("stages", name, "lora")
+    init, path = stage.start, ("stages", name, "lora")
     before: dict[str, Any]
     if outside.is_one(init):
         before, whose = outside.lora(outside.config(init)), f"`{outside.label(init)}`"
@@ -142,7 +171,7 @@ def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -
     taken_over = "from lora" if init == BASE else f"from {outside.label(init) if outside.is_one(init) else init}"
     problems.origins.derived |= {(*path, key): taken_over for key in before if key not in stage.lora}
     stage.lora = {**before, **stage.lora}
-    if stage.init == BASE or problems.is_broken(path) or problems.is_broken(("stages", str(stage.init), "lora")):
+    if init == BASE or problems.is_broken(path) or problems.is_broken(("stages", init, "lora")):
         return
     rigid = next((key for key in RIGID_KEYS if stage.lora.get(key)), None)
     for key in (*FUNCTION_KEYS, *(SIZE_KEYS if rigid else ())):
@@ -173,7 +202,7 @@ def _require(
     problems: Problems,
 ) -> None:
     """Check that `wanted` is an earlier stage of one of some kinds."""
-    name, key = path[1], path[-1]
+    name, key = path[1], next(part for part in reversed(path) if isinstance(part, str) and part != "path")
     if wanted == name:
         problems.add(path, f"stage `{name}` cannot depend on itself", _earlier(earlier, wanted_kinds))
     elif wanted not in recipe.stages:

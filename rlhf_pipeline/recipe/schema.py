@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
-from rlhf_pipeline.kinds import NAMES, Kind, get, numbered
+from rlhf_pipeline.kinds import NAMES, ROWS, Kind, Rows, get, numbered
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 BASE = "base"  # as a value of `init`: start from the bare base
+OF_STAGE = "stage:"  # how `path` of data begins that names the rows of an earlier stage
 
 
 class _Strict(BaseModel):
@@ -60,7 +61,8 @@ class Source(_Strict):
     """Where rows come from."""
 
     path: str = Field(min_length=1)
-    """Rows: a file (.jsonl, .json, .csv, .parquet; also .gz, .bz2, .xz), a glob, a folder, a hub id, or `tiny:NAME`."""
+    """Rows: a file (.jsonl, .json, .csv, .parquet; also .gz, .bz2, .xz), a glob, a folder, a hub id, `tiny:NAME`, or
+    `stage:NAME`, the rows that an earlier stage makes."""
 
     subset: str | None = Field(default=None, min_length=1)
     """The configuration of a hub dataset that has several."""
@@ -76,6 +78,18 @@ class Source(_Strict):
 
     limit: int | None = Field(default=None, ge=1)
     """Use the first rows only, this many."""
+
+    _rows: Path | None = PrivateAttr(None)
+
+    @property
+    def stage(self) -> str | None:
+        """The earlier stage whose rows these are; None where they come from elsewhere."""
+        return self.path.removeprefix(OF_STAGE) if self.path.startswith(OF_STAGE) else None
+
+    @property
+    def files(self) -> str:
+        """The path of the files: `path`, or where the stage's rows are, or will be."""
+        return self.path if self._rows is None else str(self._rows)
 
 
 class MixedSource(Source):
@@ -99,7 +113,8 @@ class Data(Source):
     """Rows for a stage: of one source, given by `path`, or of several, given by `mix`."""
 
     path: str = ""
-    """Rows: a file (.jsonl, .json, .csv, .parquet; also .gz, .bz2, .xz), a glob, a folder, a hub id, or `tiny:NAME`."""
+    """Rows: a file (.jsonl, .json, .csv, .parquet; also .gz, .bz2, .xz), a glob, a folder, a hub id, `tiny:NAME`, or
+    `stage:NAME`, the rows that an earlier stage makes."""
 
     mix: list[Annotated[MixedSource, BeforeValidator(_path_only)]] = []
     """Several sources, each as a path or with keys of its own, mixed by `weight`."""
@@ -127,6 +142,10 @@ class Data(Source):
     loss: Literal["last", "all"] = "last"
     """Demonstrations only. Which of the assistant's turns of a conversation are learned: the last one, or all of them.
     One of weight 0 never is."""
+
+    pairs: Literal["all", "best_and_worst"] | None = None
+    """Preferences only. Which pairs are made of a list of replies: `all` of a better and a worse one, the default; or
+    of the best and the worst alone, as `dpo` does by default with the rows of a stage of kind `sample`."""
 
     bad_rows: Literal["error", "drop"] = "error"
     """What becomes of a row that lacks something: it ends the check, or is left out and counted."""
@@ -211,15 +230,92 @@ class Reward(_Strict):
         return self.name or own
 
 
+class Sampling(_Strict):
+    """How replies are sampled that become rows."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    """0 is greedy."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """In tokens: where a reply is cut."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """How many replies are sampled at once; the rows do not depend on it."""
+
+
+class AIJudge(_Strict):
+    """An AI that says which of two replies is better."""
+
+    model: str = Field(min_length=1)
+    """Who is asked: `base`, an earlier stage, the http(s) address of an OpenAI-compatible server, or `module:function`.
+    """
+
+    served_model: str | None = Field(default=None, min_length=1)
+    """The model's name at the address."""
+
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
+    """The environment variable that holds the key of the address; what it holds is never written."""
+
+    rubric: str | None = Field(default=None, min_length=1)
+    """A YAML file of questions, each with a weight, that are asked apart; `default`, the default, ships with the
+    package."""
+
+    principles: str | None = Field(default=None, min_length=1)
+    """In place of `rubric`: a file of principles, of which each comparison draws one; `default` ships with the
+    package."""
+
+    template: str | None = Field(default=None, min_length=1)
+    """A file with the Jinja template of what is asked; it gets `prompt`, `turns`, `first`, `second` and `question`."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """How many questions a model on this machine reads at once."""
+
+    concurrency: int = Field(default=8, ge=1)
+    """How many questions are under way at the address at once."""
+
+    timeout: float = Field(default=60.0, gt=0.0)
+    """In seconds: how long an answer of the address may take."""
+
+    retries: int = Field(default=5, ge=0)
+    """How often a question is asked again that the address did not answer."""
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is a function of the user's."""
+        return ":" in self.model and "://" not in self.model
+
+    @property
+    def stage(self) -> str | None:
+        """The earlier stage that is asked; None where it is another one."""
+        return None if self.model == BASE or ":" in self.model else self.model
+
+
+class Rounds(_Strict):
+    """Stages that are repeated."""
+
+    n: int = Field(ge=1)
+    """How many rounds."""
+
+    stages: list[str] = Field(min_length=1)
+    """The stages of a round, in the order in which they run."""
+
+    prompts: Literal["split", "reuse"] | None = None
+    """Whether each round gets prompts of its own."""
+
+
 class Stage(_Strict):
     """One step of a recipe."""
 
     kind: Literal[NAMES]  # type: ignore[valid-type]  # it is a tuple of words
     """What the stage does; by default, what its name says."""
 
-    init: str | None = None
+    init: str | list[str] | None = None
     """The earlier stage whose adapter this one starts from, or `base`; by default the latest earlier `sft` stage. Or an
-    adapter from outside: a folder (`./my-adapter`), a stage of another run (`runs/other:sft`), or a hub id."""
+    adapter from outside: a folder (`./my-adapter`), a stage of another run (`runs/other:sft`), or a hub id. Of a stage
+    of kind `sample` it is the policy that replies, or a list of several."""
+
+    reference: str | None = None
+    """The earlier stage from whose policy the KL is measured; by default the one that this stage starts from."""
 
     reward: str | None = None
     """PPO, GRPO and RLOO only: the reward stage whose model scores the replies; by default the latest earlier one. Or a
@@ -245,6 +341,32 @@ class Stage(_Strict):
     bootstrap: bool = False
     """With `members`: each trains on a sample of the pairs, as many as there are, drawn with replacement."""
 
+    n: int | None = Field(default=None, ge=1)
+    """Kind `sample`: how many replies each prompt gets from each policy; by default 4."""
+
+    sampling: Sampling | None = None
+    """Kinds `sample` and `revise`: how replies are sampled."""
+
+    judge: AIJudge | None = None
+    """Kind `judge`: the AI that says which of two replies is better."""
+
+    pairs: int | None = Field(default=None, ge=1)
+    """Kind `judge`: of so many pairs of replies to each prompt it is asked, which are drawn; by default of all."""
+
+    ties: Literal["drop", "keep"] | None = None
+    """Kind `judge`: what becomes of a pair of which the judge says something else in the other order. `drop`, the
+    default, leaves it out; `keep` takes the reply that it found better on average."""
+
+    human: DataField | None = None
+    """Kind `judge`: pairs that people have judged, on which the judge is compared with them."""
+
+    principles: str | None = Field(default=None, min_length=1)
+    """Kind `revise`: a file of principles, of which each revision draws one; `default`, the default, ships with the
+    package."""
+
+    passes: int | None = Field(default=None, ge=1)
+    """Kind `revise`: how often each reply is criticised and revised; by default once."""
+
     lora: dict[str, Any] = {}
     """peft.LoraConfig's own keys, where this stage's adapter differs from the one it starts from, or from the recipe's
     `lora` where it starts from the base; once loaded, the whole shape."""
@@ -263,11 +385,44 @@ class Stage(_Strict):
 
     @property
     def parents(self) -> dict[str, str]:
-        """The stage, or `base`, that it has in each role; further reward stages are `reward.2`, and so on."""
+        """The stage, or `base`, that it has in each role; further ones in the same role are `reward.2`, and so on.
+
+        A stage whose rows it reads has the role `rows`, and one that judges them the role `judge`.
+        """
         roles = [parent.role for parent in self.facts.parents]
-        found = {role: self.init or BASE for role in roles if role == "init"}
-        stages = [reward.stage for reward in self.scored_by if reward.stage is not None and "reward" in roles]
-        return found | {numbered("reward", number): stage for number, stage in enumerate(stages, 1)}
+        named = {
+            "init": self.inits if "init" in roles else [],
+            "reward": [reward.stage for reward in self.scored_by if reward.stage is not None and "reward" in roles],
+            "judge": [self.judge.stage] if self.judge and self.judge.stage else [],
+            ROWS: list(dict.fromkeys(source.stage for source in self.sources if source.stage is not None)),
+        }
+        return {numbered(role, place): name for role, names in named.items() for place, name in enumerate(names, 1)}
+
+    @property
+    def inits(self) -> list[str]:
+        """The stages, or `base`, whose policies it starts from; only one where it trains."""
+        return self.init if isinstance(self.init, list) else [self.init or BASE]
+
+    @property
+    def start(self) -> str:
+        """The stage, or `base`, that it starts from; of several the first."""
+        return self.inits[0]
+
+    @property
+    def tables(self) -> dict[str, Data]:
+        """Its sections of data by their keys."""
+        found = {"data": self.data, **{key: getattr(self, key) for key in self.facts.further_data}}
+        return {key: data for key, data in found.items() if data is not None}
+
+    def reads(self, key: str) -> Rows:
+        """What the rows are that it reads under a key of its data."""
+        return self.facts.reads if key == "data" else get(self.facts.further_data[key]).reads
+
+    @property
+    def sources(self) -> list[Source]:
+        """Everything that its rows come from."""
+        apart = [data.eval_data for data in self.tables.values() if data.eval_data]
+        return [source for data in self.tables.values() for source in data.sources] + apart
 
     @property
     def scored_by(self) -> list[Reward]:
@@ -310,6 +465,9 @@ class Recipe(_Strict):
     stages: dict[str, Stage] = Field(min_length=1)
     """The stages by name, in the order in which they run."""
 
+    rounds: Rounds | None = None
+    """Stages that are repeated; each round becomes stages of its own, as `dpo-1` and `dpo-2`."""
+
     _folders: list[Path] = PrivateAttr(default_factory=lambda: [Path.cwd()])
     _place: Callable[[KeyPath], str] | None = PrivateAttr(None)
 
@@ -331,3 +489,14 @@ class Recipe(_Strict):
     def run(self) -> Path:
         """The run directory."""
         return Path(self.output_dir) / self.name
+
+    def locate_rows(self, run: Path | None = None) -> None:
+        """Note where the rows are, or will be, that stages read of each other.
+
+        Args:
+            run: the run directory, where it is another one than the recipe's.
+        """
+        for stage in self.stages.values():
+            for source in stage.sources:
+                if source.stage is not None:
+                    source._rows = (run or self.run) / source.stage / get(self.stages[source.stage].kind).artifact

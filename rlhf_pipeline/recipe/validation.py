@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from rlhf_pipeline.kinds import NAMES
+from rlhf_pipeline.kinds import DATA_KEYS, KEYS, NAMES
 from rlhf_pipeline.recipe import library_keys, schema
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, MixedSource, Model, Recipe, Reward, Stage
@@ -56,9 +56,7 @@ MISSING = {
 }
 BOOLEANS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
 SCALAR = re.compile(r"[-+\w.]+")
-FOLLOWS_FROM_KIND = (
-    "kind", "init", "reward", "rewards", "value_model", "ptx_data", "members", "bootstrap", "trainer", "lora", "gates",
-)  # fmt: skip
+FOLLOWS_FROM_KIND = ("kind", *KEYS, "gates")
 
 
 def validate(content: dict[str, Any], problems: Problems) -> Recipe:
@@ -163,7 +161,7 @@ def _expected(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> 
         return EXPECTED[kind]
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"])
-        if len(words) <= 8:  # as many as there are kinds of stages
+        if len(words) <= 12:  # at least as many as there are kinds of stages
             return str(context["expected"])
         text = given if isinstance(given, str) else ""
         near = [word for word in words if word.startswith(text)] or difflib.get_close_matches(text, words) or words
@@ -256,7 +254,7 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
     """The part of the schema that describes a mapping; None for those with the keys of a library or of the user."""
     if not path:
         return Recipe
-    if path[-1] in ("data", "ptx_data") and len(path) > 1:
+    if path[-1] in DATA_KEYS and len(path) > 1:
         return Data
     if path[-1] == "eval_data":
         return schema.Source

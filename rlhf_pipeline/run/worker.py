@@ -26,7 +26,7 @@ from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import RESULT, TRAINED, read_json
 from rlhf_pipeline.rundir.secrets import redact
-from rlhf_pipeline.stages import check, judge
+from rlhf_pipeline.stages import check, evaluate
 from rlhf_pipeline.stages.job import Job
 
 
@@ -40,6 +40,7 @@ def main(job_file: str) -> int:
     job = json.loads(Path(job_file).read_text())
     recipe = Recipe.model_validate(job["recipe"])
     recipe._folders = [Path(folder) for folder in job["folders"]]
+    recipe.locate_rows()
     result: dict[str, Any]
     try:
         if job["task"] == "check":
@@ -54,7 +55,7 @@ def main(job_file: str) -> int:
                 with trackers.reporting(recipe.report_to, recipe.name, stage.folder, job["record"]["started_at"]):
                     metrics = train(stage)
             else:
-                metrics = judge.judge_artifact(stage, stage.published)
+                metrics = evaluate.judge_artifact(stage, stage.published)
             day = pinned_day(stage.reader.tokenizer.chat_template)
             result = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}
             result, code = result | {"template_day": day}, 0
@@ -90,7 +91,7 @@ def train(job: Job) -> dict[str, Any]:
     """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics."""
     trained = read_json(job.work / TRAINED)
     if trained is not None:
-        return trained["metrics"] | (judge.judge_artifact(job, job.artifact) if job.stage.facts.is_policy else {})
+        return trained["metrics"] | (evaluate.judge_artifact(job, job.artifact) if job.stage.facts.is_policy else {})
     return stages.BY_KIND[job.stage.kind].run(job)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.layout import RECORD, RunDirectory
 from rlhf_pipeline.rundir.record import Record
@@ -12,7 +13,7 @@ from rlhf_pipeline.rundir.state import StageState
 
 SIDES = ("a", "b")
 SECTIONS = ("settings", "data", "versions", "metrics")
-DATA = ("data", "ptx_data", "evaluate.data")
+DATA = (*kinds.DATA_KEYS, "evaluate.data")
 # How fast it went, and in how much memory: never twice the same, and no result.
 OF_THE_MACHINE = re.compile(r"eps|(rollout|optimise)/(\w+_)?seconds|(before_init|init|train)_mem_\w+")
 

@@ -14,10 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf_pipeline import kinds
-
 WEIGHTS = "adapter_model.safetensors"
+ROWS = "rows.jsonl"
 GATE_CLOSED: Final = "done, gate closed"
+_OWN = ("init", "reward")  # the roles that have a field of their own
 
 
 class Record(BaseModel):
@@ -59,6 +59,9 @@ class Record(BaseModel):
 
     rewards: dict[str, str] = {}
     """Further stages that score its replies, by role: `reward.2`, and so on."""
+
+    others: dict[str, str] = {}
+    """Other stages that it needs, by role: `rows` and `rows.2` whose rows it reads, `judge`, `init.2`."""
 
     parent_weights: dict[str, str | None] = {}
     """Of each stage that it was built on, the SHA-256 of the weights it had then."""
@@ -112,7 +115,12 @@ class Record(BaseModel):
 
     @property
     def weights(self) -> str | None:
-        """The SHA-256 of the weights in its artifact, of an ensemble that of all members'; None where it names none."""
+        """The SHA-256 of what later stages build on: the weights, of an ensemble those of all members; or the rows.
+
+        None where its artifact names neither.
+        """
+        if ROWS in self.artifact_files:
+            return self.artifact_files[ROWS][1]
         digests = [sha256 for file, (_, sha256) in sorted(self.artifact_files.items()) if file.endswith(WEIGHTS)]
         if WEIGHTS not in self.artifact_files:
             return None
@@ -121,13 +129,17 @@ class Record(BaseModel):
     @property
     def parents(self) -> dict[str, str]:
         """The stage, or `base`, that it had in each role."""
-        return {role: name for role in kinds.ROLES if isinstance(name := getattr(self, role, None), str)} | self.rewards
+        named = {role: getattr(self, role) for role in _OWN}
+        return {role: name for role, name in named.items() if name is not None} | self.rewards | self.others
 
     @staticmethod
     def with_parents(parents: dict[str, str]) -> dict[str, Any]:
         """The fields that say which stage it had in each role."""
-        further = {role: name for role, name in parents.items() if role not in kinds.ROLES}
-        return {role: parents.get(role) for role in kinds.ROLES} | ({"rewards": further} if further else {})
+        fields: dict[str, Any] = {role: parents.get(role) for role in _OWN}
+        for role, name in parents.items():
+            if role not in _OWN:
+                fields.setdefault("rewards" if role.startswith("reward.") else "others", {})[role] = name
+        return fields
 
     @property
     def is_finished(self) -> bool:

@@ -53,6 +53,7 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
     cut = recipe.model_copy(deep=True)
     notes: list[str] = []
     cut.output_dir, cut.keep_checkpoints, cut.report_to = str(folder / "runs"), False, []
+    cut.locate_rows()
     _replace_what_is_outside(cut, notes)
     sources = _sources(cut)
     (folder / "data").mkdir()
@@ -108,9 +109,10 @@ def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
     """Start from the base in place of adapters that do not fit the tiny one, and train a reward model of that shape."""
     stages: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():
-        if outside.is_one(stage.init):
-            notes.append(f"`{outside.label(str(stage.init))}` is of another base: `{name}` starts from the bare one")
-            stage.init = BASE
+        for init in filter(outside.is_one, stage.inits):
+            notes.append(f"`{outside.label(init)}` is of another base: `{name}` starts from the bare one")
+            others = [one for one in stage.inits if one not in (init, BASE)]
+            stage.init = [BASE, *others] if others else BASE
         for reward in [stage, *stage.rewards]:
             key = "reward" if reward is stage else "stage"
             value = getattr(reward, key)
@@ -135,17 +137,16 @@ def _sources(recipe: Recipe) -> dict[str, tuple[Source, int, str]]:
     """Every source of rows by a name for its file, with how many rows are taken, and the tiny world's like."""
     data: list[tuple[str, Data, str]] = []
     for name, stage in recipe.stages.items():
-        kind = kinds.get(stage.kind)
-        data.append((name, stage.data, kind.reads))
-        if stage.ptx_data:
-            data.append((f"{name}-ptx", stage.ptx_data, kinds.get(kind.further_data["ptx_data"]).reads))
+        for key, spec in stage.tables.items():
+            data.append((name if key == "data" else f"{name}-{key}", spec, stage.reads(key)))
     if recipe.evaluate:
         data.append(("evaluate", recipe.evaluate.data, "heldout"))
     found: dict[str, tuple[Source, int, str]] = {}
     for name, spec, wanted in data:
         for number, source in enumerate(spec.sources, 1):
-            found[f"{name}-{number}"] = (source, ROWS, wanted)
-        if spec.eval_data:
+            if source.stage is None:  # else a stage of the smoke run makes them
+                found[f"{name}-{number}"] = (source, ROWS, wanted)
+        if spec.eval_data and spec.eval_data.stage is None:
             found[f"{name}-eval"] = (spec.eval_data, EVAL_ROWS, wanted)
     return found
 
@@ -161,7 +162,7 @@ def _as_source(source: Source) -> dict[str, Any]:
 
 def _write(rows: list[dict[str, Any]], file: Path, source: Source) -> Path:
     """Write rows down: as CSV, whose types a reader guesses, where they were CSV, else as JSON Lines."""
-    if all(".csv" in one.suffixes for one in matching(source.path)):
+    if all(".csv" in one.suffixes for one in matching(source.files)):
         file = file.with_suffix(".csv")
         names = list(dict.fromkeys(name for row in rows for name in row))
         with file.open("w", encoding="utf-8", newline="") as lines:
@@ -265,15 +266,16 @@ def _cut_settings(recipe: Recipe) -> None:
     """Few steps, small batches and short sequences in every stage."""
     for stage in recipe.stages.values():
         kind = kinds.get(stage.kind)
-        if kind.own_loop:
+        if not kind.trains:
+            _cut_rows(stage)
+        elif kind.own_loop:
             _cut_ppo(stage.trainer)
         else:
             _cut_trainer(stage.trainer, stage.data.holds_out)
             if kind.samples:
                 _cut_groups(stage.trainer)
-        _cut_data(stage.data, replies=kind.reads != "prompts")
-        if stage.ptx_data:
-            _cut_data(stage.ptx_data, replies=True)
+        for key, data in stage.tables.items():
+            _cut_data(data, replies="max_completion_length" not in kind.unread and stage.reads(key) != "prompts")
     if recipe.evaluate:
         _cut_data(recipe.evaluate.data, replies=False)
         recipe.evaluate.n = min(recipe.evaluate.n, BATCH)
@@ -289,6 +291,16 @@ def _cut_data(data: Data, replies: bool) -> None:
         data.max_completion_length = min(data.max_completion_length or COMPLETION_LIMIT, COMPLETION_LIMIT)
     if before != (data.max_prompt_length, data.max_completion_length):
         data.too_long = "cut"
+
+
+def _cut_rows(stage: Stage) -> None:
+    """Few short replies, a pair of each prompt, and one pass."""
+    if stage.sampling:
+        stage.sampling.max_new_tokens = min(stage.sampling.max_new_tokens, REPLY)
+    stage.n = stage.n and min(stage.n, 2)
+    stage.passes = stage.passes and 1
+    if stage.judge:
+        stage.pairs = 1
 
 
 def _cut_common(trainer: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from rlhf_pipeline.recipe.rewards import key_of
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import members
-from rlhf_pipeline.stages import embedded, judge
+from rlhf_pipeline.stages import embedded, evaluate
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.resumable import REFERENCE
 from rlhf_pipeline.stages.trial import try_trainer
@@ -67,25 +68,55 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
 
     attempt(lambda: require_weights(recipe.model, config))
     attempt(lambda: embedded.check_special_tokens(reader.tokenizer, config, recipe.model.path))
-    attempt(lambda: check_lora(recipe, names, config))
-    attempt(lambda: check_router_loss(recipe, names, config))
+    training = [name for name in names if recipe.stages[name].facts.trains]
+    attempt(lambda: check_lora(recipe, training, config))
+    attempt(lambda: check_router_loss(recipe, training, config))
     doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
+    readable = [name for name in names if not awaited(recipe, name, names)]  # the others' rows are made only then
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]
     for job in jobs:
-        if inputs := attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job)):
+        if job.name not in readable:
+            attempt(functools.partial(check_settings, job))
+        elif not job.stage.facts.trains:
+            attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
+        elif inputs := attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job)):
             attempt(functools.partial(try_trainer, job, inputs))
             doubts += attempt(functools.partial(try_rewards, recipe, job.name, reader.tokenizer)) or []
     policies = [job for job in jobs if job.stage.facts.is_policy]
-    judging = attempt(lambda: judge.prepare(policies[0])) if policies else None
+    judging = attempt(lambda: evaluate.prepare(policies[0])) if policies else None
     if judging:
-        attempt(functools.partial(judge.try_judge, *judging))
+        attempt(functools.partial(evaluate.try_judge, *judging))
         attempt(functools.partial(_check_asked, judging[0], judging[2], reader))
-    report, wrong = data_report(recipe, names, reader, judging[2] if judging else [])
+    report, wrong = data_report(recipe, readable, reader, judging[2] if judging else [])
     # What a library says of all of `trainer` follows from what was said of one of its keys.
     found += [error for error in wrong if not any(str(one.place).startswith(f"{error.place}.") for one in found)]
     if found:
         raise InputErrors(found)
-    return [*default_learning_rates(recipe, names), *levels_of_members(recipe, names), *doubts, *report["warnings"]]
+    return [*default_learning_rates(recipe, training), *levels_of_members(recipe, names), *doubts, *report["warnings"]]
+
+
+def awaited(recipe: Recipe, name: str, names: Sequence[str]) -> list[str]:
+    """The stages whose rows a stage reads and that are still to make them.
+
+    Args:
+        recipe: the recipe.
+        name: the stage's.
+        names: the stages that shall run.
+    """
+    sources = recipe.stages[name].sources
+    there = {source.stage: Path(source.files).is_file() for source in sources if source.stage is not None}
+    return [stage for stage, is_there in there.items() if stage in names or not is_there]
+
+
+def check_settings(job: Job) -> None:
+    """See that the library takes the settings of a stage whose rows are not there yet.
+
+    Raises:
+        InputError: with its complaint.
+    """
+    config = stages.BY_KIND[job.stage.kind].CONFIG
+    if config is not None:
+        job.trainer_config(config)
 
 
 def _check_asked(spec: Evaluate, asked: Asked, reader: Reader) -> None:
@@ -138,7 +169,7 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
         return known[key]
 
     for name in names:
-        (ours, on_head), init = made(name), recipe.stages[name].init
+        (ours, on_head), init = made(name), recipe.stages[name].start
         if FUSED_HEAD and on_head and not recipe.stages[name].facts.own_loop:
             raise InputError(
                 f"an adapter on the output embedding cannot be trained in stage `{name}`: TRL computes the loss from "
@@ -147,9 +178,9 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
                 hint="`target_modules: all-linear` leaves it out",
             )
         if outside.is_one(init):
-            theirs = adapters.stored_shapes(outside.folder(str(init)))
+            theirs = adapters.stored_shapes(outside.folder(init))
         else:
-            theirs = made(str(init))[0] if init in recipe.stages else {}
+            theirs = made(init)[0] if init in recipe.stages else {}
         problem = adapters.misfit(theirs, ours)
         if problem:
             raise InputError(
@@ -286,9 +317,9 @@ def _refuse_adapters_on_quantized_experts(recipe: Recipe, model: PeftModel) -> N
 def _written_at(recipe: Recipe, name: str) -> str:
     """The key under which a stage's `lora` was written: its own, or that of what it took the whole shape over from."""
     stage = recipe.stages[name]
-    init = stage.init if stage.init in recipe.stages else None
-    if outside.is_one(stage.init):
-        own = stage.lora != outside.lora(outside.config(str(stage.init)))
+    init = stage.start if stage.start in recipe.stages else None
+    if outside.is_one(stage.start):
+        own = stage.lora != outside.lora(outside.config(stage.start))
         return f"stages.{name}.lora" if own else f"stages.{name}.init"
     if stage.lora != (recipe.stages[init].lora if init else recipe.lora):
         return f"stages.{name}.lora"
@@ -339,13 +370,16 @@ def data_report(
 
 
 def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
-    """The report on the rows of one stage, under `data` and `ptx_data`, and all that is wrong with them."""
+    """The report on the rows of one stage, under each of `kinds.DATA_KEYS`, and all that is wrong with them."""
     stage, errors, warnings = job.stage, [], []
-    found: dict[str, Any] = {"name": job.name, "kind": stage.kind, "data": None, "ptx_data": None}
+    found: dict[str, Any] = {"name": job.name, "kind": stage.kind, **dict.fromkeys(kinds.DATA_KEYS)}
     try:
         tokenizer = job.reader.tokenizer
         positions = getattr(job.reader.config.get_text_config(), "max_position_embeddings", None)
-        trainer = Trainer.of(job.trainer_config(stages.BY_KIND[stage.kind].CONFIG), positions, stage.facts.reply_limit)
+        trainer = Trainer(max_positions=positions)
+        if stage.facts.trains:
+            args = job.trainer_config(stages.BY_KIND[stage.kind].CONFIG)
+            trainer = Trainer.of(args, positions, stage.facts.reply_limit)
         if stage.facts.samples:
             stops = stop_tokens(tokenizer, job.reader.generation_config, stage.trainer)
             trainer = trainer._replace(stop_tokens=stops)
@@ -374,7 +408,7 @@ def _evaluate_report(recipe: Recipe, reader: Reader) -> tuple[dict[str, Any], li
     """The same of the rows of `evaluate`, as a stage that samples replies to prompts would see them."""
     assert recipe.evaluate is not None
     spec, like = recipe.evaluate.data, next(kind.name for kind in kinds.KINDS if kind.reads == "prompts")
-    found: dict[str, Any] = {"name": EVALUATE, "kind": EVALUATE, "data": None, "ptx_data": None}
+    found: dict[str, Any] = {"name": EVALUATE, "kind": EVALUATE, **dict.fromkeys(kinds.DATA_KEYS)}
     try:
         tokenizer, prepared = reader.tokenizer, reader.read(stages.BY_KIND[like].read, spec)
     except InputError as error:

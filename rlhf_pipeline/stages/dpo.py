@@ -20,8 +20,8 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS
+from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Inputs, Job
-from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable, with_room_for_replies
 
 CONFIG = DPOConfig

@@ -126,12 +126,12 @@ class Job:
     @property
     def init(self) -> Path | None:
         """The adapter the stage starts from; None for the bare base."""
-        return None if self.stage.init in (None, BASE) else self._adapter_of(str(self.stage.init))
+        return None if self.stage.start == BASE else self._adapter_of(self.stage.start)
 
     @property
     def reward_models(self) -> list[tuple[Path, dict[str, Any]]]:
         """The adapters, and their shapes, of the reward stages that score its replies, in the recipe's order."""
-        names = [parent for role, parent in self.stage.parents.items() if role != "init"]
+        names = [reward.stage for reward in self.stage.scored_by if reward.stage is not None]
         return [(self._adapter_of(name), self._lora_of(name)) for name in names]
 
     @property

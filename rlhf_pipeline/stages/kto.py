@@ -22,8 +22,8 @@ from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir.layout import METRICS
+from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Inputs, Job
-from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import REFERENCE, Resumable, with_room_for_replies
 
 CONFIG = KTOConfig

@@ -16,10 +16,10 @@ from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
 from rlhf_pipeline.stages import soundness
+from rlhf_pipeline.stages.evaluate import judge_policy
+from rlhf_pipeline.stages.evaluate import prepare as prepare_judging
+from rlhf_pipeline.stages.evaluate_along import GoldAlong
 from rlhf_pipeline.stages.job import Inputs, Job
-from rlhf_pipeline.stages.judge import judge_policy
-from rlhf_pipeline.stages.judge import prepare as prepare_judging
-from rlhf_pipeline.stages.judge_along import GoldAlong
 
 CONFIG = PPOConfig
 read = rows.prompts  # the rows of such a stage

@@ -15,8 +15,8 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import hide_router_logits, load_base
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages import soundness
+from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Inputs, Job
-from rlhf_pipeline.stages.judge import judge_policy
 from rlhf_pipeline.stages.resumable import Resumable
 
 CONFIG = SFTConfig

@@ -33,7 +33,7 @@ TEMPLATES = {
 def show(report: dict[str, Any], console: Console) -> None:
     """Print a report, from `stages.check.data_report`, without its errors and warnings."""
     for stage in report["stages"]:
-        for key in ("data", "ptx_data"):
+        for key in kinds.DATA_KEYS:
             if stage[key] is not None:
                 _show_table(f"{stage['name']}.{key}", stage[key], console)
 

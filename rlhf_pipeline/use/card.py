@@ -182,10 +182,8 @@ def _head(
         source.path
         for name in records
         if name in recipe.stages
-        for data in (recipe.stages[name].data, recipe.stages[name].ptx_data)
-        if data
-        for source in (*data.sources, data.eval_data)
-        if source and not is_local(source.path)
+        for source in recipe.stages[name].sources
+        if source.stage is None and not is_local(source.path)
     )
     kind = kinds.get(record.kind)
     reward = kind.makes == "reward"

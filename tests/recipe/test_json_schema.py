@@ -12,7 +12,7 @@ from jsonschema import Draft7Validator
 
 from rlhf_pipeline import recipe
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.kinds import NAMES
+from rlhf_pipeline.kinds import takers
 from rlhf_pipeline.recipe import json_schema, library_keys
 from rlhf_pipeline.recipe.schema import Data, Evaluate, Model, Recipe, Stage
 
@@ -193,7 +193,7 @@ def test_every_key_of_ours_is_there_with_a_description():
     assert all(value.get("description") for value in SCHEMA["properties"].values())
 
 
-@pytest.mark.parametrize("config", [*NAMES, "lora"])
+@pytest.mark.parametrize("config", [*takers("trainer"), "lora"])
 def test_exactly_the_settable_keys_of_the_libraries_are_there_with_descriptions(config):
     definition = SCHEMA["definitions"]["Lora" if config == "lora" else f"{config.title()}Trainer"]
     assert sorted(definition["properties"]) == library_keys.settable(config)
@@ -206,7 +206,7 @@ def test_exactly_the_settable_keys_of_the_libraries_are_there_with_descriptions(
             assert Draft7Validator(value).is_valid({name: key["default"]}), name
 
 
-@pytest.mark.parametrize("config", [*NAMES, "lora"])
+@pytest.mark.parametrize("config", [*takers("trainer"), "lora"])
 def test_the_values_that_editors_take_for_a_librarys_key_are_those_that_loading_takes(config):
     """All but whole numbers such as 2.0, which JSON Schema does not tell from 2."""
     definition = SCHEMA["definitions"]["Lora" if config == "lora" else f"{config.title()}Trainer"]

@@ -409,7 +409,7 @@ def test_demonstrations_that_cannot_be_read_or_used_are_refused(write, override,
         ("reward.members=1000", "expected a number of at most 32, got 1000", "from 2 to 32"),
         ("reward.members=two", "expected a whole number, got 'two'", None),
         ("reward.bootstrap=true", "`bootstrap` has no effect without `members`", "set `members`"),
-        ("sft.members=4", "`members` has no effect in a stage of kind `sft`", "an ensemble is one of reward models"),
+        ("sft.members=4", "`members` has no effect in a stage of kind `sft`", "it is a key of kind reward"),
         ("ppo.bootstrap=true", "`bootstrap` has no effect in a stage of kind `ppo`", "kind reward"),
     ],
 )

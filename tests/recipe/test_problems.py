@@ -94,7 +94,7 @@ name: b
         ("data: tiny:demonstrations", "dat: tiny:demonstrations", "r.yaml:5:5: stages.sft.dat"),
         ("{path: tiny,", "{pth: tiny,", "r.yaml:2:9: model.pth"),
         ("ppo: {data: tiny:prompts}", "ppo: {data: {pth: tiny:prompts}}", "r.yaml:8:16: stages.ppo.data.pth"),
-        ("  reward: {", "  judge: {knd: reward, ", "r.yaml:7:11: stages.judge.knd"),
+        ("  reward: {", "  rater: {knd: reward, ", "r.yaml:7:11: stages.rater.knd"),
         # A stage of unknown kind may be the one that others need.
         ("  reward: {", "  rewrd: {", "r.yaml:7:3: stages.rewrd.kind"),
         ("  reward: {", "  reward: {kind: rward, ", "r.yaml:7:18: stages.reward.kind"),

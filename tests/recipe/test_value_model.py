@@ -43,9 +43,9 @@ def test_the_resolved_recipe_says_which_it_is_where_there_is_a_value(tmp_path: P
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_it_has_no_effect_where_no_value_is_trained(tmp_path: Path, stage: str) -> None:
-    with pytest.raises(InputError, match=f"of kind `{stage}`, which has no value model") as caught:
+    with pytest.raises(InputError, match=f"`value_model` has no effect in a stage of kind `{stage}`") as caught:
         written(tmp_path, f"{stage}.value_model=adapter")
-    assert caught.value.hint == "remove it"
+    assert caught.value.hint == "remove it: it is a key of kind ppo"
 
 
 def test_another_word_is_refused(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from rlhf_pipeline.ppo.forward import reply_scores
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.stages.check import check
+from rlhf_pipeline.stages.evaluate import ask, judge_policy, summary
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.judge import ask, judge_policy, summary
 from rlhf_pipeline.stages.ppo import check_weights
 from rlhf_pipeline.stages.resumable import with_room_for_replies
 from rlhf_pipeline.user_code import FunctionError

@@ -21,8 +21,8 @@ from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.rewards.mixture import Part, Rewards
 from rlhf_pipeline.rundir import jsonl
+from rlhf_pipeline.stages.evaluate import judge_artifact, judge_policy
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.judge import judge_artifact, judge_policy
 from rlhf_pipeline.use.chat import Chat
 from rlhf_pipeline.use.export import export
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rlhf_pipeline.data.encode import encode_prompts, row_of
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Evaluate
-from rlhf_pipeline.stages.judge import Asked, Judge, ask, summary
+from rlhf_pipeline.stages.evaluate import Asked, Judge, ask, summary
 
 
 class GoldAlong(TrainerCallback):

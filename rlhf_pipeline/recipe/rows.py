@@ -1,0 +1,104 @@
+"""Stages that make rows, and stages that read the rows of others. No torch."""
+
+import re
+from collections.abc import Callable, Mapping
+
+from rlhf_pipeline import kinds
+from rlhf_pipeline.recipe.origins import Problems
+from rlhf_pipeline.recipe.schema import BASE, OF_STAGE, AIJudge, Recipe, Sampling, Source, Stage
+from rlhf_pipeline.recipe.yaml import KeyPath
+
+FUNCTION = re.compile(r"[\w.]+:\w+")
+OF_ADDRESS = ("served_model", "api_key_env", "concurrency", "timeout", "retries")
+# Looks a stage's name up, at the place where it is written, among the earlier ones of some kinds; notes what is wrong.
+Require = Callable[[KeyPath, str, tuple[str, ...], Problems], None]
+
+
+def resolve_row_stage(recipe: Recipe, name: str, require: Require, problems: Problems) -> None:
+    """Fill in what a stage that makes rows does by default; what is wrong is noted."""
+    stage, path = recipe.stages[name], ("stages", name)
+    takes = stage.facts.takes
+    if "sampling" in takes:
+        stage.sampling = stage.sampling or Sampling()
+    if "n" in takes:
+        stage.n = stage.n or 4
+    if "passes" in takes:
+        stage.passes = stage.passes or 1
+        stage.principles = stage.principles or "default"
+    if "ties" in takes:
+        stage.ties = stage.ties or "drop"
+    if "judge" in takes:
+        if stage.judge is not None:
+            _resolve_judge(stage.judge, (*path, "judge"), require, problems)
+        else:
+            problems.add((*path, "judge"), f"stage `{name}` names no judge", f"for example `judge: {{model: {BASE}}}`")
+    sampling = stage.sampling
+    if sampling and sampling.temperature == 0 and (stage.n or 1) > 1 and not problems.within((*path, "sampling")):
+        problems.add(
+            (*path, "n"), "at temperature 0 all replies of a policy to a prompt are the same",
+            "set `sampling.temperature`, or `n: 1`",
+        )  # fmt: skip
+
+
+def _resolve_judge(judge: AIJudge, path: KeyPath, require: Require, problems: Problems) -> None:
+    """See that a judge is one that can be asked, and that its keys have an effect."""
+    is_remote = "://" in judge.model
+    if is_remote and not judge.model.startswith(("http://", "https://")):
+        problems.add((*path, "model"), "the address of a judge begins with http:// or https://", None)
+    elif is_remote and judge.served_model is None:
+        problems.add(
+            (*path, "served_model"), "`served_model` is missing: a server may have several models",
+            "set it to the model's name there, as its /v1/models lists it",
+        )  # fmt: skip
+    elif judge.stage is not None:
+        require((*path, "model"), judge.stage, kinds.makers("policy"), problems)
+    elif judge.is_function and not FUNCTION.fullmatch(judge.model):
+        said = f"expected `{BASE}`, a stage, an http(s) address or `module:function`, got {judge.model!r}"
+        problems.add((*path, "model"), said)
+    for key in [] if is_remote else OF_ADDRESS:
+        if getattr(judge, key) != AIJudge.model_fields[key].default:
+            problems.add(
+                (*path, key), f"`{key}` has no effect: the judge is not at an address", "remove it", of_key=True
+            )
+    if judge.rubric is not None and judge.principles is not None:
+        problems.add(
+            (*path, "principles"), "`rubric` and `principles` exclude each other", "remove one of them", of_key=True
+        )
+
+
+def resolve_rows(recipe: Recipe, name: str, earlier: Mapping[str, Stage], require: Require, problems: Problems) -> None:
+    """See that the rows of other stages that a stage reads are such as it can read; what is wrong is noted."""
+    stage = recipe.stages[name]
+    for key, data in stage.tables.items():
+        path: KeyPath = ("stages", name, key)
+        reads = stage.reads(key)
+        places: list[tuple[KeyPath, Source]] = [((*path, "mix", i), source) for i, source in enumerate(data.mix)]
+        places += [(path, data)] if not data.mix else []
+        places += [((*path, "eval_data"), data.eval_data)] if data.eval_data else []
+        for place, source in places:
+            if source.stage is not None and not problems.is_broken((*place, "path")):
+                require((*place, "path"), source.stage, kinds.makers("rows"), problems)
+                if not problems.is_broken((*place, "path")):
+                    _require_fit(source.stage, earlier[source.stage], reads, (*place, "path"), problems)
+        if data.pairs is None and reads == "preferences" and stage.facts.keeps_reference and data.stage is not None:
+            maker = earlier.get(data.stage)
+            if maker and "n" in maker.facts.takes:
+                data.pairs = "best_and_worst"
+                problems.origins.derived[*path, "pairs"] = "of sampled replies"
+
+
+def _require_fit(name: str, maker: Stage, reads: kinds.Rows, path: KeyPath, problems: Problems) -> None:
+    """See that a stage's rows are what is read."""
+    is_scored = bool(maker.scored_by)
+    if reads in (maker.facts.gives_scored if is_scored else maker.facts.gives):
+        several = (maker.n or 2) * len(maker.inits) > 1
+        if reads in ("prompts", "demonstrations") or several:
+            return
+        said = f"`{OF_STAGE}{name}` has one reply to each prompt, and {reads} need two or more"
+        problems.add(path, said, f"set `n` in stage `{name}`")
+        return
+    problems.add(
+        path,
+        f"the replies that `{OF_STAGE}{name}` makes have no scores, so they are not {reads}",
+        f"set `rewards` in stage `{name}`, or have a stage of kind {kinds.either(kinds.takers('judge'))} choose",
+    )

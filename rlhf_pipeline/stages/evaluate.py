@@ -1,0 +1,225 @@
+"""The judge: replies of a policy to held-out prompts, scored by a function of the user's."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf_pipeline import kinds, user_code
+from rlhf_pipeline.data.encode import encode_prompts
+from rlhf_pipeline.data.prepare import first_prompts
+from rlhf_pipeline.data.turns import Prompt, as_text, as_turns
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.reply_end import stop_tokens
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe.schema import Evaluate
+from rlhf_pipeline.rewards.trial import a_reply
+from rlhf_pipeline.rundir import jsonl
+from rlhf_pipeline.rundir.layout import SAMPLES
+from rlhf_pipeline.shares import standard_error
+from rlhf_pipeline.stages import soundness
+from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.user_code import FunctionError
+
+Judge = Callable[..., Sequence[float | None]]
+Asked = Sequence[tuple[Prompt, dict[str, Any]]]  # prompts, each with its row, whose other columns the judge gets
+# What a judge gets beside the columns of the data; a column of such a name is not given.
+GIVEN = ("prompts", "completions", "messages")
+PLACE = "evaluate.judge"
+
+
+def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
+    """The judge and the first `n` prompts, each with its row; None where the recipe has no `evaluate`.
+
+    Raises:
+        InputError: judge or data cannot be used.
+    """
+    spec = job.recipe.evaluate
+    if spec is None:
+        return None
+    judge = user_code.load(spec.judge, job.recipe.folders, PLACE)
+    return spec, judge, first_prompts(spec.data, spec.n)
+
+
+def try_judge(spec: Evaluate, judge: Judge, asked: Asked) -> None:
+    """Call the judge on two rows of its data, as it will be called after training.
+
+    The replies are those of the rows where they have some, else made up.
+
+    Args:
+        spec: the recipe's `evaluate`.
+        judge: the function.
+        asked: its prompts.
+
+    Raises:
+        InputError: it fails, or returns something other than two numbers.
+    """
+    try:
+        ask(judge, asked[:2], [a_reply(row) for _, row in asked[:2]])
+    except Exception as error:  # a user's function may fail in any way
+        what = str(error) if isinstance(error, FunctionError) else f"it raised {user_code.said(error)}"
+        raise InputError(
+            f"`{spec.judge}` fails on the first rows of `evaluate.data`: {what}",
+            place=PLACE,
+            hint="it gets lists of texts, `prompts` and `completions`, of turns, `messages`, and all other columns; it "
+            "returns a number for each reply",
+        ) from None
+
+
+def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Sample a reply to each prompt and have it judged; writes them to `samples.jsonl`, after those of training.
+
+    Every stage samples with the recipe's seed, so that stages differ by their weights alone.
+
+    Args:
+        job: the stage.
+        model: what has `generate` and answers as the stage's policy.
+        tokenizer: the stage's tokenizer.
+
+    Returns:
+        What `summary` says, and `generation_gap`, see `soundness.generation_gap`; or nothing where the recipe has no
+        `evaluate`.
+
+    Raises:
+        FunctionError: see `ask`.
+    """
+    prepared = prepare(job)
+    if prepared is None:
+        return {}
+    spec, judge, asked = prepared
+    times = spec.samples
+    asked = [one for _ in range(times) for one in asked]
+    prompts = [prompt for prompt, _ in asked]
+    replies = sample_replies(
+        model,
+        tokenizer,
+        spec,
+        prompts,
+        job.recipe.seed,
+        stop_tokens(tokenizer, model.generation_config, job.stage.trainer),
+        lambda done: job.progress.tell("judging", done, len(prompts)),
+    )
+    scores = ask(judge, asked, replies)
+    judged = (
+        {"prompt": prompt, "completion": reply, "judge": score}
+        for prompt, reply, score in zip(prompts, replies, scores, strict=True)
+    )
+    jsonl.rewrite(job.folder / SAMPLES, lambda row: "judge" not in row, judged)
+    some = encode_prompts(tokenizer, spec.data, prompts[: soundness.PROMPTS])
+    gap = soundness.generation_gap(model, some, tokenizer.pad_token_id)
+    return summary(scores, times) | {kinds.GAP: gap}
+
+
+def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:
+    """The numbers of a judgement.
+
+    Args:
+        scores: of replies, all prompts once, then all once more, and so on; None where the judge had no opinion.
+        times: how often each prompt was answered.
+
+    Returns:
+        `judge_mean`, the mean over prompts; `judge_mean_se`, its standard error; and `judge_replies`, how many replies
+        have a score. The error is that of drawing prompts: the deviation of their means over √prompts. Where all are 0
+        or all 1 it is that of a share; see `shares.standard_error`. There is none of a single prompt, nor where all
+        are the same number otherwise.
+
+    Raises:
+        FunctionError: none has.
+    """
+    prompts = len(scores) // times
+    by_prompt = [[score for score in scores[prompt::prompts] if score is not None] for prompt in range(prompts)]
+    means = [statistics.fmean(own) for own in by_prompt if own]
+    if not means:
+        raise FunctionError("the judge has no opinion on any reply: it returned None for all", PLACE)
+    numbers: dict[str, float] = {"judge_mean": sum(means) / len(means), "judge_replies": sum(map(len, by_prompt))}
+    if len(set(means)) > 1:
+        numbers["judge_mean_se"] = statistics.stdev(means) / math.sqrt(len(means))
+    elif len(means) > 1 and means[0] in (0, 1):
+        numbers["judge_mean_se"] = standard_error(sum(means), len(means))
+    return numbers
+
+
+def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None]:
+    """Have replies judged.
+
+    The judge gets texts: `prompts` and `completions`; under `messages`, of each the turns, the reply the last one; and
+    every other column of the data, all as keywords, as far as it takes them. A prompt that is a conversation is, as
+    text, the user's turn, or of several turns all, each after its role.
+
+    Args:
+        judge: the function.
+        asked: the prompts.
+        replies: one to each.
+
+    Returns:
+        A finite number for each reply, or None where the judge has no opinion.
+
+    Raises:
+        FunctionError: it returned something else, wants a column that the data do not have, or called `sys.exit`.
+    """
+    given: dict[str, Any] = user_code.columns([row for _, row in asked], ("prompt", "completion", *GIVEN))
+    prompts = [as_text(prompt) for prompt, _ in asked]
+    given |= {
+        "prompts": prompts,
+        "completions": list(replies),
+        "messages": [
+            [*as_turns(prompt), {"role": "assistant", "content": reply}]
+            for (prompt, _), reply in zip(asked, replies, strict=True)
+        ],
+    }
+    given = user_code.taken(judge, given, "the judge", PLACE)
+    try:
+        return user_code.numbers(judge(**given), prompts, "the judge", PLACE)
+    except SystemExit as end:
+        raise FunctionError(f"the judge called {user_code.said(end)}", PLACE) from end
+
+
+def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
+    """Judge the policy that a stage left; see `judge_policy`."""
+    if job.recipe.evaluate is None:
+        return {}
+    job.progress.tell("loading")
+    tokenizer = load_tokenizer(job.recipe.model)
+    base = load_base(job.recipe.model, tokenizer)
+    policy = adapters.with_policy_adapter(base, job.stage.lora, artifact)
+    return judge_policy(job, policy, tokenizer)
+
+
+@torch.no_grad()
+def sample_replies(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: Evaluate,
+    prompts: Sequence[Prompt],
+    seed: int,
+    stops: list[int],
+    tell: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """One reply per prompt, without special tokens; greedy where the temperature is 0.
+
+    `stops` are from `reply_end.stop_tokens`. `tell` is called before each batch with how many replies there are.
+    """
+    sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}
+    settings = GenerationConfig(
+        max_new_tokens=spec.max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        **(sampling if spec.temperature else {"do_sample": False}),
+    )
+    device = model.device
+    torch.manual_seed(seed)
+    model.eval()
+    replies: list[str] = []
+    for start in range(0, len(prompts), spec.batch_size):
+        tell(len(replies))
+        batch = encode_prompts(tokenizer, spec.data, prompts[start : start + spec.batch_size])
+        inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(device)
+        output = model.generate(**inputs, generation_config=settings)
+        replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return replies
