@@ -17,7 +17,7 @@ LAYERS = [
     ["run"],
     ["comparison"],
     ["stages", "plan"],
-    ["rewards"],
+    ["rewards", "judges"],
     ["ppo", "data"],
     ["models"],
     ["callbacks"],
