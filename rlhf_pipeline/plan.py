@@ -17,7 +17,7 @@ from rlhf_pipeline.recipe import Data, Recipe, gates
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.earlier import Earlier, EarlierResults
-from rlhf_pipeline.rundir.layout import ADAPTER, LOG, RunDirectory
+from rlhf_pipeline.rundir.layout import LOG, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 from rlhf_pipeline.rundir.state import DONE, StageState, State, find_state, stage_at_work
 
@@ -145,7 +145,7 @@ def _earlier(
                 parent_weights=weights,
                 log=f"{plan.name}/{LOG}",
                 recipe_folder=str(recipe.folder),
-                artifact=f"{plan.name}/{ADAPTER}",
+                artifact=f"{plan.name}/{recipe.stages[plan.name].facts.artifact}",
                 gates={},
                 gates_ignored={},
                 taken_from=found.name,

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rlhf_pipeline.rundir.layout import PROGRESS
 
 SECONDS_BETWEEN = 1.0
-Phase = Literal["loading", "training", "evaluating", "judging"]
+Phase = Literal["loading", "training", "evaluating", "judging", "sampling", "revising"]
 
 
 class ProgressFile(TrainerCallback):

@@ -1,6 +1,7 @@
 """How many of the replies of feedback are good and bad, and what balances them. No torch, no datasets."""
 
 from collections import Counter
+from pathlib import Path
 
 from rlhf_pipeline.data import mix
 from rlhf_pipeline.data.peek import first_rows, rows_of
@@ -53,7 +54,8 @@ def count(data: Data) -> tuple[int, int] | None:
 
 def _of_source(source: Source, data: Data) -> tuple[int, int] | None:
     """The same of one source; None also where it has no such rows."""
-    first = first_rows(source)
+    awaited = source.stage is not None and not Path(source.files).is_file()
+    first = None if awaited else first_rows(source)
     if first is None:
         return None
     shape = recognise(first, "feedback", data.chat, source.path, source.columns)

@@ -38,6 +38,12 @@ def local_files(source: Source) -> list[Path]:
         InputError: there are none, or one is of a type that is not read.
     """
     files = matching(source.files)
+    if not files and source.stage is not None:
+        raise InputError(
+            f"stage `{source.stage}` has not made its rows yet",
+            place=source.path,
+            hint=f"`run --until {source.stage}` makes them",
+        )
     if not files:
         raise InputError(
             "there is no data file",

@@ -336,7 +336,7 @@ def check_library_keys(recipe: Recipe, content: dict[str, Any], problems: Proble
         path = ("stages", name)
         holds_out = stage.data.holds_out or problems.within((*path, "data"))
         for config, values, key in (("lora", stage.lora, "lora"), (stage.kind, stage.trainer, "trainer")):
-            if not problems.is_broken((*path, key)):
+            if key in stage.facts.takes and not problems.is_broken((*path, key)):
                 _check_section(config, values, (*path, key), content, problems, holds_out)
 
 

@@ -21,7 +21,7 @@ from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
-from rlhf_pipeline.recipe import Recipe, gates, outside, to_yaml
+from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
 from rlhf_pipeline.run import jobs, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain
 from rlhf_pipeline.run.launch import STOP_SIGNAL, Launcher
@@ -29,7 +29,6 @@ from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import durable, jsonl
 from rlhf_pipeline.rundir.headline import headline
 from rlhf_pipeline.rundir.layout import (
-    ADAPTER,
     JOB,
     LOG,
     METRICS,
@@ -166,7 +165,7 @@ def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say
     if record.closed_gate:
         raise RunError(
             f"stage `{name}`: a gate is closed: {record.closed_gate}",
-            hint=f"its artifact is in {directory.adapter(name)}, to look at; change its settings or its "
+            hint=f"its artifact is in {directory.path / str(record.artifact)}, to look at; change its settings or its "
             "gate, or continue with `run --ignore-gates`",
         )
     if record.gates_ignored:
@@ -261,9 +260,7 @@ def _train(
 
     try:
         if progress is None or progress.point == "checkpoint":
-            rewards = ", ".join(reward.label for reward in recipe.stages[stage.name].scored_by)
-            by = f", with the reward of {rewards}" if rewards else ""
-            say(f"{stage.name:<7} training, from {outside.said(stage.parents['init'])}{by}")
+            say(f"{stage.name:<7} {_begins(recipe.stages[stage.name])}")
         if progress is None or progress.point != "finished":
             outcome: jobs.Ended | None = None
             while outcome is None:
@@ -283,7 +280,7 @@ def _train(
         files = directory.publish(stage.name)
         done = record.updated(
             state="done",
-            artifact=f"{stage.name}/{ADAPTER}",
+            artifact=f"{stage.name}/{kinds.get(stage.kind).artifact}",
             artifact_files=files,
             template_day=answer.get("template_day"),
             metrics=answer["metrics"],
@@ -308,6 +305,18 @@ def _train(
         raise
     say(f"{stage.name:<7} done in {duration(took)}" + _judged(stage, answer["metrics"]))
     return done
+
+
+def _begins(stage: Stage) -> str:
+    """What a stage is about to do, and with what."""
+    said = [stage.facts.doing]
+    if "init" in stage.facts.takes:
+        said.append(f"from {' and '.join(outside.said(init) for init in stage.inits)}")
+    if stage.judge:
+        said.append(f"by {stage.judge.model}")
+    if stage.scored_by:
+        said.append(f"with the reward of {', '.join(reward.label for reward in stage.scored_by)}")
+    return ", ".join(said)
 
 
 def _step_before(name: str, error: durable.CheckpointError, directory: RunDirectory, say: Say) -> int | None:
@@ -359,7 +368,7 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, what: str, w
     """
     unreadable = directory.unreadable(stage.name)
     same = stage.record.fingerprint == stage.fingerprint and stage.state == "failed"
-    if same and not directory.adapter(stage.name).exists() and not durable.holds_some(directory.work(stage.name)):
+    if same and not _has_artifact(stage, directory) and not durable.holds_some(directory.work(stage.name)):
         return False
     aside = directory.set_aside(stage.name)
     if aside:
@@ -371,6 +380,11 @@ def _make_room(stage: StagePlan, directory: RunDirectory, say: Say, what: str, w
             f"the stage again; {SAFE}",
         )
     return aside is not None
+
+
+def _has_artifact(stage: StagePlan, directory: RunDirectory) -> bool:
+    """Whether what a stage publishes is there, recorded or not."""
+    return (directory.stage(stage.name) / kinds.get(stage.kind).artifact).exists()
 
 
 def _put_damage_aside(name: str, directory: RunDirectory, say: Say) -> None:
@@ -429,7 +443,7 @@ def _time_to(progress: Progress, work: Path) -> float:
 
 def _stopped_at(name: str, step: int | None, directory: RunDirectory) -> str:
     progress: Progress | None = directory.progress(name)
-    if step is not None:
+    if step is not None and not (progress and progress.makes_rows):
         of_member = f" of member {progress.member} of {progress.members}" if progress and progress.member else ""
         return f"stage `{name}` stopped, with a checkpoint at step {step}{of_member}"
     return f"stage `{name}` stopped" + (f": {progress}" if progress else " before its first checkpoint")

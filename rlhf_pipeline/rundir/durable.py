@@ -15,6 +15,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"  # in a checkpoint: how far it is, in Transformers' words
+MADE = "made.jsonl"  # in `work/`: what a stage that makes rows has made so far
 MEMBER = "member-"  # and a number: the folder of a member of an ensemble, in `work/` and in an artifact
 # Of an `OSError`, what says that a file is not there, or is damaged; any other is no fault of a checkpoint.
 _OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
@@ -131,8 +132,8 @@ def newest_first(work: Path) -> list[Path]:
 
 
 def holds_some(work: Path) -> bool:
-    """Whether there is a checkpoint in a stage's `work/`, sound or not, or something of a member of an ensemble."""
-    return any(work.glob("checkpoint-*")) or any(work.glob(f"{MEMBER}*"))
+    """Whether a stage's `work/` has a checkpoint, sound or not, something of a member, or what rows come from."""
+    return any(work.glob("checkpoint-*")) or any(work.glob(f"{MEMBER}*")) or (work / MADE).is_file()
 
 
 def step(checkpoint: Path) -> int:

@@ -7,7 +7,7 @@ anew, and one that cannot be written is lost. Either is said.
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,16 @@ def read(file: Path, last: int | None = None) -> tuple[list[Line], list[bytes]]:
         elif line.strip():
             damaged.append(line + b"\n")
     return sound, damaged
+
+
+def sound_lines(file: Path) -> Iterator[Line]:
+    """The lines of a file up to the first that cannot be read, or is torn: those that were surely written."""
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as content:
+        for line in content:
+            row = parse(line) if line.endswith(b"\n") else None
+            if row is None:
+                return
+            yield Line(line.decode("utf-8"), row)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline.rundir import durable, strict_json
+from rlhf_pipeline import kinds
+from rlhf_pipeline.rundir import durable, jsonl, strict_json
 from rlhf_pipeline.rundir.durable import MEMBER as MEMBER
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.lock import Lock
-from rlhf_pipeline.rundir.record import WEIGHTS, Record
+from rlhf_pipeline.rundir.record import ROWS, WEIGHTS, Record
 
 # What lies in a run directory.
 RECIPE = "recipe.yaml"  # the resolved recipe
@@ -22,7 +23,7 @@ COMPARISON = "comparison.json"  # docs/json.md says what it holds
 REPORT = "report.html"
 # In a stage's folder:
 RECORD = "stage.json"
-ADAPTER = "adapter"  # what a stage publishes
+ADAPTER = "adapter"  # what a stage that trains publishes; one that makes rows has ROWS, and what is beside them
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 PAIRS = "pairs.jsonl"  # held-out pairs with their scores
@@ -32,6 +33,8 @@ WORK = "work"  # where a stage is made until it is done
 JOB = "job.json"  # what its worker is to do
 TRAINED = "trained.json"  # its numbers and its artifact's digests, once training is over
 RESULT = "result.json"  # what the worker hands back, once there is nothing left to do
+MADE = durable.MADE  # what a stage that makes rows has made so far
+STAGED_ROWS = "rows"  # the folder in which its artifact is put together
 PROGRESS = "progress.json"  # what it is doing just now, for those who watch
 # In a run directory while a run goes on:
 DOING = ".doing"  # what the run does where no stage is at work, one line
@@ -50,6 +53,7 @@ class Progress:
         member: the number of the member of an ensemble that it resumes at, from 1; None where it is no ensemble, and
             where all members are trained.
         members: how many members there are; None where it is no ensemble.
+        makes_rows: whether it makes rows; then `step` and `of` count what they are made from.
     """
 
     point: Literal["checkpoint", "trained", "finished"]
@@ -58,8 +62,12 @@ class Progress:
     damaged: dict[str, str] = field(default_factory=dict)
     member: int | None = None
     members: int | None = None
+    makes_rows: bool = False
 
     def __str__(self) -> str:
+        if self.makes_rows:
+            of = f" of {self.of}" if self.of else ""
+            return f"resumes after {self.step}{of}" if self.point == "checkpoint" else "its rows are to be published"
         if self.point != "checkpoint":
             return "trained, to be judged" if self.point == "trained" else "trained, to be published"
         return "; ".join([self._from(), *(f"{name} is damaged: {why}" for name, why in self.damaged.items())])
@@ -78,6 +86,8 @@ class Progress:
         """The path inside `work/` of what it goes on from."""
         if self.point != "checkpoint":
             return TRAINED if self.point == "trained" else RESULT
+        if self.makes_rows:
+            return MADE
         if self.step is not None:
             return (f"{MEMBER}{self.member}/" if self.members else "") + f"checkpoint-{self.step}"
         trained = self.members if self.member is None else self.member - 1
@@ -104,8 +114,21 @@ class RunDirectory:
         return self.path / name / WORK
 
     def adapter(self, name: str) -> Path:
-        """What a stage has published."""
+        """The adapter that a stage has published."""
         return self.path / name / ADAPTER
+
+    def makes_rows(self, name: str) -> bool:
+        """Whether a stage is one that makes rows, as its record has it."""
+        kind = kinds.find((self.record(name) or Record()).kind)
+        return kind is not None and not kind.trains
+
+    def artifact(self, name: str) -> Path:
+        """The folder with the files that a stage has published: of one that makes rows its own."""
+        return self.stage(name) if self.makes_rows(name) else self.adapter(name)
+
+    def staged(self, name: str) -> Path:
+        """The folder in which a stage puts these files together."""
+        return self.work(name) / (STAGED_ROWS if self.makes_rows(name) else ADAPTER)
 
     def begun(self) -> list[str]:
         """The stages that have a record, in no order; one that was moved aside has a dot in its name, and is none."""
@@ -142,11 +165,16 @@ class RunDirectory:
         work = self.work(name)
         note = read_json(work / TRAINED) or {}
         files = note.get("files")
-        if isinstance(files, dict) and WEIGHTS in files:
+        makes_rows = self.makes_rows(name)
+        if isinstance(files, dict) and {WEIGHTS, ROWS} & files.keys():
             done = "metrics" in (read_json(work / RESULT) or {})
-            for artifact in (work / ADAPTER, *([self.adapter(name)] if done else [])):
-                if durable.difference(artifact, files) is None:
-                    return Progress("finished" if done else "trained")
+            folders = [self.staged(name), *([self.artifact(name)] if done else [])]  # each file is in one of them
+            if all(any(durable.difference(at, {file: it}) is None for at in folders) for file, it in files.items()):
+                return Progress("finished" if done else "trained", makes_rows=makes_rows)
+        if makes_rows:
+            made = sum(1 for _ in jsonl.sound_lines(work / MADE))
+            of = (read_json(work / PROGRESS) or {}).get("of")
+            return Progress("checkpoint", made, of if isinstance(of, int) else None, makes_rows=True) if made else None
         members = self._members(name)
         if members:
             return _progress_of_ensemble(work, members)
@@ -175,11 +203,20 @@ class RunDirectory:
             return
         (work / RESULT).unlink(missing_ok=True)
         if progress.point == "checkpoint":
+            self._remove_unpublished(name)
             (work / TRAINED).unlink(missing_ok=True)
-            for unpublished in (work / ADAPTER, self.adapter(name)):  # moved, but never recorded
-                shutil.rmtree(unpublished, ignore_errors=True)
             for damaged in progress.damaged:
                 self.put_away(name, damaged)
+
+    def _remove_unpublished(self, name: str) -> None:
+        """Remove an artifact that is put together, or moved even, but was never recorded."""
+        files = (read_json(self.work(name) / TRAINED) or {}).get("files") or {}
+        if self.makes_rows(name):
+            for file in files:
+                (self.artifact(name) / file).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self.artifact(name), ignore_errors=True)
+        shutil.rmtree(self.staged(name), ignore_errors=True)
 
     def put_away(self, name: str, checkpoint: str) -> None:
         """Rename a checkpoint of a stage that cannot be used, so that nothing resumes from it.
@@ -233,7 +270,7 @@ class RunDirectory:
                     _link(path, copy / inside)
                 else:
                     shutil.copy2(path, copy / inside)
-            problem = durable.difference(copy / ADAPTER, files)
+            problem = durable.difference(copy if ROWS in files else copy / ADAPTER, files)
             durable.sync_folder(copy)
         except FileNotFoundError:
             problem = "it was moved while it was copied"
@@ -252,13 +289,18 @@ class RunDirectory:
         durable.sync([self.path])
 
     def publish(self, name: str) -> durable.Contents:
-        """Move a stage's finished adapter from its working folder into place, if that is still to do.
+        """Move what a stage has made from its working folder into place, as far as that is still to do.
 
         Returns:
             What its files hold.
         """
-        if (self.work(name) / ADAPTER).exists():
-            (self.work(name) / ADAPTER).rename(self.adapter(name))
+        staged = self.staged(name)
+        if staged.exists() and self.makes_rows(name):
+            for file in sorted(staged.iterdir()):
+                file.replace(self.artifact(name) / file.name)
+            durable.sync([self.stage(name), staged])
+        elif staged.exists():
+            staged.rename(self.adapter(name))
             durable.sync([self.stage(name), self.work(name)])
         return json.loads((self.work(name) / TRAINED).read_text(encoding="utf-8"))["files"]
 
@@ -277,14 +319,19 @@ class RunDirectory:
         Raises:
             InputError: a file of it cannot be read.
         """
-        if not record.artifact_files and not (self.adapter(name) / WEIGHTS).is_file():
-            return "its adapter is gone"
+        kind, folder = kinds.find(record.kind), f"{ADAPTER}/"
+        main, gone = WEIGHTS, "its adapter is gone"
+        if kind and not kind.trains:
+            main, gone, folder = ROWS, f"its {ROWS} is gone", ""
+        root = self.stage(name) / folder
+        if not record.artifact_files and not (root / main).is_file():
+            return gone
         for file, (size, sha256) in record.artifact_files.items():
-            path = self.adapter(name) / file
+            path = root / file
             if not path.is_file():
-                return "its adapter is gone" if file == WEIGHTS else f"its adapter/{file} is gone"
+                return gone if file == main else f"its {folder}{file} is gone"
             if path.stat().st_size != size or (digests and not sha256.startswith(digests.of_file(path))):
-                return f"its adapter/{file} is not what the stage wrote"
+                return f"its {folder}{file} is not what the stage wrote"
         return None
 
     @contextlib.contextmanager

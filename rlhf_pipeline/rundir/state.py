@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.schema import OF_STAGE
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.layout import RECIPE, RECORD, Progress, RunDirectory
@@ -176,11 +177,29 @@ def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> S
     record = directory.record(name)
     if record is not None:
         return StageState(name, record.kind or name, record.parents, record=record)
-    parents = {role: str(planned[role]) for role in kinds.ROLES if planned.get(role)}
+    inits = planned.get("init") or []
+    named: dict[str, list[Any]] = {"init": inits if isinstance(inits, list) else [inits], kinds.ROWS: _rows_of(planned)}
+    judge = planned.get("judge")
+    if isinstance(judge, dict) and isinstance(judge.get("model"), str):
+        named["judge"] = [judge["model"]] if ":" not in judge["model"] else []
+    parents = {role: str(planned[role]) for role in kinds.ROLES if planned.get(role) and role not in named}
+    for role, names in named.items():
+        parents |= {kinds.numbered(role, number): str(one) for number, one in enumerate(names, 1)}
     rewards = planned.get("rewards")
     stages = [one["stage"] for one in rewards if isinstance(one, dict) and one.get("stage")] if rewards else []
     parents |= {kinds.numbered("reward", number): str(stage) for number, stage in enumerate(stages, 1)}
     return StageState(name, str(planned.get("kind") or name), parents)
+
+
+def _rows_of(planned: dict[str, Any]) -> list[str]:
+    """The stages whose rows a stage of a resolved recipe reads."""
+    found = list[str]()
+    for data in (planned.get(key) for key in kinds.DATA_KEYS):
+        if isinstance(data, dict):
+            for source in (data, data.get("eval_data"), *(data.get("mix") or [])):
+                path = str(source.get("path")) if isinstance(source, dict) else ""
+                found += [path.removeprefix(OF_STAGE)] if path.startswith(OF_STAGE) else []
+    return list(dict.fromkeys(found))
 
 
 def find_state(

@@ -95,7 +95,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     return [*default_learning_rates(recipe, training), *levels_of_members(recipe, names), *doubts, *report["warnings"]]
 
 
-def awaited(recipe: Recipe, name: str, names: Sequence[str]) -> list[str]:
+def awaited(recipe: Recipe, name: str, names: Sequence[str] = ()) -> list[str]:
     """The stages whose rows a stage reads and that are still to make them.
 
     Args:
@@ -386,6 +386,10 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
     except InputError as error:
         return found | {"warnings": []}, error.all
     for key, kind, spec, seen_by in _tables(stage, trainer):
+        if missing := [name for name in awaited(job.recipe, job.name) if name in {one.stage for one in spec.sources}]:
+            makers = " and ".join(f"`{name}`" for name in missing)
+            warnings.append(f"stages.{job.name}.{key}: nothing is known of it until {makers} has made its rows")
+            continue
         try:
             prepared = job.reader.read(stages.BY_KIND[kind].read, spec)
         except ColumnsError as error:

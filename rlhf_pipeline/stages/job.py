@@ -20,7 +20,7 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import library_keys, outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable, strict_json
-from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
+from rlhf_pipeline.rundir.layout import ADAPTER, STAGED_ROWS, TRAINED, WORK
 
 Config = TypeVar("Config", bound=TrainingArguments)
 Read = Callable[[Data, PreTrainedTokenizerBase, int, Known | None], Prepared]  # a function of `data.prepare`
@@ -115,8 +115,8 @@ class Job:
 
     @property
     def artifact(self) -> Path:
-        """Where the stage leaves its adapter for the runner to publish."""
-        return self.work / ADAPTER
+        """The folder in which the stage leaves what it made, for the runner to publish."""
+        return self.work / (ADAPTER if self.stage.facts.trains else STAGED_ROWS)
 
     @property
     def published(self) -> Path:
