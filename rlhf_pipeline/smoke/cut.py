@@ -19,7 +19,7 @@ from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir.layout import JOB, LOG, RESULT, read_json
 
-OF_TINY = {"feedback": "thumbs", "candidates": "preferences"}  # rows of the tiny world that have another name than what they are read as
+OF_TINY = {"feedback": "thumbs", "candidates": "preferences"}  # what rows of the tiny world are called otherwise
 ROWS = 64  # of each source
 EVAL_ROWS = 8
 STEPS = 2
