@@ -1,6 +1,7 @@
 """Stages that make rows, and stages that read the rows of others. No torch."""
 
 import re
+import urllib.parse
 from collections.abc import Callable, Mapping
 
 from rlhf_pipeline import kinds
@@ -42,10 +43,9 @@ def resolve_row_stage(recipe: Recipe, name: str, require: Require, problems: Pro
 
 def _resolve_judge(judge: AIJudge, path: KeyPath, require: Require, problems: Problems) -> None:
     """See that a judge is one that can be asked, and that its keys have an effect."""
-    is_remote = "://" in judge.model
-    if is_remote and not judge.model.startswith(("http://", "https://")):
-        problems.add((*path, "model"), "the address of a judge begins with http:// or https://", None)
-    elif is_remote and judge.served_model is None:
+    if judge.is_remote and (fault := _fault_of_address(judge.model)):
+        problems.add((*path, "model"), *fault)
+    elif judge.is_remote and judge.served_model is None:
         problems.add(
             (*path, "served_model"), "`served_model` is missing: a server may have several models",
             "set it to the model's name there, as its /v1/models lists it",
@@ -55,7 +55,7 @@ def _resolve_judge(judge: AIJudge, path: KeyPath, require: Require, problems: Pr
     elif judge.is_function and not FUNCTION.fullmatch(judge.model):
         said = f"expected `{BASE}`, a stage, an http(s) address or `module:function`, got {judge.model!r}"
         problems.add((*path, "model"), said)
-    for key in [] if is_remote else OF_ADDRESS:
+    for key in [] if judge.is_remote else OF_ADDRESS:
         if getattr(judge, key) != AIJudge.model_fields[key].default:
             problems.add(
                 (*path, key), f"`{key}` has no effect: the judge is not at an address", "remove it", of_key=True
@@ -64,6 +64,26 @@ def _resolve_judge(judge: AIJudge, path: KeyPath, require: Require, problems: Pr
         problems.add(
             (*path, "principles"), "`rubric` and `principles` exclude each other", "remove one of them", of_key=True
         )
+
+
+def _fault_of_address(address: str) -> tuple[str, str | None] | None:
+    """What keeps an address from being used, and a hint; None where nothing does."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        _ = parts.port
+    except ValueError as error:
+        return f"this is no address: {error}", "it is like http://localhost:8000/v1"
+    if parts.scheme not in ("http", "https"):
+        return "the address of a judge begins with http:// or https://", None
+    if not parts.hostname:
+        return "this address has no host", "it is like http://localhost:8000/v1"
+    if parts.username or parts.password or parts.query:
+        what = "`?`" if parts.query else "user or password"
+        return (
+            f"an address has no {what} here: it is written where others read it",
+            "set `api_key_env` to the environment variable that holds the key",
+        )
+    return None
 
 
 def resolve_rows(recipe: Recipe, name: str, earlier: Mapping[str, Stage], require: Require, problems: Problems) -> None:

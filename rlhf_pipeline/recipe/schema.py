@@ -280,9 +280,14 @@ class AIJudge(_Strict):
     """How often a question is asked again that the address did not answer."""
 
     @property
+    def is_remote(self) -> bool:
+        """Whether it is asked at an address."""
+        return "://" in self.model
+
+    @property
     def is_function(self) -> bool:
         """Whether it is a function of the user's."""
-        return ":" in self.model and "://" not in self.model
+        return ":" in self.model and not self.is_remote
 
     @property
     def stage(self) -> str | None:

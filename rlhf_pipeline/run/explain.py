@@ -7,6 +7,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.rundir.layout import ADAPTER, TRAINED, WORK
 from rlhf_pipeline.user_code import FunctionError
@@ -47,6 +48,8 @@ def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Pa
         return f"{where} ran out ({text})", memory_hint(recipe, name) if name else SAFE
     if kind == "DivergedError":
         return text, f"lower `learning_rate`, set `max_grad_norm`, or look for odd rows in the data; {RETRAINS}"
+    if isinstance(error, RunError):
+        return error.message, f"{error.hint}; {safe}" if error.hint else safe
     if isinstance(error, FunctionError):
         if error.place == "evaluate.judge":
             return text, f"correct the function that `{error.place}` names; {safe}"

@@ -21,6 +21,7 @@ from rlhf_pipeline.rundir.record import ROWS, WEIGHTS, Record
 RECIPE = "recipe.yaml"  # the resolved recipe
 COMPARISON = "comparison.json"  # docs/json.md says what it holds
 REPORT = "report.html"
+ANSWERS = "judge-answers.jsonl"  # of judges behind addresses, of all stages; it outlasts them: they are paid for
 # In a stage's folder:
 RECORD = "stage.json"
 ADAPTER = "adapter"  # what a stage that trains publishes; one that makes rows has ROWS, and what is beside them

@@ -113,6 +113,11 @@ def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
             notes.append(f"`{outside.label(init)}` is of another base: `{name}` starts from the bare one")
             others = [one for one in stage.inits if one not in (init, BASE)]
             stage.init = [BASE, *others] if others else BASE
+        if stage.judge and stage.judge.is_remote:
+            notes.append(f"{stage.judge.model} is not asked: the base judges in its place")
+            stage.judge = stage.judge.model_copy(
+                update={"model": BASE, **dict.fromkeys(("served_model", "api_key_env"))}
+            )
         for reward in [stage, *stage.rewards]:
             key = "reward" if reward is stage else "stage"
             value = getattr(reward, key)

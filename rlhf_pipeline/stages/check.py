@@ -22,6 +22,7 @@ from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
+from rlhf_pipeline.judges.remote import RemoteJudge
 from rlhf_pipeline.models import adapters, experts, layers
 from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_weights
@@ -30,7 +31,7 @@ from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.rewards import key_of
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
-from rlhf_pipeline.rundir.layout import members
+from rlhf_pipeline.rundir.layout import ANSWERS, members
 from rlhf_pipeline.stages import embedded, evaluate
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.resumable import REFERENCE
@@ -82,6 +83,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
         elif inputs := attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job)):
             attempt(functools.partial(try_trainer, job, inputs))
             doubts += attempt(functools.partial(try_rewards, recipe, job.name, reader.tokenizer)) or []
+    attempt(lambda: check_addresses(recipe, names))
     policies = [job for job in jobs if job.stage.facts.is_policy]
     judging = attempt(lambda: evaluate.prepare(policies[0])) if policies else None
     if judging:
@@ -93,6 +95,27 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     if found:
         raise InputErrors(found)
     return [*default_learning_rates(recipe, training), *levels_of_members(recipe, names), *doubts, *report["warnings"]]
+
+
+def check_addresses(recipe: Recipe, names: Sequence[str]) -> None:
+    """Ask a small question at every address at which a stage has a judge, before anything trains.
+
+    Raises:
+        InputError: for each that does not answer.
+    """
+    judges = {f"stages.{name}.judge": judge for name in names if (judge := recipe.stages[name].judge)}
+    found: list[InputError] = []
+    asked: list[dict[str, Any]] = []
+    for place, judge in judges.items():
+        same = judge.model_dump(include={"model", "served_model", "api_key_env", "template"})
+        if judge.is_remote and same not in asked:
+            asked.append(same)
+            try:
+                RemoteJudge(judge, recipe.run / ANSWERS, place).check()
+            except InputError as error:
+                found += error.all
+    if found:
+        raise InputErrors(found)
 
 
 def awaited(recipe: Recipe, name: str, names: Sequence[str] = ()) -> list[str]:

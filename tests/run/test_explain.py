@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import explain as explaining
-from rlhf_pipeline.run.explain import SAFE, TRAINING_IS_KEPT, explain, explain_signal, memory_hint, oom_kills
+from rlhf_pipeline.run.explain import SAFE, TRAINING_IS_KEPT, explain, explain_signal, memory_hint, oom_kills, recognise
 from rlhf_pipeline.user_code import FunctionError
 
 RECIPE = """
@@ -112,6 +113,13 @@ def test_memory_of_the_gpu_and_of_the_machine_are_told_apart(
     said, hint = explain(error, recipe, "sft", recipe.run / "sft")
     assert said.startswith(message) and hint == memory_hint(recipe, "sft")
     assert explain(error, recipe, None, recipe.run)[1] == SAFE
+
+
+def test_what_is_said_in_a_sentence_already_is_said_as_it_is(tmp_path: Path) -> None:
+    error = RunError("the address is gone", hint="what it has answered is kept")
+    assert recognise(error, load(tmp_path), "sft", tmp_path) == (
+        "the address is gone", f"what it has answered is kept; {SAFE}"
+    )  # fmt: skip
 
 
 def test_of_many_lines_the_first_is_said(tmp_path: Path) -> None:

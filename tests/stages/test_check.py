@@ -7,14 +7,18 @@ from pathlib import Path
 
 import datasets
 import pytest
+from chat_server import MODEL, says, serving
 
 from rlhf_pipeline import plan, stages
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data import cache
+from rlhf_pipeline.errors import InputErrors
 from rlhf_pipeline.models import tokenizer as tokenizers
 from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.recipe.schema import AIJudge
+from rlhf_pipeline.smoke import cut
 from rlhf_pipeline.stages import job as jobs
-from rlhf_pipeline.stages.check import check
+from rlhf_pipeline.stages.check import check, check_addresses
 from rlhf_pipeline.stages.job import Inputs, Job
 
 FILES = ("demonstrations.jsonl", "preferences.jsonl", "prompts.jsonl", "heldout.jsonl")
@@ -102,3 +106,32 @@ def test_a_stage_without_a_learning_rate_is_told_the_default_and_the_usual_one(l
     (warning,) = (line for line in warnings if "learning_rate" in line)
     assert warning.startswith("stages.dpo.trainer.learning_rate is not set")
     assert "default is used: 1e-06; usual is 5e-6 to 1e-5 (`rlhf-pipeline docs dpo`)" in warning
+
+
+def test_each_address_of_a_judge_is_asked_once_before_anything_trains(tmp_path: Path) -> None:
+    asked = 'kind: judge, data: "tiny:preferences", judge: {model: "%s", served_model: %s}'
+    dead = "http://127.0.0.1:9"
+    with serving(lambda _: says("A")) as chat:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            "model: {path: tiny, quantization: none}\nstages:\n"
+            f"  first: {{{asked % (chat.address, MODEL)}}}\n  second: {{{asked % (chat.address, MODEL)}}}\n"
+            f"  third: {{{asked % (dead, MODEL)}}}\n  fourth: {{{asked % (dead, 'other')}}}\n"
+        )
+        loaded = recipes.load(str(recipe))
+        check_addresses(loaded, ["first", "second"])
+        assert len(chat.asked) == 1
+        with pytest.raises(InputErrors) as error:
+            check_addresses(loaded, list(loaded.stages))
+    assert [one.place for one in error.value.all] == ["stages.third.judge.model", "stages.fourth.judge.model"]
+    assert not loaded.run.exists(), "what is asked only to see whether there is an answer is not kept"
+
+
+def test_a_smoke_asks_no_address(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    judge = '{model: "http://127.0.0.1:9", served_model: large, principles: default}'
+    recipe.write_text(f'model: {{path: tiny}}\nstages: {{judge: {{data: "tiny:preferences", judge: {judge}}}}}\n')
+    loaded, notes = recipes.load(str(recipe)), list[str]()
+    cut._replace_what_is_outside(loaded, notes)
+    assert loaded.stages["judge"].judge == AIJudge(model="base", principles="default")
+    assert notes == ["http://127.0.0.1:9 is not asked: the base judges in its place"]
