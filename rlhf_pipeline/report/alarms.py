@@ -69,7 +69,9 @@ def alarms(run: Run) -> list[Alarm]:
         found += [Alarm("look", stage.name, "what cannot be read", note) for note in stage.notes]
         found += _not_finite(stage)
         kind = kinds.find(stage.kind)
-        if kind and kind.samples:
+        if kind and not kind.trains:
+            found += _of_rows(stage)
+        elif kind and kind.samples:
             found += _of_sampling(run, stage, kind)
         elif kind and kind.reads == "preferences":
             found += _of_reward(stage) if kind.makes == "reward" else _of_dpo(stage)
@@ -423,6 +425,44 @@ def _worse_than_before(run: Run, stage: Stage) -> Iterator[Alarm]:
             f"Worse by the judge than {parent.name}, which it started from: {short(theirs[0])} → {short(ours[0])}. "
             f"Read the replies of both (`rlhf-pipeline compare`); then {kept}train for less, or with a lower learning "
             f"rate{_at_present(stage, 'learning_rate')}.",
+        )  # fmt: skip
+
+
+def _of_rows(stage: Stage) -> Iterator[Alarm]:
+    """What is doubtful about rows that a stage made: an AI judge's bias, and replies that are cut, or all alike."""
+    first, low, high = (stage.final(f"judge/first_position{end}") for end in ("", "_low", "_high"))
+    if first is not None and low is not None and high is not None and not (low <= 0.6 and high >= 0.4):
+        side = "first" if first > 0.5 else "second"
+        share = first if first > 0.5 else 1 - first
+        yield Alarm(
+            "bad" if share > 0.75 else "look", stage.name, "position bias",
+            f"The reply shown {side} wins {share:.0%} of the answers. Pairs on which the two orders disagree are ties, "
+            "so few pairs are left, and these may be noise: take a stronger judge, or ask it another question.",
+        )  # fmt: skip
+    unread = stage.final("judge/unread")
+    if unread is not None and unread > 0.05:
+        yield Alarm(
+            "bad" if unread > 0.25 else "look", stage.name, "answers that cannot be read",
+            f"{unread:.0%} of the judge's answers name neither reply: see judgements.jsonl, and change the template.",
+        )  # fmt: skip
+    own = stage.final("judge/own_replies_low")
+    if own is not None and own > 0.6:
+        yield Alarm(
+            "look", stage.name, "self-preference",
+            "The judge prefers the replies of its own stage: let another model judge, or see what people say.",
+        )  # fmt: skip
+    ended, unique = stage.final("reply/ended"), stage.final("reply/unique")
+    if ended is not None and ended < 0.8:
+        yield Alarm(
+            "look", stage.name, "cut replies",
+            f"Only {ended:.0%} of the replies end by themselves: raise `sampling.max_new_tokens`, or begin with a "
+            "stage that ends its replies.",
+        )  # fmt: skip
+    if unique is not None and unique < 0.1:
+        yield Alarm(
+            "look", stage.name, "replies that are all alike",
+            f"Only {unique:.0%} of the replies are distinct, so there is little to choose: raise "
+            "`sampling.temperature`.",
         )  # fmt: skip
 
 

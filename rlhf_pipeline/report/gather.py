@@ -1,5 +1,6 @@
 """What a run directory holds, as plain data; what is missing or broken is noted, never raised. No torch."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,11 +25,12 @@ from rlhf_pipeline.rundir.layout import (
     RunDirectory,
     read_json,
 )
-from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.record import ROWS, Record
 from rlhf_pipeline.rundir.state import StageState, State
 
 Numbers = NDArray[np.float64]
 LARGEST = 1e100  # a number beyond is no measurement, and cannot be drawn
+MOST_ROWS = 500  # of those that a stage made: the first ones
 MOST_SAMPLES = 1000  # lines of a samples.jsonl that are read: the last ones, where the judged replies are
 LONGEST_NAME = 80  # characters of a run's name
 
@@ -78,6 +80,7 @@ class Stage:
         not_finite: of a metric, how often it was logged as NaN, infinite or null.
         samples: rows of samples.jsonl.
         pairs: held-out pairs with their scores.
+        rows: the first rows that it made, of a stage that makes some.
         progress: of a stage at work, where it is.
         notes: what could not be read, one sentence each.
     """
@@ -92,6 +95,7 @@ class Stage:
     not_finite: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     pairs: Pairs | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
     progress: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -256,7 +260,10 @@ def _stage(directory: RunDirectory, found: StageState) -> Stage:
         stage.notes.append(f"{RECORD} cannot be read, so its settings and final numbers are not shown.")
     rows = over_members(_rows(folder / METRICS, stage.notes))
     _take_columns(stage, rows)
-    if stage.state != "running" and folder.is_dir() and not rows:
+    kind = kinds.find(found.kind)
+    if kind and not kind.trains:
+        stage.rows = [line.row for line in itertools.islice(jsonl.sound_lines(folder / ROWS), MOST_ROWS)]
+    elif stage.state != "running" and folder.is_dir() and not rows:
         stage.notes.append(f"{METRICS} has no rows, so there are no curves.")
     stage.samples = _rows(folder / SAMPLES, stage.notes, MOST_SAMPLES)
     stage.pairs = _pairs(_rows(folder / PAIRS, stage.notes))

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf_pipeline import __version__, kinds
-from rlhf_pipeline.report import alarms, charts, figures, gather
+from rlhf_pipeline.report import alarms, charts, figures, gather, row_stages
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import headline, order
@@ -29,6 +29,9 @@ MEANS = (
     ("reward", "reward"), ("reward_std", "disagreement"), ("judge", "judge"), ("kl", "KL"), ("tokens", "tokens"),
     ("ended", "ended"),
 )  # fmt: skip
+USES_OF_DATA = {
+    "data": "training", "data.eval_data": "held out", "ptx_data": "mixed in", "human": "judged by people",
+}  # fmt: skip
 DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
 
 
@@ -205,7 +208,7 @@ def _data(run: Run) -> Iterator[tuple[str, str, str, str]]:
     """Stage, what the data are for, name and digest."""
     for stage in run.stages:
         inputs = stage.record.inputs
-        for key, what in (("data", "training"), ("ptx_data", "mixed in"), ("eval_data", "held out")):
+        for key, what in USES_OF_DATA.items():
             for name in [name for name in inputs if name == key or re.fullmatch(rf"{key}\.mix\.\d+(\.path)?", name)]:
                 yield (stage.name, what, *_digest(str(inputs[name])))
         judged = stage.record.judging or {}
@@ -232,13 +235,30 @@ def _stage(runs: Sequence[Run], name: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": known.title if (known := kinds.find(kind)) else "Unknown kind",
-        "pictures": figures.of_stage(runs, name),
+        "pictures": [*figures.of_stage(runs, name), *row_stages.pictures(runs, name)],
+        "numbers": {run.label: found for run in runs if (stage := run.stage(name)) and (found := _of_rows(stage))},
+        "rows": [_row(one) for one in row_stages.samples(chosen[0])] if len(chosen) == 1 else [],
         "others": others[:MOST_OTHER_CURVES],
         "more": max(0, len(others) - MOST_OTHER_CURVES),
         "settings": {label: rows for label, rows in settings.items() if rows},
-        "missing": all(not stage.series for stage in chosen),
+        "missing": not any(stage.series or stage.rows for stage in chosen),
+        "curves": any(stage.series for stage in chosen),
         "state": chosen[0].state,
     }
+
+
+def _of_rows(stage: Stage) -> list[tuple[str, str]]:
+    """The final numbers of a stage that made rows; of one that trained, curves and the summary show them."""
+    return row_stages.numbers(stage) if stage.rows else []
+
+
+def _row(one: dict[str, Any]) -> dict[str, Any]:
+    """A row as the page shows a prompt with its replies."""
+    replies = []
+    for name, said, numbers in one["replies"]:
+        text, left_out = _cut(said)
+        replies.append({"policy": name, "text": text, "left_out": left_out, "numbers": numbers, "cut": False})
+    return {"prompt": [(role, *_cut(text)) for role, text in one["prompt"]], "replies": replies}
 
 
 def _value(value: Any) -> str:
