@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline import hub
+from rlhf_pipeline import hub, kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe import library_keys
@@ -78,6 +78,12 @@ def _stages(run: Path) -> list[str]:
 def label(value: str) -> str:
     """A short name for people: `other:sft`, the folder's name, or the hub id."""
     return value.partition("@")[0] if is_hub(value) else Path(value).name
+
+
+def said_of_parents(parents: dict[str, str]) -> list[str]:
+    """What a stage needs of others, by their roles: `sft`, `rows of candidates`, `judge critic`."""
+    said_of = {kinds.ROWS: "rows of {}", "judge": "judge {}", "reference": "reference {}"}
+    return [said_of.get(role.partition(".")[0], "{}").format(said(name)) for role, name in parents.items()]
 
 
 def said(parent: str) -> str:

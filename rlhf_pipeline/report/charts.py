@@ -357,7 +357,7 @@ def lineage(title: str, nodes: Sequence[tuple[str, str, str]], edges: Sequence[t
     Args:
         title: of the picture.
         nodes: name, a word below it, and its state, in an order in which parents come first.
-        edges: from, to, and `weights` or `reward`.
+        edges: from, to, and for what: `weights`, `rows`, or another role, as `reward`.
     """
     depth: dict[str, int] = {}
     for name, _, _ in nodes:

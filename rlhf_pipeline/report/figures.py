@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe import outside
+from rlhf_pipeline.recipe.schema import BASE
 from rlhf_pipeline.report import charts, measures
 from rlhf_pipeline.report.charts import Line, Panel
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Stage, number, policies, reply_numbers
@@ -480,15 +481,21 @@ def of_lineage(run: Run) -> Markup | None:
     if not run.stages:
         return None
     names = {stage.name for stage in run.stages}
-    nodes, edges = [("base", "pretrained", "done")], []
+    nodes, edges = [(BASE, "pretrained", "done")], []
     for stage in run.stages:
         took = duration(stage.wall_s)
         word = stage.kind if stage.kind != stage.name else took if stage.state in DONE else stage.state
         nodes.append((stage.name, word or "unknown kind", stage.state))
-        init = stage.parents.get("init", "")
-        edges.append((init if init in names else _from_outside(init, nodes, "base"), stage.name, "weights"))
-        for reward in (parent for role, parent in stage.parents.items() if role != "init"):
-            if reward in names or outside.is_one(reward):
-                edges.append((reward if reward in names else _from_outside(reward, nodes, ""), stage.name, "reward"))
+        found = dict(stage.parents)
+        kind = kinds.find(stage.kind)
+        if (kind is None or kind.trains) and "init" not in found:
+            found["init"] = BASE
+        if stage.record.inputs.get("judge.model") == BASE:
+            found["judge"] = BASE
+        for role, parent in found.items():
+            of = role.partition(".")[0]
+            start = parent if parent in names else _from_outside(parent, nodes, BASE if of in ("init", "judge") else "")
+            if start:
+                edges.append((start, stage.name, {"init": "weights"}.get(of, of)))
     nodes.sort(key=lambda node: node[1] != "from outside")  # parents come first
     return charts.lineage("What was made from what", nodes, edges)

@@ -154,7 +154,7 @@ def intentions(
     for column in ("stage", "kind", "from", "state", "run will", "why"):
         table.add_column(column, overflow="fold")
     for plan in plans:
-        start = " + ".join(map(outside.said, plan.parents.values()))
+        start = " + ".join(outside.said_of_parents(plan.parents))
         state = f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]"
         task = wanted.stages.get(plan.name, "nothing")
         members = plan.inputs.get("members")

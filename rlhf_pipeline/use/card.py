@@ -218,8 +218,9 @@ def _origins(records: Records) -> Iterator[list[Any]]:
     """Stage, kind, what it was made from, fingerprint and digest of its weights; the base first."""
     yield ["base", "", "", next(iter(records.values())).inputs["model"], ""]
     for name, record in records.items():
-        origin = outside.said(record.init or BASE)
-        rewards = [outside.said(parent) for role, parent in record.parents.items() if role != "init"]
+        by_role = record.parents
+        rewards = [outside.said(by_role.pop(role)) for role in list(by_role) if role.startswith("reward")]
+        origin = ", ".join(outside.said_of_parents(by_role)) or BASE
         rewards += [
             str(value).partition("@")[0]
             for key, value in record.inputs.items()
@@ -232,7 +233,7 @@ def _origins(records: Records) -> Iterator[list[Any]]:
 def _sources(inputs: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
     """Stage, key, where the rows are from, and the digest or commit of that."""
     for name, of_stage in inputs.items():
-        for key in ("data", "data.eval_data", "ptx_data"):
+        for key in ("data", "data.eval_data", "ptx_data", "human"):
             for source in filter(None, str(of_stage.get(key) or "").split(" + ")):
                 path, at, digest = source.rpartition("@")
                 yield [name, key, path if at else source, digest if at else ""]

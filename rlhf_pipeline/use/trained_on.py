@@ -29,13 +29,18 @@ def trained_on(run: Path, recipe: Recipe, stage: str, tokenizer: PreTrainedToken
         What tells it; or why that cannot be known, where the data are not those of training any more.
     """
     data = recipe.stages[stage].data
-    record = RunDirectory(run).record(stage)
+    directory = RunDirectory(run)
+    record = directory.record(stage)
     then = {key: value for key, value in (record.inputs if record else {}).items() if key.split(".")[0] == "data"}
     try:
         now = data_inputs("data", data, Digests())
         differs = next((key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)), None)
         if differs:
             return f"`{differs}` is not what it was in training"
+        for maker in filter(None, (source.stage for source in data.sources)):
+            rows = directory.record(maker)
+            if record is None or rows is None or record.parent_weights.get(maker) != rows.weights:
+                return f"the rows of stage `{maker}` are not what they were in training"
         table = whole_preferences(data, tokenizer, recipe.seed).table
     except InputError as error:
         return f"its training data cannot be read: {error}"

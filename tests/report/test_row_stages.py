@@ -23,7 +23,8 @@ def add(run: Path, name: str, kind: str, rows: list[dict[str, Any]], metrics: di
     (run / name / "rows.jsonl").write_text(text)
     record = {
         "name": name, "kind": kind, "state": "done", "artifact": f"{name}/rows.jsonl", "metrics": metrics,
-        "inputs": inputs, "others": {"rows": "candidates"} if kind == "judge" else {}, "started_at": "2030-01-01",
+        "inputs": inputs, "init": "sft" if kind == "sample" else None, "started_at": "2030-01-01",
+        "others": {"rows": "candidates", "judge": "sft"} if kind == "judge" else {},
     }  # fmt: skip
     (run / name / "stage.json").write_text(json.dumps(record))
 
@@ -110,3 +111,10 @@ def test_two_runs_with_rows_are_overlaid(run: Path, tmp_path: Path) -> None:
     add(other, "candidates", "sample", [{"prompt": "a", "replies": ["b", "c"], "scores": [0, 1]}], {"rows": 1}, n=2)
     text = section(page.render(gather.read_runs([run, other])), "candidates")
     assert "made-up (1): all replies" in text and "made-up (2): all replies" in text
+
+
+def test_the_lineage_says_who_judged_which_rows(run: Path) -> None:
+    text = html.unescape(page.render(gather.read_runs([run])))
+    assert "candidates from sft (weights)" in text
+    assert "feedback from candidates (rows)" in text and "feedback from sft (judge)" in text
+    assert "feedback from base" not in text
