@@ -4,7 +4,18 @@ import difflib
 from collections.abc import Mapping
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.data.columns import ASKED, CHOSEN, OF_THE_PROMPT, REPLY, WHOLE, Seen, is_turns, plain, renames
+from rlhf_pipeline.data.columns import (
+    ASKED,
+    CHOSEN,
+    OF_THE_PROMPT,
+    RANKED,
+    REPLY,
+    WHOLE,
+    Seen,
+    is_turns,
+    plain,
+    renames,
+)
 from rlhf_pipeline.data.marks import NO_MARK, SCORE, lower_is_better
 from rlhf_pipeline.data.words import is_number
 
@@ -16,16 +27,24 @@ PLAINEST: dict[str, tuple[str, ...]] = {
     "preferences": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt",),
     "feedback": ("prompt", "completion"),
+    "candidates": ("prompt", "replies"),
 }
 OTHER_NAMES = {
     "prompt": (*ASKED, "input", "user", "human", "context", "request", "post", "problem", "history", "inputs"),
     "completion": (*REPLY, "assistant", "gpt", "target", "targets", "chosen", "solution", "summary"),
     "chosen": ("preferred", "better", "winner", "accepted", "positive", "good"),
     "rejected": ("dispreferred", "worse", "loser", "negative", "bad"),
+    "replies": ("samples", "choices", "options"),
 }
 # Under which names each is read without `columns`.
 READ_BESIDE = ("chosen", "preferred", "rejected", *REPLY)
-READ_AS_IT_IS = {"prompt": (*ASKED, "input"), "completion": REPLY, "chosen": CHOSEN, "rejected": ("rejected",)}
+READ_AS_IT_IS = {
+    "prompt": (*ASKED, "input"),
+    "completion": REPLY,
+    "chosen": CHOSEN,
+    "rejected": ("rejected",),
+    "replies": RANKED,
+}
 
 
 def needs(wanted: Wanted) -> str:
@@ -38,6 +57,7 @@ def needs(wanted: Wanted) -> str:
         "prompts": "`prompt`, `messages`, `instruction` or `question`",
         "feedback": "a prompt with a reply and its `label`, `thumb` or `rating`, or preferences, as `chosen` and "
         "`rejected`",
+        "candidates": "a prompt with `replies`, two or more, or `chosen` and `rejected`",
     }[wanted]
 
 

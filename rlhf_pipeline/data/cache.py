@@ -119,6 +119,7 @@ def _encode_source(
         found = _of_all_replies(found, shape, layout.wanted, counts, file.parent)
     schema = pa.schema(
         dict.fromkeys(layout.columns, TOKENS)
+        | dict.fromkeys(layout.texts, pa.string())
         | dict.fromkeys(layout.labels, LABEL)
         | dict.fromkeys(("prompt_key", "row_key"), KEY)
         | dict.fromkeys(layout.lengths, NUMBER)
@@ -236,7 +237,7 @@ def _settings(layout: Layout, source: Source, spec: Data) -> dict[str, Any]:
     return loss | {
         "columns": source.columns,
         "limit": source.limit,
-        "layout": (layout.wanted, layout.columns, *([ROW] if layout.keeps_row else [])),
+        "layout": (layout.wanted, layout.columns, *([ROW] if layout.keeps_row else []), *layout.texts),
         **spec.model_dump(include={"chat", "max_prompt_length", "max_completion_length", "too_long", "bad_rows"}),
     }
 

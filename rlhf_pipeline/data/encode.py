@@ -47,6 +47,7 @@ class Layout:
         lengths: columns with the number of tokens, before any cut.
         join: makes the columns of a prompt's tokens and those of its replies.
         keeps_row: there is a column `row`, too; see `row_of`.
+        texts: columns that hold what a record has behind its prompt as JSON, where this is not encoded.
         labels: columns of what a record says behind its replies: whether they are good.
     """
 
@@ -55,6 +56,7 @@ class Layout:
     lengths: tuple[str, ...]
     join: Callable[..., tuple[Ids, ...]]
     keeps_row: bool = False
+    texts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
 
 
@@ -79,6 +81,8 @@ FEEDBACK = Layout(
 )
 PROMPTS = Layout("prompts", ("input_ids",), ("prompt_length",), lambda prompt: (prompt,))
 PROMPTS_WITH_ROWS = replace(PROMPTS, keeps_row=True)
+CANDIDATES = replace(PROMPTS_WITH_ROWS, wanted="candidates", texts=("replies",))
+PAIRS_AS_TEXT = replace(PROMPTS_WITH_ROWS, wanted="preferences", texts=("chosen", "rejected"))
 ROW = "row"
 
 
@@ -105,14 +109,14 @@ def encode(
 ) -> dict[str, list[Any]]:
     """A batch of records as the columns of a layout."""
     limits = [spec.max_prompt_length, *[spec.max_completion_length] * (len(layout.lengths) - 1)]
-    names = (*layout.columns, *layout.labels, "prompt_key", "row_key", *layout.lengths)
+    names = (*layout.columns, *layout.texts, *layout.labels, "prompt_key", "row_key", *layout.lengths)
     columns: dict[str, list[Any]] = {name: [] for name in (*names, *((ROW,) if layout.keeps_row else ()))}
     places: list[list[int]] = [[] for _ in batch]
     if layout is DEMONSTRATIONS and spec.loss == "all":
         unmarked = [every_turn.without_marks(record) for _, record in batch]
         batch = [(located, record) for (located, _), (record, _) in zip(batch, unmarked, strict=True)]
         places = [of_row for _, of_row in unmarked]
-    ends = [len(record) - len(layout.labels) for _, record in batch]
+    ends = [len(record) - len(layout.texts) - len(layout.labels) for _, record in batch]
     asked = [(located, record[:end]) for (located, record), end in zip(batch, ends, strict=True)]
     encoded = _tokens(tokenizer, spec, asked, notes)
     within = _replies_within(tokenizer, spec, asked, places, encoded, notes)
@@ -133,7 +137,9 @@ def encode(
         cut = [_last(parts[0], limits[0]), *(part[: limits[1]] for part in parts[1:])]
         row_key = hash_of(record)
         prompt_key = hash_of(record[0]) if record[0] else row_key
-        values = [*layout.join(*cut), *record[end:], prompt_key, row_key, *lengths]
+        texts = [json.dumps(part, ensure_ascii=False) for part in record[end : end + len(layout.texts)]]
+        behind = [*texts, *record[end + len(layout.texts) :]]
+        values = [*layout.join(*cut), *behind, prompt_key, row_key, *lengths]
         _put_loss_on(spans, values, len(parts[0]) - len(cut[0]), limits[-1])
         values += [row_of(record[0], located.row)] if layout.keeps_row else []
         for name, value in zip(columns, values, strict=True):

@@ -189,20 +189,21 @@ class Ranking(NamedTuple):
     read: Callable[[Row], Scored]
 
 
+def candidates(seen: Seen) -> tuple[str, Callable[[Row], list[Reply]]] | None:
+    """The list of replies in whatever order: its column, and what reads those of one row, which may raise RowError."""
+    column = _column_of_replies(seen)
+    return None if column is None else (column, lambda row: [_text(one, column) for one in _replies(row, column)])
+
+
 def ranking(seen: Seen) -> Ranking | None:
     """The list of replies, and the column that gives its order.
 
     Raises:
         UnclearError: the order may be in a column or a key that is not known to give it.
     """
-    names = [name for name in (*RANKED, *RANKED_IN_NO_ORDER) if name in seen]
-    lists = [name for name in names if any(isinstance(value, list) for value in seen.values[name])]
-    if not lists:
-        texts = [name for name in names if seen.mostly(name, lambda value: str(value).lstrip().startswith("["))]
-        if texts:
-            raise UnclearError(f"`{texts[0]}` begins as a list does, and {NO_LIST}", hint=WRITE_LISTS)
+    column = _column_of_replies(seen)
+    if column is None:
         return None
-    column = lists[0]
     uses = {column: "replies"}
 
     def made(order: str | None, says: str, read: Callable[[Row, list[Any]], list[float]], scored: bool) -> Ranking:
@@ -236,6 +237,22 @@ def ranking(seen: Seen) -> Ranking | None:
             return made(name, says, _best_of(column, name, from_one), False)
     _require_no_other_order(seen, column)
     return made(None, "from best to worst", lambda _, replies: [float(-i) for i in range(len(replies))], False)
+
+
+def _column_of_replies(seen: Seen) -> str | None:
+    """The column with several replies in each row.
+
+    Raises:
+        UnclearError: there is one that should be a list, and is text.
+    """
+    names = [name for name in (*RANKED, *RANKED_IN_NO_ORDER) if name in seen]
+    lists = [name for name in names if any(isinstance(value, list) for value in seen.values[name])]
+    if lists:
+        return lists[0]
+    texts = [name for name in names if seen.mostly(name, lambda value: str(value).lstrip().startswith("["))]
+    if texts:
+        raise UnclearError(f"`{texts[0]}` begins as a list does, and {NO_LIST}", hint=WRITE_LISTS)
+    return None
 
 
 def _replies(row: Row, column: str) -> list[Any]:

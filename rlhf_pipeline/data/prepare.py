@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline.data import cache, mix
 from rlhf_pipeline.data.cache import Encoded, Known
 from rlhf_pipeline.data.encode import (
+    CANDIDATES,
     DEMONSTRATIONS,
     FEEDBACK,
+    PAIRS_AS_TEXT,
     PREFERENCES,
     PROMPTS,
     PROMPTS_WITH_ROWS,
@@ -112,6 +114,18 @@ def prompts_with_rows(
     return _prepare(PROMPTS_WITH_ROWS, spec, tokenizer, seed, known)
 
 
+def candidates(spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None) -> Prepared:
+    """Rows for a judge: `input_ids` and `row` as in `prompts_with_rows`, and `replies`, a JSON list of all replies."""
+    return _prepare(CANDIDATES, spec, tokenizer, seed, known)
+
+
+def preferences_as_text(
+    spec: Data, tokenizer: PreTrainedTokenizerBase, seed: int, known: Known | None = None
+) -> Prepared:
+    """The same of pairs: `chosen` and `rejected` are the replies as JSON."""
+    return _prepare(PAIRS_AS_TEXT, spec, tokenizer, seed, known)
+
+
 def first_prompts(spec: Data, n: int, among: Iterable[int] | None = None) -> list[tuple[Prompt, dict[str, Any]]]:
     """The first prompts of the data, each with its row; of a mix, each source's share.
 
@@ -193,7 +207,7 @@ def _prepare(
         counts.update({f"eval_{name}": count for name, count in of_source.items()})
     elif spec.eval_fraction:
         table, held_out = _split(table, spec, seed)
-    columns = [name for name in (*layout.columns, *layout.labels, ROW) if name in table.column_names]
+    columns = [name for name in (*layout.columns, *layout.texts, *layout.labels, ROW) if name in table.column_names]
     return Prepared(
         table.select_columns(columns),
         None if held_out is None else held_out.select_columns(columns),

@@ -1,10 +1,10 @@
 """The shapes that rows come in, recognised from their columns, and what is read of one row. No libraries.
 
 Every shape becomes the same records: a prompt and a reply (demonstrations), a prompt, a chosen and a rejected reply
-(preferences), a prompt, a reply and whether that is good (feedback), or a prompt (prompts). Where the columns fit
-several shapes, the first one counts in the order in which `_demonstrations`, `_preferences`, `_feedback` and `_prompts`
-try them. Where it is not sure what a column means that would change what is learned, the rows are refused, with what
-`columns` may say about it.
+(preferences), a prompt, a reply and whether that is good (feedback), a prompt (prompts), or a prompt and a list of
+replies (candidates). Where the columns fit several shapes, the first one counts in the order in which
+`_demonstrations`, `_preferences`, `_feedback`, `_prompts` and `_candidates` try them. Where it is not sure what a
+column means that would change what is learned, the rows are refused, with what `columns` may say about it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +44,7 @@ from rlhf_pipeline.data.marks import (
     Scored,
     best,
     best_and_worst,
+    candidates,
     mark,
     number,
     pairs_of,
@@ -171,7 +172,7 @@ def _complete(shape: Shape, seen: Seen, wanted: Wanted, names: list[str], system
             # Numbers beside texts are of crawls, as how sure their language is.
             numbers = [name for name in seen.values if shape.name == "text" and seen.mostly(name, is_number)]
             require_no_mark(seen, {*uses, *numbers}, next(iter(replies), None))
-    marks = () if wanted == "prompts" or "rejected" in seen else (*THUMB, *SCORE)
+    marks = () if wanted in ("prompts", "candidates") or "rejected" in seen else (*THUMB, *SCORE)
     reply = next((name for name, use in uses.items() if use == "reply"), None)
     if reply and wanted == "demonstrations":
         beside.require_no_reasoning(seen, uses, reply)
@@ -328,8 +329,31 @@ def _prompts(seen: Seen, chat: bool | None) -> Shape | None:
     return None
 
 
+def _candidates(seen: Seen, chat: bool | None) -> Shape | None:
+    """Several replies to each prompt, in no order: a list of them, or a chosen and a rejected one."""
+    asked = prompts.find(seen, chat)
+    found = candidates(seen) if asked else None
+    if asked is not None and found is not None:
+        column, read = found
+        return Shape(
+            "replies",
+            f"replies: {asked.says} under `{asked.name}`, `{column}` in no order",
+            lambda row: [(to_be_answered(asked.read(row)), read(row))],
+            used_as={**asked.uses, column: "replies"},
+        )
+    pairs = _pair(seen, chat)
+    if pairs is None:
+        return None
+    return replace(
+        pairs,
+        says=f"{pairs.says}; which one was chosen is not read",
+        read=lambda row: [(prompt, replies) for prompt, *replies in pairs.read(row)],
+    )
+
+
 _FIND: dict[Wanted, Callable[[Seen, bool | None], Shape | None]] = {
     "demonstrations": _demonstrations, "preferences": _preferences, "prompts": _prompts, "feedback": _feedback,
+    "candidates": _candidates,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ NO_RECORD: dict[Wanted, str] = {
     "preferences": "rows_without_pair",
     "prompts": "rows_without_prompt",
     "feedback": "rows_without_pair",
+    "candidates": "rows_without_pair",
 }
 
 

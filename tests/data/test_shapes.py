@@ -443,6 +443,31 @@ def test_a_row_that_lacks_something_says_what(wanted, kind, change, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "records"),
+    [
+        ("replies", {"prompt": "hi ", "replies": ["a", "b", "a"]}, [("hi ", ["a", "b", "a"])]),
+        ("replies", {"prompt": "hi ", "replies": ["a", "b"], "scores": [0, 1], "score": 3}, [("hi ", ["a", "b"])]),
+        ("replies", {"question": "hi", "generations": ["a", "b"]}, [([USER], ["a", "b"])]),
+        ("replies", {"prompt": [USER], "responses": [{"text": "a"}, REPLY]}, [([USER], ["a", "hello"])]),
+        ("prompt/chosen/rejected", {"prompt": "hi ", "chosen": "a", "rejected": "b"}, [("hi ", ["a", "b"])]),
+        ("chosen/rejected", {"chosen": [USER, REPLY], "rejected": [USER, OTHER]}, [([USER], ["hello", "go away"])]),
+    ],
+)
+def test_candidates_in_every_shape(name, row, records):
+    assert read("candidates", row) == (name, records)
+
+
+def test_rows_with_one_reply_are_no_candidates():
+    with pytest.raises(RowError, match="`replies` should be two replies or more, and has 1"):
+        read("candidates", {"prompt": "hi ", "replies": ["a"]})
+    with pytest.raises(
+        InputError, match="are not candidates; those need a prompt with `replies`, two or more"
+    ) as found:
+        read("candidates", {"prompt": "hi ", "completion": "a"})
+    assert "they are demonstrations" in found.value.hint
+
+
 @pytest.mark.parametrize("blank", [None, "", " \n"])
 def test_a_column_that_need_not_be_there_may_be_blank(blank):
     rows = [{"instruction": "q", "input": value, "system": value, "output": "a"} for value in ("x", blank)]
@@ -484,7 +509,7 @@ def test_a_column_that_need_not_be_there_may_be_blank(blank):
             "demonstrations",
             {"prompt": "a"},
             "`completion`",
-            "they are prompts, which a stage of kind ppo, grpo or rloo takes",
+            "they are prompts, which a stage of kind ppo, grpo, rloo, sample or revise takes",
         ),
         ("demonstrations", {"prompt": "a", "answer": None}, "a reply", "`answer` is null in the first rows"),
         ("prompts", {"x": "a"}, "`question`", "`columns: {expected: yours}`"),
