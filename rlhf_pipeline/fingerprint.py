@@ -225,7 +225,13 @@ def of_ai_judge(recipe: Recipe, judge: AIJudge, digests: Digests) -> dict[str, A
         inputs["served_model"] = judge.served_model
     if judge.is_function:
         inputs["source"] = digests.of_function(judge.model, recipe.folders)
-    files = {key: getattr(judge, key) for key in ("rubric", "principles", "template")}
+    if judge.has_own_text:
+        inputs["template"] = judge.template
+    if judge.answers != AIJudge.model_fields["answers"].default:
+        inputs["answers"] = judge.answers
+    files = {
+        key: getattr(judge, key) for key in ("rubric", "principles", *([] if judge.has_own_text else ["template"]))
+    }
     return inputs | {key: _of_text(file, digests) for key, file in files.items() if file is not None}
 
 

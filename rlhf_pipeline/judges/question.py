@@ -49,18 +49,19 @@ class Answer(NamedTuple):
 Judge = Callable[[Sequence[Question]], list[Answer]]
 
 
-def read_template(file: str | None, place: str) -> str:
-    """The text of a template for questions; without a file, of the one that ships with the package.
+def read_template(template: str | None, place: str) -> str:
+    """The text of a template for questions; without one, of that which ships with the package.
 
     Args:
-        file: its path.
+        template: the recipe's: the text itself, which has `{{` in it, or the path of its file.
         place: the key of the recipe that names it.
 
     Raises:
         InputError: it cannot be read, is not Jinja, uses a variable that there is not, or does not show a reply.
     """
+    file = TEMPLATE if template is None else Path(template)
     try:
-        text = (TEMPLATE if file is None else Path(file)).read_text(encoding="utf-8")
+        text = template if template and "{{" in template else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"`{file}` cannot be read: {reason}", place=place) from None
@@ -68,14 +69,14 @@ def read_template(file: str | None, place: str) -> str:
         used = meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(text))
     except TemplateError as error:
         line = getattr(error, "lineno", None)
-        where = f"`{file}`, line {line}," if line else f"`{file}`"
-        raise InputError(f"{where} is not valid Jinja: {error.message}", place=place) from None
+        where = f", line {line}," if line else ""
+        raise InputError(f"the template{where} is not valid Jinja: {error.message}", place=place) from None
     there = "there are `prompt`, `turns`, `first`, `second` and `question`"
     if unknown := sorted(used - set(VARIABLES)):
-        raise InputError(f"`{file}` uses `{unknown[0]}`, which a question does not have", place=place, hint=there)
+        raise InputError(f"the template uses `{unknown[0]}`, which a question does not have", place=place, hint=there)
     for name in ("first", "second"):
         if name not in used:
-            raise InputError(f"`{file}` does not use `{name}`, so the judge would not see that reply", place=place)
+            raise InputError(f"the template does not use `{name}`, so the judge would not see that reply", place=place)
     return text
 
 

@@ -158,6 +158,8 @@ def _resolve_files_of_judging(stage: schema.Stage, path: KeyPath, problems: Prob
         value = getattr(holder, key) if holder else None
         if value is None or value == "default" or problems.is_broken((*place, key)):
             continue
+        if key == "template" and stage.judge and stage.judge.has_own_text:
+            continue
         file = problems.origins.folder((*place, key)) / expanded(value)
         if not file.is_file():
             problems.add((*place, key), _not_there("file", file), RELATIVE)

@@ -60,6 +60,13 @@ def _resolve_judge(judge: AIJudge, path: KeyPath, require: Require, problems: Pr
             problems.add(
                 (*path, key), f"`{key}` has no effect: the judge is not at an address", "remove it", of_key=True
             )
+    if judge.answers != AIJudge.model_fields["answers"].default:
+        why = "only the probabilities of a model on this machine are read" if is_remote or judge.is_function else None
+        why = why or (None if judge.template else "the template that ships with the package asks for A or B")
+        if why:
+            problems.add((*path, "answers"), f"`answers` has no effect: {why}", "remove it", of_key=True)
+        elif judge.answers[0] == judge.answers[1]:
+            problems.add((*path, "answers"), "the two answers are the same word", "for example `[A, B]`")
     if judge.rubric is not None and judge.principles is not None:
         problems.add(
             (*path, "principles"), "`rubric` and `principles` exclude each other", "remove one of them", of_key=True

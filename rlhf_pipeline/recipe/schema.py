@@ -265,7 +265,12 @@ class AIJudge(_Strict):
     package."""
 
     template: str | None = Field(default=None, min_length=1)
-    """A file with the Jinja template of what is asked; it gets `prompt`, `turns`, `first`, `second` and `question`."""
+    """The Jinja template of what is asked, or a file with it; it gets `prompt`, `turns`, `first`, `second` and
+    `question`."""
+
+    answers: list[str] = Field(default=["A", "B"], min_length=2, max_length=2)
+    """Of a model on this machine with a `template` of your own: the two words, each one token, that are the answer: the
+    first reply, or the second."""
 
     batch_size: int = Field(default=16, ge=1)
     """How many questions a model on this machine reads at once."""
@@ -288,6 +293,11 @@ class AIJudge(_Strict):
     def is_function(self) -> bool:
         """Whether it is a function of the user's."""
         return ":" in self.model and not self.is_remote
+
+    @property
+    def has_own_text(self) -> bool:
+        """Whether `template` is the template itself, and no file."""
+        return self.template is not None and "{{" in self.template
 
     @property
     def stage(self) -> str | None:

@@ -33,13 +33,18 @@ def test_an_own_template_has_the_turns_and_the_conversation_as_text(tmp_path: Pa
     [
         ("{{ first }} {{ second }} {{ prmpt }}", "uses `prmpt`, which a question does not have"),
         ("{{ first }} {{ question }}", "does not use `second`, so the judge would not see that reply"),
-        ("{% if %}", "line 1, is not valid Jinja"),
+        ("{% if %}", "the template, line 1, is not valid Jinja"),
     ],
 )
 def test_a_template_that_cannot_ask_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "own.jinja").write_text(text)
     with pytest.raises(InputError, match=said):
         read_template(str(tmp_path / "own.jinja"), "stages.judge.judge.template")
+
+
+def test_a_template_may_stand_in_the_recipe_itself() -> None:
+    template = "{{ prompt }}: {{ first }} or {{ second }}"
+    assert render(Question("p", "a", "b", "?", {}), read_template(template, "")) == "p: a or b"
 
 
 def test_a_template_from_elsewhere_reaches_nothing_of_python(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Who answers a judge's questions: the base, a stage, a function, or an address."""
+
+from pathlib import Path
+
+from rlhf_pipeline.judges.function import FunctionJudge
+from rlhf_pipeline.judges.local import LocalJudge
+from rlhf_pipeline.judges.question import Judge
+from rlhf_pipeline.models.staged import StagedBase
+from rlhf_pipeline.recipe.schema import BASE, AIJudge, Recipe
+
+
+def is_local(spec: AIJudge) -> bool:
+    """Whether it is asked on the shared base, which has to be loaded for it."""
+    return spec.model == BASE or spec.stage is not None
+
+
+def load(spec: AIJudge, recipe: Recipe, place: str, staged: StagedBase | None, kept: Path) -> Judge:
+    """The judge that a recipe names.
+
+    Args:
+        spec: what the recipe says of it.
+        recipe: the recipe.
+        place: the key of the recipe that has the `spec`.
+        staged: the base, with the stage's adapter where the judge is one; None where `is_local` is not so.
+        kept: the file that keeps the answers of an address.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    if spec.is_function:
+        return FunctionJudge(spec.model, recipe.folders, f"{place}.model")
+    if staged is not None and is_local(spec):
+        return LocalJudge(spec, staged, place)
+    from rlhf_pipeline.judges.remote import RemoteJudge
+
+    return RemoteJudge(spec, kept, place)
