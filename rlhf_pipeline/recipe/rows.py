@@ -61,8 +61,9 @@ def _resolve_judge(judge: AIJudge, path: KeyPath, require: Require, problems: Pr
                 (*path, key), f"`{key}` has no effect: the judge is not at an address", "remove it", of_key=True
             )
     if judge.answers != AIJudge.model_fields["answers"].default:
-        why = "only the probabilities of a model on this machine are read" if is_remote or judge.is_function else None
-        why = why or (None if judge.template else "the template that ships with the package asks for A or B")
+        why = None if judge.template else "the template that ships with the package asks for A or B"
+        if judge.is_remote or judge.is_function:
+            why = "only the probabilities of a model on this machine are read"
         if why:
             problems.add((*path, "answers"), f"`answers` has no effect: {why}", "remove it", of_key=True)
         elif judge.answers[0] == judge.answers[1]:

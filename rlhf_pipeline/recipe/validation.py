@@ -161,7 +161,7 @@ def _expected(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> 
         return EXPECTED[kind]
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"])
-        if len(words) <= 12:  # at least as many as there are kinds of stages
+        if len(words) <= 10:  # as many as there are kinds of stages
             return str(context["expected"])
         text = given if isinstance(given, str) else ""
         near = [word for word in words if word.startswith(text)] or difflib.get_close_matches(text, words) or words
