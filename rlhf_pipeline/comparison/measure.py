@@ -149,7 +149,7 @@ def compare(
         kl, of_members = _measured(episodes, view, reference_view, scorer, settings["temperature"] or 1.0, at_once)
         rewards = _rewards(of_members)
         replies[name] = []
-        for row, tokens in enumerate(_tokens(episodes)):
+        for row, tokens in enumerate(episodes.tokens):
             # Of the same reply the same score: in a batch of another shape it would be rounded otherwise, and no tie.
             score = scores[row].setdefault(tuple(tokens), rewards[row])
             replies[name].append(
@@ -236,12 +236,6 @@ def _rewards(scores: torch.Tensor) -> list[dict[str, float | None]]:
     found = {"reward": scores.mean(0)} | ({"reward_std": disagreement(scores)} if len(scores) > 1 else {})
     columns = ([_finite(value) for value in values.tolist()] for values in found.values())
     return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _tokens(episodes: Episodes) -> list[list[int]]:
-    """The token ids of each reply."""
-    lengths = episodes.reply_lengths.tolist()
-    return [row[:length] for row, length in zip(episodes.replies.tolist(), lengths, strict=True)]
 
 
 def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]]]) -> tuple[str | None, list[str]]:

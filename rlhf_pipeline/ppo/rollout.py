@@ -47,6 +47,12 @@ class Episodes:
         places = self.prompt_lengths[:, None] + torch.arange(int(self.reply_lengths.max()), device=self.ids.device)
         return self.ids.gather(1, places.clamp(max=self.ids.shape[1] - 1))
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The token ids of each reply, with what ended it."""
+        lengths = self.reply_lengths.tolist()
+        return [row[:length] for row, length in zip(self.replies.tolist(), lengths, strict=True)]
+
     def by_length(self, rows: Tensor | None = None) -> Tensor:
         """Rows, by default all, from the shortest to the longest, int64: taken in parts, they need little padding."""
         lengths = self.prompt_lengths + self.reply_lengths
@@ -88,6 +94,32 @@ class _SampledLogProbs(LogitsProcessor):
             self.noted.append(chosen - self.last.logsumexp(1))
 
 
+class _Choice(LogitsProcessor):
+    """Chooses each token by the random numbers of its own row, and leaves that one token to generation.
+
+    By inversion: the first token at which the sum of the probabilities up to it is over a number drawn evenly from
+    [0, 1). In float64, so that a token among a hundred thousand comes as often as it should.
+
+    Args:
+        seeds: of each row.
+        length: how many numbers are drawn, at least as many as there will be tokens.
+        temperature: of the distribution.
+    """
+
+    def __init__(self, seeds: Sequence[int], length: int, temperature: float) -> None:
+        draws = (torch.Generator().manual_seed(seed % 2**64) for seed in seeds)
+        self.drawn = torch.stack([torch.rand(length, generator=draw, dtype=torch.float64) for draw in draws])
+        self.temperature = temperature
+        self.step = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        sums = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        number = self.drawn[:, self.step, None].to(sums.device) * sums[:, -1:]  # rounding may leave the last one off 1
+        self.step += 1
+        chosen = torch.searchsorted(sums, number, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
 @torch.no_grad()
 def sample(
     policy: Any,
@@ -98,8 +130,16 @@ def sample(
     stop_token_id: int | list[int] | None,
     pad_token_id: int,
     at_once: int,
+    seeds: Sequence[int] | None = None,
 ) -> Episodes:
     """Sample one reply to each prompt, from the policy's whole distribution at a temperature.
+
+    All that sample replies here do it by this function: PPO, GRPO and RLOO, `evaluate`, `compare` and `sample`.
+
+    Without `seeds` the random numbers are torch's own, drawn for all rows of a batch together: the same numbers give
+    the same replies only in the same batches. With `seeds` each row has its own, and its reply is the same in a batch
+    of any size beside any other rows. Only logits are rounded differently in a batch of another shape: about one token
+    in a million may then be its neighbour, and more in bfloat16 or 4 bits.
 
     Args:
         policy: a view with `generate`.
@@ -109,6 +149,8 @@ def sample(
         stop_token_id: ends a reply, as any of several does; with None, or none, all have `response_length` tokens.
         pad_token_id: fills rows up; it may equal a stop token.
         at_once: how many replies are sampled together.
+        seeds: an integer for each prompt, which decides the random numbers of its reply; at temperature 0 there are
+            none.
 
     Returns:
         The episodes, on the policy's device.
@@ -118,7 +160,15 @@ def sample(
         order = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
     stops = [] if stop_token_id is None else [stop_token_id] if isinstance(stop_token_id, int) else stop_token_id
     parts = [
-        _sample_together(policy, [prompts[row] for row in rows], response_length, temperature, stops, pad_token_id)
+        _sample_together(
+            policy,
+            [prompts[row] for row in rows],
+            response_length,
+            temperature,
+            stops,
+            pad_token_id,
+            [seeds[row] for row in rows] if seeds is not None else None,
+        )
         for rows in order.split(at_once)
     ]
     return concatenate(parts, pad_token_id).select(order.argsort())
@@ -131,6 +181,7 @@ def _sample_together(
     temperature: float,
     stops: list[int],
     pad_token_id: int,
+    seeds: Sequence[int] | None,
 ) -> Episodes:
     device = policy.device
     longest = max(len(prompt) for prompt in prompts)
@@ -138,18 +189,23 @@ def _sample_together(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
     noted = _SampledLogProbs(temperature)
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    processors = LogitsProcessorList([noted])
+    choice: dict[str, Any] = {"do_sample": False}
+    if temperature and seeds is None:
+        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    elif temperature:
+        processors.append(_Choice(seeds, response_length, temperature))
     settings = GenerationConfig(
         max_new_tokens=response_length,
         eos_token_id=stops,  # also where there are none: `generate` would put the model's own in place of None
         pad_token_id=pad_token_id,
-        **(choice or {"do_sample": False}),
+        **choice,
     )
     rows = policy.generate(
         input_ids=padded.to(device),
         attention_mask=attention_mask.to(device),
         generation_config=settings,
-        logits_processor=LogitsProcessorList([noted]),
+        logits_processor=processors,
     )
     noted.note(rows)
     replies = rows[:, longest:]

@@ -103,8 +103,7 @@ class Rewards:
         return found
 
     def _batch(self, episodes: Episodes, rows: Sequence[str], step: int, max_steps: int) -> Batch:
-        lengths = episodes.reply_lengths.tolist()
-        ids = [row[:length] for row, length in zip(episodes.replies.tolist(), lengths, strict=True)]
+        ids = episodes.tokens
         replies = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return batch_of([json.loads(row) for row in rows], replies, ids, step, max_steps)
 

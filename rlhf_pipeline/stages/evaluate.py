@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline import kinds, user_code
 from rlhf_pipeline.data.encode import encode_prompts
@@ -18,6 +18,7 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.ppo.rollout import sample
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.rewards.trial import a_reply
 from rlhf_pipeline.rundir import jsonl
@@ -191,7 +192,6 @@ def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
     return judge_policy(job, policy, tokenizer)
 
 
-@torch.no_grad()
 def sample_replies(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -205,21 +205,20 @@ def sample_replies(
 
     `stops` are from `reply_end.stop_tokens`. `tell` is called before each batch with how many replies there are.
     """
-    sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}
-    settings = GenerationConfig(
-        max_new_tokens=spec.max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id,
-        **(sampling if spec.temperature else {"do_sample": False}),
-    )
-    device = model.device
     torch.manual_seed(seed)
     model.eval()
     replies: list[str] = []
     for start in range(0, len(prompts), spec.batch_size):
         tell(len(replies))
         batch = encode_prompts(tokenizer, spec.data, prompts[start : start + spec.batch_size])
-        inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(device)
-        output = model.generate(**inputs, generation_config=settings)
-        replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        episodes = sample(
+            model,
+            batch,
+            response_length=spec.max_new_tokens,
+            temperature=spec.temperature,
+            stop_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+            at_once=len(batch),
+        )
+        replies += tokenizer.batch_decode(episodes.tokens, skip_special_tokens=True)
     return replies

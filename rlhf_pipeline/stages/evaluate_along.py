@@ -60,10 +60,7 @@ class GoldAlong(TrainerCallback):
                 scored = trainer.score(episodes, self.rows[part], spec.temperature or 1.0)
                 scores += scored.scores.tolist()
                 kls += scored.kl.sum(1).tolist()
-                replies += trainer.processing_class.batch_decode(
-                    [row[:length] for row, length in zip(episodes.replies, episodes.reply_lengths, strict=True)],
-                    skip_special_tokens=True,
-                )
+                replies += trainer.processing_class.batch_decode(episodes.tokens, skip_special_tokens=True)
         try:
             judged = summary(ask(self.judge, self.asked, replies), spec.samples)
         except Exception:  # a user's function may fail in any way

@@ -256,8 +256,7 @@ class GroupTrainer(Resumable):
         """Sample replies and keep them; returns their tokens, each with its stop token."""
         self._read = {}
         self._episodes = episodes = self.roll_out(prompts)
-        lengths = episodes.reply_lengths.tolist()
-        return [reply[:length] for reply, length in zip(episodes.replies.tolist(), lengths, strict=True)]
+        return episodes.tokens
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *_: Any) -> Tensor:
         """The rewards by name, float32 `[B, rewards]`, NaN where one does not apply; TRL weighs and sums them."""

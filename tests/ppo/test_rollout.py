@@ -174,14 +174,61 @@ class TestSample:
         assert torch.equal(one.sampled_log_probs, other.sampled_log_probs)
 
 
+class TestSeeds:
+    def test_a_reply_is_its_own_seeds_whatever_is_beside_it(self, draw, prompts):
+        """One at a time, five, all at once, and in another order: the same replies, as another seed's are not."""
+        settings = {"seeds": [-(2**63), 2**63 - 1, *range(2, len(prompts))], "temperature": 0.5}
+        ((stop, _),) = Counter(itertools.chain(*replies_in(draw(**settings)))).most_common(1)
+        settings["stop_token_id"] = stop
+        expected = replies_in(draw(**settings))
+        assert len(set(map(len, expected))) > 3
+        for at_once in (1, 5):
+            assert replies_in(draw(**settings, at_once=at_once)) == expected
+        assert replies_in(draw(**settings | {"prompts": prompts[:3], "seeds": settings["seeds"][:3]})) == expected[:3]
+        backwards = {"prompts": prompts[::-1], "seeds": settings["seeds"][::-1], "at_once": 7}
+        assert replies_in(draw(**settings | backwards))[::-1] == expected
+        others = replies_in(draw(**settings | {"seeds": range(100, 100 + len(prompts))}))
+        assert sum(one == other for one, other in zip(others, expected, strict=True)) < 4
+
+    def test_other_random_numbers_are_left_alone(self, draw, prompts, stop):
+        """Torch's own generator is neither asked nor moved."""
+        one = replies_in(draw(seeds=range(len(prompts))))
+        before = torch.get_rng_state()
+        torch.manual_seed(5)
+        assert replies_in(draw(seeds=range(len(prompts)))) == one
+        torch.manual_seed(1)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_fields_and_log_probs_are_as_of_any_sampling(self, shared, draw, prompts, stop):
+        episodes = draw(stop_token_id=stop, temperature=0.7, seeds=range(len(prompts)), at_once=5)
+        check(episodes, prompts, stop, PAD)
+        expected = log_probs_alone(shared, episodes, 0.7)
+        assert_close(episodes.sampled_log_probs * episodes.mask, expected, rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def test_each_token_has_a_number_of_its_own(self, shared, draw):
+        """Where in its distribution a token lies says nothing of where the next one lies in its own."""
+        count, prompt = 400, [17, 200, 33]
+        ids = draw(prompts=[prompt] * count, response_length=2, seeds=range(count), at_once=count).ids
+        logits = shared.policy(input_ids=ids).logits[:, len(prompt) - 1 : -1]
+        sums, tokens = logits.double().softmax(-1).cumsum(-1), ids[:, len(prompt) :, None]
+        places = (sums.gather(2, tokens) - logits.double().softmax(-1).gather(2, tokens) / 2)[..., 0]
+        assert abs(torch.corrcoef(places.T)[0, 1]) < 4 / count**0.5
+
+    def test_greedy_has_no_use_for_them(self, draw, prompts):
+        assert replies_in(draw(temperature=0.0, seeds=range(len(prompts)))) == replies_in(draw(temperature=0.0))
+
+
 class TestDistribution:
     DRAWS = 4000
 
+    @pytest.mark.parametrize("seeds", [None, range(4000)])
     @pytest.mark.parametrize("temperature", [1.0, 0.5])
-    def test_tokens_come_as_often_as_the_model_says(self, shared, draw, temperature):
+    def test_tokens_come_as_often_as_the_model_says(self, shared, draw, temperature, seeds):
         """No token is favoured and none is left out: Pearson's chi-squared over the likely ones and all the others."""
         prompt = [17, 200, 33]
-        episodes = draw(prompts=[prompt] * self.DRAWS, response_length=1, temperature=temperature, at_once=self.DRAWS)
+        settings = {"response_length": 1, "temperature": temperature, "at_once": self.DRAWS, "seeds": seeds}
+        episodes = draw(prompts=[prompt] * self.DRAWS, **settings)
         with torch.no_grad():
             p = (shared.policy(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).double()
         observed = torch.bincount(episodes.replies[:, 0], minlength=len(p)).double()
