@@ -14,6 +14,7 @@ from rlhf_pipeline.data.shapes import Wanted, recognise
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, stage_inputs
 from rlhf_pipeline.recipe import Data, Recipe, gates
+from rlhf_pipeline.recipe.rewards import uses_of_columns
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.earlier import Earlier, EarlierResults
@@ -189,7 +190,8 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
             try:
                 rows = first_rows(source)
                 shape = recognise(rows, wanted, data.chat, source.path, source.columns) if rows else None
-                says, used_as = (shape.says_with(data.loss), shape.used_as) if shape else (None, None)
+                says = shape.says_with(data.loss) if shape else None
+                used_as = uses_of_columns(stage, shape.used_as) if shape and key == "data" else shape and shape.used_as
                 found[name].append({"key": key, "path": source.path, "shape": says, "used_as": used_as})
             except ColumnsError as error:  # what they lack depends on the stage
                 problems.append(error.in_recipe(recipe.place("stages", name, *key.split("."))))

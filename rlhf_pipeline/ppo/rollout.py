@@ -116,7 +116,7 @@ class _Choice(LogitsProcessor):
         sums = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
         number = self.drawn[:, self.step, None].to(sums.device) * sums[:, -1:]  # rounding may leave the last one off 1
         self.step += 1
-        chosen = torch.searchsorted(sums, number, right=True)
+        chosen = torch.searchsorted(sums, number, right=True).clamp(max=sums.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
@@ -191,10 +191,10 @@ def _sample_together(
     noted = _SampledLogProbs(temperature)
     processors = LogitsProcessorList([noted])
     choice: dict[str, Any] = {"do_sample": False}
-    if temperature and seeds is None:
-        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    elif temperature:
+    if temperature and seeds is not None:
         processors.append(_Choice(seeds, response_length, temperature))
+    elif temperature:
+        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
         max_new_tokens=response_length,
         eos_token_id=stops,  # also where there are none: `generate` would put the model's own in place of None

@@ -34,6 +34,13 @@ def key_of(stage: Stage, role: str) -> str:
     return {numbered("reward", number): key for number, key in enumerate(stages, 1)}.get(role, role)
 
 
+def uses_of_columns(stage: Stage, used_as: dict[str, str | None]) -> dict[str, str | None]:
+    """What each column of a stage's rows is taken for, where its reward functions get those that nothing else reads."""
+    if not any(reward.function for reward in stage.rewards):
+        return used_as
+    return {name: use or "for the reward functions" for name, use in used_as.items()}
+
+
 def classifier(recipe: Recipe, stage: str, place: int) -> Model:
     """The model of a reward that names one, as a base is said: quantized as the recipe's, and none of its code is run.
 

@@ -294,7 +294,8 @@ def _of_sampling(run: Run, stage: Stage, kind: Kind) -> Iterator[Alarm]:
             "look", stage.name, "groups without a difference",
             f"In {alike:.0%} of the groups all replies have the same reward, so they teach nothing: the prompts are "
             "too easy or too hard for this policy, or the reward is too coarse. Raise "
-            f"num_generations{_at_present(stage, 'num_generations')} or the temperature, or take other prompts.",
+            f"num_generations{_at_present(stage, 'num_generations')} or the temperature, take other prompts, or see "
+            "what the rewards return.",
         )  # fmt: skip
     yield from _fallen_judge(run, stage, kind)
 

@@ -263,7 +263,7 @@ def _stage(directory: RunDirectory, found: StageState) -> Stage:
     kind = kinds.find(found.kind)
     if kind and not kind.trains:
         stage.rows = [line.row for line in itertools.islice(jsonl.sound_lines(folder / ROWS), MOST_ROWS)]
-    elif stage.state != "running" and folder.is_dir() and not rows:
+    elif stage.state not in ("running", "failed") and folder.is_dir() and not rows:
         stage.notes.append(f"{METRICS} has no rows, so there are no curves.")
     stage.samples = _rows(folder / SAMPLES, stage.notes, MOST_SAMPLES)
     stage.pairs = _pairs(_rows(folder / PAIRS, stage.notes))

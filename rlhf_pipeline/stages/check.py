@@ -28,7 +28,7 @@ from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
-from rlhf_pipeline.recipe.rewards import key_of
+from rlhf_pipeline.recipe.rewards import key_of, uses_of_columns
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import ANSWERS, members
@@ -423,6 +423,8 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
             continue
         errors += embedded.check_rows(prepared, tokenizer, job.reader.config, f"stages.{job.name}.{key}")
         found[key] = measure.measure(kind, prepared, spec, tokenizer, seen_by)
+        for source in found[key]["sources"] if key == "data" else []:
+            source["used_as"] = uses_of_columns(stage, source["used_as"])
         if job.recipe.model.chat_template:
             found[key]["chat_template"] = "recipe"
         wrong, doubtful = problems.problems(found[key], f"stages.{job.name}.{key}")

@@ -8,7 +8,8 @@ import pytest
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, judging_inputs, stage_inputs
 from rlhf_pipeline.recipe import TINY, Recipe, content_of, load
-from rlhf_pipeline.recipe.rewards import deviations
+from rlhf_pipeline.recipe.rewards import deviations, uses_of_columns
+from rlhf_pipeline.recipe.schema import Stage
 
 HEAD = """
 model: {path: tiny, quantization: none}
@@ -192,3 +193,13 @@ def test_functions_are_looked_for_beside_the_file_that_names_them(
     judging = judging_inputs(recipe, "ppo", Digests())
     assert inputs["rewards.0.source"].startswith("of_the_team.py@")
     assert judging is not None and judging["judge_source"].startswith("of_mine.py@")
+
+
+def test_columns_that_reward_functions_get_are_not_called_unused() -> None:
+    used_as = {"prompt": "prompt", "answer": None}
+    scored, functions = (
+        Stage.model_validate({"kind": "ppo", "data": {"path": "x"}, "rewards": [reward]})
+        for reward in ({"stage": "reward"}, {"function": "mine:right"})
+    )
+    assert uses_of_columns(scored, used_as) == used_as
+    assert uses_of_columns(functions, used_as) == {"prompt": "prompt", "answer": "for the reward functions"}
