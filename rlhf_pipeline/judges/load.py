@@ -6,12 +6,7 @@ from rlhf_pipeline.judges.function import FunctionJudge
 from rlhf_pipeline.judges.local import LocalJudge
 from rlhf_pipeline.judges.question import Judge
 from rlhf_pipeline.models.staged import StagedBase
-from rlhf_pipeline.recipe.schema import BASE, AIJudge, Recipe
-
-
-def is_local(spec: AIJudge) -> bool:
-    """Whether it is asked on the shared base, which has to be loaded for it."""
-    return spec.model == BASE or spec.stage is not None
+from rlhf_pipeline.recipe.schema import AIJudge, Recipe
 
 
 def load(spec: AIJudge, recipe: Recipe, place: str, staged: StagedBase | None, kept: Path) -> Judge:
@@ -21,7 +16,7 @@ def load(spec: AIJudge, recipe: Recipe, place: str, staged: StagedBase | None, k
         spec: what the recipe says of it.
         recipe: the recipe.
         place: the key of the recipe that has the `spec`.
-        staged: the base, with the stage's adapter where the judge is one; None where `is_local` is not so.
+        staged: the base, with the stage's adapter where the judge is one; None where the judge is not local.
         kept: the file that keeps the answers of an address.
 
     Raises:
@@ -29,7 +24,7 @@ def load(spec: AIJudge, recipe: Recipe, place: str, staged: StagedBase | None, k
     """
     if spec.is_function:
         return FunctionJudge(spec.model, recipe.folders, f"{place}.model")
-    if staged is not None and is_local(spec):
+    if staged is not None and spec.is_local:
         return LocalJudge(spec, staged, place)
     from rlhf_pipeline.judges.remote import RemoteJudge
 

@@ -43,6 +43,13 @@ OF_PPO_POLICY = {
 OF_PPO_EVALUATION = {
     "eval_objective/scores", "eval_objective/kl", "eval_objective/rlhf_reward", "eval_reply/length", "eval_reply/ended",
 }  # fmt: skip
+OF_JUDGE = {"judge/ties", "judge/unread"} | {
+    f"judge/{name}{end}"
+    for name in (
+        "first_position", "agreement", "length_coefficient", "own_replies", "human_agreement", "human_kappa",
+    )
+    for end in ("", "_low", "_high")
+}  # fmt: skip
 OF_ENSEMBLE = {"eval_disagreement", "eval_margin_disagreement"}
 # What GRPO logs of each loss: how much of it was clipped.
 CLIPPED = {f"clip_ratio/{of}" for of in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
@@ -221,7 +228,8 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
 
 def _of_rows(stage: Stage) -> tuple[set[str], set[str]]:
     """The metrics of a stage that makes rows: those that are certain, and those that are possible."""
-    return {number.metric for number in stage.facts.numbers}, set()
+    certain = {"rows", *(number.metric for number in stage.facts.numbers)}
+    return certain, OF_JUDGE - certain if stage.judge else set()
 
 
 def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:

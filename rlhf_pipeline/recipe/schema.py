@@ -295,6 +295,11 @@ class AIJudge(_Strict):
         return ":" in self.model and not self.is_remote
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is asked on the shared base, as which, or under which, it answers."""
+        return ":" not in self.model
+
+    @property
     def has_own_text(self) -> bool:
         """Whether `template` is the template itself, and no file."""
         return self.template is not None and "{{" in self.template

@@ -32,7 +32,7 @@ from rlhf_pipeline.recipe.rewards import key_of, uses_of_columns
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import ANSWERS, members
-from rlhf_pipeline.stages import embedded, evaluate
+from rlhf_pipeline.stages import embedded, evaluate, judge
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.resumable import REFERENCE
 from rlhf_pipeline.stages.trial import try_trainer
@@ -132,14 +132,16 @@ def awaited(recipe: Recipe, name: str, names: Sequence[str] = ()) -> list[str]:
 
 
 def check_settings(job: Job) -> None:
-    """See that the library takes the settings of a stage whose rows are not there yet.
+    """See that a stage whose rows are not there yet can use its settings, as far as the rows do not decide it.
 
     Raises:
-        InputError: with its complaint.
+        InputError: for what it cannot use; of a trainer, with the library's complaint.
     """
     config = stages.BY_KIND[job.stage.kind].CONFIG
     if config is not None:
         job.trainer_config(config)
+    if job.stage.judge is not None:
+        judge.check(job)
 
 
 def _check_asked(spec: Evaluate, asked: Asked, reader: Reader) -> None:
