@@ -207,10 +207,9 @@ def _machine(record: Record) -> str:
 def _data(run: Run) -> Iterator[tuple[str, str, str, str]]:
     """Stage, what the data are for, name and digest."""
     for stage in run.stages:
-        inputs = stage.record.inputs
         for key, what in USES_OF_DATA.items():
-            for name in [name for name in inputs if name == key or re.fullmatch(rf"{key}\.mix\.\d+(\.path)?", name)]:
-                yield (stage.name, what, *_digest(str(inputs[name])))
+            for source in stage.record.data(key):
+                yield (stage.name, what, *_digest(source))
         judged = stage.record.judging or {}
         if "data" in judged:
             yield (stage.name, f"judged by {judged.get('judge')}", *_digest(str(judged["data"])))

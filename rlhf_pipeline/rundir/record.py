@@ -132,6 +132,12 @@ class Record(BaseModel):
         named = {role: getattr(self, role) for role in _OWN}
         return {role: name for role, name in named.items() if name is not None} | self.rewards | self.others
 
+    def data(self, key: str) -> list[str]:
+        """What the sources of its rows under a key of its inputs were, each as `NAME@DIGEST` where that is known."""
+        digests = {f"stage:{name}": weights for name, weights in self.parent_weights.items() if weights}
+        sources = filter(None, str(self.inputs.get(key) or "").split(" + "))
+        return [f"{source}@{digests[source]}" if source in digests else source for source in sources]
+
     @staticmethod
     def with_parents(parents: dict[str, str]) -> dict[str, Any]:
         """The fields that say which stage it had in each role."""

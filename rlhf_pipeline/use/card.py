@@ -97,7 +97,7 @@ def text(
         chat=_prompts_are_chats(run, recipe, records),
         rank=inputs[stage].get("lora.r", 16),
         origins=_origins(records),
-        sources=_sources(inputs),
+        sources=_sources(records),
         settings=[[key, *(_value(one.get(key)) for one in inputs.values())] for key in settings],
         metrics=[[shown_as(kind.name, name), _number(metrics[stage], name)] for name in listed],
         judging=judging | {"prompts": str(judging.get("data", "")).rpartition("@")[0]},
@@ -230,11 +230,11 @@ def _origins(records: Records) -> Iterator[list[Any]]:
         yield [name, record.kind, origin, record.fingerprint or "", record.weights or ""]
 
 
-def _sources(inputs: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
+def _sources(records: Records) -> Iterator[list[str]]:
     """Stage, key, where the rows are from, and the digest or commit of that."""
-    for name, of_stage in inputs.items():
+    for name, record in records.items():
         for key in ("data", "data.eval_data", "ptx_data", "human"):
-            for source in filter(None, str(of_stage.get(key) or "").split(" + ")):
+            for source in record.data(key):
                 path, at, digest = source.rpartition("@")
                 yield [name, key, path if at else source, digest if at else ""]
 

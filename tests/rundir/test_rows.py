@@ -174,3 +174,13 @@ def test_rows_that_another_run_made_are_taken(job: Job) -> None:
     assert other.artifact_problem("candidates", record, None) is None
     (job.run / "candidates" / "rows.jsonl").write_text("{}\n")
     assert other.copy_of("again", job.run / "candidates", record.artifact_files) is None
+
+
+def test_the_rows_of_a_stage_are_named_with_their_digest() -> None:
+    record = Record(
+        inputs={"data": "a.jsonl@12 + stage:candidates", "ptx_data": "stage:other"},
+        parent_weights={"candidates": "abc", "sft": "def", "other": None},
+    )
+    assert record.data("data") == ["a.jsonl@12", "stage:candidates@abc"]
+    assert record.data("ptx_data") == ["stage:other"]
+    assert record.data("data.eval_data") == []
