@@ -895,3 +895,11 @@ def test_every_shipped_recipe_can_be_planned(name, tmp_path, monkeypatch):
     assert [stage.name for stage in plans] == list(loaded.stages)
     assert plan.select(plans, None, None, []) == plans
     assert len({stage.fingerprint for stage in plans}) == len(plans)
+
+
+def test_a_stage_that_makes_rows_is_not_said_to_train(tmp_path: Path) -> None:
+    stages = "sft: {data: tiny:demonstrations}\n  candidates: {kind: sample, data: tiny:prompts}"
+    (tmp_path / "r.yaml").write_text(f"model: {{path: tiny, quantization: none}}\nstages:\n  {stages}\n")
+    loaded = recipe.load(str(tmp_path / "r.yaml"))
+    found = to_do.find(loaded, plan.make(loaded))
+    assert found.stages == {"sft": "train", "candidates": "make rows"}

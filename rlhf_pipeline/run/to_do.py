@@ -13,6 +13,7 @@ from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 
 Task = Literal[
     "train",
+    "make rows",
     "resume",
     "take",
     "take, judge again",
@@ -21,7 +22,7 @@ Task = Literal[
     "remove checkpoints",
     "stop: gate closed",
 ]
-RUNS = ("train", "resume", "take, judge again", "judge again")  # those that need a worker
+RUNS = ("train", "make rows", "resume", "take, judge again", "judge again")  # those that need a worker
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def find(
         if only in (None, stage.name):
             fresh = stage.name in force or trained.intersection(stage.parents.values())
             if stage.name in trained:
-                found[stage.name] = "resume" if stage.state == "partial" and not fresh else "train"
+                anew: Task = "train" if kinds.get(stage.kind).trains else "make rows"
+                found[stage.name] = "resume" if stage.state == "partial" and not fresh else anew
             elif stage.earlier and stage.name in taken:
                 judged = stage.judging in (None, stage.earlier.record.judging)
                 found[stage.name] = "take" if judged else "take, judge again"
