@@ -258,19 +258,32 @@ def _reward_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, 
     return inputs
 
 
-def judging_inputs(recipe: Recipe, name: str, digests: Digests) -> dict[str, Any] | None:
-    """What decides `judge_mean` beside the weights; None for a stage that is not judged.
+def judging_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any] | None:
+    """What decides `judge_mean` and `win_rate` beside the weights; None for a stage that is not judged.
 
     Apart from the other inputs: when only these change, a stage is judged again, not trained again.
+
+    Args:
+        recipe: the recipe.
+        name: the stage's.
+        earlier: the fingerprints of the stages before it.
+        digests: tells what files and hub repositories hold.
     """
-    if recipe.evaluate is None or not recipe.stages[name].facts.is_policy:
+    spec, ai = recipe.evaluate, recipe.ai_judge_of(name)
+    if spec is None or not recipe.stages[name].facts.is_policy:
         return None
-    settings = recipe.evaluate.model_dump(exclude={"data", "batch_size", "along", "samples"})
-    if recipe.evaluate.samples > 1:
-        settings["samples"] = recipe.evaluate.samples
-    settings["judge_gets"] = "text"  # it got TRL's turns before: what was judged so is judged again
-    settings["judge_source"] = digests.of_function(recipe.evaluate.judge, recipe.folders)
-    return settings | data_inputs("data", recipe.evaluate.data, digests)
+    settings = spec.model_dump(exclude={"data", "batch_size", "along", "samples", "judge", "ai_judge"})
+    if spec.samples > 1:
+        settings["samples"] = spec.samples
+    if spec.judge is not None:
+        settings["judge"] = spec.judge
+        settings["judge_gets"] = "text"  # it got TRL's turns before: what was judged so is judged again
+        settings["judge_source"] = digests.of_function(spec.judge, recipe.folders)
+    if ai is not None:
+        settings |= {f"ai_judge.{key}": value for key, value in of_ai_judge(recipe, ai, digests).items()}
+        if ai.stage is not None:
+            settings["ai_judge.stage"] = earlier.get(ai.stage, ai.stage)
+    return settings | data_inputs("data", spec.data, digests)
 
 
 def data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:

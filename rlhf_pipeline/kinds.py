@@ -19,6 +19,7 @@ Over = Literal[
 ROWS = "rows"  # the role of a stage whose rows are read
 JUDGED = "judge_mean"  # the mean of the judge's scores, of every policy where the recipe has `evaluate`
 REPLIES = "judge_replies"  # how many replies that is the mean of
+WIN_RATE = "win_rate"  # how often an AI finds its replies better than those of the policy that it started from
 GAP = "generation_gap"  # how far it samples from what whole passes give, in nats a token
 MOST_GAP = 0.1  # of it that is sound: bfloat16 and 4 bits give less than 0.03
 PAIRS = "eval_pairs"  # how many held-out pairs an accuracy is the share of
@@ -164,6 +165,7 @@ _NO_TRAINER = Config((), "", reads=frozenset(), refused={})
 _INIT = Parent("init", makes="policy", required=False)
 _REWARD = Parent("reward", makes="reward", required=False)  # `rewards` may name others, or several, or none
 _JUDGE = Number("judge", JUDGED, logged=None, changes=True)
+_WIN_RATE = Number("win rate", WIN_RATE, logged=None, changes=False)
 _NAMED = "the pipeline names the adapters"
 _COMPUTED = "it is computed"
 _LOADED = "the pipeline loads one base for all stages; see the recipe's `model`"
@@ -225,6 +227,7 @@ _OF_POLICIES_THAT_SAMPLE = (
     Number("length", "reply/length", logged="reply/length", changes=True),
     Number("ended", "reply/ended", logged="reply/ended", changes=True),
     Number("judge", JUDGED, logged="gold/judge_mean", changes=True),
+    _WIN_RATE,
 )
 
 KINDS: tuple[Kind, ...] = (
@@ -263,6 +266,7 @@ KINDS: tuple[Kind, ...] = (
             Number("token accuracy", "mean_token_accuracy", logged="mean_token_accuracy", changes=True),
             Number("held-out loss", "eval_loss", logged=None, changes=False),
             _JUDGE,
+            _WIN_RATE,
         ),
         example="the first row; every [token] carries loss",
         color=0,
@@ -412,6 +416,7 @@ KINDS: tuple[Kind, ...] = (
             Number("accuracy", "rewards/accuracies", logged="rewards/accuracies", changes=True),
             Number("margin", "rewards/margins", logged="rewards/margins", changes=True),
             _JUDGE,
+            _WIN_RATE,
         ),
         example="the first pair; every [token] carries loss",
         color=2,
@@ -461,6 +466,7 @@ KINDS: tuple[Kind, ...] = (
             Number("margin", "rewards/margins", logged="rewards/margins", changes=True),
             Number("KL", "kl", logged="kl", changes=True),
             _JUDGE,
+            _WIN_RATE,
         ),
         example="the first reply; every [token] carries loss",
         color=4,

@@ -99,9 +99,10 @@ def make(
     for name, stage in recipe.stages.items():
         record = directory.record(name) or Record()
         plan = StagePlan(name, stage.kind, stage.parents, record=record)
-        plan.inputs = stage_inputs(recipe, name, {other: plans[other].fingerprint for other in plans}, digests)
+        earlier = {other: plans[other].fingerprint for other in plans}
+        plan.inputs = stage_inputs(recipe, name, earlier, digests)
         plan.fingerprint = short_hash(json.dumps(plan.inputs, sort_keys=True).encode())
-        plan.judging = judging_inputs(recipe, name, digests)
+        plan.judging = judging_inputs(recipe, name, earlier, digests)
         parents = [there[parent] for parent in plan.parents.values() if parent in there]
         changed = (
             [*_changes(record.inputs, plan), *other_versions(record, installed)] if record.model_fields_set else []

@@ -15,6 +15,8 @@ from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt, typed
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.judges.bias import Judged, figures
+from rlhf_pipeline.judges.load import load
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts
@@ -23,8 +25,10 @@ from rlhf_pipeline.ppo.forward import disagreement, member_scores, reply_log_pro
 from rlhf_pipeline.ppo.rollout import Episodes, sample
 from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
+from rlhf_pipeline.rundir.layout import ANSWERS
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.shares import interval
+from rlhf_pipeline.stages import win_rates
 from rlhf_pipeline.stages.evaluate import PLACE, ask
 
 Asked = list[tuple[Prompt, dict[str, Any]]]
@@ -113,9 +117,11 @@ def compare(
       the `gold/kl` of `evaluate.along`.
     * `reward`: the reward model's score, raw: without PPO's penalties and normalisation. Of an ensemble it is the mean
       of its members' scores, and `reward_std` their standard deviation, with their number below.
-    * `judge`: what `evaluate.judge` says.
+    * `judge`: what the function `evaluate.judge` says.
     * `tokens`: how many it has, with what ends it, and whether anything `ended` it; a stage's replies end as those of
       its training do, see `reply_end.stop_tokens`.
+
+    The AI of `evaluate.ai_judge` compares the replies of each later policy with those of each earlier one.
 
     Args:
         recipe: the run's.
@@ -134,7 +140,9 @@ def compare(
     made_of = wanted.weights(run, recipe)
     policies, reference, reward = wanted.roles(recipe, list(made_of))
     policies = [name for name in policies if only is None or name in only]
-    needed = [name for name in (*policies, reference, reward) if name]
+    ai = recipe.evaluate.ai_judge if recipe.evaluate else None
+    judging = ai.stage if ai and ai.stage in made_of else None
+    needed = [name for name in (*policies, reference, reward, judging) if name]
     spec_of_model = finished.model_of(run, recipe, next(iter(made_of)))  # its template, which may be gone by now
     model = StagedBase(spec_of_model, artifacts(run, list(dict.fromkeys(needed))))
     ids = encode_prompts(model.tokenizer, spec, [prompt for prompt, _ in asked])
@@ -163,6 +171,7 @@ def compare(
                 }
             )
     judge, notes = _judged(recipe, asked, replies)
+    by_ai, figures_of_ai, more = _judged_by_ai(recipe, run, model, asked, replies)
     measures = (*MEASURES, "reward_std") if len(scorer) > 1 else MEASURES
     return {
         "run": str(run.absolute()),
@@ -172,7 +181,9 @@ def compare(
         "reference": reference,
         "reward": reward,
         "judge": judge,
-        "notes": notes,
+        "ai_judge": None if ai is None or figures_of_ai is None else wanted.name_of(ai),
+        "ai_judge_figures": figures_of_ai or {},
+        "notes": notes + more,
         "rows": [
             {"prompt": prompt, "replies": {name: replies[name][row] for name in policies}}
             for row, (prompt, _) in enumerate(asked)
@@ -181,7 +192,7 @@ def compare(
             name: {measure: _mean([reply[measure] for reply in replies[name]]) for measure in measures}
             for name in policies
         },
-        "win_rates": _win_rates(policies, replies),
+        "win_rates": _win_rates(policies, replies, by_ai),
     }
 
 
@@ -244,9 +255,9 @@ def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]
     Returns:
         The judge's name, None where there is none to be had; and what to say of that.
     """
-    if recipe.evaluate is None:
+    name = recipe.evaluate.judge if recipe.evaluate else None
+    if name is None:
         return None, []
-    name = recipe.evaluate.judge
     try:
         judge = user_code.load(name, recipe.folders, PLACE)
         found = {policy: ask(judge, asked, [reply["text"] for reply in replies[policy]]) for policy in replies}
@@ -260,14 +271,55 @@ def _judged(recipe: Recipe, asked: Asked, replies: dict[str, list[dict[str, Any]
     return name, []
 
 
-def _win_rates(policies: list[str], replies: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _judged_by_ai(
+    recipe: Recipe, run: Path, model: StagedBase, asked: Asked, replies: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[tuple[str, str], dict[str, float]], dict[str, float] | None, list[str]]:
+    """Have an AI compare the replies of each two policies.
+
+    Returns:
+        The rates at which a later policy, named first, wins over an earlier one; the judge's figures over all pairs,
+        None where there is no such judge to be had; and what to say of that.
+    """
+    spec = recipe.evaluate.ai_judge if recipe.evaluate else None
+    if spec is None:
+        return {}, None, []
+    if spec.stage is not None and spec.stage not in model.names:
+        return {}, None, [f"no AI judge: stage `{spec.stage}` is not done"]
+    texts = {policy: [reply["text"] for reply in replies[policy]] for policy in replies}
+    by_pair: dict[tuple[str, str], list[Judged]] = {}
+    try:
+        judge = load(spec, recipe, win_rates.PLACE, model, run / ANSWERS)
+        for earlier, later in _in_pairs(list(replies)):
+            own = {later: 0, earlier: 1}.get(spec.model)
+            by_pair[later, earlier] = win_rates.compared(judge, spec, recipe, asked, texts[later], texts[earlier], own)
+    except InputError as error:
+        return {}, None, [f"no AI judge: {error.message}"]
+    except Exception as error:  # an address may fail in many ways, and a user's function in any
+        return {}, None, [redact(f"no AI judge: {type(error).__name__}: {error}")]
+    rates = {pair: win_rates.rate([one.verdict for one in judged]) for pair, judged in by_pair.items()}
+    different = [one for judged in by_pair.values() for one in judged if one.replies[0] != one.replies[1]]
+    return {pair: rate for pair, rate in rates.items() if rate}, figures(different), []
+
+
+def _in_pairs(policies: list[str]) -> list[tuple[str, str]]:
+    """Each earlier policy with each later one."""
+    return sorted(itertools.combinations(policies, 2), key=lambda pair: policies.index(pair[1]))
+
+
+def _win_rates(
+    policies: list[str],
+    replies: dict[str, list[dict[str, Any]]],
+    by_ai: dict[tuple[str, str], dict[str, float]],
+) -> list[dict[str, Any]]:
     """Each later policy against each earlier one, by each measure that there is."""
     found = []
-    for earlier, later in sorted(itertools.combinations(policies, 2), key=lambda pair: policies.index(pair[1])):
-        for by in ("reward", "judge"):
-            rate = win_rate([reply[by] for reply in replies[later]], [reply[by] for reply in replies[earlier]])
-            if rate:
-                found.append({"a": later, "b": earlier, "by": by, **rate})
+    for earlier, later in _in_pairs(policies):
+        rates = {
+            by: win_rate([reply[by] for reply in replies[later]], [reply[by] for reply in replies[earlier]])
+            for by in ("reward", "judge")
+        }
+        rates["ai_judge"] = by_ai.get((later, earlier))
+        found += [{"a": later, "b": earlier, "by": by, **rate} for by, rate in rates.items() if rate]
     return found
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.fingerprint import Digests, data_inputs, short_hash
+from rlhf_pipeline.fingerprint import Digests, data_inputs, of_ai_judge, short_hash
 from rlhf_pipeline.recipe import BASE, Data, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import keys
+from rlhf_pipeline.recipe.schema import AIJudge
 from rlhf_pipeline.rundir import durable, state, strict_json
 from rlhf_pipeline.rundir.layout import COMPARISON, read_json
 from rlhf_pipeline.rundir.state import StageState
@@ -95,14 +96,23 @@ def _digest(recipe: Recipe, data: Data) -> str | None:
     digests = Digests()
     try:
         content: dict[str, Any] = data_inputs("data", data, digests)
+        if recipe.evaluate and recipe.evaluate.ai_judge:
+            content["ai_judge"] = of_ai_judge(recipe, recipe.evaluate.ai_judge, digests)
+            if recipe.evaluate.ai_judge.is_function and content["ai_judge"]["source"] is None:
+                return None
     except InputError:
         return None
-    if recipe.evaluate:
+    if recipe.evaluate and recipe.evaluate.judge is not None:
         judge = recipe.evaluate.judge
         content |= {"judge": judge, "judge_source": digests.of_function(judge, recipe.folders)}
         if content["judge_source"] is None:
             return None
     return short_hash(json.dumps(content, sort_keys=True).encode())
+
+
+def name_of(judge: AIJudge) -> str:
+    """An AI judge in a few words: the stage, the function, or the model and its address."""
+    return f"{judge.served_model} at {judge.model}" if judge.is_remote else judge.model
 
 
 def default_data(recipe: Recipe) -> tuple[str, Data]:

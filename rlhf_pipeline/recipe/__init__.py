@@ -20,7 +20,7 @@ from rlhf_pipeline.recipe.layers import OF_SOURCE, read
 from rlhf_pipeline.recipe.origins import Origins
 from rlhf_pipeline.recipe.paths import resolve_paths
 from rlhf_pipeline.recipe.resolve import resolve_stages
-from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Model, Recipe, Stage
+from rlhf_pipeline.recipe.schema import BASE, AIJudge, Data, Evaluate, Model, Recipe, Stage
 from rlhf_pipeline.recipe.shipped import PACKAGE, TINY, find, shipped, shipped_folder
 from rlhf_pipeline.recipe.validation import check_library_keys, validate
 from rlhf_pipeline.recipe.yaml import dump, parse_document
@@ -194,7 +194,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         own = content["stages"][name]
         own["rewards"] = [reward.model_dump(exclude_defaults=True) for reward in stage.rewards]
         if stage.judge:
-            own["judge"] = {"model": stage.judge.model} | stage.judge.model_dump(exclude_defaults=True)
+            own["judge"] = _content_of_ai_judge(stage.judge)
         for key, data in stage.tables.items():
             own[key] = _content_of_data(data, stage.reads(key) == "demonstrations")
         unsaid = {key for key in kinds.KEYS if key not in stage.facts.takes}
@@ -205,8 +205,16 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
     if recipe.rounds is None:
         del content["rounds"]
     if recipe.evaluate:
-        content["evaluate"]["data"] = _content_of_data(recipe.evaluate.data, bear_loss=False)
+        own = content["evaluate"]
+        own["data"] = _content_of_data(recipe.evaluate.data, bear_loss=False)
+        if recipe.evaluate.ai_judge:
+            own["ai_judge"] = _content_of_ai_judge(recipe.evaluate.ai_judge)
+        content["evaluate"] = {key: value for key, value in own.items() if value is not None}
     return content
+
+
+def _content_of_ai_judge(judge: AIJudge) -> dict[str, Any]:
+    return {"model": judge.model} | judge.model_dump(exclude_defaults=True)
 
 
 def _content_of_data(data: Data, bear_loss: bool) -> dict[str, Any]:

@@ -221,8 +221,17 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
         return _of_rows(stage)
     certain, possible = _of_ppo(stage, held_out) if stage.facts.own_loop else _of_trl(stage, held_out)
     if recipe.evaluate and stage.facts.is_policy:
-        certain |= {kinds.JUDGED, kinds.REPLIES, kinds.GAP}
-        (certain if recipe.evaluate.n > 1 else possible).add(f"{kinds.JUDGED}_se")
+        certain.add(kinds.GAP)
+        if recipe.evaluate.judge is not None:
+            certain |= {kinds.JUDGED, kinds.REPLIES}
+            (certain if recipe.evaluate.n > 1 else possible).add(f"{kinds.JUDGED}_se")
+        if recipe.ai_judge_of(name):
+            certain |= {
+                kinds.WIN_RATE,
+                *(f"{kinds.WIN_RATE}_{what}" for what in ("low", "high", "ties")),
+                "judge/pairs",
+            }
+            possible |= {name for name in OF_JUDGE if "human" not in name}
     return certain, possible
 
 
@@ -365,7 +374,8 @@ def _hint(recipe: Recipe, name: str, metric: str) -> str:
             needs.update(dict.fromkeys(OF_ENSEMBLE, f"an ensemble and held-out rows: set `members` in {here}, and "
                                                     f"`eval_fraction` in {here}.data"))  # fmt: skip
     if stage.facts.is_policy:
-        needs[kinds.JUDGED] = "a judge: set `evaluate` at the top of the recipe"
+        needs[kinds.JUDGED] = "a judge: set `evaluate` at the top of the recipe, with `judge`"
+        needs[kinds.WIN_RATE] = "an AI judge: set `evaluate` at the top of the recipe, with `ai_judge`"
     needs.update(dict.fromkeys(known_metrics(recipe, name) | possible_metrics(recipe, name)))
     near = difflib.get_close_matches(metric, sorted(needs), n=1)
     if not near:

@@ -56,7 +56,7 @@ def recipe_schema() -> dict[str, Any]:
             "required": ["model", "stages"],
             "properties": {
                 "model": {"required": ["path"]},
-                "evaluate": {"required": ["data", "judge"]},
+                "evaluate": {"required": ["data"], "anyOf": [{"required": ["judge"]}, {"required": ["ai_judge"]}]},
                 "stages": {
                     "minProperties": 1,
                     "properties": {kind: {"type": "object", "required": ["data"]} for kind in NAMES},

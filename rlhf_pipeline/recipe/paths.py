@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe import data_files, model_files, schema
 from rlhf_pipeline.recipe.layers import KEYS_TIED_TO_PATH, OF_SOURCE
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import Data, Recipe
+from rlhf_pipeline.recipe.schema import AIJudge, Data, Recipe, Stage
 from rlhf_pipeline.recipe.shipped import TINY
 from rlhf_pipeline.recipe.yaml import KeyPath
 
@@ -28,6 +29,11 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         for place, reward in enumerate(stage.rewards)
         if reward.function is not None
     ]
+    judges: dict[KeyPath, AIJudge | None] = {
+        ("stages", name, "judge"): stage.judge for name, stage in recipe.stages.items()
+    }
+    judges["evaluate", "ai_judge"] = recipe.evaluate.ai_judge if recipe.evaluate else None
+    functions += [(*path, "model") for path, judge in judges.items() if judge and judge.is_function]
     recipe._folders = list(dict.fromkeys(origins.folder(key) for key in [("evaluate", "judge"), *functions]))
     if recipe.output_dir.startswith("~") and not expanded(recipe.output_dir).is_absolute():
         whose = recipe.output_dir.partition("/")[0]
@@ -51,7 +57,10 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
                 path: KeyPath = ("stages", name, "rewards", place)
                 reward.model = _model_path(reward.model, (*path, "model"), problems)
                 _refuse_revision_of_folder(reward.model, reward.revision, (*path, "revision"), problems)
-        _resolve_files_of_judging(stage, ("stages", name), problems)
+        _resolve_texts(stage, ("stages", name), ("principles",), problems)
+    for where, judge in judges.items():
+        if judge:
+            _resolve_texts(judge, where, ("rubric", "principles", "template"), problems)
     if recipe.evaluate:
         all_held_out, as_they_are = "all rows are held out here", "every prompt that is asked is judged"
         without_effect = {
@@ -151,18 +160,17 @@ def _refuse_without_effect(
             problems.add((*path, key), f"`{key}` has no effect: {reason}", "remove it", of_key=True)
 
 
-def _resolve_files_of_judging(stage: schema.Stage, path: KeyPath, problems: Problems) -> None:
+def _resolve_texts(holder: Stage | AIJudge, path: KeyPath, keys: Sequence[str], problems: Problems) -> None:
     """Make the paths of principles, rubrics and templates absolute, and see that they are there."""
-    of_judge = [(stage.judge, (*path, "judge"), key) for key in ("rubric", "principles", "template")]
-    for holder, place, key in [(stage, path, "principles"), *of_judge]:
-        value = getattr(holder, key) if holder else None
-        if value is None or value == "default" or problems.is_broken((*place, key)):
+    for key in keys:
+        value = getattr(holder, key)
+        if value is None or value == "default" or problems.is_broken((*path, key)):
             continue
-        if key == "template" and stage.judge and stage.judge.has_own_text:
+        if key == "template" and isinstance(holder, AIJudge) and holder.has_own_text:
             continue
-        file = problems.origins.folder((*place, key)) / expanded(value)
+        file = problems.origins.folder((*path, key)) / expanded(value)
         if not file.is_file():
-            problems.add((*place, key), _not_there("file", file), RELATIVE)
+            problems.add((*path, key), _not_there("file", file), RELATIVE)
         setattr(holder, key, str(resolved(file)))
 
 

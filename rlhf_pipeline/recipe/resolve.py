@@ -9,7 +9,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.rewards import resolve_rewards
-from rlhf_pipeline.recipe.rows import resolve_row_stage, resolve_rows
+from rlhf_pipeline.recipe.rows import resolve_ai_judge, resolve_row_stage, resolve_rows
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath
 
@@ -49,6 +49,8 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             resolve_row_stage(recipe, name, functools.partial(_require, recipe, earlier), problems)
         resolve_rows(recipe, name, earlier, functools.partial(_require, recipe, earlier), problems)
         earlier[name] = stage
+    if recipe.evaluate:
+        resolve_ai_judge(recipe.evaluate, functools.partial(_require, recipe, earlier), problems)
     if recipe.evaluate and recipe.evaluate.samples > 1 and recipe.evaluate.temperature == 0:
         problems.add(
             ("evaluate", "samples"),
@@ -202,15 +204,16 @@ def _require(
     problems: Problems,
 ) -> None:
     """Check that `wanted` is an earlier stage of one of some kinds."""
-    name, key = path[1], next(part for part in reversed(path) if isinstance(part, str) and part != "path")
-    if wanted == name:
-        problems.add(path, f"stage `{name}` cannot depend on itself", _earlier(earlier, wanted_kinds))
+    key = next(part for part in reversed(path) if isinstance(part, str) and part != "path")
+    name = f"stage `{path[1]}`" if path[0] == "stages" else f"`{path[0]}`"
+    if path[:2] == ("stages", wanted):
+        problems.add(path, f"{name} cannot depend on itself", _earlier(earlier, wanted_kinds))
     elif wanted not in recipe.stages:
         near = difflib.get_close_matches(wanted, earlier, n=1)
         hint = f"did you mean `{near[0]}`?" if near else _earlier(earlier, wanted_kinds)
-        problems.add(path, f"stage `{name}` needs stage `{wanted}`, which is not in the recipe", hint)
+        problems.add(path, f"{name} needs stage `{wanted}`, which is not in the recipe", hint)
     elif wanted not in earlier:
-        problems.add(path, f"stage `{name}` needs stage `{wanted}`, which comes after it", "stages run in order")
+        problems.add(path, f"{name} needs stage `{wanted}`, which comes after it", "stages run in order")
     elif earlier[wanted].kind not in wanted_kinds and not problems.is_broken(("stages", wanted, "kind")):
         problems.add(
             path,

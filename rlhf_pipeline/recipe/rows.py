@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import BASE, OF_STAGE, AIJudge, Recipe, Sampling, Source, Stage
+from rlhf_pipeline.recipe.schema import BASE, OF_STAGE, AIJudge, Evaluate, Recipe, Sampling, Source, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 FUNCTION = re.compile(r"[\w.]+:\w+")
@@ -38,6 +38,17 @@ def resolve_row_stage(recipe: Recipe, name: str, require: Require, problems: Pro
         problems.add(
             (*path, "n"), "at temperature 0 all replies of a policy to a prompt are the same",
             "set `sampling.temperature`, or `n: 1`",
+        )  # fmt: skip
+
+
+def resolve_ai_judge(evaluate: Evaluate, require: Require, problems: Problems) -> None:
+    """See that policies have a judge, and that an AI is one that can be asked; what is wrong is noted."""
+    if evaluate.ai_judge is not None:
+        _resolve_judge(evaluate.ai_judge, ("evaluate", "ai_judge"), require, problems)
+    elif evaluate.judge is None and not problems.within(("evaluate",)):
+        problems.add(
+            ("evaluate", "judge"), "`evaluate` names no judge",
+            f"set `judge: module:function`, or `ai_judge: {{model: {BASE}}}`, or both",
         )  # fmt: skip
 
 

@@ -164,35 +164,6 @@ class Data(Source):
 DataField = Annotated[Data, BeforeValidator(_path_or_mix)]
 
 
-class Evaluate(_Strict):
-    """After every policy stage: replies to held-out prompts, judged by a function of yours."""
-
-    data: DataField
-    """Rows with prompts; the judge gets their other columns as keywords."""
-
-    judge: str = Field(pattern=r"^[\w.]+:\w+$")
-    """`module:function`: gets lists of texts, `prompts` and `completions`, of the turns, `messages`, and of every other
-    column of the data, as keywords; returns a list of floats, None where it has no opinion."""
-
-    n: int = Field(default=100, ge=1)
-    """How many prompts are asked: the first ones."""
-
-    samples: int = Field(default=1, ge=1)
-    """How often each prompt is answered and judged: more make `judge_mean` steadier."""
-
-    max_new_tokens: int = Field(default=128, ge=1)
-    """In tokens: where a reply is cut."""
-
-    temperature: float = Field(default=1.0, ge=0.0)
-    """Of the sampled replies; 0 is greedy."""
-
-    batch_size: int = Field(default=16, ge=1)
-    """How many prompts are answered at once."""
-
-    along: int = Field(default=10, ge=0)
-    """How often PPO is judged on the way, at even distances, too: how the judge's mean moves as the reward does."""
-
-
 class Reward(_Strict):
     """One of the rewards of a reply: a reward stage, a function of yours, or a sequence classifier."""
 
@@ -308,6 +279,39 @@ class AIJudge(_Strict):
     def stage(self) -> str | None:
         """The earlier stage that is asked; None where it is another one."""
         return None if self.model == BASE or ":" in self.model else self.model
+
+
+class Evaluate(_Strict):
+    """After every policy stage: replies to held-out prompts, judged by a function of yours, by an AI, or by both."""
+
+    data: DataField
+    """Rows with prompts; the judge gets their other columns as keywords."""
+
+    judge: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    """`module:function`: gets lists of texts, `prompts` and `completions`, of the turns, `messages`, and of every other
+    column of the data, as keywords; returns a list of floats, None where it has no opinion."""
+
+    ai_judge: AIJudge | None = None
+    """An AI that compares the replies of each policy with those of the policy that it starts from, and in `compare`
+    those of all: win rates."""
+
+    n: int = Field(default=100, ge=1)
+    """How many prompts are asked: the first ones."""
+
+    samples: int = Field(default=1, ge=1)
+    """How often each prompt is answered and judged: more make `judge_mean` steadier."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """In tokens: where a reply is cut."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    """Of the sampled replies; 0 is greedy."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """How many prompts are answered at once."""
+
+    along: int = Field(default=10, ge=0)
+    """How often PPO is judged by `judge` on the way, at even distances, too: how its mean moves as the reward does."""
 
 
 class Rounds(_Strict):
@@ -504,6 +508,15 @@ class Recipe(_Strict):
     def place(self, *path: str) -> str:
         """Where a value was written, as messages show it; its key path alone in a worker, which does not know more."""
         return self._place(path) if self._place else ".".join(path)
+
+    def ai_judge_of(self, name: str) -> AIJudge | None:
+        """The AI that compares a stage's policy with the one that it starts from.
+
+        None where there is none, and where it is itself a stage that does not come before that one.
+        """
+        judge = self.evaluate.ai_judge if self.evaluate and self.stages[name].facts.is_policy else None
+        names = list(self.stages)
+        return None if judge and judge.stage in names[names.index(name) :] else judge
 
     @property
     def run(self) -> Path:

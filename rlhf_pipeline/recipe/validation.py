@@ -11,7 +11,19 @@ from pydantic_core import ErrorDetails
 from rlhf_pipeline.kinds import DATA_KEYS, KEYS, NAMES
 from rlhf_pipeline.recipe import library_keys, schema
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, MixedSource, Model, Recipe, Reward, Stage
+from rlhf_pipeline.recipe.schema import (
+    BASE,
+    AIJudge,
+    Data,
+    Evaluate,
+    MixedSource,
+    Model,
+    Recipe,
+    Reward,
+    Rounds,
+    Sampling,
+    Stage,
+)  # fmt: skip
 from rlhf_pipeline.recipe.yaml import KeyPath, dump_inline, parse_value, shown
 
 # What people write for a key that has another name here, or in TRL and PEFT.
@@ -260,9 +272,12 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
         return schema.Source
     if isinstance(path[-1], int):
         return Reward if path[-2] == "rewards" else MixedSource
+    of_stage: dict[Any, type[BaseModel]] = {"judge": AIJudge, "sampling": Sampling}
     if path[0] == "stages":
-        return Stage if len(path) == 2 else None
-    sections: dict[KeyPath, type[BaseModel]] = {("model",): Model, ("evaluate",): Evaluate}
+        return Stage if len(path) == 2 else of_stage.get(path[2])
+    sections: dict[KeyPath, type[BaseModel]] = {
+        ("model",): Model, ("evaluate",): Evaluate, ("evaluate", "ai_judge"): AIJudge, ("rounds",): Rounds,
+    }  # fmt: skip
     return sections.get(path)
 
 

@@ -419,7 +419,7 @@ def _of_their_own(runs: Sequence[Run]) -> str:
 
 def _win_rates(runs: Sequence[Run]) -> list[Picture]:
     pictures = []
-    for by in ("judge", "reward"):
+    for by, who in (("judge", "the judge"), ("ai_judge", "the AI judge"), ("reward", "the reward model")):
         rows = []
         for i, run in enumerate(runs):
             listed = run.comparison.get("win_rates")
@@ -433,12 +433,13 @@ def _win_rates(runs: Sequence[Run]) -> list[Picture]:
                     color = i if several else policy_color(str(one.get("a")), policies(run))
                     rows.append((f"{run.label}: {label}" if several else label, rate, low, high, color))
         if rows:
-            who = "the judge" if by == "judge" else "the reward model"
             caption = f"How often {who} prefers the first one's reply to the same prompt; ties count half. " + (
-                "An interval (95 %) that touches the middle decides nothing."
-                if by == "judge"
-                else "PPO was trained to please the reward model, so it cannot judge PPO."
+                "PPO was trained to please the reward model, so it cannot judge PPO."
+                if by == "reward"
+                else "An interval (95 %) that touches the middle decides nothing."
             )
+            if by == "ai_judge":
+                caption += " Each two replies were shown in both orders; where it then names two winners, it is a tie."
             svg = charts.intervals(f"Win rates by {who}", rows[:24], "share of prompts won")
             pictures.append(Picture(f"Win rates, by {who}", caption, svg))
     return pictures

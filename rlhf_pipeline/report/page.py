@@ -307,6 +307,7 @@ def _settings_of_comparison(run: Run) -> str:
     reference = run.comparison.get("reference")
     said += [f"KL from {reference}"] if reference else []
     said += [f"judged by {run.comparison['judge']}"] if run.comparison.get("judge") else []
+    said += [f"compared by the AI judge {run.comparison['ai_judge']}"] if run.comparison.get("ai_judge") else []
     return ", ".join([f"{len(rows):,} prompts", *said])
 
 

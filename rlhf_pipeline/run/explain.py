@@ -51,7 +51,7 @@ def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Pa
     if isinstance(error, RunError):
         return error.message, f"{error.hint}; {safe}" if error.hint else safe
     if isinstance(error, FunctionError):
-        if error.place == "evaluate.judge":
+        if error.place.startswith("evaluate."):
             return text, f"correct the function that `{error.place}` names; {safe}"
         return text, (
             f"correct the function that `{error.place}` names: the stage is then retrained from the start, since "

@@ -44,6 +44,7 @@ from rlhf_pipeline.rundir.secrets import redact, scrub
 from rlhf_pipeline.rundir.words import duration
 
 Say = Callable[[str], None]
+OF_JUDGING = ("judge_", "judge/", "win_rate")  # how the metrics of a policy begin that come of judging it
 
 
 def run(
@@ -457,7 +458,7 @@ def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, 
     )  # fmt: skip
     if stopped:
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
-    trained = {name: value for name, value in stage.record.metrics.items() if not name.startswith("judge_")}
+    trained = {name: value for name, value in stage.record.metrics.items() if not name.startswith(OF_JUDGING)}
     metrics = trained | result["metrics"]
     say(f"{stage.name:<7} judged again" + _judged(stage, result["metrics"]))
     return stage.record.updated(metrics=metrics, judging=stage.judging)

@@ -26,7 +26,7 @@ from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import RESULT, TRAINED, read_json
 from rlhf_pipeline.rundir.secrets import redact
-from rlhf_pipeline.stages import check, evaluate
+from rlhf_pipeline.stages import check, evaluate, win_rates
 from rlhf_pipeline.stages.job import Job
 
 
@@ -55,7 +55,7 @@ def main(job_file: str) -> int:
                 with trackers.reporting(recipe.report_to, recipe.name, stage.folder, job["record"]["started_at"]):
                     metrics = train(stage)
             else:
-                metrics = evaluate.judge_artifact(stage, stage.published)
+                metrics = evaluate.judge_artifact(stage, stage.published) | win_rates.against_start(stage)
             day = pinned_day(stage.reader.tokenizer.chat_template)
             result = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}
             result, code = result | {"template_day": day}, 0
@@ -90,9 +90,12 @@ def main(job_file: str) -> int:
 def train(job: Job) -> dict[str, Any]:
     """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics."""
     trained = read_json(job.work / TRAINED)
-    if trained is not None:
-        return trained["metrics"] | (evaluate.judge_artifact(job, job.artifact) if job.stage.facts.is_policy else {})
-    return stages.BY_KIND[job.stage.kind].run(job)
+    if trained is None:
+        metrics = stages.BY_KIND[job.stage.kind].run(job)
+    else:
+        policy = job.stage.facts.is_policy
+        metrics = trained["metrics"] | (evaluate.judge_artifact(job, job.artifact) if policy else {})
+    return metrics | win_rates.against_start(job)
 
 
 def device_name() -> str:

@@ -27,6 +27,7 @@ RECORD = "stage.json"
 ADAPTER = "adapter"  # what a stage that trains publishes; one that makes rows has ROWS, and what is beside them
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+JUDGEMENTS = "judgements.jsonl"  # all that an AI judge was asked, and its answers
 PAIRS = "pairs.jsonl"  # held-out pairs with their scores
 LOG = "log.txt"
 WORK = "work"  # where a stage is made until it is done

@@ -15,7 +15,7 @@ from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.recipe import BASE, TINY, Data, Recipe, Stage, outside
 from rlhf_pipeline.recipe.data_files import matching
-from rlhf_pipeline.recipe.schema import Source
+from rlhf_pipeline.recipe.schema import AIJudge, Source
 from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir.layout import JOB, LOG, RESULT, read_json
 
@@ -106,18 +106,22 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
 
 
 def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
-    """Start from the base in place of adapters that do not fit the tiny one, and train a reward model of that shape."""
+    """Start from the base in place of adapters that do not fit the tiny one, and train a reward model of that shape.
+
+    In place of a judge behind an address, the base judges.
+    """
+    for holder, key in [(recipe.evaluate, "ai_judge"), *((stage, "judge") for stage in recipe.stages.values())]:
+        judge: AIJudge | None = getattr(holder, key, None)
+        if judge and judge.is_remote:
+            notes.append(f"{judge.model} is not asked: the base judges in its place")
+            of_base = {"model": BASE, "served_model": None, "api_key_env": None}
+            setattr(holder, key, judge.model_copy(update=of_base))
     stages: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():
         for init in filter(outside.is_one, stage.inits):
             notes.append(f"`{outside.label(init)}` is of another base: `{name}` starts from the bare one")
             others = [one for one in stage.inits if one not in (init, BASE)]
             stage.init = [BASE, *others] if others else BASE
-        if stage.judge and stage.judge.is_remote:
-            notes.append(f"{stage.judge.model} is not asked: the base judges in its place")
-            stage.judge = stage.judge.model_copy(
-                update={"model": BASE, **dict.fromkeys(("served_model", "api_key_env"))}
-            )
         for reward in [stage, *stage.rewards]:
             key = "reward" if reward is stage else "stage"
             value = getattr(reward, key)

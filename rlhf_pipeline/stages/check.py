@@ -32,7 +32,7 @@ from rlhf_pipeline.recipe.rewards import key_of, uses_of_columns
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import ANSWERS, members
-from rlhf_pipeline.stages import embedded, evaluate, judge
+from rlhf_pipeline.stages import embedded, evaluate, judge, win_rates
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.resumable import REFERENCE
 from rlhf_pipeline.stages.trial import try_trainer
@@ -87,8 +87,12 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     policies = [job for job in jobs if job.stage.facts.is_policy]
     judging = attempt(lambda: evaluate.prepare(policies[0])) if policies else None
     if judging:
-        attempt(functools.partial(evaluate.try_judge, *judging))
-        attempt(functools.partial(_check_asked, judging[0], judging[2], reader))
+        spec, function, asked = judging
+        if function is not None:
+            attempt(functools.partial(evaluate.try_judge, spec, function, asked))
+        if any(recipe.ai_judge_of(job.name) for job in policies):
+            attempt(functools.partial(win_rates.try_judge, recipe, asked, reader))
+        attempt(functools.partial(_check_asked, spec, asked, reader))
     report, wrong = data_report(recipe, readable, reader, judging[2] if judging else [])
     # What a library says of all of `trainer` follows from what was said of one of its keys.
     found += [error for error in wrong if not any(str(one.place).startswith(f"{error.place}.") for one in found)]
@@ -104,6 +108,8 @@ def check_addresses(recipe: Recipe, names: Sequence[str]) -> None:
         InputError: for each that does not answer.
     """
     judges = {f"stages.{name}.judge": judge for name in names if (judge := recipe.stages[name].judge)}
+    if recipe.evaluate and recipe.evaluate.ai_judge and any(recipe.ai_judge_of(name) for name in names):
+        judges[win_rates.PLACE] = recipe.evaluate.ai_judge
     found: list[InputError] = []
     asked: list[dict[str, Any]] = []
     for place, judge in judges.items():

@@ -35,8 +35,8 @@ GIVEN = ("prompts", "completions", "messages")
 PLACE = "evaluate.judge"
 
 
-def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
-    """The judge and the first `n` prompts, each with its row; None where the recipe has no `evaluate`.
+def prepare(job: Job) -> tuple[Evaluate, Judge | None, Asked] | None:
+    """The judge, if it is a function, and the first `n` prompts, each with its row; None without `evaluate`.
 
     Raises:
         InputError: judge or data cannot be used.
@@ -44,7 +44,7 @@ def prepare(job: Job) -> tuple[Evaluate, Judge, Asked] | None:
     spec = job.recipe.evaluate
     if spec is None:
         return None
-    judge = user_code.load(spec.judge, job.recipe.folders, PLACE)
+    judge = user_code.load(spec.judge, job.recipe.folders, PLACE) if spec.judge is not None else None
     return spec, judge, first_prompts(spec.data, spec.n)
 
 
@@ -76,6 +76,8 @@ def try_judge(spec: Evaluate, judge: Judge, asked: Asked) -> None:
 def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Sample a reply to each prompt and have it judged; writes them to `samples.jsonl`, after those of training.
 
+    Without a function to judge them, their `judge` there is null.
+
     Every stage samples with the recipe's seed, so that stages differ by their weights alone.
 
     Args:
@@ -84,8 +86,8 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         tokenizer: the stage's tokenizer.
 
     Returns:
-        What `summary` says, and `generation_gap`, see `soundness.generation_gap`; or nothing where the recipe has no
-        `evaluate`.
+        What `summary` says, where the judge is a function, and `generation_gap`, see `soundness.generation_gap`; or
+        nothing where the recipe has no `evaluate`.
 
     Raises:
         FunctionError: see `ask`.
@@ -106,7 +108,7 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         stop_tokens(tokenizer, model.generation_config, job.stage.trainer),
         lambda done: job.progress.tell("judging", done, len(prompts)),
     )
-    scores = ask(judge, asked, replies)
+    scores = ask(judge, asked, replies) if judge is not None else [None] * len(replies)
     judged = (
         {"prompt": prompt, "completion": reply, "judge": score}
         for prompt, reply, score in zip(prompts, replies, scores, strict=True)
@@ -114,7 +116,7 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     jsonl.rewrite(job.folder / SAMPLES, lambda row: "judge" not in row, judged)
     some = encode_prompts(tokenizer, spec.data, prompts[: soundness.PROMPTS])
     gap = soundness.generation_gap(model, some, tokenizer.pad_token_id)
-    return summary(scores, times) | {kinds.GAP: gap}
+    return (summary(scores, times) if judge is not None else {}) | {kinds.GAP: gap}
 
 
 def summary(scores: Sequence[float | None], times: int) -> dict[str, float]:

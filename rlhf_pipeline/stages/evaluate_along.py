@@ -9,7 +9,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rlhf_pipeline.data.encode import encode_prompts, row_of
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import Evaluate
-from rlhf_pipeline.stages.evaluate import Asked, Judge, ask, summary
+from rlhf_pipeline.stages.evaluate import Asked, Judge, ask, prepare, summary
+from rlhf_pipeline.stages.job import Job
+
+
+def judge_along(trainer: PPOTrainer, job: Job) -> None:
+    """Have a policy judged on its way, where the recipe says so and has a function for it."""
+    prepared = prepare(job)
+    if prepared is not None:
+        spec, judge, asked = prepared
+        if judge is not None and spec.along:
+            trainer.add_callback(GoldAlong(trainer, spec, judge, asked))
 
 
 class GoldAlong(TrainerCallback):

@@ -35,8 +35,7 @@ from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
 from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.evaluate import judge_policy
-from rlhf_pipeline.stages.evaluate import prepare as prepare_judging
-from rlhf_pipeline.stages.evaluate_along import GoldAlong
+from rlhf_pipeline.stages.evaluate_along import judge_along
 from rlhf_pipeline.stages.job import Config, Inputs, Job
 from rlhf_pipeline.stages.resumable import REFERENCE, Resumable
 
@@ -124,9 +123,7 @@ def run(job: Job, config: type[Config], trainer_class: type["GroupTrainer"]) -> 
     trainer.samples_file = job.folder / SAMPLES
     some = data.train[: soundness.PROMPTS]["input_ids"]
     soundness.check_generation(trainer.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
-    judging = prepare_judging(job)
-    if judging and judging[0].along:
-        trainer.add_callback(GoldAlong(trainer, *judging))
+    judge_along(trainer, job)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

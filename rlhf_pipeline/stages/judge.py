@@ -17,13 +17,12 @@ from rlhf_pipeline.judges.question import Question, read_template
 from rlhf_pipeline.judges.verdicts import Pair, Verdict, compared, criteria, verdicts
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.recipe.schema import AIJudge
-from rlhf_pipeline.rundir.layout import ANSWERS
+from rlhf_pipeline.rundir.layout import ANSWERS, JUDGEMENTS
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.rows import Made, publish
 
 CONFIG = None
 read = rows.candidates  # the rows of such a stage
-JUDGEMENTS = "judgements.jsonl"  # beside the rows: all that was asked and answered
 TRIED = 2  # pairs that a function is tried on
 OF_FUNCTION = 256  # questions that a function gets at once
 

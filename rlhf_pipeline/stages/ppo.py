@@ -17,8 +17,7 @@ from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
 from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.evaluate import judge_policy
-from rlhf_pipeline.stages.evaluate import prepare as prepare_judging
-from rlhf_pipeline.stages.evaluate_along import GoldAlong
+from rlhf_pipeline.stages.evaluate_along import judge_along
 from rlhf_pipeline.stages.job import Inputs, Job
 
 CONFIG = PPOConfig
@@ -78,9 +77,7 @@ def run(job: Job) -> dict[str, Any]:
         callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         samples_file=job.folder / SAMPLES,
     )
-    judging = prepare_judging(job)
-    if judging and judging[0].along:
-        trainer.add_callback(GoldAlong(trainer, *judging))
+    judge_along(trainer, job)
     before = shared.checksums()
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     check_weights(before, shared.checksums(), trainer.trained_roles)

@@ -12,7 +12,7 @@ from rlhf_pipeline.rundir.words import one_line
 SHOWN = 3  # prompts with their replies, where nobody asked for certain ones
 LONGEST = 400  # characters of a prompt or a reply; of a longer prompt the end is shown, of a longer reply the beginning
 FORMATS = {"reward": ".2f", "reward_std": ".2f", "judge": ".3f", "kl": ".2f", "tokens": ".1f", "ended": ".0%"}
-NAMES = {"kl": "KL", "reward_std": "disagreement"}  # of measures in what people read
+NAMES = {"kl": "KL", "reward_std": "disagreement", "ai_judge": "AI judge"}  # of measures in what people read
 
 
 def show(comparison: dict[str, Any], most: int | None, console: Console) -> None:
@@ -31,6 +31,7 @@ def show(comparison: dict[str, Any], most: int | None, console: Console) -> None
     if comparison["win_rates"]:
         console.print()
         _show_win_rates(comparison["win_rates"], len(rows), console)
+        _show_ai_judge(comparison, console)
     for row in rows[:most]:
         console.print()
         _show_replies(row, comparison["policies"], console)
@@ -62,7 +63,7 @@ def _show_means(comparison: dict[str, Any], console: Console) -> None:
 
 def _show_win_rates(win_rates: list[dict[str, Any]], prompts: int, console: Console) -> None:
     measures = list(dict.fromkeys(rate["by"] for rate in win_rates))
-    table = _table("win rate", *(f"by {measure}" for measure in measures))
+    table = _table("win rate", *(f"by {NAMES.get(measure, measure)}" for measure in measures))
     found = {(rate["a"], rate["b"], rate["by"]): rate for rate in win_rates}
     for a, b in dict.fromkeys((rate["a"], rate["b"]) for rate in win_rates):
         rates = (found.get((a, b, measure)) for measure in measures)
@@ -73,6 +74,20 @@ def _show_win_rates(win_rates: list[dict[str, Any]], prompts: int, console: Cons
     console.print(table)
     over = f"over the {prompts} prompts" if prompts > 1 else "over one prompt, which says nothing"
     console.print(Text(f"ties count half; in brackets the 95 % interval {over}", style="dim"))
+
+
+def _show_ai_judge(comparison: dict[str, Any], console: Console) -> None:
+    """Who the AI judge is, and what it favours."""
+    if comparison.get("ai_judge") is None:
+        return
+    figures = comparison["ai_judge_figures"]
+    said = [f"AI judge: {one_line(comparison['ai_judge'])}"]
+    for name, words in (("first_position", "prefers the reply shown first in"), ("agreement", "agrees with itself in")):
+        value = figures.get(f"judge/{name}")
+        said += [] if value is None else [f"{words} {value:.2f}"]
+    unread = figures.get("judge/unread")
+    said += [f"{unread:.2f} of its answers could not be read"] if unread else []
+    console.print(Text("; ".join(said), style="dim"))
 
 
 def _show_replies(row: dict[str, Any], policies: list[str], console: Console) -> None:

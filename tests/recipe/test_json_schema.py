@@ -159,7 +159,7 @@ BAD = [
     ("  dpo:\n", "  dpo:\n    lora: {rank: 8}\n", "stages.dpo.lora: Additional properties"),
     ("stages:\n", "lora: {r: big}\nstages:\n", "lora.r: 'big'"),
     ("stages:\n", "lora: {init_lora_weights: pissa}\nstages:\n", "lora.init_lora_weights: 'pissa'"),
-    ("stages:\n", "evaluate: {data: x}\nstages:\n", "evaluate: 'judge' is a required property"),
+    ("stages:\n", "evaluate: {data: x}\nstages:\n", "evaluate: {'data': 'x'} is not valid under any"),
 ]  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_functions_are_looked_for_beside_the_file_that_names_them(
     recipe = load(str(tmp_path / "mine" / "mine.yaml"))
     assert recipe.folders == [tmp_path / "mine", tmp_path / "team"]
     inputs = stage_inputs(recipe, "ppo", {"sft": "a", "reward": "b", "other": "c"}, Digests())
-    judging = judging_inputs(recipe, "ppo", Digests())
+    judging = judging_inputs(recipe, "ppo", {}, Digests())
     assert inputs["rewards.0.source"].startswith("of_the_team.py@")
     assert judging is not None and judging["judge_source"].startswith("of_mine.py@")
 

@@ -95,11 +95,12 @@ def comparison(count: int, text: str = "") -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "run": "/elsewhere/run", "made_of": {}, "policies": list(POLICIES), "reference": "sft", "reward": "reward",
-        "judge": "world:judge", "rows": rows, "means": {},
+        "judge": "world:judge", "ai_judge": "base", "ai_judge_figures": {"judge/agreement": 0.8}, "rows": rows,
+        "means": {},
         "settings": {"prompts": "evaluate.data", "n": count, "temperature": 0.7, "max_new_tokens": 24, "seed": 1},
         "win_rates": [
             {"a": a, "b": b, "by": by, "win_rate": 0.7, "low": 0.6, "high": 0.8, "ties": 0.1}
-            for by in ("judge", "reward") for a, b in (("ppo", "sft"), ("dpo", "sft"), ("dpo", "ppo"))
+            for by in ("judge", "ai_judge", "reward") for a, b in (("ppo", "sft"), ("dpo", "sft"), ("dpo", "ppo"))
         ],
     }  # fmt: skip
 

@@ -59,6 +59,24 @@ def test_a_judge_has_columns_of_its_own_and_without_a_reward_there_is_none():
     assert "dpo beats sft                     0.50 [0.25, 0.75]" in lines
 
 
+def test_an_ai_judge_has_a_column_of_win_rates_and_a_line_on_what_it_favours():
+    rates = [
+        {"a": "ppo", "b": "sft", "by": by, "win_rate": 0.7, "low": 0.55, "high": 0.82, "ties": 0.1}
+        for by in ("judge", "ai_judge")
+    ]
+    figures = {"judge/first_position": 0.81, "judge/agreement": 0.38, "judge/unread": 0.0}
+    shown = comparison(ai_judge="large at http://localhost:8000/v1", ai_judge_figures=figures, win_rates=rates)
+    lines = [" ".join(line.split()) for line in printed(shown).splitlines()]
+    assert "win rate by judge by AI judge" in lines
+    assert "ppo beats sft 0.70 [0.55, 0.82] 0.70 [0.55, 0.82]" in lines
+    said = (
+        "AI judge: large at http://localhost:8000/v1; prefers the reply shown first in 0.81; agrees with itself in 0.38"
+    )
+    assert said in " ".join(lines) and "could not be read" not in " ".join(lines)
+    unread = printed(shown | {"ai_judge_figures": {"judge/unread": 0.25}})
+    assert "0.25 of its answers could not be read" in " ".join(unread.split())
+
+
 def test_only_so_many_prompts_are_shown_and_it_is_said_how_many_there_are():
     row = comparison()["rows"][0]
     rows = [row | {"prompt": f"Question {i}"} for i in range(5)]
