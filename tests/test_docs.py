@@ -244,7 +244,8 @@ def states(run: Path) -> list[dict[str, Any]]:
 
 # Recipes that are shown
 
-ROWS = {"demonstrations": "demonstrations", "preferences": "preferences", "prompts": "prompts", "feedback": "thumbs"}
+ROWS = {"demonstrations": "demonstrations", "preferences": "preferences", "prompts": "prompts", "feedback": "thumbs",
+        "candidates": "preferences"}  # fmt: skip
 # docs/ci.md shows a workflow, docs/data.md values of one key, docs/tutorial.md a file that is run.
 ELSEWHERE = {"docs/ci.md", "docs/data.md", TUTORIAL}
 SHOWN = [(name, i, block) for name in NAMES if name not in ELSEWHERE for i, block in enumerate(blocks(name, "yaml"))]
@@ -267,6 +268,8 @@ def runnable(content: dict[str, Any]) -> dict[str, Any]:
         stage["data"] = data | {"path": f"tiny:{ROWS[kinds.get(kind).reads]}"}
         if "ptx_data" in stage:
             stage["ptx_data"] = "tiny:demonstrations"
+        if "human" in stage:
+            stage["human"] = "tiny:preferences"
     samples = any(kinds.get(stage["kind"]).samples for stage in stages.values() if stage)
     if samples and "reward" not in stages and "extends" not in content:
         reward = {"kind": "reward", "init": "base", "data": "tiny:preferences"}

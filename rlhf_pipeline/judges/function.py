@@ -71,6 +71,9 @@ class FunctionJudge:
         words = {letter: float(letter == LETTERS[0]) for letter in LETTERS}
         is_word = [isinstance(value, str) and value.strip() in words for value in values]
         as_numbers = [words[value.strip()] if word else value for value, word in zip(values, is_word, strict=True)]
+        if (other := next((value for value in as_numbers if isinstance(value, str)), None)) is not None:
+            said = f'{self.who} returned {other!r:.80}, which is neither "A" nor "B" nor a probability'
+            raise FunctionError(said, self.place)
         numbers = user_code.numbers(as_numbers, prompts, self.who, self.place)
         for number, value in zip(numbers, values, strict=True):
             if number is not None and not 0 <= number <= 1:

@@ -80,6 +80,11 @@ def read_template(template: str | None, place: str) -> str:
     return text
 
 
+def asks_a_question(template: str) -> bool:
+    """Whether a template from `read_template` shows the question; else it asks the same of every pair."""
+    return "question" in meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template))
+
+
 def render(question: Question, template: str) -> str:
     """A question as text; what speaks to a chat model sends it as a user's turn.
 

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.data.turns import Prompt
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.judges import principles, rubric
 from rlhf_pipeline.judges.principles import Principle
-from rlhf_pipeline.judges.question import Judge, Question
+from rlhf_pipeline.judges.question import Judge, Question, asks_a_question, read_template
 from rlhf_pipeline.judges.rubric import Dimension
 from rlhf_pipeline.recipe.schema import AIJudge
+
+OVERALL = "overall"  # the dimension where the template asks the same of every pair
 
 
 class Pair(NamedTuple):
@@ -56,13 +59,21 @@ class Verdict(NamedTuple):
 def criteria(spec: AIJudge, place: str) -> list[Dimension] | list[Principle]:
     """What a judge is asked: the dimensions of its rubric, or the principles of which each pair draws one.
 
+    Where the recipe's own template asks the same of every pair, that is the one dimension.
+
     Args:
         spec: the recipe's `judge`.
         place: its key in the recipe.
 
     Raises:
-        InputError: the file cannot be read, or is none.
+        InputError: the file cannot be read, or is none, or the template does not ask what it says.
     """
+    if spec.template is not None and not asks_a_question(read_template(spec.template, f"{place}.template")):
+        for key in ("rubric", "principles"):
+            if getattr(spec, key) is not None:
+                said = f"`{key}` has no effect: the template does not show the `question`"
+                raise InputError(said, place=f"{place}.{key}", hint="add {{ question }} to the template, or remove it")
+        return [Dimension(OVERALL, "", 1.0)]
     if spec.principles is not None:
         return principles.load(spec.principles, f"{place}.principles")
     return rubric.load(spec.rubric or rubric.DEFAULT, f"{place}.rubric")

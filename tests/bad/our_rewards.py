@@ -1,4 +1,4 @@
-"""Reward functions as they should not be."""
+"""Reward functions and judges as they should not be."""
 
 
 def too_few(completions):
@@ -19,3 +19,11 @@ def raises(completions):
 
 def of_a_column(completions, solution):
     return [float(one == right) for one, right in zip(completions, solution, strict=True)]
+
+
+def raises_of_two(firsts, seconds):
+    raise ValueError("no idea")
+
+
+def names_neither(firsts, seconds):
+    return ["both" for _ in firsts]

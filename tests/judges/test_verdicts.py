@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.judges.principles import load
 from rlhf_pipeline.judges.question import Answer, Question
 from rlhf_pipeline.judges.verdicts import Pair, Verdict, compared, verdicts
@@ -92,6 +93,15 @@ def test_each_pair_draws_one_principle_whatever_else_is_asked() -> None:
     turned = [pair._replace(replies=("b", "a")) for pair in pairs]
     assert [verdict.principle for verdict in verdicts(judge, turned, spec, 0)] == drawn
     assert [verdict.principle for verdict in verdicts(judge, pairs, spec, 1)] != drawn
+
+
+def test_a_template_that_shows_no_question_asks_once(tmp_path) -> None:
+    spec = AIJudge(model="base", template="{{ prompt }}{{ first }} or {{ second }}?")
+    found = one(spec, lambda question: 0.8 if question.first == "short" else 0.2)
+    assert list(found.by_dimension) == ["overall"] and len(found.asked) == 2
+    for key in ("rubric", "principles"):
+        with pytest.raises(InputError, match=f"`{key}` has no effect: the template does not show the `question`"):
+            one(spec.model_copy(update={key: "default"}), lambda question: 0.5)
 
 
 def test_which_pairs_are_compared() -> None:
