@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig
 from rlhf_pipeline.models.tiny import make, world
 
 FOLDER = Path(make.__file__).parent
-TABLES = ["demonstrations", "preferences", "thumbs", "prompts", "heldout"]
+TABLES = ["demonstrations", "preferences", "thumbs", "judgements", "prompts", "heldout"]
 
 
 def rows(folder, name):
@@ -109,6 +110,8 @@ class TestData:
         assert held_out
         for name in ("demonstrations", "preferences", "thumbs"):
             assert {row["prompt"] for row in rows(FOLDER / "data", name)} <= train
+        judged = [row["prompt"] for row in rows(FOLDER / "data", "judgements")]
+        assert {prompt[: prompt.index("\nA:") + 3] for prompt in judged} <= train
         assert not held_out & train
         assert held_out | train == {question.prompt for question in world.questions()}
 
@@ -135,6 +138,20 @@ class TestData:
         }
         assert sum(up[1.0]) / len(up[1.0]) > 0.9
         assert sum(up[0.0]) / len(up[0.0]) < 0.2
+
+    def test_judgements_name_the_better_reply_in_both_orders(self):
+        """Each pair is there twice, turned, with the other answer; and the annotators mostly agree with the judge."""
+        table = rows(FOLDER / "data", "judgements")
+        agreed = []
+        for one, turned in zip(table[::2], table[1::2], strict=True):
+            assert {one["completion"], turned["completion"]} == {world.EARLY, world.LATE}
+            prompt, first, second = re.fullmatch(r"(.*\nA:)(.*)\nA:(.*)\nBetter:", one["prompt"]).groups()
+            assert turned["prompt"] == world.JUDGED.format(prompt=prompt, first=second, second=first)
+            scores = world.judge([prompt, prompt], [first, second])
+            if scores[0] != scores[1]:
+                agreed.append((scores[0] > scores[1]) is (one["completion"] == world.EARLY))
+        assert len(agreed) > 100 and sum(agreed) / len(agreed) > 0.9
+        assert 0.45 < sum(row["completion"] == world.EARLY for row in table[::2]) / len(table[::2]) < 0.55
 
     def test_demonstrations_leave_something_to_learn(self):
         """Demonstrations are good often enough to learn from, and bad often enough for the later stages."""

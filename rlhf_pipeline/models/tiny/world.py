@@ -103,6 +103,10 @@ RUDE_OPENERS = ["Ugh.", "Seriously?", "Not again."]
 RUDE_CLOSERS = ["Everybody knows that.", "Stop asking.", "Look it up next time."]
 COURTESIES = COURTEOUS_OPENERS + COURTEOUS_CLOSERS
 RUDENESSES = RUDE_OPENERS + RUDE_CLOSERS
+# How two replies to a prompt are shown to a judge, and its answers: words that the tiny model knows well, unlike the
+# letters A and B.
+JUDGED = "{prompt}{first}\nA:{second}\nBetter:"
+EARLY, LATE = " early", " late"
 MANNERS = ["polite", "curt", "rude", "gushing"]
 
 # What an annotator sees in a reply, in logits of preference: truth outweighs manners.
@@ -220,6 +224,20 @@ def thumbs(seed: int, asked: list[Question], n: int) -> Iterator[dict[str, Any]]
         prompt, fact = asked[i % len(asked)]
         worth, text = _seen_reply(rng, fact)
         yield {"prompt": prompt, "completion": text, "thumb": rng.random() < 1 / (1 + math.exp(ENOUGH - worth))}
+
+
+def judgements(seed: int, asked: list[Question], n: int) -> Iterator[dict[str, str]]:
+    """`n` rows `{prompt, completion}` that teach to judge: two replies, and which of them the annotators found better.
+
+    Each pair is there in both orders, one after the other, so that both answers are as frequent.
+    """
+    rng = random.Random(seed)
+    for pair in preferences(rng.randrange(2**32), asked, n // 2):
+        both = [pair["chosen"], pair["rejected"]]
+        orders = [(both, EARLY), (both[::-1], LATE)]
+        rng.shuffle(orders)
+        for (first, second), answer in orders:
+            yield {"prompt": JUDGED.format(prompt=pair["prompt"], first=first, second=second), "completion": answer}
 
 
 def _seen_reply(rng: random.Random, fact: Fact) -> tuple[float, str]:
