@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from rlhf_pipeline.models.tiny import make, world
 
 FOLDER = Path(make.__file__).parent
-TABLES = ["demonstrations", "preferences", "thumbs", "judgements", "prompts", "heldout"]
+TABLES = ["demonstrations", "preferences", "thumbs", "judgements", "critiques", "prompts", "heldout"]
 
 
 def rows(folder, name):

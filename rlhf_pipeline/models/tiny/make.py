@@ -107,13 +107,14 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, s
 
 
 def write_data(folder: Path, seed: int = SEED) -> None:
-    """Write the world's six JSON Lines files; byte for byte the same for the same seed."""
+    """Write the world's JSON Lines files; byte for byte the same for the same seed."""
     train, held_out = world.split(seed)
     tables: dict[str, Iterable[dict]] = {
         "demonstrations": world.demonstrations(seed + 1, train, 2400),
         "preferences": world.preferences(seed + 2, train, 4200),
         "thumbs": world.thumbs(seed + 3, train, 2400),
         "judgements": world.judgements(seed + 4, train, 4000),
+        "critiques": world.critiques(seed + 5, train, 3200),
         "prompts": [{"prompt": question.prompt} for question in train],
         "heldout": [{"prompt": question.prompt} for question in held_out],
     }

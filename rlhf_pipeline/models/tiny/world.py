@@ -109,6 +109,14 @@ JUDGED = "{prompt}{first}\nA:{second}\nBetter:"
 EARLY, LATE = " early", " late"
 MANNERS = ["polite", "curt", "rude", "gushing"]
 
+# What a critic of this world is asked about a reply, and what its writer is asked then; `principles.yaml` has the same.
+# Critiques are made of words of the corpus: the tiny model has never learned to write others.
+PRINCIPLES = {
+    "answer": ("Is that the answer?", "Tell me the answer."),
+    "manners": ("How does it sound?", "Say it in a lovely way."),
+}
+SOUNDS = {"polite": "lovely", "curt": "short", "rude": "sour", "gushing": "loud"}
+
 # What an annotator sees in a reply, in logits of preference: truth outweighs manners.
 TRUTH_WORTH = 12.0
 ENOUGH = 13.0  # for a thumb up: more than a right answer alone
@@ -238,6 +246,34 @@ def judgements(seed: int, asked: list[Question], n: int) -> Iterator[dict[str, s
         rng.shuffle(orders)
         for (first, second), answer in orders:
             yield {"prompt": JUDGED.format(prompt=pair["prompt"], first=first, second=second), "completion": answer}
+
+
+def critiques(seed: int, asked: list[Question], n: int) -> Iterator[dict[str, str]]:
+    """`n` rows `{prompt, completion}`: by turns a critique of a reply by a principle, and the reply written again.
+
+    Prompts are what a stage of kind `revise` asks: the prompt and the reply, the request for a critique; then also the
+    critique, the request for a revision, and the prompt once more. A critique is true of the one thing that it was
+    asked for; a reply that is written again is right and polite, and the same where it was that already.
+    """
+    rng = random.Random(seed)
+    for i in range(n // 2):
+        prompt, fact = asked[i % len(asked)]
+        right, manner = rng.random() < 0.55, rng.choices(MANNERS, weights=[40, 25, 20, 15])[0]
+        clause = right_clause(rng, fact) if right else wrong_clause(rng, fact)
+        first, principle = reply(rng, clause, manner), rng.choice(list(PRINCIPLES))
+        if principle == "manners":
+            critique = f"The sound is {SOUNDS[manner]}."
+        elif right:
+            critique = "Good answer."
+        else:
+            critique = "No answer." if clause in EVASIONS else "Not the answer."
+        again = first
+        if not right or manner != "polite":
+            again = reply(rng, clause if right else right_clause(rng, fact), "polite")
+        request, then = PRINCIPLES[principle]
+        asks = f"{prompt}{first}\n\n{request}\n\n"
+        yield {"prompt": asks, "completion": critique}
+        yield {"prompt": f"{asks}{critique}\n\n{then}\n\n{prompt}", "completion": again}
 
 
 def _seen_reply(rng: random.Random, fact: Fact) -> tuple[float, str]:
