@@ -34,7 +34,8 @@ class Roles(NamedTuple):
 def weights(run: Path, recipe: Recipe) -> dict[str, str]:
     """The SHA-256 of the weights of every stage that is current, in the recipe's order; see `left_out`."""
     current = {stage.name: stage.record.weights for stage in state.read(run).stages if stage.is_current}
-    return {name: digest for name in recipe.stages if (digest := current.get(name))}
+    trained = [name for name, stage in recipe.stages.items() if stage.facts.trains]
+    return {name: digest for name in trained if (digest := current.get(name))}
 
 
 def left_out(run: Path, recipe: Recipe) -> list[StageState]:
@@ -56,7 +57,7 @@ def roles(recipe: Recipe, made: list[str]) -> Roles:
     rewards = [name for name in made if kind_of[name].makes == "reward"]
     learned_from = [one.stage for name in sampling for one in recipe.stages[name].scored_by if one.stage in rewards]
     return Roles(
-        [BASE, *(name for name in made if name not in rewards)],
+        [BASE, *(name for name in made if kind_of[name].is_policy)],
         str(init) if init in made or outside.is_one(init) else BASE,
         next(iter(learned_from), rewards[-1] if rewards else None),
     )

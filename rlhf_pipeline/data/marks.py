@@ -192,7 +192,14 @@ class Ranking(NamedTuple):
 def candidates(seen: Seen) -> tuple[str, Callable[[Row], list[Reply]]] | None:
     """The list of replies in whatever order: its column, and what reads those of one row, which may raise RowError."""
     column = _column_of_replies(seen)
-    return None if column is None else (column, lambda row: [_text(one, column) for one in _replies(row, column)])
+    if column is None:
+        return None
+
+    def read(row: Row) -> list[Reply]:
+        is_scored = any(isinstance(row.get(name), list) for name in SCORES)
+        return [_text(one, column) for one in _replies(row, column, 1 if is_scored else 2)]
+
+    return column, read
 
 
 def ranking(seen: Seen) -> Ranking | None:
@@ -210,7 +217,7 @@ def ranking(seen: Seen) -> Ranking | None:
         used = uses | ({order: "order of the replies"} if order else {})
 
         def read_row(row: Row) -> Scored:
-            replies = _replies(row, column)
+            replies = _replies(row, column, 1 if scored else 2)
             return list(zip([_text(reply, column) for reply in replies], read(row, replies), strict=True))
 
         return Ranking(column, scored, says, used, read_row)
@@ -255,12 +262,14 @@ def _column_of_replies(seen: Seen) -> str | None:
     return None
 
 
-def _replies(row: Row, column: str) -> list[Any]:
+def _replies(row: Row, column: str, least: int = 2) -> list[Any]:
+    """A row's replies; with scores, one is a demonstration, and none is worse or better than it."""
     values = row.get(column)
     if not isinstance(values, list):
         raise RowError(what_is_wrong(column, values, "a list of replies"))
-    if len(values) < 2:
-        raise RowError(f"`{column}` should be two replies or more, and has {len(values)}")
+    if len(values) < least:
+        wanted = "two replies or more" if least > 1 else "one reply or more"
+        raise RowError(f"`{column}` should be {wanted}, and has {len(values)}")
     return values
 
 

@@ -334,11 +334,16 @@ def _candidates(seen: Seen, chat: bool | None) -> Shape | None:
     asked = prompts.find(seen, chat)
     found = candidates(seen) if asked else None
     if asked is not None and found is not None:
-        column, read = found
+        column, read_replies = found
+
+        def read(row: Row) -> list[Record]:
+            replies = read_replies(row)
+            return [(to_be_answered(asked.read(row)), replies)] if len(replies) > 1 else []
+
         return Shape(
             "replies",
             f"replies: {asked.says} under `{asked.name}`, `{column}` in no order",
-            lambda row: [(to_be_answered(asked.read(row)), read(row))],
+            read,
             used_as={**asked.uses, column: "replies"},
         )
     pairs = _pair(seen, chat)

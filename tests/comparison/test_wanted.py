@@ -77,6 +77,12 @@ def test_other_weights_settings_data_or_judge_make_it_due(run: Path, tmp_path: P
     assert policies == POLICIES and settings["digest"] is None
 
 
+def test_stages_that_make_rows_are_not_compared() -> None:
+    """They have no policy; nor has a reward stage."""
+    recipe = recipes.load("constitutional")
+    assert wanted.roles(recipe, list(recipe.stages)) == (["base", "sft", "ppo"], "sft", "reward")
+
+
 def test_what_is_built_on_weights_that_are_gone_is_not_compared(run: Path) -> None:
     recipe = recipes.of_run(run)
     (run / "reward" / "adapter" / short_run.WEIGHTS).write_bytes(b"others")

@@ -458,6 +458,16 @@ def test_candidates_in_every_shape(name, row, records):
     assert read("candidates", row) == (name, records)
 
 
+def test_one_reply_with_a_score_is_a_demonstration_and_none_of_two():
+    """A stage that makes rows leaves such a one where a reply was not changed."""
+    row = {"prompt": "hi ", "replies": ["a"], "scores": [0]}
+    assert read("demonstrations", row) == ("scores per reply", [("hi ", "a")])
+    for wanted in ("preferences", "feedback", "candidates"):
+        assert read(wanted, row)[1] == []
+    with pytest.raises(RowError, match="`replies` should be one reply or more, and has 0"):
+        read("demonstrations", row | {"replies": [], "scores": []})
+
+
 def test_rows_with_one_reply_are_no_candidates():
     with pytest.raises(RowError, match="`replies` should be two replies or more, and has 1"):
         read("candidates", {"prompt": "hi ", "replies": ["a"]})
