@@ -84,7 +84,7 @@ def _principle(item: Any, number: int, file: str, place: str) -> Principle:
             text,
             f"Which reply keeps better to this principle: {text}",
             f"Say where your last reply goes against this principle: {text}",
-            f"Write the reply again, so that it keeps to this principle: {text}",
+            f"Write the reply again, and nothing else, so that it keeps to this principle: {text}",
         )
     if not isinstance(item, dict):
         raise wrong("is neither text nor a mapping")
