@@ -24,21 +24,24 @@ class Digests(FileDigests):
     """Content digests of whatever a recipe names."""
 
     def of_data(self, data: Data) -> str:
-        """What the sources of the rows hold, `eval_data` apart: see `of_source`; of a mix all of them, as "a + b"."""
-        return " + ".join(self.of_source(source) for source in data.sources)
+        """What decides the rows of the sources, `eval_data` apart; of a mix of all of them, as "a + b"."""
+        return " + ".join(self.decides(source) for source in data.sources)
+
+    def decides(self, source: Source) -> str:
+        """What decides the rows of a source: see `of_source`; of a stage's rows it is the recipe's word for them.
+
+        What these are, the stage's own fingerprint says, also before they are made.
+        """
+        return source.path if source.stage is not None else self.of_source(source)
 
     def of_source(self, source: Source) -> str:
         """`name@digest` of a file, a glob or a folder; of a hub dataset its identity: `id@commit`, or what is known.
-
-        Of the rows of a stage it is the recipe's word for them: what they are, the stage's own fingerprint says.
 
         Of several files, names and contents of all that match count.
 
         Raises:
             InputError: a file cannot be read.
         """
-        if source.stage is not None:
-            return source.path
         if not is_local(source.files):
             return _on_hub(source)
         path, files = Path(source.files), matching(source.files)
@@ -293,7 +296,7 @@ def data_inputs(prefix: str, data: Data, digests: Digests) -> dict[str, Any]:
         inputs |= _not_default(f"{prefix}.mix.{i}", source)
     if data.eval_data:
         name = f"{prefix}.eval_data"
-        inputs |= {name: digests.of_source(data.eval_data)} | _not_default(name, data.eval_data)
+        inputs |= {name: digests.decides(data.eval_data)} | _not_default(name, data.eval_data)
     return inputs
 
 

@@ -171,6 +171,11 @@ _COMPUTED = "it is computed"
 _LOADED = "the pipeline loads one base for all stages; see the recipe's `model`"
 _NOTHING_TO_LOAD = "prompts are encoded before training starts: there is nothing left to load or to spread over workers"
 _PROMPTS_ONLY = "only prompts are read here"
+_ROWS_MADE_OF_ALL = {
+    "max_completion_length": _PROMPTS_ONLY,
+    "eval_fraction": "nothing is evaluated here: rows are made of all prompts",
+    "eval_data": "nothing is evaluated here: rows are made of all prompts",
+}
 _SAMPLED = "replies are sampled from the policy's whole distribution, of which the log-probabilities are"
 _ALIKE = "replies are sampled by one function for all kinds of stages"
 _NO_VLLM = "replies are sampled by the policy itself, not by vLLM"
@@ -555,7 +560,7 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         takes=frozenset({"init", "n", "sampling", "reward", "rewards"}),
         further_data={},
-        unread={"max_completion_length": _PROMPTS_ONLY},
+        unread=_ROWS_MADE_OF_ALL,
         reply_limit=None,
         held_back_by=None,
         learning_rate="",
@@ -588,7 +593,7 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         takes=frozenset({"judge", "pairs", "ties", "human"}),
         further_data={"human": "dpo"},
-        unread={"max_completion_length": _PROMPTS_ONLY},
+        unread=_ROWS_MADE_OF_ALL,
         reply_limit=None,
         held_back_by=None,
         learning_rate="",
@@ -621,7 +626,7 @@ KINDS: tuple[Kind, ...] = (
         own_loop=False,
         takes=frozenset({"init", "sampling", "principles", "passes"}),
         further_data={},
-        unread={"max_completion_length": _PROMPTS_ONLY},
+        unread=_ROWS_MADE_OF_ALL,
         reply_limit=None,
         held_back_by=None,
         learning_rate="",
@@ -632,6 +637,7 @@ KINDS: tuple[Kind, ...] = (
             Number("rows", "rows", logged=None, changes=False),
             Number("revised", "revised", logged=None, changes=False),
             Number("length", "reply/length", logged=None, changes=False),
+            Number("ended", "reply/ended", logged=None, changes=False),
         ),
         example="the first prompt, and where the policy goes on",
         color=3,

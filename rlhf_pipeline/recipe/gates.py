@@ -50,6 +50,10 @@ OF_JUDGE = {"judge/ties", "judge/unread"} | {
     )
     for end in ("", "_low", "_high")
 }  # fmt: skip
+OF_REVISIONS = {
+    "revised", "reply/length", "reply/ended", "first/length", "first/ended", "critique/length", "critique/ended",
+    "critique/empty", "revision/empty", "revision/announced", "prompts/empty_reply", "prompts/too_long",
+}  # fmt: skip
 OF_ENSEMBLE = {"eval_disagreement", "eval_margin_disagreement"}
 # What GRPO logs of each loss: how much of it was clipped.
 CLIPPED = {f"clip_ratio/{of}" for of in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
@@ -238,6 +242,8 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
 def _of_rows(stage: Stage) -> tuple[set[str], set[str]]:
     """The metrics of a stage that makes rows: those that are certain, and those that are possible."""
     certain = {"rows", *(number.metric for number in stage.facts.numbers)}
+    if "passes" in stage.facts.takes:
+        certain |= OF_REVISIONS
     return certain, OF_JUDGE - certain if stage.judge else set()
 
 

@@ -169,7 +169,12 @@ def _resolve_texts(holder: Stage | AIJudge, path: KeyPath, keys: Sequence[str], 
         if key == "template" and isinstance(holder, AIJudge) and holder.has_own_text:
             continue
         file = problems.origins.folder((*path, key)) / expanded(value)
-        if not file.is_file():
+        if value.startswith("tiny:"):
+            file = TINY / f"{value.removeprefix('tiny:')}.yaml"
+            known = ", ".join(f"tiny:{other.stem}" for other in sorted(TINY.glob("*.yaml")))
+            if not file.is_file():
+                problems.add((*path, key), f"the tiny world has no file `{value}`", f"it has {known}")
+        elif not file.is_file():
             problems.add((*path, key), _not_there("file", file), RELATIVE)
         setattr(holder, key, str(resolved(file)))
 

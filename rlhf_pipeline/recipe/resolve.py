@@ -100,8 +100,9 @@ def _resolve_several_inits(
 ) -> None:
     """See that several policies can be asked; what is wrong is noted."""
     inits = stage.inits
-    if stage.facts.trains:
-        problems.add(path, "a stage that trains starts from one policy", "name one")
+    if "n" not in stage.facts.takes:
+        of = "that trains starts" if stage.facts.trains else f"of kind `{stage.kind}` starts"
+        problems.add(path, f"a stage {of} from one policy", "name one")
     elif not inits:
         problems.add(path, "`init` is empty", "name a stage, or `base`")
     elif len(set(inits)) < len(inits):

@@ -32,7 +32,7 @@ from rlhf_pipeline.recipe.rewards import key_of, uses_of_columns
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import ANSWERS, members
-from rlhf_pipeline.stages import embedded, evaluate, judge, win_rates
+from rlhf_pipeline.stages import embedded, evaluate, judge, revise, win_rates
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.resumable import REFERENCE
 from rlhf_pipeline.stages.trial import try_trainer
@@ -79,7 +79,8 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
         if job.name not in readable:
             attempt(functools.partial(check_settings, job))
         elif not job.stage.facts.trains:
-            attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
+            made = attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job))
+            doubts += revise.doubts(job, made) if isinstance(made, revise.Inputs) else []
         elif inputs := attempt(functools.partial(stages.BY_KIND[job.stage.kind].prepare, job)):
             attempt(functools.partial(try_trainer, job, inputs))
             doubts += attempt(functools.partial(try_rewards, recipe, job.name, reader.tokenizer)) or []
@@ -148,6 +149,8 @@ def check_settings(job: Job) -> None:
         job.trainer_config(config)
     if job.stage.judge is not None:
         judge.check(job)
+    if job.stage.principles is not None:
+        revise.check(job)
 
 
 def _check_asked(spec: Evaluate, asked: Asked, reader: Reader) -> None:
