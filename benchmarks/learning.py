@@ -30,6 +30,7 @@ class Case:
         until: the last stage to run; None for all.
         gain: how much better than SFT every later policy must be, by the judge.
         accuracy: the least held-out accuracy of its reward stages.
+        sft: between what the judge's mean after SFT must be.
     """
 
     recipe: str
@@ -37,6 +38,7 @@ class Case:
     until: str | None = None
     gain: float = 0.20
     accuracy: float = 0.0
+    sft: tuple[float, float] = GOLD_SFT
 
 
 FUNCTION = 'ppo.rewards=[{function: "rlhf_pipeline.models.tiny.world:judge"}]'
@@ -47,6 +49,7 @@ CASES = {
     "grpo": Case("tiny-grpo"),
     "rloo": Case("tiny-rloo"),
     "ensemble": Case("tiny-ensemble"),
+    "constitution": Case("tiny-constitution", sft=(0.4, 0.75)),  # its SFT sees right and polite revisions, too
 }
 
 
@@ -95,7 +98,7 @@ def wrong(case: Case, row: dict[str, float]) -> list[str]:
     """What in a run's numbers is not as in a pipeline that works."""
     found = []
     sft = row["gold sft"]
-    if not GOLD_SFT[0] <= sft <= GOLD_SFT[1]:
+    if not case.sft[0] <= sft <= case.sft[1]:
         found.append(f"gold sft {sft:.3g}")
     for name, value in row.items():
         what, _, rest = name.partition(" ")
