@@ -420,3 +420,17 @@ def test_the_split_of_very_many_prompts_is_fair():
         assert len(np.unique(mixed)) == len(keys)
         lowest = np.argsort(mixed)[:10_000]
         assert abs(lowest.mean() - 50_000) < 1500 and abs((lowest % 2).mean() - 0.5) < 0.03
+
+
+def test_rows_of_a_stage_are_read_again_where_they_are_others(tmp_path, tokenizer):
+    """Another run's stage of the same name, or the same stage with another seed, is not what was encoded before."""
+    found = []
+    for run in ("one", "other"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "rows.jsonl").write_text(json.dumps({"prompt": "hi", "completion": f" {run}"}))
+        spec = Data(path="stage:candidates")
+        spec._rows = tmp_path / run / "rows.jsonl"
+        found.append(
+            tokenizer.decode(prepare.demonstrations(spec, tokenizer, 0).train[0]["input_ids"], skip_special_tokens=True)
+        )
+    assert found == ["hi one", "hi other"]
