@@ -40,7 +40,8 @@ def weights(run: Path, recipe: Recipe) -> dict[str, str]:
 
 def left_out(run: Path, recipe: Recipe) -> list[StageState]:
     """The stages that have begun and are not compared: they are not done, or wait for a `run` to train them again."""
-    begun = [stage for stage in state.read(run).stages if stage.name in recipe.stages and stage.state != "missing"]
+    trained = [name for name, stage in recipe.stages.items() if stage.facts.trains]
+    begun = [stage for stage in state.read(run).stages if stage.name in trained and stage.state != "missing"]
     return [stage for stage in begun if not stage.is_current]
 
 
