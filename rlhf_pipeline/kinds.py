@@ -569,8 +569,11 @@ KINDS: tuple[Kind, ...] = (
         accuracy=None,
         numbers=(
             Number("rows", "rows", logged=None, changes=False),
+            Number("score", "scores/mean", logged=None, changes=False),  # with `rewards`
+            Number("gain of the best", "scores/gain", logged=None, changes=False),
             Number("length", "reply/length", logged=None, changes=False),
             Number("ended", "reply/ended", logged=None, changes=False),
+            Number("distinct", "reply/unique", logged=None, changes=False),
         ),
         example="the first prompt, and where the policy goes on",
         color=4,

@@ -190,7 +190,7 @@ def shapes(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
                 continue
             try:
                 rows = first_rows(source)
-                shape = recognise(rows, wanted, data.chat, source.path, source.columns) if rows else None
+                shape = recognise(rows, wanted, data.chat, source.path, source.columns, data.pairs) if rows else None
                 says = shape.says_with(data.loss) if shape else None
                 used_as = uses_of_columns(stage, shape.used_as) if shape and key == "data" else shape and shape.used_as
                 found[name].append({"key": key, "path": source.path, "shape": says, "used_as": used_as})

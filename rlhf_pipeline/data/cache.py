@@ -111,7 +111,11 @@ def _encode_source(
     layout: Layout, source: Source, hub: Dataset | None, spec: Data, tokenizer: PreTrainedTokenizerBase, file: Path
 ) -> dict[str, Any]:
     """Read a source and write its rows as tokens; returns its shape and counts."""
-    rows, shape = open_source(source, layout.wanted, spec.chat, hub)
+    rows, shape = open_source(source, layout.wanted, spec, hub)
+    if source is spec and spec.pairs and shape.of_replies is None and "replies" not in shape.used_as.values():
+        raise InputError(
+            "`pairs` has no effect on these rows: each is a pair already", place=source.path, hint="remove it"
+        )
     notes = Notes(Counter())
     counts = notes.counts
     found = records(rows, shape, layout.wanted, spec, counts)
@@ -233,8 +237,12 @@ def _cache_folder() -> Path:
 
 def _settings(layout: Layout, source: Source, spec: Data) -> dict[str, Any]:
     """What a recipe says of how a source is read and encoded."""
-    loss = {"loss": spec.loss} if layout.wanted == "demonstrations" and spec.loss != "last" else {}
-    return loss | {
+    found: dict[str, Any] = {}
+    if layout.wanted == "demonstrations" and spec.loss != "last":
+        found["loss"] = spec.loss
+    if layout.wanted == "preferences" and spec.pairs is not None:
+        found["pairs"] = spec.pairs
+    return found | {
         "columns": source.columns,
         "limit": source.limit,
         "layout": (layout.wanted, layout.columns, *([ROW] if layout.keeps_row else []), *layout.texts),

@@ -15,6 +15,7 @@ ASKED = ("prompt", "instruction", "question", "query")
 REPLY = ("completion", "response", "reply", "output", "answer")
 RANKED = ("replies", "completions", "responses", "answers")
 RANKED_IN_NO_ORDER = ("generations", "candidates", "outputs")  # lists that are read where something gives their order
+SAMPLED = "sampled"  # what a stage of kind `sample` notes of a row's replies
 WHOLE = ("messages", "conversations", "contents")
 CHOSEN = ("chosen", "preferred")
 SYSTEM = ("system", "system_prompt", "system_message")

@@ -10,6 +10,7 @@ from rlhf_pipeline.data.columns import (
     OF_THE_PROMPT,
     RANKED,
     RANKED_IN_NO_ORDER,
+    SAMPLED,
     TEXT_OF_REPLY,
     UNUSED,
     WHOLE,
@@ -156,6 +157,11 @@ def pairs_of(replies: Scored) -> list[Record]:
     return [(better, worse) for (better, high), (worse, low) in itertools.combinations(ranked, 2) if high > low]
 
 
+def best_against_worst(replies: Scored) -> list[Record]:
+    """The pair of the best and the worst reply, the first of several such; none where all scores are equal."""
+    return pairs_of([max(replies, key=lambda reply: reply[1]), min(replies, key=lambda reply: reply[1])])
+
+
 def best(replies: Scored) -> list[Record]:
     """The reply with the highest score, the first of several."""
     return [(max(replies, key=lambda reply: reply[1])[0],)]
@@ -242,6 +248,11 @@ def ranking(seen: Seen) -> Ranking | None:
             if seen.mostly(name, is_number):
                 says += f", counted from {int(from_one)}"
             return made(name, says, _best_of(column, name, from_one), False)
+    if seen.mostly(SAMPLED, lambda value: isinstance(value, dict)):
+        raise UnclearError(
+            f"`{column}` were sampled, and nothing says which of them is better",
+            hint="set `rewards` in the stage of kind sample, or have one of kind judge choose",
+        )
     _require_no_other_order(seen, column)
     return made(None, "from best to worst", lambda _, replies: [float(-i) for i in range(len(replies))], False)
 

@@ -151,7 +151,7 @@ def first_prompts(spec: Data, n: int, among: Iterable[int] | None = None) -> lis
     for share, source in zip(
         mix.shares(spec) or [1 / len(spec.sources)] * len(spec.sources), spec.sources, strict=True
     ):
-        rows, shape = open_source(source, "prompts", spec.chat, load_hub(source))
+        rows, shape = open_source(source, "prompts", spec, load_hub(source))
         read = records(rows, shape, "prompts", spec, Counter())
         asked = ((record[0], located.row) for located, record in read if is_wanted(record[0]))
         found += itertools.islice(asked, max(1, round(n * share)))

@@ -43,6 +43,7 @@ from rlhf_pipeline.data.marks import (
     Mark,
     Scored,
     best,
+    best_against_worst,
     best_and_worst,
     candidates,
     mark,
@@ -109,6 +110,7 @@ def recognise(
     chat: bool | None = None,
     place: str | None = None,
     columns: Mapping[str, str] | None = None,
+    pairs: str | None = None,
 ) -> Shape:
     """Tell a shape from the first rows.
 
@@ -118,6 +120,7 @@ def recognise(
         chat: the recipe's `data.chat`.
         place: what to name in an error.
         columns: what the recipe has renamed already: yours by expected.
+        pairs: the recipe's `data.pairs`.
 
     Raises:
         ColumnsError: these columns are none of the shapes, or it is not clear which.
@@ -126,7 +129,8 @@ def recognise(
     names = list(dict.fromkeys(name for row in rows for name in row))
     seen, system = _look_at(rows)
     try:
-        shape = _FIND[wanted](seen, chat)
+        only_best = wanted == "preferences" and pairs == "best_and_worst"
+        shape = _preferences(seen, chat, best_against_worst) if only_best else _FIND[wanted](seen, chat)
         if shape is not None:
             return _complete(shape, seen, wanted, names, system)
     except UnclearError as problem:
@@ -268,8 +272,16 @@ def _text_alone(seen: Seen) -> Shape:
     )
 
 
-def _preferences(seen: Seen, chat: bool | None) -> Shape | None:
-    return _pair(seen, chat) or _ranking(seen, chat, pairs_of) or _marked(seen, chat, "preferences")
+def _preferences(seen: Seen, chat: bool | None, choose: Callable[[Scored], list[Record]] = pairs_of) -> Shape | None:
+    found = _pair(seen, chat)
+    if found is not None:
+        return found
+    found = _ranking(seen, chat, choose) or _marked(seen, chat, "preferences")
+    if found is None or choose is pairs_of:
+        return found
+    if found.of_replies is not None:
+        return replace(found, says=f"{found.says.rpartition('; ')[0]}; the best with the worst", of_replies=choose)
+    return replace(found, says=f"{found.says}; the best with the worst")
 
 
 def _feedback(seen: Seen, chat: bool | None) -> Shape | None:
@@ -360,6 +372,7 @@ _FIND: dict[Wanted, Callable[[Seen, bool | None], Shape | None]] = {
     "demonstrations": _demonstrations, "preferences": _preferences, "prompts": _prompts, "feedback": _feedback,
     "candidates": _candidates,
 }  # fmt: skip
+WANTED = tuple(_FIND)
 
 
 # One reply to a prompt

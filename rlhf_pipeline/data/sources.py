@@ -32,14 +32,14 @@ NO_RECORD: dict[Wanted, str] = {
 
 
 def open_source(
-    source: Source, wanted: Wanted, chat: bool | None, hub: Dataset | None = None
+    source: Source, wanted: Wanted, spec: Data, hub: Dataset | None = None
 ) -> tuple[Iterator[Located], Shape]:
     """A source's rows, with the names that are expected, and their shape. Each file is opened once.
 
     Args:
         source: where the rows come from.
         wanted: what they shall be.
-        chat: the recipe's `data.chat`.
+        spec: the recipe's `data`, which says how they are read.
         hub: of a hub dataset, what `load_hub` gave.
 
     Raises:
@@ -47,36 +47,34 @@ def open_source(
             read in another way, as the rows are read.
     """
     if hub is not None:
-        rows, shape, _ = _recognised(renamed(_rows_of_hub(hub, source.path), source), wanted, chat, source)
+        rows, shape, _ = _recognised(renamed(_rows_of_hub(hub, source.path), source), wanted, spec, source)
         return rows, shape
     files = local_files(source)
     if len(files) == 1:
-        rows, shape, _ = _recognised(renamed(rows_of_file(files[0]), source), wanted, chat, source)
+        rows, shape, _ = _recognised(renamed(rows_of_file(files[0]), source), wanted, spec, source)
         return rows, shape
-    rows, shape, names = _of_file(files[0], source, wanted, chat)
-    rows = itertools.chain(rows, _of_later_files(files, source, wanted, chat, shape, names))
+    rows, shape, names = _of_file(files[0], source, wanted, spec)
+    rows = itertools.chain(rows, _of_later_files(files, source, wanted, spec, shape, names))
     return itertools.islice(rows, source.limit), shape
 
 
 def _recognised(
-    rows: Iterator[Located], wanted: Wanted, chat: bool | None, source: Source
+    rows: Iterator[Located], wanted: Wanted, spec: Data, source: Source
 ) -> tuple[Iterator[Located], Shape, list[str]]:
     """Rows, their shape, and the columns of the first ones."""
     first = list(itertools.islice(rows, SAMPLE))
-    shape = recognise((one.row for one in first), wanted, chat, source.path, source.columns)
+    shape = recognise((one.row for one in first), wanted, spec.chat, source.path, source.columns, spec.pairs)
     return itertools.chain(first, rows), shape, column_names([one.row for one in first])
 
 
-def _of_file(
-    file: Path, source: Source, wanted: Wanted, chat: bool | None
-) -> tuple[Iterator[Located], Shape, list[str]]:
+def _of_file(file: Path, source: Source, wanted: Wanted, spec: Data) -> tuple[Iterator[Located], Shape, list[str]]:
     """The same of one of several files."""
     alone = Source(path=str(file), columns=source.columns)
-    return _recognised(renamed(rows_of_file(file), alone), wanted, chat, alone)
+    return _recognised(renamed(rows_of_file(file), alone), wanted, spec, alone)
 
 
 def _of_later_files(
-    files: Sequence[Path], source: Source, wanted: Wanted, chat: bool | None, first: Shape, first_names: list[str]
+    files: Sequence[Path], source: Source, wanted: Wanted, spec: Data, first: Shape, first_names: list[str]
 ) -> Iterator[Located]:
     """The rows of all files but the first.
 
@@ -84,7 +82,7 @@ def _of_later_files(
         InputError: one is not read as the first file is.
     """
     for file in files[1:]:
-        rows, shape, names = _of_file(file, source, wanted, chat)
+        rows, shape, names = _of_file(file, source, wanted, spec)
         if shape.says != first.says:
             one, other = (shape.name, first.name) if shape.name != first.name else (shape.says, first.says)
             raise InputError(

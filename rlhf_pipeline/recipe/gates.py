@@ -43,6 +43,11 @@ OF_PPO_POLICY = {
 OF_PPO_EVALUATION = {
     "eval_objective/scores", "eval_objective/kl", "eval_objective/rlhf_reward", "eval_reply/length", "eval_reply/ended",
 }  # fmt: skip
+OF_SAMPLING = {
+    "rows", "replies", "reply/length", "reply/ended", "reply/empty", "reply/distinct_2", "reply/unique",
+    "tokens_per_second", "prompts/left_out",
+}  # fmt: skip
+OF_SCORED_SAMPLING = {"scores/mean", "scores/std", "scores/best", "scores/gain"}
 OF_JUDGE = {"judge/ties", "judge/unread"} | {
     f"judge/{name}{end}"
     for name in (
@@ -241,6 +246,11 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
 
 def _of_rows(stage: Stage) -> tuple[set[str], set[str]]:
     """The metrics of a stage that makes rows: those that are certain, and those that are possible."""
+    if "n" in stage.facts.takes:
+        always, at_times = _of_rewards(stage)
+        by_function = all(reward.function is not None for reward in stage.scored_by)  # which may apply to no reply
+        scored = OF_SCORED_SAMPLING if stage.scored_by else set()
+        return OF_SAMPLING | always | (set() if by_function else scored), at_times | scored
     certain = {"rows", *(number.metric for number in stage.facts.numbers)}
     if "passes" in stage.facts.takes:
         certain |= OF_REVISIONS

@@ -434,3 +434,20 @@ def test_rows_of_a_stage_are_read_again_where_they_are_others(tmp_path, tokenize
             tokenizer.decode(prepare.demonstrations(spec, tokenizer, 0).train[0]["input_ids"], skip_special_tokens=True)
         )
     assert found == ["hi one", "hi other"]
+
+
+def test_pairs_of_the_best_and_the_worst_are_read_apart_from_all_pairs(write, tokenizer):
+    """Of the same file, whatever was encoded before; where each row is a pair already, the key would do nothing."""
+    path = write({"prompt": "hi", "replies": REPLIES})
+    counts = [
+        len(prepare.preferences(Data(path=path, pairs=which), tokenizer, 0).train)
+        for which in (None, "best_and_worst", "all", None)
+    ]
+    assert counts == [3, 1, 3, 3]
+    of_pairs = write(*pairs("q", 2))
+    assert len(prepare.preferences(Data(path=of_pairs), tokenizer, 0).train) == 2
+    for which in ("best_and_worst", "all"):
+        with pytest.raises(InputError, match="`pairs` has no effect on these rows: each is a pair already"):
+            prepare.preferences(Data(path=of_pairs, pairs=which), tokenizer, 0)
+    mixed = Data(mix=[{"path": path}, {"path": of_pairs}], pairs="best_and_worst")
+    assert len(prepare.preferences(mixed, tokenizer, 0).train) == 3

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from rlhf_pipeline.data.carried import carried
 from rlhf_pipeline.data.shapes import recognise, split_texts
 from rlhf_pipeline.data.turns import RowError
 from rlhf_pipeline.errors import InputError
@@ -20,9 +21,9 @@ MORE = {"role": "user", "content": "and you?"}
 TOOL = {"role": "tool", "content": "42"}
 
 
-def read(wanted, *rows, chat=None):
+def read(wanted, *rows, chat=None, pairs=None):
     """What a stage gets of rows: the name of their shape, and their records."""
-    shape = recognise(rows, wanted, chat)
+    shape = recognise(rows, wanted, chat, pairs=pairs)
     records = [record for row in rows for record in shape.read(row)]
     if shape.of_replies is not None:
         together = itertools.groupby(sorted(records, key=lambda record: str(record[0])), key=lambda record: record[0])
@@ -210,6 +211,50 @@ def test_equal_ranks_and_scores_make_no_pair():
     assert read("preferences", {"prompt": "hi", "replies": ["a", "b"], "scores": [3, 3.0]})[1] == []
     rows = [{"prompt": "hi", "completion": text, "label": True} for text in "ab"]
     assert read("preferences", *rows)[1] == []
+
+
+def test_of_best_and_worst_alone_there_is_one_pair_of_each_prompt():
+    """Of a ranking, of scores, and of replies in several rows; none of equal ones."""
+    of_best = {"pairs": "best_and_worst"}
+    assert read("preferences", {"prompt": "hi", "replies": ["a", "b", "c"]}, **of_best)[1] == [("hi", "a", "c")]
+    scored = {"prompt": "hi", "replies": ["a", "b", "c", "d", "e"], "scores": [1, 0, 3, 0, 3]}
+    assert read("preferences", scored, **of_best)[1] == [("hi", "c", "b")]
+    assert read("preferences", scored | {"scores": [2] * 5}, **of_best)[1] == []
+    rows = [{"prompt": "hi", "completion": text, "score": score} for text, score in zip("abc", (2, 5, 1), strict=True)]
+    assert read("preferences", *rows, **of_best)[1] == [("hi", "b", "c")]
+    thumbs = [{"prompt": "hi", "completion": text, "label": text < "c"} for text in "acbd"]
+    assert read("preferences", *thumbs, **of_best)[1] == [("hi", "a", "c")]
+    pair = {"prompt": "hi", "chosen": "a", "rejected": "b"}
+    assert read("preferences", pair, **of_best)[1] == read("preferences", pair)[1]
+    assert "the best with the worst" in recognise([scored], "preferences", **of_best).says
+    assert "the best with the worst" in recognise(rows, "preferences", **of_best).says
+    assert read("feedback", scored, **of_best) == read("feedback", scored)
+
+
+@pytest.mark.parametrize("wanted", ["preferences", "feedback", "demonstrations"])
+def test_sampled_replies_that_nobody_has_scored_are_in_no_order(wanted):
+    """As a list from best to worst is read they would teach nonsense."""
+    row = {"prompt": "hi", "replies": ["a", "b"], "sampled": {"policies": ["sft", "sft"], "tokens": [3, 4]}}
+    with pytest.raises(InputError, match="`replies` were sampled, and nothing says which of them is better"):
+        recognise([row], wanted)
+    assert read("prompts", row)[1] == [("hi",)]
+    assert read("candidates", row)[1] == [("hi", ["a", "b"])]
+    assert read("preferences", row | {"scores": [1, 2]})[1] == [("hi", "b", "a")]
+
+
+def test_columns_are_carried_that_change_nothing_of_how_rows_are_read():
+    """What a function may read goes along, and what would be taken for a part of the prompt or a reply does not."""
+    rows = [
+        {"prompt": "hi", "solution_key": "x", "difficulty": 3, "answer": "hello", "chosen": "a", "rejected": "b",
+         "label": None, "system": "Be brief.", "history": [], "votes": [1, 2], "best": 1, "weight": 0, "note": None,
+         "background": "an old story", "messages": [USER], "tests": ["assert 1"], "id": 7}
+        for _ in range(3)
+    ]  # fmt: skip
+    rows[2]["label"] = True
+    made = [{"prompt": "hi", "replies": ["c", "d"], "scores": [1.0, 2.0]} for _ in rows]
+    assert carried(rows, made) == ["solution_key", "difficulty", "votes", "best", "tests", "id"]
+    sampled = [{"prompt": "hi", "replies": ["c", "d"], "sampled": {"policies": ["sft"] * 2}} for _ in rows]
+    assert carried(rows, sampled) == ["solution_key", "difficulty", "votes", "tests", "id"]
 
 
 def test_every_good_reply_meets_every_bad_one():
