@@ -143,7 +143,7 @@ def preference(one: Compared, verdict: Verdict, keeps_ties: bool) -> dict[str, A
         return None
     better = int(p < 0.5)
     confidence = 1 - p if better else p
-    row = {"prompt": one.prompt, "chosen": one.replies[better], "rejected": one.replies[1 - better]}
+    row: dict[str, Any] = {"prompt": one.prompt, "chosen": one.replies[better], "rejected": one.replies[1 - better]}
     row |= {"confidence": confidence, "margin": 2 * confidence - 1}
     if verdict.principle is not None:
         return row | {"principle": verdict.principle}

@@ -303,7 +303,7 @@ def figures(items: Sequence[dict[str, Any]]) -> dict[str, float]:
     passes = [one for item in items for one in item["passes"]]
     critiques = [Written(*one["critique"]) for one in passes]
     revisions = [Written(*one["revision"]) for one in passes if one["revision"]]
-    shares = {
+    shares: dict[str, Sequence[float]] = {
         "revised": [found[-1].text != found[0].text for found in replies],
         "critique/empty": [critique.is_empty for critique in critiques],
         "revision/empty": [revision.is_empty for revision in revisions],

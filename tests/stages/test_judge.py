@@ -171,7 +171,7 @@ def test_the_base_judges_and_its_own_replies_are_counted(make_job) -> None:
     job = make_job("base", rows=rows, judge=spec, ties="keep")
     metrics = judge.run(job)
     assert metrics["judge/unread"] == 0 and 0 <= metrics["judge/own_replies"] <= 1
-    assert all(set(row["dimensions"]) >= {"helpfulness", "honesty"} for row in written(job))
+    assert all(list(row["dimensions"]) == ["overall"] for row in written(job))
     again = [row | {"sampled": {"policies": ["sft", "other", "sft", "other"]}} for row in ROWS]
     assert not any(one.own is not None for one in judge.prepare(make_job("base", rows=again, judge=spec)))
 

@@ -123,7 +123,7 @@ def test_replies_are_of_each_policy_and_scored_by_the_weighted_sum(make: Callabl
 
 
 def test_rows_are_read_by_all_kinds_that_learn(make: Callable[..., Job], tokenizer: Any) -> None:
-    """Really read and encoded: `sft` the best reply, `dpo` the best against the worst, `reward` all pairs, `kto` two."""
+    """Really read and encoded: `sft` the best reply, `dpo` best against worst, `reward` all pairs, `kto` two."""
     job = make("run")
     sample.run(job)
     spec, made = Data(path=str(job.artifact / "rows.jsonl")), rows(job)
