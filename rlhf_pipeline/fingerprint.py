@@ -230,8 +230,9 @@ def of_ai_judge(recipe: Recipe, judge: AIJudge, digests: Digests) -> dict[str, A
         inputs["source"] = digests.of_function(judge.model, recipe.folders)
     if judge.has_own_text:
         inputs["template"] = judge.template
-    if judge.answers != AIJudge.model_fields["answers"].default:
-        inputs["answers"] = judge.answers
+    for key in ("answers", "min_probability"):
+        if getattr(judge, key) != AIJudge.model_fields[key].default:
+            inputs[key] = getattr(judge, key)
     files = {
         key: getattr(judge, key) for key in ("rubric", "principles", *([] if judge.has_own_text else ["template"]))
     }

@@ -16,7 +16,6 @@ from rlhf_pipeline.recipe.schema import AIJudge, Data
 
 # Behind a question that is plain text; with a template of one's own, that says how the answer begins.
 BEGINNING = "\n\nAnswer:"
-LEAST = 0.05  # an answer of which the model gives both words together less probability than this is not read
 SPACES = "Ġ▁ "  # how tokenizers write a space at the beginning of a token
 AS_DATA = Data(path="the judge's questions")  # questions are encoded as prompts are
 
@@ -26,8 +25,8 @@ class LocalJudge:
 
     As in Bai et al. 2022, "Constitutional AI: Harmlessness from AI Feedback", section 4.1, nothing is sampled: the
     probability that the first reply is better is p(A) / (p(A) + p(B)) of the token with which the answer begins, each
-    letter, or word of `answers`, with and without a space before it. It is not read where p(A) + p(B) is below `LEAST`:
-    the model would answer something else.
+    letter, or word of `answers`, with and without a space before it. It is not read where p(A) + p(B) is below
+    `min_probability`: the model would answer something else.
 
     A question about a conversation is a user's turn, which goes through the chat template, and the answer begins the
     assistant's turn. About a prompt that is plain text, it is plain text, too, with `BEGINNING` behind it, unless the
@@ -67,7 +66,7 @@ class LocalJudge:
             log_p = self._log_probabilities([ids[i] for i in some])
             of_both = torch.stack([log_p[:, tokens].logsumexp(1) for tokens in self.tokens], 1)
             first = of_both.softmax(1)[:, 0].tolist()
-            legible = (of_both.logsumexp(1).exp() >= LEAST).tolist()
+            legible = (of_both.logsumexp(1).exp() >= self.spec.min_probability).tolist()
             words = self.tokenizer.batch_decode(log_p.argmax(1)[:, None])
             for i, p, is_read, word in zip(some, first, legible, words, strict=True):
                 found[i] = Answer(p if is_read else None, word)

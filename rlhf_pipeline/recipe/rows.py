@@ -71,6 +71,9 @@ def _resolve_judge(judge: AIJudge, path: KeyPath, require: Require, problems: Pr
             problems.add(
                 (*path, key), f"`{key}` has no effect: the judge is not at an address", "remove it", of_key=True
             )
+    if judge.min_probability != AIJudge.model_fields["min_probability"].default and not judge.is_local:
+        said = "`min_probability` has no effect: only the probabilities of a model on this machine are read"
+        problems.add((*path, "min_probability"), said, "remove it", of_key=True)
     if judge.answers != AIJudge.model_fields["answers"].default:
         why = None if judge.template else "the template that ships with the package asks for A or B"
         if judge.is_remote or judge.is_function:

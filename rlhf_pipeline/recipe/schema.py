@@ -243,6 +243,9 @@ class AIJudge(_Strict):
     """Of a model on this machine with a `template` of your own: the two words, each one token, that are the answer: the
     first reply, or the second."""
 
+    min_probability: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Of a model on this machine: an answer counts as unread where both words together have less than this."""
+
     batch_size: int = Field(default=16, ge=1)
     """How many questions a model on this machine reads at once."""
 

@@ -309,7 +309,9 @@ def _cut_rows(stage: Stage) -> None:
     stage.n = stage.n and min(stage.n, 2)
     stage.passes = stage.passes and 1
     if stage.judge:
-        stage.pairs = 1
+        stage.pairs, stage.ties = 1, "keep"
+        if stage.judge.is_local:
+            stage.judge.min_probability = 0.0  # random weights give the two words next to nothing
 
 
 def _cut_common(trainer: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.judges.load import load
-from rlhf_pipeline.judges.local import BEGINNING, LEAST, LocalJudge
+from rlhf_pipeline.judges.local import BEGINNING, LocalJudge
 from rlhf_pipeline.judges.question import Question, read_template, render
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.staged import StagedBase
@@ -47,15 +47,16 @@ def alone(model, tokenizer, text: str, words: tuple[str, str] = ("A", "B")) -> t
     )
 
 
-def test_it_reads_the_share_of_the_first_letter_of_each_question(staged, artifacts, tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr("rlhf_pipeline.judges.local.LEAST", 0.0)
+def test_it_reads_the_share_of_the_first_letter_of_each_question(staged, artifacts, tokenizer) -> None:
     policy = PeftModel.from_pretrained(load_base(artifacts.spec, tokenizer), str(artifacts.init))
     texts = [render(question, SHORT) for question in QUESTIONS]
     texts[2] = as_turns(tokenizer, [{"role": "user", "content": texts[2]}])
     for named, adapter in (("sft", contextlib.nullcontext()), ("base", policy.disable_adapter())):
         with adapter:
             expected = [alone(policy, tokenizer, text) for text in texts]
-        answers = LocalJudge(AIJudge(model=named, template=SHORT, batch_size=2), staged, "judge")(QUESTIONS)
+        answers = LocalJudge(AIJudge(model=named, template=SHORT, batch_size=2, min_probability=0.0), staged, "judge")(
+            QUESTIONS
+        )
         assert [answer.first for answer in answers] == pytest.approx([a / (a + b) for a, b in expected], abs=1e-5)
 
 
@@ -82,7 +83,7 @@ def test_an_answer_is_not_read_where_the_model_would_say_something_else(staged, 
     judge = LocalJudge(AIJudge(model="base", template=SHORT), staged, "judge")
     for question, answer in zip(QUESTIONS, judge(QUESTIONS), strict=True):
         if isinstance(question.prompt, str):
-            legible = sum(alone(model, tokenizer, render(question, SHORT))) >= LEAST
+            legible = sum(alone(model, tokenizer, render(question, SHORT))) >= 0.05
             assert (answer.first is not None) is legible
     assert any(answer.first is None for answer in judge(QUESTIONS))
 
