@@ -23,7 +23,7 @@ from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo.rollout import sample
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.rows import Made, publish
+from rlhf_pipeline.stages.rows import Made, columns_of, publish
 
 CONFIG = None
 CRITIQUES = "critiques.jsonl"
@@ -269,7 +269,9 @@ def row_of(item: dict[str, Any]) -> dict[str, Any] | None:
     """
     texts = [reply.text for reply in replies_of(item) if not reply.is_empty]
     distinct = [text for place, text in enumerate(texts) if text not in texts[place + 1 :]]
-    return {"prompt": item["prompt"], "replies": distinct, "scores": list(range(len(distinct)))} if distinct else None
+    if not distinct:
+        return None
+    return columns_of(item["prompt"]) | {"replies": distinct, "scores": list(range(len(distinct)))}
 
 
 def _critiques(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

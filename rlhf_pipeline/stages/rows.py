@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.callbacks.progress import Phase
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir import durable, jsonl, strict_json
 from rlhf_pipeline.rundir.layout import MADE
@@ -63,6 +64,14 @@ class Made:
         self.job.progress.tell(self.doing, len(self.items), self.total)
         if REQUEST.noted:
             raise Stopped(len(self.items))
+
+
+def columns_of(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as the columns of a row: `prompt`, and `tools` where it is a conversation with some."""
+    if isinstance(prompt, str) or "tools" not in prompt[0]:
+        return {"prompt": prompt}
+    first = {key: value for key, value in prompt[0].items() if key != "tools"}
+    return {"prompt": [first, *prompt[1:]], "tools": prompt[0]["tools"]}
 
 
 def publish(

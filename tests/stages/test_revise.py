@@ -9,6 +9,7 @@ import pytest
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data import prepare
 from rlhf_pipeline.data.encode import encode_prompts
+from rlhf_pipeline.data.shapes import recognise
 from rlhf_pipeline.judges import principles
 from rlhf_pipeline.judges.principles import Principle
 from rlhf_pipeline.models.tiny import world
@@ -138,6 +139,14 @@ class TestWhatComesOut:
         read = [[tokenizer.decode(row[name][:-1]) for name in ("chosen_ids", "rejected_ids")] for row in pairs.train]
         assert read == [["three", "two"], ["three", "one"], ["two", "one"], ["six", "five"]]
         assert pairs.counts["rows_without_pair"] == 1
+
+    def test_a_conversation_with_tools_is_read_as_it_was(self):
+        tools = [{"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {}}}]
+        prompt = [{"role": "system", "content": "Be brief.", "tools": tools}, {"role": "user", "content": "Well?"}]
+        row = row_of(item("one", "two") | {"prompt": prompt})
+        assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
+        assert recognise([row], "prompts").read(row) == [(prompt,)]
+        assert recognise([row], "preferences").read(row) == [(prompt, "two", "one")]
 
     def test_figures(self):
         found = figures([
