@@ -23,7 +23,7 @@ from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo.rollout import sample
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.rows import Made, columns_of, publish
+from rlhf_pipeline.stages.rows import Made, columns_of, publish, with_columns
 
 CONFIG = None
 CRITIQUES = "critiques.jsonl"
@@ -41,12 +41,14 @@ class Asked(NamedTuple):
     Attributes:
         prompt: text or turns.
         ids: its tokens.
+        row: the row that it is from, as `encode.row_of` has it.
         number: how many times the same prompt came before it: then it gets another reply, criticised by another order
             of the principles.
     """
 
     prompt: Prompt
     ids: Ids
+    row: str
     number: int
 
 
@@ -119,7 +121,7 @@ def prepare(job: Job) -> Inputs:
     for row in rows:
         prompt = json.loads(row["row"])["prompt"]
         key = hash_of(prompt)
-        asked.append(Asked(prompt, row["input_ids"], counts[key]))
+        asked.append(Asked(prompt, row["input_ids"], row["row"], counts[key]))
         counts[key] += 1
     fitting = _fitting(job, asked, found)
     if not fitting:
@@ -155,7 +157,8 @@ def run(job: Job) -> dict[str, Any]:
             done = len(made.items)
             made.add(_revise(job, inputs, policy, inputs.asked[done : done + policy.sampling.batch_size]))
         items = made.items
-    rows = [row for item in items if (row := row_of(item))]
+    both = [(row, one) for one, item in zip(inputs.asked, items, strict=True) if (row := row_of(item))]
+    rows = with_columns([row for row, _ in both], [json.loads(one.row)["columns"] for _, one in both])
     return publish(job, rows, figures(items) | {"prompts/too_long": inputs.too_long}, {CRITIQUES: _critiques(items)})
 
 

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.callbacks.progress import Phase
-from rlhf_pipeline.data.turns import Prompt
+from rlhf_pipeline.data.carried import carried
+from rlhf_pipeline.data.turns import Prompt, Row
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir import durable, jsonl, strict_json
 from rlhf_pipeline.rundir.layout import MADE
@@ -72,6 +73,12 @@ def columns_of(prompt: Prompt) -> dict[str, Any]:
         return {"prompt": prompt}
     first = {key: value for key, value in prompt[0].items() if key != "tools"}
     return {"prompt": [first, *prompt[1:]], "tools": prompt[0]["tools"]}
+
+
+def with_columns(rows: Sequence[dict[str, Any]], columns: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with those other columns of their prompts' rows that change nothing of how they are read."""
+    names = carried(columns, rows)
+    return [row | {name: own[name] for name in names if name in own} for row, own in zip(rows, columns, strict=True)]
 
 
 def publish(

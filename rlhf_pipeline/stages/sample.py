@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline.data.carried import carried
 from rlhf_pipeline.data.columns import SAMPLED
 from rlhf_pipeline.data.encode import Ids, hash_of
 from rlhf_pipeline.data.prepare import prompts_with_rows as read  # the rows of such a stage
-from rlhf_pipeline.data.turns import Prompt, Row
+from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo import numbers
@@ -27,7 +26,7 @@ from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import Episodes, concatenate, diversity, sample
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.rows import Made, publish
+from rlhf_pipeline.stages.rows import Made, columns_of, publish, with_columns
 
 CONFIG = None
 
@@ -196,11 +195,7 @@ def rows_of(asked: Sequence[Asked], items: Sequence[dict[str, Any]]) -> list[dic
         kept = [i for i, text in enumerate(item["replies"]) if text.strip() and (scores is None or text in scores)]
         if len(kept) < (min(2, len(item["replies"])) if scores is None else 1):
             continue
-        prompt = one.prompt
-        row: dict[str, Any] = {"prompt": prompt, "replies": [item["replies"][i] for i in kept]}
-        if isinstance(prompt, list) and "tools" in prompt[0]:
-            turns = [{key: value for key, value in turn.items() if key != "tools"} for turn in prompt]
-            row |= {"prompt": turns, "tools": prompt[0]["tools"]}
+        row = columns_of(one.prompt) | {"replies": [item["replies"][i] for i in kept]}
         if scores is not None:
             row["scores"] = [scores[text] for text in row["replies"]]
         row[SAMPLED] = {name: [item[name][i] for i in kept] for name in ("policies", "tokens", "ended")}
@@ -208,7 +203,7 @@ def rows_of(asked: Sequence[Asked], items: Sequence[dict[str, Any]]) -> list[dic
             row[SAMPLED]["rewards"] = {name: [of[i] for i in kept] for name, of in item["rewards"].items()}
         rows.append(row)
         made.append(json.loads(one.row)["columns"])
-    return _with_columns(rows, made)
+    return with_columns(rows, made)
 
 
 def _of_texts(item: dict[str, Any]) -> dict[str, float] | None:
@@ -221,12 +216,6 @@ def _of_texts(item: dict[str, Any]) -> dict[str, float] | None:
             if has_ended == ended and score is not None:
                 found.setdefault(text, score)
     return found
-
-
-def _with_columns(rows: list[dict[str, Any]], columns: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with those other columns of their prompts' rows that change nothing of how they are read."""
-    names = carried(columns, rows)
-    return [row | {name: own[name] for name in names if name in own} for row, own in zip(rows, columns, strict=True)]
 
 
 def metrics_of(items: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -42,7 +42,8 @@ def job_of(folder: Path, *overrides: str, prompts: list[Any] = QUESTIONS) -> Job
     """The stage of a recipe over some prompts, in a run directory of its own."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    rows = [{"prompt": prompt, "level": level} for level, prompt in enumerate(prompts)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = recipes.load(str(folder / "recipe.yaml"), overrides)
     job = Job(recipe, "revisions", recipe.run)
     job.work.mkdir(parents=True)
@@ -180,7 +181,7 @@ def test_no_principle_comes_twice_to_a_prompt_until_all_have_come():
     found = [KIND._replace(name=name) for name in "abc"]
 
     def drawn(prompt: str, number: int, seed: int = 0) -> str:
-        return "".join(revise._drawn(found, seed, Asked(prompt, [], number), of_pass).name for of_pass in range(6))
+        return "".join(revise._drawn(found, seed, Asked(prompt, [], "", number), of_pass).name for of_pass in range(6))
 
     orders = [drawn(prompt, 0) for prompt in QUESTIONS[:2] + [str(i) for i in range(40)]]
     assert all(sorted(order[:3]) == sorted(order[3:]) == ["a", "b", "c"] for order in orders)
@@ -203,7 +204,7 @@ class TestStage:
         rows, critiques = lines(job, "rows.jsonl"), lines(job, "critiques.jsonl")
         noted = [json.loads(line) for line in (job.work / MADE).read_text().splitlines()]
         assert [one["prompt"] for one in noted] == QUESTIONS
-        assert rows == [row for one in noted if (row := row_of(one))]
+        assert rows == [row | {"level": level} for level, one in enumerate(noted) if (row := row_of(one))]
         assert metrics["rows"] == len(rows)
         assert metrics.keys() == known_metrics(job.recipe, job.name)
         asked = {(one["critique_request"], one["revision_request"]) for one in critiques}
