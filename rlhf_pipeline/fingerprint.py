@@ -163,7 +163,7 @@ def pin(recipe: Recipe) -> None:
     for stage in recipe.stages.values():
         inits = [pinned_adapter(one) for one in stage.inits]
         stage.init = inits if isinstance(stage.init, list) else stage.init and inits[0]
-        stage.reward = pinned_adapter(stage.reward)
+        stage.reference, stage.reward = pinned_adapter(stage.reference), pinned_adapter(stage.reward)
         for reward in stage.rewards:
             reward.stage = pinned_adapter(reward.stage)
         for reward in stage.rewards:

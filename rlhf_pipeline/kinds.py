@@ -94,7 +94,7 @@ class Kind:
         gives_scored: what they can be read as where replies have scores.
         parents: the earlier stages that it needs, the one whose adapter it starts from first.
         begins: a later stage starts from the latest such one unless the recipe says otherwise.
-        keeps_reference: it keeps what it starts from as its reference.
+        keeps_reference: it keeps a reference, by default what it starts from.
         samples: it samples replies while it trains.
         own_loop: the training loop is ours, not TRL's.
         takes: the keys of a stage that have an effect, beside `kind`, `data` and `gates`, which have one in all.
@@ -162,7 +162,9 @@ _TRAINING_ARGUMENTS = (
 _TRAINED = frozenset({"init", "lora", "trainer"})
 _ALL_ROWS: frozenset[Rows] = frozenset(typing.get_args(Rows))
 _NO_TRAINER = Config((), "", reads=frozenset(), refused={})
+_COMPARED = _TRAINED | {"reference"}
 _INIT = Parent("init", makes="policy", required=False)
+_REFERENCE = Parent("reference", makes="policy", required=False)  # by default what the stage starts from
 _REWARD = Parent("reward", makes="reward", required=False)  # `rewards` may name others, or several, or none
 _JUDGE = Number("judge", JUDGED, logged=None, changes=True)
 _WIN_RATE = Number("win rate", WIN_RATE, logged=None, changes=False)
@@ -329,12 +331,12 @@ KINDS: tuple[Kind, ...] = (
         doing="training",
         gives=frozenset(),
         gives_scored=frozenset(),
-        parents=(_INIT, _REWARD),
+        parents=(_INIT, _REFERENCE, _REWARD),
         begins=False,
         keeps_reference=True,
         samples=True,
         own_loop=True,
-        takes=_TRAINED | {"reward", "rewards", "value_model", "ptx_data"},
+        takes=_COMPARED | {"reward", "rewards", "value_model", "ptx_data"},
         further_data={"ptx_data": "sft"},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="response_length",
@@ -390,12 +392,12 @@ KINDS: tuple[Kind, ...] = (
         doing="training",
         gives=frozenset(),
         gives_scored=frozenset(),
-        parents=(_INIT,),
+        parents=(_INIT, _REFERENCE),
         begins=False,
         keeps_reference=True,
         samples=False,
         own_loop=False,
-        takes=_TRAINED,
+        takes=_COMPARED,
         further_data={},
         unread={},
         reply_limit=None,
@@ -437,12 +439,12 @@ KINDS: tuple[Kind, ...] = (
         doing="training",
         gives=frozenset(),
         gives_scored=frozenset(),
-        parents=(_INIT,),
+        parents=(_INIT, _REFERENCE),
         begins=False,
         keeps_reference=True,
         samples=False,
         own_loop=False,
-        takes=_TRAINED,
+        takes=_COMPARED,
         further_data={},
         unread={},
         reply_limit=None,
@@ -487,12 +489,12 @@ KINDS: tuple[Kind, ...] = (
         doing="training",
         gives=frozenset(),
         gives_scored=frozenset(),
-        parents=(_INIT, _REWARD),
+        parents=(_INIT, _REFERENCE, _REWARD),
         begins=False,
         keeps_reference=True,
         samples=True,
         own_loop=False,
-        takes=_TRAINED | {"reward", "rewards"},
+        takes=_COMPARED | {"reward", "rewards"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",
@@ -519,12 +521,12 @@ KINDS: tuple[Kind, ...] = (
         doing="training",
         gives=frozenset(),
         gives_scored=frozenset(),
-        parents=(_INIT, _REWARD),
+        parents=(_INIT, _REFERENCE, _REWARD),
         begins=False,
         keeps_reference=True,
         samples=True,
         own_loop=False,
-        takes=_TRAINED | {"reward", "rewards"},
+        takes=_COMPARED | {"reward", "rewards"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",

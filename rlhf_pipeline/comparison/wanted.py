@@ -48,18 +48,19 @@ def left_out(run: Path, recipe: Recipe) -> list[StageState]:
 def roles(recipe: Recipe, made: list[str]) -> Roles:
     """The roles of the stages that are there.
 
-    KL is taken from the `init` of the first stage that samples, as PPO; without one, of the first that keeps a
+    KL is taken from the reference of the first stage that samples, as PPO; without one, of the first that keeps a
     reference, as DPO. The reward is the one that the former learns from, else the last one.
     """
     kind_of = {name: stage.facts for name, stage in recipe.stages.items()}
     referred = [name for name in recipe.stages if kind_of[name].keeps_reference]
     sampling = [name for name in referred if kind_of[name].samples]
-    init = next((recipe.stages[name].start for name in (*sampling, *referred)), None)
+    first = next((recipe.stages[name] for name in (*sampling, *referred)), None)
+    reference = (first.reference or first.start) if first else BASE
     rewards = [name for name in made if kind_of[name].makes == "reward"]
     learned_from = [one.stage for name in sampling for one in recipe.stages[name].scored_by if one.stage in rewards]
     return Roles(
         [BASE, *(name for name in made if kind_of[name].is_policy)],
-        str(init) if init in made or outside.is_one(init) else BASE,
+        reference if reference in made or outside.is_one(reference) else BASE,
         next(iter(learned_from), rewards[-1] if rewards else None),
     )
 

@@ -34,6 +34,8 @@ from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.schema import Data, Source
 
+OF_USED = ("conversations", "good_replies", "bad_replies")  # counts of rows in use; a mix or a part has its share
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -196,7 +198,7 @@ def _prepare(
     for one in found:
         counts.update(one.counts)
     taken = mix.taken([len(table) for table in tables], spec)
-    for name in ("conversations", *(("good_replies", "bad_replies") if layout.labels else ())):
+    for name in OF_USED if layout.labels else OF_USED[:1]:
         shares = [one.counts.get(name, 0) / len(one.table) for one in found]
         counts[name] = sum(round(share * count) for share, count in zip(shares, taken, strict=True))
     table = _mixed(tables, taken, seed)
@@ -207,6 +209,10 @@ def _prepare(
         counts.update({f"eval_{name}": count for name, count in of_source.items()})
     elif spec.eval_fraction:
         table, held_out = _split(table, spec, seed)
+    if spec.part is not None:
+        whole, table = table, _part(table, spec, seed)
+        for name in OF_USED:
+            counts[name] = round(counts[name] * len(table) / len(whole))
     columns = [name for name in (*layout.columns, *layout.texts, *layout.labels, ROW) if name in table.column_names]
     return Prepared(
         table.select_columns(columns),
@@ -250,6 +256,29 @@ def _split(table: Dataset, spec: Data, seed: int) -> tuple[Dataset, Dataset]:
     count = min(max(1, round(len(distinct) * spec.eval_fraction)), len(distinct) - 1)
     held_out = np.isin(keys, distinct[np.argsort(_scrambled(distinct, seed), kind="stable")[:count]])
     return table.select(np.flatnonzero(~held_out)), table.select(np.flatnonzero(held_out))
+
+
+def _part(table: Dataset, spec: Data, seed: int) -> Dataset:
+    """One of several equal parts of the prompts, each with all its rows; a prompt is in one part alone.
+
+    Seed and prompts decide which, not the order of the rows. Prompts that are held out are so for all parts alike.
+
+    Raises:
+        InputError: there are fewer prompts than parts.
+    """
+    number, parts = spec.part or (1, 1)
+    keys = column(table, "prompt_key")
+    distinct = np.unique(keys)
+    if len(distinct) < parts:
+        count = f"{len(distinct)} different prompt{'s' if len(distinct) > 1 else ''}"
+        raise InputError(
+            f"{count} cannot be shared out among {parts} rounds",
+            place=where(spec),
+            hint="give more prompts, or the same ones to each round: `prompts: reuse` under `rounds`",
+        )
+    order = np.argsort(_scrambled(distinct, seed), kind="stable")
+    inside = np.isin(keys, distinct[order[number - 1 :: parts]])
+    return table.select(np.flatnonzero(inside))
 
 
 def _scrambled(keys: np.ndarray, seed: int) -> np.ndarray:

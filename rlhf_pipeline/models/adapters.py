@@ -283,6 +283,26 @@ def copy_adapter(model: torch.nn.Module, source: str, target: str) -> None:
         parameter.data.copy_(theirs[re.sub(rf"\.{re.escape(target)}(?=\.|$)", f".{source}", name)].data)
 
 
+def replace_weights(model: PeftModel, adapter: str, folder: Path | None) -> None:
+    """Give an adapter what a fresh one of its shape would have of an artifact, in place of its own weights.
+
+    Args:
+        model: with the adapter, whose parameters stay the same tensors.
+        adapter: its name.
+        folder: the artifact; None for an adapter that changes nothing.
+
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    fresh = free_name(model, "fresh")
+    with torch.random.fork_rng():  # what is drawn for it changes nothing
+        model.add_adapter(fresh, copy.deepcopy(model.peft_config[adapter]))
+    if folder is not None:
+        load_weights(model, folder, fresh)
+    copy_adapter(model, fresh, adapter)
+    model.delete_adapter(fresh)
+
+
 @contextlib.contextmanager
 def exact_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Keep trainable weights in float32 while a TRL trainer is built.

@@ -171,6 +171,14 @@ class SharedBase(Roles):
             self.value = ScoreView(self, "value", head.to(model.device))
         self.value.score.requires_grad_()
 
+    def refer_to(self, artifact: Path | None) -> None:
+        """Have the reference compute as another adapter than the one that the policy starts from; as the base for None.
+
+        Raises:
+            ValueError: the adapter has no room in one of the policy's shape.
+        """
+        adapters.replace_weights(self.peft, self.names[REFERENCE], artifact)
+
     @property
     def reward(self) -> "ScoreView":
         """The first reward model, of an ensemble its first member."""

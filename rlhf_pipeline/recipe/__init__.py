@@ -1,7 +1,8 @@
 """From a path and overrides to a validated recipe, or to messages that name file, line, key and remedy.
 
-`layers` reads the files, `validation` compares them with the schema and the libraries' keys, `resolve` fills in what
-stages take from one another, `gates` and `paths` look at gates and at the disk. Nothing here imports torch.
+`layers` reads the files, `rounds` writes out what is repeated, `validation` compares all with the schema and the
+libraries' keys, `resolve` fills in what stages take from one another, `gates` and `paths` look at gates and at the
+disk. Nothing here imports torch.
 """
 
 import contextlib
@@ -76,12 +77,13 @@ def load_with_origins(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recip
         content["name"] = file.stem
         origins.derived["name",] = "from the file's name"
     loaded = validate(content, problems)
+    loaded.rounds = None  # its stages are written out
     check_library_keys(loaded, content, problems)
     resolve_stages(loaded, problems)
     gates.check(loaded, problems)
     resolve_paths(loaded, problems)
     problems.raise_if_any()
-    loaded._place = origins.place
+    loaded._place, loaded._as_written = origins.place, origins.as_written
     loaded.locate_rows()
     return loaded, origins
 
@@ -202,8 +204,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         unsaid |= {"bootstrap"} if stage.members is None else set()
         unsaid |= {"reference"} if stage.reference is None else set()
         content["stages"][name] = {key: value for key, value in own.items() if key not in unsaid}
-    if recipe.rounds is None:
-        del content["rounds"]
+    del content["rounds"]
     if recipe.evaluate:
         own = content["evaluate"]
         own["data"] = _content_of_data(recipe.evaluate.data, bear_loss=False)
@@ -226,5 +227,9 @@ def _content_of_data(data: Data, bear_loss: bool) -> dict[str, Any]:
         content["mix"] = [source.model_dump(exclude_defaults=True) for source in data.mix]
     if data.eval_data:
         content["eval_data"] = data.eval_data.model_dump(exclude_defaults=True)
-    unsaid = [key for key in ("subset", "limit", "mix", "eval_data", "chat", "pairs") if content.get(key) in (None, [])]
+    unsaid = [
+        key
+        for key in ("subset", "limit", "mix", "eval_data", "chat", "pairs", "part")
+        if content.get(key) in (None, [])
+    ]
     return {key: value for key, value in content.items() if key not in unsaid}

@@ -11,6 +11,7 @@ import yaml as pyyaml
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import DATA_KEYS
 from rlhf_pipeline.local import expanded, resolved
+from rlhf_pipeline.recipe import rounds
 from rlhf_pipeline.recipe.origins import Origin, Origins, Problems, Source
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.recipe.shipped import shipped
@@ -46,8 +47,17 @@ def read(file: Path, folder: Path, overrides: Sequence[str]) -> tuple[dict[str, 
     problems = Problems(origins)
     content, origins.written = _read_file(file, origins.source, problems, [])
     for override in overrides:
-        _apply(override, content, origins, problems)
+        if rounds.round_of(override, content) is None:
+            _apply(override, content, origins, problems)
     _write_out_short_forms(content, origins)
+    of_rounds = [(override, found) for override in overrides if (found := rounds.round_of(override, content))]
+    rounds.expand(content, origins, problems)
+    for override, (name, number) in of_rounds:
+        if f"{name}-{number}" in content["stages"]:
+            _apply(override, content, origins, problems)
+        elif origins.repeated:
+            there = f"{name}-1 to {name}-{content['rounds']['n']}"
+            problems.add_override(override, f"stage `{name}` has no round {number}", f"the stages there are {there}")
     for path, origin in origins.written.items():
         if origin.mark.fault:
             problems.add(path, origin.mark.fault.message, origin.mark.fault.hint)

@@ -77,9 +77,9 @@ _DECIDED: dict[str, str] = {
     "ds3_gather_for_generation": _ONE_GPU,
     "do_train": "it has no effect in TRL's trainers", "do_eval": "it has no effect in TRL's trainers",
     "do_predict": "it has no effect in TRL's trainers",
-    "sync_ref_model": "the reference is a frozen copy of the adapter that the stage starts from",
-    "ref_model_mixup_alpha": "the reference is a frozen copy of the adapter that the stage starts from",
-    "ref_model_sync_steps": "the reference is a frozen copy of the adapter that the stage starts from",
+    "sync_ref_model": "the reference is a frozen adapter",
+    "ref_model_mixup_alpha": "the reference is a frozen adapter",
+    "ref_model_sync_steps": "the reference is a frozen adapter",
 }  # fmt: skip
 
 # What of the recipe decides instead.

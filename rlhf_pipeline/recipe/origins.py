@@ -1,5 +1,6 @@
 """Where each value of a recipe was written, and what is wrong with it there."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +39,14 @@ class Origins:
         source: the recipe's own file.
         written: the origin of what was written.
         derived: of what was not, how it came about, where that is no plain default.
+        repeated: of each stage of a round, the stage that was written.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.written: dict[KeyPath, Origin] = {}
         self.derived: dict[KeyPath, str] = {}
+        self.repeated: dict[str, str] = {}
 
     def inside(self, path: KeyPath) -> list[KeyPath]:
         """A key path, and all below it, where they were written."""
@@ -61,6 +64,15 @@ class Origins:
         self.forget(path)
         self.written |= {path: above, **moved}
 
+    def copy(self, path: KeyPath, to: KeyPath) -> None:
+        """Note that what was written at a path is now at another one, too."""
+        self.written |= {(*to, *one[len(path) :]): self.written[one] for one in self.inside(path)}
+
+    def as_written(self, text: str) -> str:
+        """A text in which the stages of rounds have the names that were written."""
+        names = "|".join(map(re.escape, self.repeated))
+        return re.sub(rf"(?<![\w-])(?:{names})(?![\w-])", lambda one: self.repeated[one[0]], text) if names else text
+
     def folder(self, path: KeyPath) -> Path:
         """The folder that a relative path starts from."""
         return self.nearest(path)[0].source.folder
@@ -77,7 +89,7 @@ class Origins:
         origin, own = self.nearest(path)
         if origin.override is not None:
             return f"override `{origin.override}`"
-        key = ".".join(str(part) for part in path)
+        key = self.as_written(".".join(str(part) for part in path))
         line, column = self._position(origin, own, of_key)
         where = f"{origin.source.name}:{line}:{column}" if line else origin.source.name
         return f"{where}: {key}" if key else where
@@ -95,6 +107,7 @@ class Problems:
     """All that is wrong with a recipe.
 
     A value that is known to be wrong is `broken`: what else seems wrong at it, or below it, only follows from that.
+    What is wrong with a stage that is repeated is said once, by the name that was written.
     """
 
     def __init__(self, origins: Origins) -> None:
@@ -116,6 +129,7 @@ class Problems:
         origin, own = self.origins.nearest(path)
         if own and origin.mark.variables and not origin.mark.fault and not of_key:
             message += f" (from {', '.join(f'${{{name}}}' for name in origin.mark.variables)})"
+        message, hint = self.origins.as_written(message), hint and self.origins.as_written(hint)
         error = InputError(message, place=self.origins.place(path, of_key=of_key), hint=hint)
         self._found.append((self.origins.order(path, of_key=of_key), error))
         self.break_(path)
@@ -154,4 +168,4 @@ class Problems:
         """
         found = [error for _, error in sorted(self._found, key=lambda one: one[0])]
         if found:
-            raise found[0] if len(found) == 1 else InputErrors(found)
+            raise found[0] if len(InputErrors(found).all) == 1 else InputErrors(found)

@@ -12,11 +12,13 @@ from rlhf_pipeline.recipe.layers import KEYS_TIED_TO_PATH, OF_SOURCE
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import AIJudge, Data, Recipe, Stage
 from rlhf_pipeline.recipe.shipped import TINY
-from rlhf_pipeline.recipe.yaml import KeyPath
+from rlhf_pipeline.recipe.yaml import KeyPath, dump_inline
 
 MODEL: KeyPath = ("model", "path")
 OF_HELD_OUT = ("eval_fraction", "eval_data")
 NOT_EVALUATED = "nothing evaluates on these rows"
+NOT_SHARED_OUT = "all of these rows are read"
+OF_FURTHER_ROWS = dict.fromkeys(OF_HELD_OUT, NOT_EVALUATED) | {"part": NOT_SHARED_OUT}
 RELATIVE = "relative paths start from the folder of the file that they are written in"
 
 
@@ -47,7 +49,7 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
     _check_template_settings(model.chat_template_kwargs, problems)
     for name, stage in recipe.stages.items():
         for key, data in stage.tables.items():
-            without_effect = dict(stage.facts.unread) if key == "data" else dict.fromkeys(OF_HELD_OUT, NOT_EVALUATED)
+            without_effect = dict(stage.facts.unread if key == "data" else OF_FURTHER_ROWS)
             for own, of in (("loss", "demonstrations"), ("pairs", "preferences")):
                 if stage.reads(key) != of:
                     without_effect[own] = f"it is of {of}, and this stage reads {stage.reads(key)}"
@@ -66,7 +68,7 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         without_effect = {
             "eval_fraction": all_held_out, "eval_data": all_held_out, "too_long": as_they_are, "bad_rows": as_they_are,
             "max_completion_length": "only prompts are read here", "loss": "only prompts are read here",
-            "pairs": "only prompts are read here",
+            "pairs": "only prompts are read here", "part": NOT_SHARED_OUT,
         }  # fmt: skip
         _resolve_data(recipe.evaluate.data, ("evaluate", "data"), without_effect, problems)
 
@@ -86,6 +88,12 @@ def _resolve_data(data: Data, path: KeyPath, without_effect: dict[str, str], pro
             problems.add((*path, "path"), "`path` is empty", "name a file, a folder or a hub id")
         else:
             problems.add((*path, "path"), "`path` is missing", "give `path` of one source, or `mix` of several")
+    if data.part is not None and not (len(data.part) == 2 and 1 <= data.part[0] <= data.part[1]):
+        problems.add(
+            (*path, "part"),
+            f"expected [i, n], the i-th of n shares, got {dump_inline(data.part)}",
+            "for example [1, 3]",
+        )
     if data.eval_data is not None and data.eval_fraction > 0:
         problems.add(
             (*path, "eval_fraction"),

@@ -10,8 +10,8 @@ from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.rewards import resolve_rewards
 from rlhf_pipeline.recipe.rows import resolve_ai_judge, resolve_row_stage, resolve_rows
-from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
-from rlhf_pipeline.recipe.yaml import KeyPath
+from rlhf_pipeline.recipe.schema import BASE, PREVIOUS, Recipe, Stage
+from rlhf_pipeline.recipe.yaml import KeyPath, shown
 
 # PEFT's keys that make another function of the same weights, or share or repeat them.
 FUNCTION_KEYS = (
@@ -24,7 +24,7 @@ SIZE_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def resolve_stages(recipe: Recipe, problems: Problems) -> None:
-    """Fill in `init`, `reward` and the whole `lora` of every stage; what is wrong is noted."""
+    """Fill in `init`, `reference`, `reward` and the whole `lora` of every stage; what is wrong is noted."""
     earlier: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():
         kind, known = stage.facts, _of_known_kind(earlier, problems)
@@ -33,6 +33,8 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             _resolve_init(recipe, name, stage, earlier, problems)
         if "lora" in kind.takes:
             _resolve_lora(recipe, name, stage, problems)
+        if "reference" in kind.takes and stage.reference is not None:
+            _resolve_reference(recipe, name, stage, earlier, problems)
         if "reward" in kind.takes and (kind.trains or stage.reward or stage.rewards):
             latest = next((other for other in reversed(known) if earlier[other].facts.makes == "reward"), None)
             named = functools.partial(_reward_stage, recipe, earlier, problems=problems)
@@ -196,6 +198,39 @@ def _resolve_lora(recipe: Recipe, name: str, stage: Stage, problems: Problems) -
         )
 
 
+def _resolve_reference(recipe: Recipe, name: str, stage: Stage, earlier: dict[str, Stage], problems: Problems) -> None:
+    """See that a stage can measure from the policy that it names, which has to fit into an adapter of its own shape."""
+    path, named = ("stages", name, "reference"), str(stage.reference)
+    if named == PREVIOUS:
+        problems.add(
+            path,
+            f"`{PREVIOUS}` has a meaning for the stages of `rounds` alone",
+            "remove it: by default the reference is what the stage starts from",
+        )
+    elif outside.is_one(named):
+        stage.reference = _from_outside(path, named, "policy", problems)
+    elif named != BASE:
+        _require(recipe, earlier, path, named, kinds.makers("policy"), problems)
+    if problems.is_broken(path) or stage.reference == stage.start:
+        stage.reference = None  # as by default
+        return
+    theirs = outside.lora(outside.config(str(stage.reference))) if outside.is_one(named) else recipe.lora
+    theirs = earlier[named].lora if named in earlier else theirs
+    if named == BASE or problems.within(("stages", name, "lora")) or problems.within(("stages", named, "lora")):
+        return
+    differs = next((key for key in FUNCTION_KEYS if (stage.lora.get(key) or None) != (theirs.get(key) or None)), None)
+    patterned = stage.lora.get("rank_pattern") or theirs.get("rank_pattern")
+    if differs is None and not patterned and "r" in theirs and stage.lora["r"] < theirs["r"]:
+        differs = "r"
+    if differs is not None:
+        problems.add(
+            path,
+            f"the adapter of `{outside.said(named)}` has no room in one of the shape of stage `{name}`: "
+            f"`lora.{differs}` is {shown(theirs.get(differs))} there, and {shown(stage.lora.get(differs))} here",
+            f"set `lora.{differs}` to that of `{outside.said(named)}`, or measure from another policy",
+        )
+
+
 def _require(
     recipe: Recipe,
     earlier: dict[str, Stage],
@@ -208,10 +243,10 @@ def _require(
     key = next(part for part in reversed(path) if isinstance(part, str) and part != "path")
     name = f"stage `{path[1]}`" if path[0] == "stages" else f"`{path[0]}`"
     if path[:2] == ("stages", wanted):
-        problems.add(path, f"{name} cannot depend on itself", _earlier(earlier, wanted_kinds))
+        problems.add(path, f"{name} cannot depend on itself", _earlier(earlier, wanted_kinds, problems))
     elif wanted not in recipe.stages:
         near = difflib.get_close_matches(wanted, earlier, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else _earlier(earlier, wanted_kinds)
+        hint = f"did you mean `{near[0]}`?" if near else _earlier(earlier, wanted_kinds, problems)
         problems.add(path, f"{name} needs stage `{wanted}`, which is not in the recipe", hint)
     elif wanted not in earlier:
         problems.add(path, f"{name} needs stage `{wanted}`, which comes after it", "stages run in order")
@@ -219,11 +254,11 @@ def _require(
         problems.add(
             path,
             f"`{wanted}` is of kind `{earlier[wanted].kind}`; `{key}` needs {kinds.either(wanted_kinds)}",
-            _earlier(earlier, wanted_kinds),
+            _earlier(earlier, wanted_kinds, problems),
         )
 
 
-def _earlier(earlier: dict[str, Stage], names: tuple[str, ...]) -> str:
-    """The stages that would do, for a hint."""
-    fitting = [name for name, stage in earlier.items() if stage.kind in names]
+def _earlier(earlier: dict[str, Stage], names: tuple[str, ...], problems: Problems) -> str:
+    """The stages that would do, for a hint, by the names that were written."""
+    fitting = dict.fromkeys(problems.origins.as_written(name) for name in earlier if earlier[name].kind in names)
     return f"earlier stages: {', '.join(fitting) or f'none of kind {kinds.either(names)}'}"

@@ -13,6 +13,8 @@ from rlhf_pipeline.kinds import NAMES, ROWS, Kind, Rows, get, numbered
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 BASE = "base"  # as a value of `init`: start from the bare base
+PREVIOUS = "previous"  # as a value of `reference` in a round: the policy that the stage starts from
+MOST_ROUNDS = 100
 OF_STAGE = "stage:"  # how `path` of data begins that names the rows of an earlier stage
 
 
@@ -146,6 +148,10 @@ class Data(Source):
     pairs: Literal["all", "best_and_worst"] | None = None
     """Preferences only. Which pairs are made of a list of replies: `all` of a better and a worse one, the default; or
     of the best and the worst alone, as `dpo` does by default with the rows of a stage of kind `sample`."""
+
+    part: list[int] | None = None
+    """[i, n]: of the prompts, with all their rows, only the i-th of n equal shares, as `rounds` gives each round one.
+    The recipe's `seed` and the prompts decide which. Rows that are held out are not shared out."""
 
     bad_rows: Literal["error", "drop"] = "error"
     """What becomes of a row that lacks something: it ends the check, or is left out and counted."""
@@ -320,14 +326,15 @@ class Evaluate(_Strict):
 class Rounds(_Strict):
     """Stages that are repeated."""
 
-    n: int = Field(ge=1)
+    n: int = Field(ge=1, le=MOST_ROUNDS)
     """How many rounds."""
 
     stages: list[str] = Field(min_length=1)
-    """The stages of a round, in the order in which they run."""
+    """The stages of a round, in the order in which they run. At least one trains a policy."""
 
     prompts: Literal["split", "reuse"] | None = None
-    """Whether each round gets prompts of its own."""
+    """Where stages of a round read prompts from elsewhere: `split`, the default, gives each round an equal share of
+    them, and `reuse` gives all of them to every round."""
 
 
 class Stage(_Strict):
@@ -342,7 +349,9 @@ class Stage(_Strict):
     of kind `sample` it is the policy that replies, or a list of several."""
 
     reference: str | None = None
-    """The earlier stage from whose policy the KL is measured; by default the one that this stage starts from."""
+    """Kinds `ppo`, `dpo`, `kto`, `grpo` and `rloo`: the policy that KL is measured from, and that `beta` or `kl_coef`
+    hold the policy near to: an earlier stage, `base`, or an adapter from outside, named as for `init`. By default what
+    the stage starts from; from the second of `rounds` on what the first one starts from, unless it is `previous`."""
 
     reward: str | None = None
     """PPO, GRPO and RLOO only: the reward stage whose model scores the replies; by default the latest earlier one. Or a
@@ -419,6 +428,7 @@ class Stage(_Strict):
         roles = [parent.role for parent in self.facts.parents]
         named = {
             "init": self.inits if "init" in roles else [],
+            "reference": [self.reference] if self.reference is not None else [],
             "reward": [reward.stage for reward in self.scored_by if reward.stage is not None and "reward" in roles],
             "judge": [self.judge.stage] if self.judge and self.judge.stage else [],
             ROWS: list(dict.fromkeys(source.stage for source in self.sources if source.stage is not None)),
@@ -497,6 +507,7 @@ class Recipe(_Strict):
 
     _folders: list[Path] = PrivateAttr(default_factory=lambda: [Path.cwd()])
     _place: Callable[[KeyPath], str] | None = PrivateAttr(None)
+    _as_written: Callable[[str], str] = PrivateAttr(str)
 
     @property
     def folder(self) -> Path:
@@ -520,6 +531,10 @@ class Recipe(_Strict):
         judge = self.evaluate.ai_judge if self.evaluate and self.stages[name].facts.is_policy else None
         names = list(self.stages)
         return None if judge and judge.stage in names[names.index(name) :] else judge
+
+    def as_written(self, text: str) -> str:
+        """A text in which the stages of `rounds` have the names that were written, as `dpo` for `dpo-2`."""
+        return self._as_written(text)
 
     @property
     def run(self) -> Path:

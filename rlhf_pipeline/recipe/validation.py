@@ -66,6 +66,7 @@ MISSING = {
     "path": "a file, a folder, or a hub id",
     "judge": PATTERNS["judge"][1],
 }
+OF_ROUNDS = "for example `rounds: {n: 3, stages: [candidates, dpo]}`, with stages that are there"
 BOOLEANS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
 SCALAR = re.compile(r"[-+\w.]+")
 FOLLOWS_FROM_KIND = ("kind", *KEYS, "gates")
@@ -153,7 +154,8 @@ def _note(error: ErrorDetails, content: dict[str, Any], problems: Problems) -> N
         if stands_for and stands_for not in _at(content, path[:-1]):
             problems.break_((*path[:-1], stands_for))
     elif kind == "missing":
-        problems.add(path, f"`{path[-1]}` is missing", MISSING.get(str(path[-1])))
+        example = OF_ROUNDS if path[0] == "rounds" else MISSING.get(str(path[-1]))
+        problems.add(path, f"`{path[-1]}` is missing", example)
     else:
         problems.add(path, _message(kind, path, given, context), _hint(kind, path, given, context))
         if len(path) == 3 and path[-1] == "kind":
@@ -173,7 +175,7 @@ def _expected(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> 
         return EXPECTED[kind]
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"])
-        if len(words) <= 10:  # as many as there are kinds of stages
+        if len(words) <= 8 or path[-1] == "kind":
             return str(context["expected"])
         text = given if isinstance(given, str) else ""
         near = [word for word in words if word.startswith(text)] or difflib.get_close_matches(text, words) or words
@@ -206,6 +208,8 @@ def _hint(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str 
         return f"a gate is an operator and a number, as '>= {given}'" if gate else "put it in quotes"
     if kind in ("int_type", "float_type", "bool_type"):
         return _written_otherwise(given, boolean=kind == "bool_type")
+    if path == ("rounds",):
+        return OF_ROUNDS
     if kind in ("model_type", "dict_type") and given is None:
         return "is what belongs to it indented?"
     if path == ("model",) and isinstance(given, str):

@@ -51,7 +51,7 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     if code == 0 and result is not None:
         return Ended(result, stopped=False)
     if code == 2 and task == "check" and result is not None:
-        raise InputErrors([InputError(**problem) for problem in result["problems"]])
+        raise InputErrors([InputError(**_as_written(recipe, problem)) for problem in result["problems"]])
     if code == 1 and result is not None and "unusable" in result:
         raise durable.CheckpointError(Path(result["unusable"]["checkpoint"]), redact(result["unusable"]["why"]))
     # Without a result and without having been asked, a worker that ends with this code was ended by somebody's code.
@@ -87,3 +87,8 @@ def _failure(
     if keep_log:
         lines.append(f"  the whole log: {log}")
     return RunError(redact("\n".join(lines)), hint=hint)
+
+
+def _as_written(recipe: Recipe, problem: dict[str, Any]) -> dict[str, Any]:
+    """What is wrong with a stage that is repeated, by the name that was written: so it is said once."""
+    return {key: text and recipe.as_written(text) for key, text in problem.items()}

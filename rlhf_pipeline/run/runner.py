@@ -229,8 +229,7 @@ def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch:
     )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before anything was trained")
-    warnings: list[str] = result["warnings"]
-    return warnings
+    return list(dict.fromkeys(map(recipe.as_written, result["warnings"])))
 
 
 def _train(

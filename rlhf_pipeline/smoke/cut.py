@@ -122,6 +122,11 @@ def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
             notes.append(f"`{outside.label(init)}` is of another base: `{name}` starts from the bare one")
             others = [one for one in stage.inits if one not in (init, BASE)]
             stage.init = [BASE, *others] if others else BASE
+        if outside.is_one(stage.reference):
+            notes.append(
+                f"`{outside.label(str(stage.reference))}` is of another base: `{name}` measures from the bare one"
+            )
+            stage.reference = BASE if stage.start != BASE else None
         for reward in [stage, *stage.rewards]:
             key = "reward" if reward is stage else "stage"
             value = getattr(reward, key)

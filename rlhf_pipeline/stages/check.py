@@ -40,6 +40,7 @@ from rlhf_pipeline.stages.trial import try_trainer
 EVALUATE = "evaluate"  # among the names of stages: the prompts on which policies are judged
 # Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
 FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
+FEW_PROMPTS = 32  # of a round: what is learned from fewer is more about them than about the rest
 ROUTER_LOSS = "router_aux_loss_coef"
 Asked = Sequence[tuple[Prompt, dict[str, Any]]]
 
@@ -202,6 +203,11 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
                 ) from None
         return known[key]
 
+    def shapes_of(parent: str) -> dict[str, torch.Size]:
+        if outside.is_one(parent):
+            return adapters.stored_shapes(outside.folder(parent))
+        return made(parent)[0] if parent in recipe.stages else {}
+
     for name in names:
         (ours, on_head), init = made(name), recipe.stages[name].start
         if FUSED_HEAD and on_head and not recipe.stages[name].facts.own_loop:
@@ -211,16 +217,18 @@ def check_lora(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -
                 place=_written_at(recipe, name),
                 hint="`target_modules: all-linear` leaves it out",
             )
-        if outside.is_one(init):
-            theirs = adapters.stored_shapes(outside.folder(init))
-        else:
-            theirs = made(init)[0] if init in recipe.stages else {}
-        problem = adapters.misfit(theirs, ours)
-        if problem:
+        if problem := adapters.misfit(shapes_of(init), ours):
             raise InputError(
                 f"the adapter of stage `{name}` cannot begin as that of `{init}`, which it starts from: {problem}",
                 place=_written_at(recipe, name),
                 hint=f"it needs every module of `{init}` at no smaller rank, or to start from the base: `init: {BASE}`",
+            )
+        reference = recipe.stages[name].reference
+        if reference is not None and (problem := adapters.misfit(shapes_of(reference), ours)):
+            raise InputError(
+                f"the reference of stage `{name}` cannot compute as `{reference}`: {problem}",
+                place=f"stages.{name}.reference",
+                hint=f"`lora` of stage `{name}` needs every module of `{reference}` at no smaller rank",
             )
 
 
@@ -441,6 +449,12 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
         wrong, doubtful = problems.problems(found[key], f"stages.{job.name}.{key}")
         errors += wrong
         warnings += doubtful
+        own = len(np.unique(column(prepared.table, "prompt_key")))
+        if spec.part is not None and own < FEW_PROMPTS:
+            warnings.append(
+                f"stages.{job.name}.{key}: only {own} prompts are left to each of {spec.part[1]} rounds: give more, or "
+                "the same ones to every round with `prompts: reuse` (`rlhf-pipeline docs rounds`)"
+            )
     return found | {"warnings": warnings}, errors
 
 

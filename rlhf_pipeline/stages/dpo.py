@@ -1,4 +1,4 @@
-"""Direct preference optimization: TRL's DPOTrainer on preference pairs, the start as its reference."""
+"""Direct preference optimization: TRL's DPOTrainer on preference pairs, relative to a frozen reference."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,7 +116,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train, evaluate, save the adapter and judge it; returns the final metrics. Resumes from the last checkpoint.
 
     The adapter is loaded under the name `default`, of which TRL makes a frozen copy, `ref`: the reference is what the
-    stage starts from, not the bare base.
+    stage starts from, not the bare base, unless the recipe names another one.
     """
     job.progress.tell("loading")
     args, tokenizer, data, _ = prepare(job)
@@ -124,6 +124,8 @@ def run(job: Job) -> dict[str, Any]:
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = EncodedDPOTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
+    if job.stage.reference is not None:
+        trainer.refer_to(job.reference)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

@@ -116,6 +116,8 @@ def run(job: Job, config: type[Config], trainer_class: type["GroupTrainer"]) -> 
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = trainer_class.over(model, args, tokenizer, data.train, data.held_out, callbacks)
+    if job.stage.reference is not None:
+        trainer.refer_to(job.reference)
     for artifact, shape in job.reward_models:
         trainer.roles.add_reward(artifact, shape)
     rewards = mixture.load(job.recipe, job.name, trainer.roles.rewards, tokenizer)

@@ -129,6 +129,12 @@ class Job:
         return None if self.stage.start == BASE else self._adapter_of(self.stage.start)
 
     @property
+    def reference(self) -> Path | None:
+        """The adapter that the stage's KL is measured from; None for the bare base."""
+        named = self.stage.reference
+        return self.init if named is None else None if named == BASE else self._adapter_of(named)
+
+    @property
     def reward_models(self) -> list[tuple[Path, dict[str, Any]]]:
         """The adapters, and their shapes, of the reward stages that score its replies, in the recipe's order."""
         names = [reward.stage for reward in self.stage.scored_by if reward.stage is not None]

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization: TRL's KTOTrainer on replies that are good or bad, the start as its reference."""
+"""Kahneman-Tversky optimization: TRL's KTOTrainer on good and bad replies, relative to a frozen reference."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -169,7 +169,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train, evaluate, save the adapter and judge it; returns the final metrics. Resumes from the last checkpoint.
 
     The adapter is loaded under the name `default`, of which TRL makes a frozen copy, `ref`: the reference is what the
-    stage starts from, not the bare base.
+    stage starts from, not the bare base, unless the recipe names another one.
     """
     job.progress.tell("loading")
     args, tokenizer, data, _ = prepare(job)
@@ -177,6 +177,8 @@ def run(job: Job) -> dict[str, Any]:
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = EncodedKTOTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
+    if job.stage.reference is not None:
+        trainer.refer_to(job.reference)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

@@ -64,6 +64,8 @@ def run(job: Job) -> dict[str, Any]:
     base = load_base(job.recipe.model, tokenizer)
     one_trunk = job.stage.value_model == "head"
     shared = SharedBase(base, job.stage.lora, job.init, job.reward_models, one_trunk)
+    if job.stage.reference is not None:
+        shared.refer_to(job.reference)
     some = data.train[: soundness.PROMPTS]["input_ids"]
     soundness.check_generation(shared.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
     trainer = PPOTrainer(

@@ -82,6 +82,14 @@ class Resumable(Trainer):
             adapters.copy_adapter(model, "default", REFERENCE)
         return trainer
 
+    def refer_to(self, artifact: Path | None) -> None:
+        """Compare with another adapter than the one that training starts from; with the bare base for None.
+
+        Raises:
+            ValueError: the adapter has no room in one of the policy's shape.
+        """
+        adapters.replace_weights(self.model, REFERENCE, artifact)
+
     def counts(self, inputs: Mapping[str, torch.Tensor]) -> dict[Over, float]:
         """How many rows or tokens the numbers of a batch are over."""
         raise NotImplementedError

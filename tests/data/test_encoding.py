@@ -189,6 +189,26 @@ def test_a_split_leaves_a_prompt_on_each_side(spec, tokenizer, count, fraction, 
     assert (len(prepared.train), len(prepared.held_out)) == (count - held_out, held_out)
 
 
+def test_parts_share_the_prompts_out_by_seed_and_not_by_order(spec, tokenizer):
+    """Each prompt is in one part with all its rows, parts are as equal as can be, and what is held out is in none."""
+
+    def parts(rows: list[dict], seed: int = 7) -> list[list[str]]:
+        tables = [prepare.preferences(spec(*rows, part=[i, 3]), tokenizer, seed) for i in (1, 2, 3)]
+        return [[tokenizer.decode(row["prompt_ids"]) for row in one.train] for one in tables]
+
+    found = parts(PAIRS)
+    assert sorted(prompt for part in found for prompt in part) == sorted(row["prompt"] for row in PAIRS)
+    assert sorted(len(set(part)) for part in found) == [3, 3, 4]
+    assert sum(len(set(part)) for part in found) == 10
+    assert [set(part) for part in parts(list(reversed(PAIRS)))] == [set(part) for part in found]
+    assert [set(part) for part in parts(PAIRS, seed=8)] != [set(part) for part in found]
+    whole = prepare.preferences(spec(*PAIRS, eval_fraction=0.3), tokenizer, seed=7)
+    some = [prepare.preferences(spec(*PAIRS, eval_fraction=0.3, part=[i, 2]), tokenizer, seed=7) for i in (1, 2)]
+    assert all(one.held_out.to_list() == whole.held_out.to_list() for one in some)
+    rows = sorted((row for one in some for row in one.train.to_list()), key=str)
+    assert rows == sorted(whole.train.to_list(), key=str) and len(some[0].train) != len(rows)
+
+
 def test_rows_of_one_prompt_cannot_be_split(spec, tokenizer):
     table = spec(PAIRS[0], PAIRS[10], PAIRS[20], eval_fraction=0.5)
     with pytest.raises(InputError, match="all rows have the same prompt") as caught:
