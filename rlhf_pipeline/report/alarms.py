@@ -459,11 +459,10 @@ def _of_rows(stage: Stage) -> Iterator[Alarm]:
             f"Only {ended:.0%} of the replies end by themselves: raise `sampling.max_new_tokens`, or begin with a "
             "stage that ends its replies.",
         )  # fmt: skip
-    each = (stage.final("replies") or 0) / max((stage.final("rows") or 0) + (stage.final("prompts/left_out") or 0), 1)
-    if unique is not None and unique * each < 1.5 < each:
+    if unique is not None and unique < 0.1:
         yield Alarm(
             "look", stage.name, "replies that are all alike",
-            f"Of {each:g} replies to a prompt {unique * each:.2g} are distinct, so there is little to choose: raise "
+            f"Only {unique:.0%} of the replies are distinct, so there is little to choose: raise "
             "`sampling.temperature`.",
         )  # fmt: skip
 

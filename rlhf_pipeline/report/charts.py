@@ -152,7 +152,7 @@ def curves(title: str, *panels: Panel, x_label: str = "step") -> Markup:
             axes.rule("grid", y=heights[0])
         else:
             axes.scale_x(x_label, whole=True)
-    return _chart(height, title, ". ".join(map(_alt_text, lines)), parts)
+    return _chart(height, title, ". ".join(_alt_text(line, x_label) for line in lines), parts)
 
 
 def _draw_line(axes: Axes, line: Line, series: Series) -> None:
@@ -168,10 +168,11 @@ def _draw_line(axes: Axes, line: Line, series: Series) -> None:
         axes.marks(raw.steps, raw.values, line.color + line.dash, 5 if len(raw) > 1 else 8, color)
 
 
-def _alt_text(line: Line) -> str:
+def _alt_text(line: Line, x_label: str) -> str:
     values, steps = line.series.values, line.series.steps
     return (
-        f"{line.label}: {short(values[0])} at step {short(steps[0])}, {short(values[-1])} at step {short(steps[-1])}, "
+        f"{line.label}: {short(values[0])} at {x_label} {short(steps[0])}, "
+        f"{short(values[-1])} at {x_label} {short(steps[-1])}, "
         f"between {short(values.min())} and {short(values.max())}"
     )
 

@@ -56,7 +56,8 @@ OF_SAMPLING = (  # policies that sample while they train
     Curve("Score", (("objective/scores", "training"), ("eval_objective/scores", "held out")),
           "The score of the replies: the reward model's, or the sum of all rewards. Should rise, then level off."),
     Curve("KL from the reference", (("objective/kl", "training"), ("eval_objective/kl", "held out")),
-          "How far the policy has gone, in nats a reply. Begins at 0; rising without end, it games the reward."),
+          "How far the policy has gone, in nats a reply. Begins at 0 where it starts from its reference; "
+          "rising without end, it games the reward."),
     Curve("Reply length", (("reply/length", "training"), ("eval_reply/length", "held out")),
           "In tokens. A steady drift to the limit, or to zero, means that length is rewarded, and not content."),
     Curve("Replies that end", (("reply/ended", "training"), ("eval_reply/ended", "held out")),
@@ -162,7 +163,7 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
         lines = _lines(chosen, curve.metrics, len(runs) > 1)
         if lines:
             svg = charts.curves(f"{name}: {curve.title}", Panel(lines, levels, floor=curve.floor))
-            legend = [_entry(line) for line in lines] if len(lines) > 1 else []
+            legend = [entry(line) for line in lines] if len(lines) > 1 else []
             pictures.append(Picture(curve.title, curve.caption, svg, legend))
     known = kinds.find(kind)
     if known and known.samples:
@@ -239,7 +240,8 @@ def _lines(chosen: Chosen, metrics: Sequence[tuple[str, str]], several: bool) ->
     return lines
 
 
-def _entry(line: Line) -> tuple[str, int, int, bool]:
+def entry(line: Line) -> tuple[str, int, int, bool]:
+    """A line's entry in a legend."""
     return line.label, line.color, line.dash, len(line.series) == 1
 
 
@@ -279,7 +281,7 @@ def _score_and_judge(chosen: Chosen, name: str, several: bool) -> list[Picture]:
         "The same replies to held-out prompts: what training optimises (above), and the judge, who knows better "
         "(below). Both should rise. Score up while the judge falls is reward hacking: stop where the judge was best."
     )
-    return [Picture("Score and judge", caption, svg, [_entry(line) for line in score] if several else [])]
+    return [Picture("Score and judge", caption, svg, [entry(line) for line in score] if several else [])]
 
 
 def _pairs(chosen: Chosen, name: str, several: bool) -> list[Picture]:
@@ -495,7 +497,8 @@ def of_lineage(run: Run) -> Markup | None:
             found["judge"] = BASE
         for role, parent in found.items():
             of = role.partition(".")[0]
-            start = parent if parent in names else _from_outside(parent, nodes, BASE if of in ("init", "judge") else "")
+            otherwise = BASE if of in ("init", "judge", "reference") else ""
+            start = parent if parent in names else _from_outside(parent, nodes, otherwise)
             if start:
                 edges.append((start, stage.name, {"init": "weights"}.get(of, of)))
     nodes.sort(key=lambda node: node[1] != "from outside")  # parents come first

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf_pipeline import __version__, kinds
-from rlhf_pipeline.report import alarms, charts, figures, gather, row_stages
+from rlhf_pipeline.report import alarms, charts, figures, gather, rounds, row_stages
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import headline, order
@@ -70,7 +70,7 @@ def render(runs: Sequence[Run]) -> str:
         "origins": [_origin(run) for run in runs],
         "differences": _differences(runs),
         "stages": [_stage(runs, name) for name in names],
-        "comparison": figures.of_comparison(runs),
+        "comparison": [*rounds.of_rounds(runs), *figures.of_comparison(runs)],
         "means": _means(runs),
         "settings_of_comparison": [
             (run.label, _settings_of_comparison(run)) for run in runs if run.comparison or gather.comparison_rows(run)

@@ -96,10 +96,7 @@ def test_a_fair_judge_raises_no_alarm(run: Path) -> None:
         (fair(0.5) | {"judge/unread": 0.4}, ("bad", "answers that cannot be read", "40% of the judge's answers")),
         (fair(0.5, **{"judge/own_replies": 0.8}), ("look", "self-preference", "its own stage")),
         ({"reply/ended": 0.5}, ("look", "cut replies", "Only 50% of the replies end")),
-        (
-            {"reply/unique": 0.3, "replies": 32, "rows": 8},
-            ("look", "replies that are all alike", "Of 4 replies to a prompt"),
-        ),
+        ({"reply/unique": 0.05}, ("look", "replies that are all alike", "Only 5%")),
     ],
 )
 def test_what_is_doubtful_about_rows_is_an_alarm(run: Path, metrics: Any, expected: tuple[str, str, str]) -> None:
