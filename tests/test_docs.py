@@ -257,6 +257,8 @@ def runnable(content: dict[str, Any]) -> dict[str, Any]:
         of_stages = content.keys() <= set(kinds.NAMES)
         content = {"stages": content} if of_stages else {**content, "stages": {"sft": {}}}
     content["model"] = {"path": "tiny", "quantization": content.get("model", {}).get("quantization", "none")}
+    if "evaluate" in content:
+        content["evaluate"]["data"] = "tiny:heldout"
     stages = content["stages"]
     for name, stage in stages.items():
         if stage is None:

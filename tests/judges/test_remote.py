@@ -177,7 +177,7 @@ def test_what_is_said_of_an_address_where_nobody_listens(kept):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     began = time.monotonic()
-    found = said_by_check(f"http://127.0.0.1:{port}", kept, retries=50)
+    found = said_by_check(f"http://127.0.0.1:{port}", kept, retries=8)
     assert found == (
         f"http://127.0.0.1:{port} cannot be reached: it refuses the connection",
         "see whether the server is up, and whether host and port are right",

@@ -97,6 +97,19 @@ def test_a_judge_that_cannot_be_read_is_an_error_and_not_a_win_rate(run: Path, r
         against_start(Job(use(recipe, chat), "dpo", run))
 
 
+def test_a_stage_judges_on_the_base_that_samples_and_its_own_replies_are_counted(run: Path, recipe: Recipe) -> None:
+    assert recipe.evaluate is not None
+    template = "{{ question }} {{ first }} {{ second }}"
+    recipe.evaluate.ai_judge = AIJudge(model="sft", principles="default", template=template, min_probability=0.0)
+    found = against_start(Job(recipe, "dpo", run))
+    rows = jsonl.rows(run / "dpo" / layout.JUDGEMENTS)
+    asked = [answer for row in rows for answer in row["asked"]]
+    assert len(asked) == 2 * found["judge/pairs"] > 0 and found["judge/unread"] == 0
+    assert len({answer["probability"] for answer in asked}) > 2
+    decided = [row["winner"] for row in rows if row["winner"] is not None]
+    assert decided and found["judge/own_replies"] == sum(decided) / len(decided), "sft sampled the second ones"
+
+
 def test_a_stage_that_comes_before_its_judge_has_none(recipe: Recipe) -> None:
     assert recipe.evaluate is not None
     recipe.evaluate.ai_judge = AIJudge(model="ppo")
