@@ -354,12 +354,12 @@ class Stage(_Strict):
     the stage starts from; from the second of `rounds` on what the first one starts from, unless it is `previous`."""
 
     reward: str | None = None
-    """PPO, GRPO and RLOO only: the reward stage whose model scores the replies; by default the latest earlier one. Or a
-    reward model from outside, named as for `init`."""
+    """PPO, GRPO, RLOO and `sample` only: the reward stage whose model scores the replies; by default the latest earlier
+    one, and of `sample` none. Or a reward model from outside, named as for `init`."""
 
     rewards: list[Reward] = []
-    """PPO, GRPO and RLOO only, in place of `reward`: several rewards, whose weighted sum is what the policy learns
-    from."""
+    """PPO, GRPO, RLOO and `sample` only, in place of `reward`: several rewards, whose weighted sum is what the policy
+    learns from, or the score of a sampled reply."""
 
     value_model: Literal["adapter", "head"] | None = None
     """PPO only: what tells the value of a reply so far. `adapter`, the default, is an adapter of its own; `head` is a

@@ -419,6 +419,9 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
         tokenizer = job.reader.tokenizer
         positions = getattr(job.reader.config.get_text_config(), "max_position_embeddings", None)
         trainer = Trainer(max_positions=positions)
+        if stage.sampling and stage.n:
+            stops = stop_tokens(tokenizer, job.reader.generation_config, {})
+            trainer = trainer._replace(response_length=stage.sampling.max_new_tokens, stop_tokens=stops)
         if stage.facts.trains:
             args = job.trainer_config(stages.BY_KIND[stage.kind].CONFIG)
             trainer = Trainer.of(args, positions, stage.facts.reply_limit)

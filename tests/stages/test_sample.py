@@ -28,7 +28,8 @@ name: run
 model: {{path: {model}, quantization: none, dtype: float32}}
 stages:
   sft: {{data: "tiny:demonstrations"}}
-  reward: {{data: "tiny:preferences"}}
+  twin: {{kind: sft, init: base, data: "tiny:demonstrations"}}
+  reward: {{data: "tiny:preferences", init: sft}}
   candidates:
     kind: sample
     init: [sft, base]
@@ -55,7 +56,7 @@ def make(tmp_path: Path, make_artifacts: Callable[..., Any]) -> Iterator[Callabl
 
     def made(name: str, *overrides: str) -> Job:
         recipe = recipes.load(str(tmp_path / "recipe.yaml"), [f"output_dir={tmp_path / name}", *overrides])
-        for stage, folder in (("sft", artifacts.init), ("reward", artifacts.reward)):
+        for stage, folder in (("sft", artifacts.init), ("twin", artifacts.init), ("reward", artifacts.reward)):
             shutil.copytree(folder, recipe.run / stage / "adapter", dirs_exist_ok=True)
         job = Job(recipe, "candidates", recipe.run)
         job.work.mkdir(parents=True, exist_ok=True)
@@ -110,14 +111,19 @@ def test_replies_are_of_each_policy_and_scored_by_the_weighted_sum(make: Callabl
         ]
         assert row["scores"] == pytest.approx(sums, abs=1e-4)
         assert max(of["tokens"]) <= 6
-    # The same prompt again gets other replies, and another seed gives others to all.
-    assert not set(made[0]["replies"]) & set(made[5]["replies"])
-    other = make("other", "seed=7", "candidates.rewards=[]", "candidates.init=sft")
-    sample.run(other)
-    assert all("scores" not in row for row in rows(other))
-    assert not {text for row in made for text in row["replies"]} & {
-        text for row in rows(other) for text in row["replies"]
-    }
+    assert not set(made[0]["replies"]) & set(made[5]["replies"])  # the same prompt again
+    alone, twins, other = (
+        make(name, "candidates.rewards=[]", f"candidates.init={init}", f"seed={seed}")
+        for name, init, seed in (("alone", "sft", 42), ("twins", "[sft, twin]", 42), ("other", "sft", 7))
+    )
+    for one in (alone, twins, other):
+        sample.run(one)
+        assert all("scores" not in row for row in rows(one))
+    assert [row["replies"] for row in rows(alone)] == [row["replies"][:3] for row in made]
+    for row in rows(twins):  # policies that are the same give other replies
+        assert len(set(row["replies"])) == 6
+    texts, others = ({text for row in of for text in row["replies"]} for of in (made, rows(other)))
+    assert not texts & others
     gains = [max(row["scores"]) - sum(row["scores"]) / 6 for row in made]
     assert metrics["scores/gain"] == pytest.approx(sum(gains) / len(gains))
 
