@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.judges.text import read_text
 from rlhf_pipeline.recipe.yaml import parse_document
 
 SHIPPED = Path(__file__).with_name("constitution.yaml")
@@ -47,11 +48,7 @@ def load(file: str | Path, place: str, needs: Sequence[str] = ("judge",)) -> lis
         InputError: the file cannot be read, holds no principle with these parts, or something that is none.
     """
     path = SHIPPED if str(file) == DEFAULT else Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"`{file}` cannot be read: {reason}", place=place) from None
+    text = read_text(path, str(file), place)
     found = [_principle(item, number, str(file), place) for number, item in enumerate(_items(text, path), 1)]
     if not found:
         raise InputError(f"`{file}` holds no principle", place=place, hint=HINT)

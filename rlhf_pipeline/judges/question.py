@@ -9,6 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlhf_pipeline.data.turns import Prompt, as_text, as_turns
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.judges.text import read_text
 
 TEMPLATE = Path(__file__).with_name("question.jinja")
 LETTERS = ("A", "B")  # what the template calls the first reply and the second
@@ -60,11 +61,7 @@ def read_template(template: str | None, place: str) -> str:
         InputError: it cannot be read, is not Jinja, uses a variable that there is not, or does not show a reply.
     """
     file = TEMPLATE if template is None else Path(template)
-    try:
-        text = template if template and "{{" in template else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"`{file}` cannot be read: {reason}", place=place) from None
+    text = template if template and "{{" in template else read_text(file, str(file), place)
     try:
         used = meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(text))
     except TemplateError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.judges.text import read_text
 from rlhf_pipeline.recipe.yaml import parse_document
 
 SHIPPED = Path(__file__).with_name("rubric.yaml")
@@ -34,11 +35,7 @@ def load(file: str | Path, place: str) -> list[Dimension]:
         InputError: the file cannot be read, or is no rubric.
     """
     path = SHIPPED if str(file) == DEFAULT else Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"`{file}` cannot be read: {reason}", place=place) from None
+    text = read_text(path, str(file), place)
     value, _ = parse_document(text, str(path))
     if not isinstance(value, list) or not value:
         raise InputError(f"`{file}` holds no dimension", place=place, hint=HINT)
