@@ -42,7 +42,7 @@ stages:
 """
 FUNCTION = """
 def length(completions, key, **_):
-    return [None if key[0] == "none" else float(len(text)) for text in completions]
+    return [float(len(text) + 100 * ("4" in of)) for text, of in zip(completions, key, strict=True)]
 """
 
 
@@ -105,7 +105,7 @@ def test_replies_are_of_each_policy_and_scored_by_the_weighted_sum(make: Callabl
         of = row["sampled"]
         assert of["policies"] == ["sft"] * 3 + ["base"] * 3
         assert len(set(row["replies"])) == 6
-        assert of["rewards"]["length"] == [float(len(reply)) for reply in row["replies"]]
+        assert of["rewards"]["length"] == [len(reply) + 100 * ("4" in row["key"]) for reply in row["replies"]]
         sums = [
             2 * one - 0.5 * other for one, other in zip(of["rewards"]["reward"], of["rewards"]["length"], strict=True)
         ]
