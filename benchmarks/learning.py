@@ -29,6 +29,7 @@ class Case:
         overrides: what is changed.
         until: the last stage to run; None for all.
         gain: how much better than SFT every later policy must be, by the judge.
+        of: which policies those are; by default all but SFT.
         accuracy: the least held-out accuracy of its reward stages.
         sft: between what the judge's mean after SFT must be.
     """
@@ -37,6 +38,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     until: str | None = None
     gain: float = 0.20
+    of: tuple[str, ...] = ()
     accuracy: float = 0.0
     sft: tuple[float, float] = GOLD_SFT
 
@@ -49,6 +51,9 @@ CASES = {
     "grpo": Case("tiny-grpo"),
     "rloo": Case("tiny-rloo"),
     "ensemble": Case("tiny-ensemble"),
+    "best-of-n": Case("tiny-best-of-n", gain=0.15),
+    "rlaif": Case("tiny-rlaif", of=("dpo",)),  # its critic answers no questions
+    "rounds": Case("tiny-rounds", of=("dpo-3",)),
     "constitution": Case("tiny-constitution", sft=(0.4, 0.75)),  # its SFT sees right and polite revisions, too
 }
 
@@ -103,7 +108,7 @@ def wrong(case: Case, row: dict[str, float]) -> list[str]:
     for name, value in row.items():
         what, _, rest = name.partition(" ")
         if (
-            (what == "gold" and rest != "sft" and value < sft + case.gain)
+            (what == "gold" and rest != "sft" and rest in (case.of or rest) and value < sft + case.gain)
             or (what == "accuracy" and value < case.accuracy)
             or (what == "first" and abs(value) >= FIRST_ZERO[rest.partition(" ")[0]])
         ):
