@@ -6,7 +6,6 @@ that come out are read as demonstrations of the last replies, or as pairs of aft
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo.rollout import sample
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.rows import Made, columns_of, publish, with_columns
+from rlhf_pipeline.stages.rows import Asked, Made, columns_of, prompts_of, publish, with_columns
 
 CONFIG = None
 CRITIQUES = "critiques.jsonl"
@@ -33,23 +32,6 @@ ANNOUNCED = re.compile(
 )
 
 __all__ = ["CONFIG", "prepare", "read", "run"]
-
-
-class Asked(NamedTuple):
-    """A prompt that is answered.
-
-    Attributes:
-        prompt: text or turns.
-        ids: its tokens.
-        row: the row that it is from, as `encode.row_of` has it.
-        number: how many times the same prompt came before it: then it gets another reply, criticised by another order
-            of the principles.
-    """
-
-    prompt: Prompt
-    ids: Ids
-    row: str
-    number: int
 
 
 class Inputs(NamedTuple):
@@ -116,13 +98,7 @@ def prepare(job: Job) -> Inputs:
         InputError: for settings or data that cannot work.
     """
     found = check(job)
-    rows = job.reader.read(read, job.stage.data).train
-    asked, counts = [], Counter[int]()
-    for row in rows:
-        prompt = json.loads(row["row"])["prompt"]
-        key = hash_of(prompt)
-        asked.append(Asked(prompt, row["input_ids"], row["row"], counts[key]))
-        counts[key] += 1
+    asked = prompts_of(job)
     fitting = _fitting(job, asked, found)
     if not fitting:
         raise InputError(

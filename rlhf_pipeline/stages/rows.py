@@ -1,19 +1,54 @@
-"""What all stages that make rows share: a log of what they have made so far, and the rows as their artifact."""
+"""What stages that make rows share: prompts, a log of what they have made so far, and the rows as their artifact."""
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.callbacks.progress import Phase
 from rlhf_pipeline.data.carried import carried
+from rlhf_pipeline.data.encode import ROW, Ids, hash_of
+from rlhf_pipeline.data.prepare import prompts_with_rows
 from rlhf_pipeline.data.turns import Prompt, Row
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir import durable, jsonl, strict_json
 from rlhf_pipeline.rundir.layout import MADE
 from rlhf_pipeline.rundir.record import ROWS
 from rlhf_pipeline.stages.job import Job
+
+
+class Asked(NamedTuple):
+    """A prompt that a stage gives replies to.
+
+    Attributes:
+        prompt: text or turns.
+        ids: its tokens.
+        row: the row that it is from, as `encode.row_of` has it.
+        number: how many times the same prompt came before it: then it gets other replies.
+    """
+
+    prompt: Prompt
+    ids: Ids
+    row: str
+    number: int
+
+
+def prompts_of(job: Job) -> list[Asked]:
+    """The prompts of a stage's data, in their order.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    found, counts = [], Counter[int]()
+    for row in job.reader.read(prompts_with_rows, job.stage.data).train:
+        prompt = json.loads(row[ROW])["prompt"]
+        key = hash_of(prompt)
+        found.append(Asked(prompt, row["input_ids"], row[ROW], counts[key]))
+        counts[key] += 1
+    return found
 
 
 class Made:

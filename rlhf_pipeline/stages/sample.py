@@ -6,7 +6,6 @@ Of scored rows, `sft` learns the best reply to each prompt, which is best-of-n, 
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
@@ -16,9 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.columns import SAMPLED
-from rlhf_pipeline.data.encode import Ids, hash_of
+from rlhf_pipeline.data.encode import hash_of
 from rlhf_pipeline.data.prepare import prompts_with_rows as read  # the rows of such a stage
-from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo import numbers
@@ -26,27 +24,11 @@ from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import Episodes, concatenate, diversity, sample
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.rows import Made, columns_of, publish, with_columns
+from rlhf_pipeline.stages.rows import Asked, Made, columns_of, prompts_of, publish, with_columns
 
 CONFIG = None
 
 __all__ = ["CONFIG", "prepare", "read", "run"]
-
-
-class Asked(NamedTuple):
-    """A prompt that gets replies.
-
-    Attributes:
-        prompt: text or turns.
-        ids: its tokens.
-        row: its row, from `encode.row_of`.
-        number: how many times the same prompt came before it: then it gets other replies.
-    """
-
-    prompt: Prompt
-    ids: Ids
-    row: str
-    number: int
 
 
 class Inputs(NamedTuple):
@@ -62,13 +44,7 @@ def prepare(job: Job) -> Inputs:
     Raises:
         InputError: they cannot be read.
     """
-    asked, counts = [], Counter[int]()
-    for row in job.reader.read(read, job.stage.data).train:
-        prompt = json.loads(row["row"])["prompt"]
-        key = hash_of(prompt)
-        asked.append(Asked(prompt, row["input_ids"], row["row"], counts[key]))
-        counts[key] += 1
-    return Inputs(job.reader.tokenizer, asked)
+    return Inputs(job.reader.tokenizer, prompts_of(job))
 
 
 def run(job: Job) -> dict[str, Any]:
