@@ -363,19 +363,24 @@ def lineage(title: str, nodes: Sequence[tuple[str, str, str]], edges: Sequence[t
     depth: dict[str, int] = {}
     for name, _, _ in nodes:
         depth[name] = 1 + max((depth.get(parent, -1) for parent, child, _ in edges if child == name), default=-1)
-    wide, high, across, down = 92, 44, 34, 16
+    wide, high, across, down = 104, 44, 34, 16
     place: dict[str, tuple[float, float]] = {}
     columns = [[name for name, _, _ in nodes if depth[name] == level] for level in range(max(depth.values()) + 1)]
     total = max(len(column) for column in columns) * (high + down) - down
+    above = 14.0 * max(0, *(min(depth[b] - depth[a], 5) for a, b, _ in edges if a in depth and b in depth), 1) - 14.0
     for level, column in enumerate(columns):
         start = (total - (len(column) * (high + down) - down)) / 2
         for i, name in enumerate(column):
-            place[name] = (4 + level * (wide + across), 4 + start + i * (high + down))
+            place[name] = (4 + level * (wide + across), 4 + above + start + i * (high + down))
     parts = []
     for parent, child, what in edges:
         if parent in place and child in place:
             (x0, y0), (x1, y1) = place[parent], place[child]
             x0, y0, y1 = x0 + wide, y0 + high / 2, y1 + high / 2
+            levels = range(depth[parent] + 1, depth[child])
+            if any(_crosses(place[name], (x0, y0), (x1, y1), wide, high) for i in levels for name in columns[i]):
+                parts.append(_over(x0, y0, x1, y1, what, high / 2 + 14 * (min(len(levels), 4))))
+                continue
             parts.append(
                 f'<path class="edge {what}" d="M{x0:.0f} {y0:.0f}C{x0 + 18:.0f} {y0:.0f} {x1 - 22:.0f} {y1:.0f} '
                 f'{x1 - 5:.0f} {y1:.0f}"/><path class="tip" d="M{x1 - 6:.0f} {y1 - 4:.0f}l6 4l-6 4z"/>'
@@ -392,7 +397,26 @@ def lineage(title: str, nodes: Sequence[tuple[str, str, str]], edges: Sequence[t
     width = 8 + len(columns) * (wide + across) - across
     alt_text = "; ".join(f"{child} from {parent} ({what})" for parent, child, what in edges)
     style = f"max-width:{width * 1.15}px;min-width:{min(width, 320)}px"
-    return _svg("lineage", width, total + 8, title, alt_text, parts, style)
+    return _svg("lineage", width, total + above + 8, title, alt_text, parts, style)
+
+
+def _crosses(
+    node: tuple[float, float], start: tuple[float, float], end: tuple[float, float], wide: float, high: float
+) -> bool:
+    """Whether a straight line would go through a node, which it does not lead to."""
+    (x0, y0), (x1, y1), middle = start, end, node[0] + wide / 2
+    at = y0 + (y1 - y0) * (middle - x0) / (x1 - x0)
+    return node[1] - 2 < at < node[1] + high + 2
+
+
+def _over(x0: float, y0: float, x1: float, y1: float, what: str, lift: float) -> str:
+    """An edge that goes over the nodes between."""
+    top = min(y0, y1) - lift
+    return (
+        f'<path class="edge {what}" d="M{x0:.0f} {y0 - 8:.0f}C{x0 + 20:.0f} {top:.0f} {x0 + 20:.0f} {top:.0f} '
+        f"{x0 + 40:.0f} {top:.0f}H{x1 - 45:.0f}C{x1 - 22:.0f} {top:.0f} {x1 - 22:.0f} {y1 - 8:.0f} "
+        f'{x1 - 5:.0f} {y1 - 8:.0f}"/><path class="tip" d="M{x1 - 6:.0f} {y1 - 12:.0f}l6 4l-6 4z"/>'
+    )
 
 
 def swatch(color: int, dash: int = 0, marker: bool = False) -> Markup:

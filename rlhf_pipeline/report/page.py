@@ -207,7 +207,9 @@ def _machine(record: Record) -> str:
 def _data(run: Run) -> Iterator[tuple[str, str, str, str]]:
     """Stage, what the data are for, name and digest."""
     for stage in run.stages:
-        for key, what in USES_OF_DATA.items():
+        kind = kinds.find(stage.kind)
+        uses = USES_OF_DATA if kind is None or kind.trains else USES_OF_DATA | {"data": kind.doing}
+        for key, what in uses.items():
             for source in stage.record.data(key):
                 yield (stage.name, what, *_digest(source))
         judged = stage.record.judging or {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import report_run
 
-from rlhf_pipeline.report import alarms, gather, page
+from rlhf_pipeline.report import alarms, charts, gather, page
 from rlhf_pipeline.rundir.words import short
 
 HOSTILE = report_run.HOSTILE
@@ -118,3 +118,13 @@ def test_the_lineage_says_who_judged_which_rows(run: Path) -> None:
     assert "candidates from sft (weights)" in text
     assert "feedback from candidates (rows)" in text and "feedback from sft (judge)" in text
     assert "feedback from base" not in text
+
+
+def test_a_line_goes_over_the_nodes_that_it_does_not_lead_to() -> None:
+    nodes = [(name, "x", "done") for name in "abc"]
+    near, far = [("a", "b", "weights"), ("b", "c", "rows")], ("a", "c", "reference")
+    plain, arched = charts.lineage("x", nodes, near), charts.lineage("x", nodes, [*near, far])
+    assert "H" not in "".join(re.findall(r'class="edge [^>]*d="([^"]*)"', plain))
+    (line,) = re.findall(r'class="edge reference" d="M[\d.]+ ([\d.]+)C\S+ ([\d.]+) [^"]*H', arched)
+    top = min(float(y) for y in re.findall(r'<rect x="\d+" y="(\d+)"', arched))
+    assert float(line[1]) < top < float(line[0])
