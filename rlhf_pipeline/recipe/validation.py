@@ -47,8 +47,13 @@ EXPECTED = {
 PATTERNS = {
     "name": ("letters, digits, _, - and .", "the run directory is named after it; by default it is the file's name"),
     "judge": ("`module:function`", "for example my_judges:is_polite, in a file my_judges.py beside the recipe"),
+    "api_key_env": (
+        "the name of an environment variable",
+        "for example JUDGE_KEY; the key itself belongs in no recipe",
+    ),
     "function": ("`module:function`", "for example my_rewards:short_enough, in a file my_rewards.py beside the recipe"),
 }
+SECRETS = ("api_key_env",)  # keys under which somebody may have written a secret: it is not shown
 # Used in place of what is missing or invalid, so that all else can be checked; the key is broken then.
 STAND_INS: dict[str, Any] = {
     "name": "name", "path": "tiny", "judge": "module:function", "kind": "sft", "model": {"path": "tiny"},
@@ -164,8 +169,10 @@ def _note(error: ErrorDetails, content: dict[str, Any], problems: Problems) -> N
 
 def _message(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str:
     """What was expected of a value, and what was given."""
-    if kind in ("string_too_short", "too_short"):
+    if kind == "string_too_short" or (kind == "too_short" and not given):
         return f"`{path[-1]}` is empty"
+    if path[-1] in SECRETS:
+        return f"expected {_expected(kind, path, given, context)}"
     return f"expected {_expected(kind, path, given, context)}, got {shown(given)}"
 
 
@@ -182,6 +189,9 @@ def _expected(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> 
         return "a name such as " + ", ".join(f"'{word}'" for word in near[:3])
     if kind == "string_pattern_mismatch" and path[-1] in PATTERNS:
         return PATTERNS[str(path[-1])][0]
+    if kind in ("too_long", "too_short"):
+        least = kind == "too_short"
+        return f"at {'least' if least else 'most'} {context['min_length' if least else 'max_length']} entries"
     if kind in BOUNDS:
         name, bound = BOUNDS[kind]
         return f"a number {bound} {context[name]:,.12g}"

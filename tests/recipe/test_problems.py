@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from rlhf_pipeline import recipe
 from rlhf_pipeline.errors import InputError, InputErrors
+from rlhf_pipeline.recipe import schema, validation
 
 FULL = """\
 name: t
@@ -338,3 +340,15 @@ def test_a_wrong_value_from_the_environment_names_its_variable(problems, monkeyp
         "r.yaml:7:22: stages.sft.trainer.learning_rate",
         "expected a number, got 'fast' (from ${LR})",
     )
+
+
+def test_every_pattern_of_the_schema_has_words() -> None:
+    """A value that does not match it is said in a sentence, and not by a traceback."""
+    models = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, BaseModel)]
+    with_pattern = {
+        name
+        for model in models
+        for name, field in model.model_fields.items()
+        if any(getattr(rule, "pattern", None) for rule in field.metadata)
+    }
+    assert {"judge", "api_key_env"} <= with_pattern <= set(validation.PATTERNS)
