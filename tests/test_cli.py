@@ -152,8 +152,8 @@ def test_json_of_a_fresh_directory(folder):
         assert object_["run"] == str(folder / "runs" / "t")
         assert [stage["name"] for stage in object_["stages"]] == ["sft", "reward", "ppo"]
         for stage in object_["stages"]:
-            keys = {"name", "kind", "state", "reason", "init", "reward", "rewards", "fingerprint", "wall_s", "metrics",
-                    "peak_memory_bytes", "artifact", "taken_from", "log", "step", "gates"}  # fmt: skip
+            keys = {"name", "kind", "state", "reason", "init", "reward", "rewards", "others", "fingerprint", "wall_s",
+                    "metrics", "peak_memory_bytes", "artifact", "taken_from", "log", "step", "gates"}  # fmt: skip
             of_plan = {"will", "will_run", "data", "class_weights"} if command == "plan" else set()
             assert set(stage) == keys | of_plan
             assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)

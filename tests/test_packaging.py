@@ -65,7 +65,12 @@ def test_the_wheel_holds_the_documentation_and_prints_it(unpacked: Path, tmp_pat
 
 def test_the_wheel_holds_every_template(unpacked: Path) -> None:
     templates = {str(file.relative_to(ROOT)): file.read_bytes() for file in (ROOT / "rlhf_pipeline").rglob("*.jinja")}
-    assert {Path(name).name for name in templates} == {"card.md.jinja", "chat_template.jinja", "page.html.jinja"}
+    assert {Path(name).name for name in templates} == {
+        "card.md.jinja",
+        "chat_template.jinja",
+        "page.html.jinja",
+        "question.jinja",
+    }
     assert templates == {name: (unpacked / name).read_bytes() for name in templates}
 
 

@@ -74,6 +74,9 @@ class FunctionJudge:
         if (other := next((value for value in as_numbers if isinstance(value, str)), None)) is not None:
             said = f'{self.who} returned {other!r:.80}, which is neither "A" nor "B" nor a probability'
             raise FunctionError(said, self.place)
+        if len(values) != len(prompts):
+            count = f"{len(values)} answer{'s' * (len(values) != 1)}"
+            raise FunctionError(f"{self.who} returned {count} to {len(prompts)} questions", self.place)
         numbers = user_code.numbers(as_numbers, prompts, self.who, self.place)
         for number, value in zip(numbers, values, strict=True):
             if number is not None and not 0 <= number <= 1:

@@ -254,7 +254,9 @@ def _of_rows(stage: Stage) -> tuple[set[str], set[str]]:
     certain = {"rows", *(number.metric for number in stage.facts.numbers)}
     if "passes" in stage.facts.takes:
         certain |= OF_REVISIONS
-    return certain, OF_JUDGE - certain if stage.judge else set()
+    if stage.judge is None:
+        return certain, set()
+    return certain, {name for name in OF_JUDGE - certain if stage.human or "human" not in name}
 
 
 def _of_trl(stage: Stage, held_out: bool) -> tuple[set[str], set[str]]:

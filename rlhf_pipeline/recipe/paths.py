@@ -278,8 +278,11 @@ def _data_path(path: str, key: KeyPath, problems: Problems) -> str:
     if path.startswith("tiny:"):
         file = TINY / "data" / f"{path.removeprefix('tiny:')}.jsonl"
         if not file.is_file():
-            known = ", ".join(f"tiny:{other.stem}" for other in sorted(file.parent.glob("*.jsonl")))
-            problems.add(key, f"the tiny world has no data `{path}`", f"it has {known}")
+            there = sorted(other.stem for other in file.parent.glob("*.jsonl"))
+            near = difflib.get_close_matches(file.stem, there, n=1)
+            known = ", ".join(f"tiny:{name}" for name in there)
+            hint = f"did you mean `tiny:{near[0]}`?" if near else f"it has {known}"
+            problems.add(key, f"the tiny world has no data `{path}`", hint)
         return str(file)
     folder = problems.origins.folder(key)
     local = folder / expanded(path)

@@ -122,11 +122,14 @@ def resolve_rows(recipe: Recipe, name: str, earlier: Mapping[str, Stage], requir
                 require((*place, "path"), source.stage, kinds.makers("rows"), problems)
                 if not problems.is_broken((*place, "path")):
                     _require_fit(source.stage, earlier[source.stage], reads, (*place, "path"), problems)
-        if data.pairs is None and reads == "preferences" and stage.facts.keeps_reference and data.stage is not None:
-            maker = earlier.get(data.stage)
-            if maker and "n" in maker.facts.takes:
-                data.pairs = "best_and_worst"
-                problems.origins.derived[*path, "pairs"] = "of sampled replies"
+        maker = earlier.get(str(data.stage))
+        if data.chat is None and maker is not None and maker.data.chat is not None:
+            data.chat = maker.data.chat
+            problems.origins.derived[*path, "chat"] = f"as in stage {data.stage}"
+        compares = data.pairs is None and reads == "preferences" and stage.facts.keeps_reference
+        if compares and maker is not None and "n" in maker.facts.takes:
+            data.pairs = "best_and_worst"
+            problems.origins.derived[*path, "pairs"] = "of sampled replies"
 
 
 def _require_fit(name: str, maker: Stage, reads: kinds.Rows, path: KeyPath, problems: Problems) -> None:

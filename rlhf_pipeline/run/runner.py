@@ -225,7 +225,7 @@ def _scratch() -> Iterator[Path]:
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path) -> list[str]:
     result, _ = jobs.do(
         recipe, launcher, "check", scratch / "check.json", scratch / "check.log", "the check of settings and data",
-        stages=[stage.name for stage in stages],
+        stages=[stage.name for stage in stages], current=[stage.name for stage in stages if stage.is_current],
     )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before anything was trained")
@@ -246,8 +246,9 @@ def _train(
     if progress:
         say(f"{stage.name:<7} {progress}")
     else:
-        why = "asked for, or a stage that it starts from was trained again" if fresh else stage.reason
-        _make_room(stage, directory, say, "is retrained from the start", why)
+        why = "asked for, or a stage that it needs ran again" if fresh else stage.reason
+        anew = "is retrained from the start" if kinds.get(stage.kind).trains else "makes its rows anew"
+        _make_room(stage, directory, say, anew, why)
     record = _opening_record(recipe, stage, directory, progress, begun)
     directory.prepare(stage.name, progress)
     _put_damage_aside(stage.name, directory, say)

@@ -44,7 +44,7 @@ def main(job_file: str) -> int:
     result: dict[str, Any]
     try:
         if job["task"] == "check":
-            result, code = {"warnings": check.check(recipe, job["stages"])}, 0
+            result, code = {"warnings": check.check(recipe, job["stages"], job["current"])}, 0
         elif job["task"] == "compare":
             settings = job["settings"]
             asked, spec = measure.default_prompts(recipe, settings["n"])

@@ -45,10 +45,15 @@ ROUTER_LOSS = "router_aux_loss_coef"
 Asked = Sequence[tuple[Prompt, dict[str, Any]]]
 
 
-def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
+def check(recipe: Recipe, names: Sequence[str], current: Sequence[str] = ()) -> list[str]:
     """Find what is wrong with the settings and data of every stage that shall run, before the first one trains.
 
     The tokenizer is loaded once, and each distinct reading of the data done once, however many stages have it.
+
+    Args:
+        recipe: the recipe.
+        names: the stages.
+        current: those of them that are up to date, whose rows can be read.
 
     Returns:
         Warnings: what may be as it should, and is worth a look.
@@ -74,7 +79,8 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     attempt(lambda: check_lora(recipe, training, config))
     attempt(lambda: check_router_loss(recipe, training, config))
     doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
-    readable = [name for name in names if not awaited(recipe, name, names)]  # the others' rows are made only then
+    to_make = [name for name in names if name not in current]
+    readable = [name for name in names if not awaited(recipe, name, to_make)]  # the others' rows are made only then
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]
     for job in jobs:
         if job.name not in readable:
@@ -100,6 +106,7 @@ def check(recipe: Recipe, names: Sequence[str]) -> list[str]:
     found += [error for error in wrong if not any(str(one.place).startswith(f"{error.place}.") for one in found)]
     if found:
         raise InputErrors(found)
+    doubts = [*judge_of_nobody(recipe), *doubts]
     return [*default_learning_rates(recipe, training), *levels_of_members(recipe, names), *doubts, *report["warnings"]]
 
 
@@ -178,6 +185,17 @@ def levels_of_members(recipe: Recipe, names: Sequence[str]) -> list[str]:
         "counts as disagreement: set `trainer.center_rewards_coefficient: 0.01` (`rlhf-pipeline docs reward`)"
         for name in names
         if recipe.stages[name].members and not recipe.stages[name].trainer.get("center_rewards_coefficient")
+    ]
+
+
+def judge_of_nobody(recipe: Recipe) -> list[str]:
+    """A line where the AI of `evaluate` is a stage that comes after, or is, the last policy."""
+    judge = recipe.evaluate.ai_judge if recipe.evaluate else None
+    if judge is None or judge.stage is None or any(recipe.ai_judge_of(name) for name in recipe.stages):
+        return []
+    return [
+        f"{win_rates.PLACE}: no policy has a `win_rate`, as none is trained after stage `{judge.stage}`, which judges; "
+        "only the comparison at the end asks it: name an earlier stage, or another model"
     ]
 
 

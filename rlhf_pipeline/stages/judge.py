@@ -122,12 +122,12 @@ def run(job: Job) -> dict[str, Any]:
     )
     found = [row for one, verdict in judged if (row := preference(one, verdict, job.stage.ties == "keep"))]
     if not found:
+        kept = "; `ties: keep` keeps pairs on which both orders disagree" if job.stage.ties == "drop" else ""
         raise RunError(
             f"no pair has a winner: {metrics.get('judge/ties', 0):.0%} are ties, {metrics['judge/unread']:.0%} of the "
             f"answers could not be read, and {metrics.get('judge/first_position', 0):.0%} of the others favour the "
             "reply that was shown first",
-            hint="another model, template or question may do better; `ties: keep` keeps pairs on which both orders "
-            "disagree",
+            hint=f"another model, template or question may do better{kept if metrics.get('judge/ties') else ''}",
         )
     return publish(job, found, metrics, {JUDGEMENTS: [judgement(one, verdict) for one, verdict in judged]})
 

@@ -98,7 +98,7 @@ def against_start(job: Job) -> dict[str, float]:
     said = [judgement(pair, one.verdict) for pair, one in zip(pairs, judged, strict=True)]
     jsonl.rewrite(job.folder / JUDGEMENTS, lambda row: False, said)
     found = rate([one.verdict for one in judged], spec.samples)
-    if found is None:
+    if found is None or not is_legible(judged):
         raise RunError(
             f"{PLACE}: none of the answers of the judge can be read",
             hint=f"{JUDGEMENTS} has what it said; another model, or a `template` that it follows, may answer",
@@ -139,6 +139,12 @@ def compared(
     said = iter(found)
     same = Verdict(0.5, True, {}, None, [])
     return [Judged(pair.replies, next(said) if pair.replies[0] != pair.replies[1] else same, own) for pair in pairs]
+
+
+def is_legible(judged: Sequence[Judged]) -> bool:
+    """Whether an answer of the judge could be read, or nothing had to be asked, since all replies are the same."""
+    different = [one for one in judged if one.replies[0] != one.replies[1]]
+    return not different or any(one.verdict.probability is not None for one in different)
 
 
 def rate(found: Sequence[Verdict], times: int = 1) -> dict[str, float] | None:

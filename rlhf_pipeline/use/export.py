@@ -21,7 +21,7 @@ from rlhf_pipeline.run.explain import recognise
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.finished import trained_with, warning
 from rlhf_pipeline.rundir.layout import WEIGHTS, RunDirectory, members
-from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.rundir.record import ROWS, Record
 from rlhf_pipeline.rundir.secrets import redact
 from rlhf_pipeline.use import card
 
@@ -135,6 +135,13 @@ def _record(run: Path, stage: str, recipe: Recipe) -> Record:
     if stage not in recipe.stages:
         raise InputError(
             f"there is no stage `{stage}`", place=str(run), hint=f"the stages are {', '.join(recipe.stages)}"
+        )
+    if not recipe.stages[stage].facts.trains:
+        models = [name for name, one in recipe.stages.items() if one.facts.trains]
+        raise InputError(
+            f"`{stage}` is a {recipe.stages[stage].kind} stage, which makes rows and no model",
+            place=str(run),
+            hint=f"its rows are in {directory.stage(stage) / ROWS}; stages with a model: {', '.join(models)}",
         )
     found = state.read(run).stage(stage)
     record = found.record if found else Record()

@@ -57,7 +57,7 @@ def test_what_it_may_return(judge, returned, firsts) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return ['A']", "returned 1 number for 2 replies"),
+        ("return ['A']", "returned 1 answer to 2 questions"),
         ("return ['A', 'C']", "returned 'C', which is neither"),
         ("return [0.5, 1.5]", "returned 1.5, which is no probability"),
         ("return [0.5, float('nan')]", "returned nan"),

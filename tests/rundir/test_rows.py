@@ -14,6 +14,7 @@ from rlhf_pipeline.rundir.layout import MADE, RunDirectory
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.rows import Made, publish
+from rlhf_pipeline.use.export import export
 
 ROWS = [{"prompt": "a", "replies": ["b", "é"], "scores": [1.0, 0.0]}, {"prompt": "c", "replies": ["d", "e"]}]
 
@@ -174,6 +175,13 @@ def test_rows_that_another_run_made_are_taken(job: Job) -> None:
     assert other.artifact_problem("candidates", record, None) is None
     (job.run / "candidates" / "rows.jsonl").write_text("{}\n")
     assert other.copy_of("again", job.run / "candidates", record.artifact_files) is None
+
+
+def test_a_stage_that_makes_rows_is_not_exported(job: Job, tmp_path: Path) -> None:
+    record_as_done(job)
+    with pytest.raises(InputError, match="`candidates` is a sample stage, which makes rows and no model") as caught:
+        export(job.run, "candidates", tmp_path / "out")
+    assert str(job.run / "candidates" / "rows.jsonl") in str(caught.value.hint)
 
 
 def test_the_rows_of_a_stage_are_named_with_their_digest() -> None:

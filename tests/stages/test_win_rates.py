@@ -13,6 +13,7 @@ from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.comparison import measure, wanted
 from rlhf_pipeline.errors import RunError
+from rlhf_pipeline.judges.bias import Judged
 from rlhf_pipeline.judges.verdicts import Verdict
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.recipe.gates import known_metrics
@@ -20,7 +21,7 @@ from rlhf_pipeline.recipe.schema import AIJudge
 from rlhf_pipeline.rundir import jsonl, layout
 from rlhf_pipeline.shares import interval
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.win_rates import against_start, rate
+from rlhf_pipeline.stages.win_rates import against_start, is_legible, rate
 
 
 @pytest.fixture
@@ -195,3 +196,11 @@ def test_the_rate_and_its_interval(
 
 def test_of_nothing_legible_there_is_no_rate() -> None:
     assert rate([Verdict(None, False, {}, None, [])] * 3) is None
+
+
+def test_a_judge_that_cannot_be_read_has_no_rate_though_some_replies_are_the_same() -> None:
+    unread = Judged(("a", "b"), Verdict(None, False, {}, None, []))
+    same = Judged(("a", "a"), Verdict(0.5, True, {}, None, []))
+    read = Judged(("a", "b"), Verdict(0.9, False, {}, None, []))
+    assert not is_legible([unread, same])
+    assert is_legible([same]) and is_legible([unread, read])
