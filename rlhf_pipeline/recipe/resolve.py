@@ -20,6 +20,7 @@ FUNCTION_KEYS = (
 )  # fmt: skip
 # With one of these, the weights are not two plain factors that a larger rank extends.
 RIGID_KEYS = ("target_parameters", "monteclora_config", "use_bdlora", "arrow_config")
+PRECOMPUTE = "precompute_ref_log_probs"
 SIZE_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
@@ -214,6 +215,15 @@ def _resolve_reference(recipe: Recipe, name: str, stage: Stage, earlier: dict[st
     if problems.is_broken(path) or stage.reference == stage.start:
         stage.reference = None  # as by default
         return
+    if stage.trainer.get(PRECOMPUTE):
+        problems.add(
+            ("stages", name, "trainer", PRECOMPUTE),
+            f"with it, TRL computes the log-probabilities of what stage `{name}` starts from, and not of its "
+            f"reference, `{outside.said(named)}`",
+            f"remove it, or have the stage measure from what it starts from: without `reference`, or in rounds "
+            f"`reference: {PREVIOUS}`",
+            of_key=True,
+        )
     theirs = outside.lora(outside.config(str(stage.reference))) if outside.is_one(named) else recipe.lora
     theirs = earlier[named].lora if named in earlier else theirs
     if named == BASE or problems.within(("stages", name, "lora")) or problems.within(("stages", named, "lora")):
