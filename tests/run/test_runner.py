@@ -245,7 +245,7 @@ def start_a_thread() -> None:
 
 def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(tmp_path: Path) -> None:
     recipe = write(tmp_path, FINE)
-    job = {"task": "check", "recipe": recipe.model_dump(), "folders": [str(tmp_path)], "stages": ["sft"]}
+    job = {"task": "check", "recipe": recipe.model_dump(), "folders": [str(tmp_path)], "stages": ["sft"], "current": []}
     with WarmLauncher(tmp_path / "server.log", prepare=start_a_thread) as launcher:
         assert launcher._how == "fork"
         assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
