@@ -295,12 +295,15 @@ def replace_weights(model: PeftModel, adapter: str, folder: Path | None) -> None
         ValueError: see `load_weights`.
     """
     fresh = free_name(model, "fresh")
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.random.fork_rng():  # what is drawn for it changes nothing
         model.add_adapter(fresh, copy.deepcopy(model.peft_config[adapter]))
     if folder is not None:
         load_weights(model, folder, fresh)
     copy_adapter(model, fresh, adapter)
     model.delete_adapter(fresh)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])  # PEFT 0.20 freezes other adapters when it adds or deletes one
 
 
 @contextlib.contextmanager
