@@ -166,7 +166,6 @@ def pin(recipe: Recipe) -> None:
         stage.reference, stage.reward = pinned_adapter(stage.reference), pinned_adapter(stage.reward)
         for reward in stage.rewards:
             reward.stage = pinned_adapter(reward.stage)
-        for reward in stage.rewards:
             if reward.model is not None:
                 reward.revision = pinned("model", reward.model, reward.revision)
 

@@ -50,12 +50,10 @@ class Parent:
     Attributes:
         role: what its adapter does here, and the key of the recipe that names it.
         makes: what it must have made.
-        required: whether the stage cannot do without.
     """
 
     role: str
     makes: Makes
-    required: bool
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,9 @@ _TRAINED = frozenset({"init", "lora", "trainer"})
 _ALL_ROWS: frozenset[Rows] = frozenset(typing.get_args(Rows))
 _NO_TRAINER = Config((), "", reads=frozenset(), refused={})
 _COMPARED = _TRAINED | {"reference"}
-_INIT = Parent("init", makes="policy", required=False)
-_REFERENCE = Parent("reference", makes="policy", required=False)  # by default what the stage starts from
-_REWARD = Parent("reward", makes="reward", required=False)  # `rewards` may name others, or several, or none
+_INIT = Parent("init", makes="policy")
+_REFERENCE = Parent("reference", makes="policy")  # by default what the stage starts from
+_REWARD = Parent("reward", makes="reward")  # `rewards` may name others, or several, or none
 _JUDGE = Number("judge", JUDGED, logged=None, changes=True)
 _WIN_RATE = Number("win rate", WIN_RATE, logged=None, changes=False)
 _NAMED = "the pipeline names the adapters"

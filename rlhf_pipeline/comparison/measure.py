@@ -296,11 +296,11 @@ def _judged_by_ai(
         return {}, None, [f"no AI judge: {error.message}"]
     except Exception as error:  # an address may fail in many ways, and a user's function in any
         return {}, None, [redact(f"no AI judge: {type(error).__name__}: {error}")]
-    if not win_rates.is_legible([one for judged in by_pair.values() for one in judged]):
+    found = [one for judged in by_pair.values() for one in judged]
+    if not win_rates.is_legible(found):
         return {}, None, ["no AI judge: none of its answers can be read"]
     rates = {pair: win_rates.rate([one.verdict for one in judged]) for pair, judged in by_pair.items()}
-    different = [one for judged in by_pair.values() for one in judged if one.replies[0] != one.replies[1]]
-    return {pair: rate for pair, rate in rates.items() if rate}, figures(different), []
+    return {pair: rate for pair, rate in rates.items() if rate}, figures(win_rates.asked_of(found)), []
 
 
 def _in_pairs(policies: list[str]) -> list[tuple[str, str]]:

@@ -134,7 +134,8 @@ def sample(
 ) -> Episodes:
     """Sample one reply to each prompt, from the policy's whole distribution at a temperature.
 
-    All that sample replies here do it by this function: PPO, GRPO and RLOO, `evaluate`, `compare` and `sample`.
+    All that sample replies here do it by this function: PPO, GRPO and RLOO, `evaluate`, `compare`, `sample`
+    and `revise`.
 
     Without `seeds` the random numbers are torch's own, drawn for all rows of a batch together: the same numbers give
     the same replies only in the same batches. With `seeds` each row has its own, and its reply is the same in a batch

@@ -104,8 +104,7 @@ def against_start(job: Job) -> dict[str, float]:
             hint=f"{JUDGEMENTS} has what it said; another model, or a `template` that it follows, may answer",
         )
     named = {f"{kinds.WIN_RATE}_{name}": value for name, value in found.items() if name != "win_rate"}
-    different = [one for one in judged if one.replies[0] != one.replies[1]]
-    return {kinds.WIN_RATE: found["win_rate"]} | named | figures(different)
+    return {kinds.WIN_RATE: found["win_rate"]} | named | figures(asked_of(judged))
 
 
 def compared(
@@ -141,9 +140,14 @@ def compared(
     return [Judged(pair.replies, next(said) if pair.replies[0] != pair.replies[1] else same, own) for pair in pairs]
 
 
+def asked_of(judged: Sequence[Judged]) -> list[Judged]:
+    """Those of `compared` that the judge was asked about: the two replies are not the same."""
+    return [one for one in judged if one.replies[0] != one.replies[1]]
+
+
 def is_legible(judged: Sequence[Judged]) -> bool:
     """Whether an answer of the judge could be read, or nothing had to be asked, since all replies are the same."""
-    different = [one for one in judged if one.replies[0] != one.replies[1]]
+    different = asked_of(judged)
     return not different or any(one.verdict.probability is not None for one in different)
 
 
