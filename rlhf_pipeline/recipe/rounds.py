@@ -208,13 +208,13 @@ def _references(stage: Any) -> Iterator[tuple[Any, Any, str]]:
     holders.append((stage.get("judge"), "model"))
     yield from ((one, key, "") for one, key in holders if isinstance(one, dict) and isinstance(one.get(key), str))
     for data in (stage.get(key) for key in kinds.DATA_KEYS):
-        for source in _sources(data):
+        for source in sources_of(data):
             if isinstance(source.get("path"), str) and source["path"].startswith(OF_STAGE):
                 yield source, "path", OF_STAGE
 
 
-def _sources(data: Any) -> list[dict[str, Any]]:
-    """The mappings that name where rows come from."""
+def sources_of(data: Any) -> list[dict[str, Any]]:
+    """The mappings of `data` that say where rows come from: it, its `eval_data` and those of its `mix`."""
     if not isinstance(data, dict):
         return []
     mix = data.get("mix")
@@ -273,7 +273,7 @@ def _split_prompts(rounds: _Rounds, spec: dict[str, Any], problems: Problems) ->
     asking = [
         name
         for name in asking
-        if (sources := _sources(rounds.stages[name].get("data")))
+        if (sources := sources_of(rounds.stages[name].get("data")))
         and not any(one.get("path") in [f"{OF_STAGE}{other}" for other in rounds.names] for one in sources)
     ]
     if spec.get("prompts") is not None and not asking:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.rounds import sources_of
 from rlhf_pipeline.recipe.schema import OF_STAGE
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.rundir.file_digests import FileDigests
@@ -193,13 +194,8 @@ def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> S
 
 def _rows_of(planned: dict[str, Any]) -> list[str]:
     """The stages whose rows a stage of a resolved recipe reads."""
-    found = list[str]()
-    for data in (planned.get(key) for key in kinds.DATA_KEYS):
-        if isinstance(data, dict):
-            for source in (data, data.get("eval_data"), *(data.get("mix") or [])):
-                path = str(source.get("path")) if isinstance(source, dict) else ""
-                found += [path.removeprefix(OF_STAGE)] if path.startswith(OF_STAGE) else []
-    return list(dict.fromkeys(found))
+    paths = [str(source.get("path")) for key in kinds.DATA_KEYS for source in sources_of(planned.get(key))]
+    return list(dict.fromkeys(path.removeprefix(OF_STAGE) for path in paths if path.startswith(OF_STAGE)))
 
 
 def find_state(
