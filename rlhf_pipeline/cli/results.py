@@ -1,7 +1,7 @@
 """Commands on what runs have made: report, diff, compare, chat, score, export."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -84,11 +84,19 @@ def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> Non
         ("compare my-recipe.yaml", "base, SFT, PPO and DPO on the prompts of `evaluate`"),
         ("compare runs/my-recipe --prompts questions.jsonl --n 200", "on prompts of your own"),
         ('compare my-recipe.yaml -p "Who are you?" --temperature 0', "on one, greedily"),
+        ("compare runs/first runs/second --stages ppo", "PPO of two runs; any number of runs goes"),
         ("compare my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
 def compare(
-    run: RunArgument,
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Run directories, or the recipes they were made with.",
+            show_default=False,
+            autocompletion=completion.recipes,
+        ),
+    ],
     prompts: Annotated[
         Path | None, typer.Option(help="A file with prompts, in any shape that recipes read.", show_default=False)
     ] = None,
@@ -113,11 +121,12 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send the same prompts through a run's models.
+    """Send the same prompts through the models of a run, or of several.
 
     Means of reward, judge, KL and length, how often each model's reply beats another's, and replies side by side. With
     the default settings it shows what `run` has left in comparison.json. A prompt given by -p is a user's turn where
-    the recipe's prompts are conversations, else text as the model reads it.
+    the recipe's prompts are conversations, else text as the model reads it. Of several runs, the prompts, settings and
+    judges of the first one count, and what they share is shown once.
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.terminal import comparison as reports
@@ -125,18 +134,23 @@ def compare(
     from rlhf_pipeline.use import compare as comparing
 
     changes = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    directory, texts = recipes.run_directory(run), prompt or []
+    folders, texts = [recipes.run_directory(run) for run in runs], prompt or []
+    wanted: dict[str, Any] = {"file": prompts, "texts": texts, "stages": stages, "changes": changes}
     try:
-        found = comparing.compare(
-            directory, file=prompts, texts=texts, stages=stages, changes=changes, quiet=quiet_libraries, say=say
+        found = (
+            comparing.compare(folders[0], **wanted, quiet=quiet_libraries, say=say)
+            if len(folders) == 1
+            else comparing.compare_runs(folders, **wanted, quiet=quiet_libraries, say=say)
         )
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(strict_json.dumps(found, indent=2, ensure_ascii=False))
-    else:
+    elif len(folders) == 1:
         reports.show(found, None if texts else reports.SHOWN, Console())
+    else:
+        reports.show_runs(found, None if texts else reports.SHOWN, Console())
     for note in found["notes"]:
         say(f"note: {note}")
 

@@ -1,6 +1,5 @@
 """A run's policies side by side: the same prompts through base and every policy stage, on one loaded base."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline import stages, user_code
 from rlhf_pipeline.comparison import wanted
+from rlhf_pipeline.comparison.rates import in_pairs, win_rate
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt, typed
@@ -27,7 +27,6 @@ from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
 from rlhf_pipeline.rundir.layout import ANSWERS
 from rlhf_pipeline.rundir.secrets import redact
-from rlhf_pipeline.shares import interval
 from rlhf_pipeline.stages import win_rates
 from rlhf_pipeline.stages.evaluate import PLACE, ask
 
@@ -289,7 +288,7 @@ def _judged_by_ai(
     by_pair: dict[tuple[str, str], list[Judged]] = {}
     try:
         judge = load(spec, recipe, win_rates.PLACE, model, run / ANSWERS)
-        for earlier, later in _in_pairs(list(replies)):
+        for earlier, later in in_pairs(list(replies)):
             own = {later: 0, earlier: 1}.get(spec.model)
             by_pair[later, earlier] = win_rates.compared(judge, spec, recipe, asked, texts[later], texts[earlier], own)
     except InputError as error:
@@ -303,11 +302,6 @@ def _judged_by_ai(
     return {pair: rate for pair, rate in rates.items() if rate}, figures(win_rates.asked_of(found)), []
 
 
-def _in_pairs(policies: list[str]) -> list[tuple[str, str]]:
-    """Each earlier policy with each later one."""
-    return sorted(itertools.combinations(policies, 2), key=lambda pair: policies.index(pair[1]))
-
-
 def _win_rates(
     policies: list[str],
     replies: dict[str, list[dict[str, Any]]],
@@ -315,7 +309,7 @@ def _win_rates(
 ) -> list[dict[str, Any]]:
     """Each later policy against each earlier one, by each measure that there is."""
     found = []
-    for earlier, later in _in_pairs(policies):
+    for earlier, later in in_pairs(policies):
         rates = {
             by: win_rate([reply[by] for reply in replies[later]], [reply[by] for reply in replies[earlier]])
             for by in ("reward", "judge")
@@ -323,27 +317,6 @@ def _win_rates(
         rates["ai_judge"] = by_ai.get((later, earlier))
         found += [{"a": later, "b": earlier, "by": by, **rate} for by, rate in rates.items() if rate]
     return found
-
-
-def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict[str, float] | None:
-    """How often one policy's reply is better than another's to the same prompt, a tie counting half.
-
-    The interval is of the share of prompts, which were drawn from a wider world, each with its two replies; see
-    `shares.interval`.
-
-    Args:
-        ours: a score for each prompt; higher is better.
-        theirs: the other policy's, of the same prompts.
-
-    Returns:
-        `win_rate`, `low` and `high`, and the share of `ties`; None where no prompt has both scores.
-    """
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if not pairs:
-        return None
-    wins, ties = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
-    low, high = interval(wins + ties / 2, len(pairs))
-    return {"win_rate": (wins + ties / 2) / len(pairs), "low": low, "high": high, "ties": ties / len(pairs)}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

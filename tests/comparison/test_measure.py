@@ -16,6 +16,7 @@ from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.comparison import measure as comparing
 from rlhf_pipeline.comparison import wanted
+from rlhf_pipeline.comparison.rates import win_rate
 from rlhf_pipeline.data import prepare
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -198,14 +199,14 @@ def test_a_text_is_a_users_turn_where_the_recipes_prompts_are_conversations(
 
 def test_win_rates_of_known_cases() -> None:
     """Eight of eight shows that it is more than half, and not that it is always."""
-    all_won = comparing.win_rate([1.0] * 8, [0.0] * 8)
+    all_won = win_rate([1.0] * 8, [0.0] * 8)
     assert all_won == {"win_rate": 1.0, "low": pytest.approx(0.598, abs=1e-3), "high": 1.0, "ties": 0.0}
-    assert comparing.win_rate([0.0] * 8, [1.0] * 8)["high"] == pytest.approx(0.402, abs=1e-3)
-    all_tied = comparing.win_rate([1.0, 2.0], [1.0, 2.0])
+    assert win_rate([0.0] * 8, [1.0] * 8)["high"] == pytest.approx(0.402, abs=1e-3)
+    all_tied = win_rate([1.0, 2.0], [1.0, 2.0])
     assert (all_tied["win_rate"], all_tied["ties"]) == (0.5, 1.0)
-    found = comparing.win_rate([1.0, 0.0, 5.0, None, 1.0], [0.0, 1.0, 5.0, 0.0, None])
+    found = win_rate([1.0, 0.0, 5.0, None, 1.0], [0.0, 1.0, 5.0, 0.0, None])
     assert (found["win_rate"], found["ties"]) == (0.5, 1 / 3) and found["low"] < 0.15 and found["high"] > 0.85
-    assert comparing.win_rate([None], [1.0]) is None
+    assert win_rate([None], [1.0]) is None
 
 
 @pytest.mark.parametrize("ties", [0.0, 0.06])
@@ -218,7 +219,7 @@ def test_the_interval_of_a_win_rate_covers_the_truth(prompts: int, truth: float,
     covered = 0
     for won, tied, lost in draw.multinomial(prompts, chances, 4000).tolist():
         ours = [1.0] * won + [0.5] * tied + [0.0] * lost
-        rate = comparing.win_rate(ours, [0.5] * prompts)
+        rate = win_rate(ours, [0.5] * prompts)
         assert rate is not None
         covered += rate["low"] <= truth <= rate["high"]
     assert covered / 4000 >= 0.93
