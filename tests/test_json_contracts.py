@@ -248,12 +248,13 @@ def test_smoke():
 
 
 def test_compare(tiny_run, tmp_path):
-    """What `run` has written, and the same of some policies, with a note."""
+    """What `run` has written, the same of some policies, with a note, and of two runs."""
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     written = json.loads((run / "comparison.json").read_text())
     (run / "comparison.json").write_text(json.dumps(written | {"notes": ["no judge: it is gone"]}))
     some = output_here(run, "compare", str(run), "--stages", "sft,ppo")
-    compare("compare", [output(run, "compare", str(tiny_run)), some])
+    both = output_here(run, "compare", str(tiny_run), str(shutil.copytree(tiny_run, tmp_path / "copy")))
+    compare("compare", [output(run, "compare", str(tiny_run)), some, both])
     assert some["policies"] == ["sft", "ppo"]
 
 

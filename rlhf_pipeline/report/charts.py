@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -21,6 +21,7 @@ from rlhf_pipeline.rundir.words import printable, short
 WIDTH = 340  # pixels: three fit side by side on a desktop, one on a phone
 SERIES = 6  # colours, dashes and marks there are; later ones begin again
 DRAWN = 400  # points of a line; of longer ones the extremes are kept
+FEW = 60  # points of a line that is one of many
 DASHES = ["none", "6 2", "1.5 1.8", "7 2 1.5 2", "3 1.5", "10 3"]
 # Paths around a point, of half the width `r` and the whole width `d`.
 MARKS = [
@@ -33,13 +34,27 @@ FIRST_STEP, LAST_STEP = (0x1F, 0x77, 0xC9), (0xE0, 0x7B, 0x00)  # blue to orange
 
 @dataclass
 class Line:
-    """A line of a chart; a second dash is for a second series in the same colour, width for what others lie on."""
+    """A line of a chart; a second dash is for a second series in the same colour, width for what others lie on.
+
+    One of many is thin and plain, in the colour of its `shade`, a place on the scale from 0 to 1, where it has one.
+    """
 
     label: str
     series: Series
     color: int = 0
     dash: int = 0
     width: float = 1.8
+    shade: float | None = None
+    many: bool = False
+
+
+class Point(NamedTuple):
+    """One of many points; without a label none is drawn, and `shade` is as of a `Line`."""
+
+    label: str
+    x: float
+    y: float
+    shade: float | None
 
 
 @dataclass
@@ -152,10 +167,17 @@ def curves(title: str, *panels: Panel, x_label: str = "step") -> Markup:
             axes.rule("grid", y=heights[0])
         else:
             axes.scale_x(x_label, whole=True)
-    return _chart(height, title, ". ".join(_alt_text(line, x_label) for line in lines), parts)
+    alt_text = [_alt_text(line, x_label) for line in lines] if len(lines) <= 2 * SERIES else [_alt_text_of_many(lines)]
+    return _chart(height, title, ". ".join(alt_text), parts)
 
 
 def _draw_line(axes: Axes, line: Line, series: Series) -> None:
+    if line.many:
+        few = thinned(smoothed(series) or series, FEW)
+        axes.line(few.steps, few.values, f"stroke:{_shaded(line.shade)};stroke-width:1.1;opacity:.8")
+        if len(few) == 1:
+            axes.marks(few.steps, few.values, 0, 5, _shaded(line.shade))
+        return
     color, dash = _color(line.color), DASHES[line.dash % SERIES]
     mean, raw = smoothed(series), thinned(series)
     style = f"stroke:{color};stroke-width:{line.width:.3g};stroke-dasharray:{dash}"
@@ -175,6 +197,29 @@ def _alt_text(line: Line, x_label: str) -> str:
         f"{short(values[-1])} at {x_label} {short(steps[-1])}, "
         f"between {short(values.min())} and {short(values.max())}"
     )
+
+
+def _alt_text_of_many(lines: Sequence[Line]) -> str:
+    first, last = ([line.series.values[at] for line in lines] for at in (0, -1))
+    return (
+        f"{len(lines)} lines, which begin between {short(min(first))} and {short(max(first))}, "
+        f"and end between {short(min(last))} and {short(max(last))}"
+    )
+
+
+def points(title: str, found: Sequence[Point], x_label: str, of_powers: bool = False) -> Markup:
+    """Many points, in the colours of their shades; `of_powers` has the x axis go by powers of ten."""
+    x, y = np.array([one.x for one in found]), np.array([one.y for one in found])
+    x = np.log10(x) if of_powers else x
+    axes = Axes(12, 187, _range([x]), _range([y], 0.1))
+    axes.scale_y()
+    axes.scale_x(x_label, lambda value: short(10**value) if of_powers else short(value))
+    for one, across in zip(found, x, strict=True):
+        axes.marks([across], [one.y], 0, 6, _shaded(one.shade))
+    named = [(one, across) for one, across in zip(found, x, strict=True) if one.shade is None and one.label]
+    for one, across in named:
+        axes.text(axes.across(across) + 6, axes.down(one.y) - 5, _clipped(one.label, 14), "ink")
+    return _chart(225, title, ". ".join(f"{one.label}: {short(one.x)}, {short(one.y)}" for one in found), axes.parts)
 
 
 def frontier(title: str, lines: Sequence[tuple[str, Numbers, Numbers, Numbers, int]], budget: float | None) -> Markup:
@@ -428,6 +473,14 @@ def swatch(color: int, dash: int = 0, marker: bool = False) -> Markup:
     return Markup(f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="{path}" style="{style}"/></svg>')
 
 
+def shade_swatch(shade: float | None) -> Markup:
+    """The key to one of many runs."""
+    return Markup(
+        f'<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path d="M1 4H25" '
+        f'style="stroke:{_shaded(shade)};stroke-width:4"/></svg>'
+    )
+
+
 def step_scale() -> Markup:
     """The key to the colours of steps."""
     boxes = "".join(f'<rect x="{i * 10}" width="10.5" height="8" fill="{_between(i / 9)}"/>' for i in range(10))
@@ -511,6 +564,10 @@ def _mark(number: int, width: float) -> str:
 
 def _color(number: int) -> str:
     return f"var(--s{number % SERIES})"
+
+
+def _shaded(shade: float | None) -> str:
+    return "var(--muted)" if shade is None else _between(shade)
 
 
 def _between(share: float) -> str:

@@ -156,7 +156,7 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
     chosen = [(i, run, stage) for i, run in enumerate(runs) if (stage := run.stage(name)) is not None]
     kind = next((stage.kind for _, _, stage in chosen if stage.kind), "")
     pictures = []
-    for curve in (*CURVES.get(kind, DEFAULT_CURVES), *_curves_of_rewards([stage for _, _, stage in chosen])):
+    for curve in curves_of(kind, [stage for _, _, stage in chosen]):
         levels = list(curve.levels)
         if curve.title.startswith("KL"):
             levels += budgets([stage for _, _, stage in chosen])
@@ -171,6 +171,11 @@ def of_stage(runs: Sequence[Run], name: str) -> list[Picture]:
     if known and known.makes == "reward":
         pictures += _pairs(chosen, name, len(runs) > 1)
     return pictures
+
+
+def curves_of(kind: str, stages: Sequence[Stage]) -> tuple[Curve, ...]:
+    """The curves of stages of one kind."""
+    return (*CURVES.get(kind, DEFAULT_CURVES), *_curves_of_rewards(stages))
 
 
 def _curves_of_rewards(stages: Sequence[Stage]) -> list[Curve]:
@@ -409,11 +414,11 @@ def _rewards(runs: Sequence[Run]) -> list[Picture]:
     caption = (
         "The reward model's scores of all replies to the same prompts. Training should move the whole hill to the "
         "right; one sharp peak where there was a hill is a policy that found a single trick."
-    ) + _of_their_own(runs)
+    ) + of_their_own(runs)
     return [Picture("Rewards before and after", caption, svg)]
 
 
-def _of_their_own(runs: Sequence[Run]) -> str:
+def of_their_own(runs: Sequence[Run]) -> str:
     """A warning where scores of several reward models are in one picture: they have no common unit."""
     models = {stage.record.weights for run in runs for stage in run.reward_models()} - {None}
     return " The runs have different reward models: compare scores only within a run." if len(models) > 1 else ""
@@ -464,7 +469,7 @@ def _judge_over_reward(runs: Sequence[Run]) -> list[Picture]:
     caption = (
         "Each policy's mean by the judge (upwards) over its mean by the reward model (to the right). A policy "
         "further right but lower has learned what the reward model likes, not what is good."
-    ) + _of_their_own(runs)
+    ) + of_their_own(runs)
     return [Picture("Judge over reward", caption, svg)]
 
 

@@ -32,6 +32,7 @@ Numbers = NDArray[np.float64]
 LARGEST = 1e100  # a number beyond is no measurement, and cannot be drawn
 MOST_ROWS = 500  # of those that a stage made: the first ones
 MOST_SAMPLES = 1000  # lines of a samples.jsonl that are read: the last ones, where the judged replies are
+MOST_READ_WHOLE = 6  # runs whose artifacts are read for their digests
 LONGEST_NAME = 80  # characters of a run's name
 
 
@@ -156,8 +157,11 @@ EMPTY = Series(np.empty(0), np.empty(0))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several run directories; those of the same name are numbered."""
-    runs = [read_run(folder) for folder in folders]
+    """Read several run directories; those of the same name are numbered.
+
+    Of more than there are colours, artifacts are held against the records by their sizes alone.
+    """
+    runs = [read_run(folder, by_size=len(folders) > MOST_READ_WHOLE) for folder in folders]
     labels = [run.label for run in runs]
     for i, run in enumerate(runs):
         if labels.count(run.label) > 1:
@@ -165,10 +169,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run directory, whatever state it is in."""
+def read_run(folder: Path, by_size: bool = False) -> Run:
+    """Read a run directory, whatever state it is in; `by_size` is as in `state.read`."""
     notes: list[str] = []
-    found = state.read(folder)
+    found = state.read(folder, by_size)
     if found.recipe_problem:
         notes.append(f"{RECIPE} {found.recipe_problem}, so stages that never started are not listed.")
     directory = RunDirectory(folder)

@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf_pipeline import __version__, kinds
-from rlhf_pipeline.report import alarms, charts, figures, gather, rounds, row_stages
+from rlhf_pipeline.report import alarms, charts, figures, gather, many, rounds, row_stages
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.rundir import diff, durable
-from rlhf_pipeline.rundir.headline import headline, order
+from rlhf_pipeline.rundir.headline import Headline, headline, order
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.state import DONE
 from rlhf_pipeline.rundir.words import duration, memory, printable, short
@@ -57,10 +57,14 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["short"] = short
-    environment.globals |= {"swatch": charts.swatch, "step_scale": charts.step_scale}
+    environment.globals |= {
+        "swatch": charts.swatch, "step_scale": charts.step_scale, "shade_swatch": charts.shade_swatch
+    }  # fmt: skip
     names = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
-    summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
     found = {run.label: alarms.alarms(run) for run in runs}
+    if many.are_many(runs):
+        return environment.get_template("page.html.jinja").render(_page_of_many(runs, names, found))
+    summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
     page = {
         "runs": [_header(run) | {"verdict": alarms.verdict(found[run.label])} for run in runs],
         "several": len(runs) > 1,
@@ -77,10 +81,86 @@ def render(runs: Sequence[Run]) -> str:
         ],
         "samples": _samples(runs),
         "first_prompts": FIRST_PROMPTS,
+        "many": None,
         "made_at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "version": __version__,
     }
     return environment.get_template("page.html.jinja").render(page)
+
+
+def _page_of_many(runs: Sequence[Run], names: Sequence[str], found: dict[str, list[alarms.Alarm]]) -> dict[str, Any]:
+    """What the template gets of more runs than there are colours: see `many`."""
+    differing = many.settings(runs)
+    order = many.order(runs, differing)
+    shared = {name: group for name in names if not many.are_many(group := many.groups(order.runs, name))}
+    summary = [_summary(run, stage) for name, group in shared.items() for run in group if (stage := run.stage(name))]
+    means, sampled = _means(order.runs), many.sampled(order)
+    if means:
+        means["rows"] = many.means_once(means["rows"], len(runs))
+    settings: dict[str, list[str]] = {}
+    for run in order.runs:
+        if run.comparison or gather.comparison_rows(run):
+            settings.setdefault(_settings_of_comparison(run), []).append(run.label)
+    origins = [_origin(run) for run in order.runs]
+    facts = many.facts_together([(one["label"], one["facts"]) for one in origins])
+    return {
+        "runs": [{"label": run.label, "path": str(run.path.absolute())} for run in runs],
+        "several": True,
+        "many": many.table(order, differing, runs, found, _headline)
+        | {"words": order.words, "ends": order.ends, "verdict": many.verdict(found), "facts": _facts_of_many(runs)},
+        "summary": summary,
+        "gated": any(row["gates"] for row in summary),
+        "alarms": many.alarms_together({run.label: found[run.label] for run in order.runs}),
+        "origins": [origins[0] | {"facts": facts, "label": f"{origins[0]['label']}, as an example"}],
+        "differences": [],
+        "stages": [
+            _stage(shared[name], name) | {"shared": [run.label for run in shared[name]]}
+            if name in shared
+            else _stage_of_many(order, name)
+            for name in names
+        ],
+        "comparison": many.of_comparison(order),
+        "means": means,
+        "settings_of_comparison": [(many.named(labels, len(runs)), words) for words, labels in settings.items()],
+        "samples": many.samples_once(_samples(sampled), len(sampled)),
+        "first_prompts": FIRST_PROMPTS,
+        "made_at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "version": __version__,
+    }
+
+
+def _facts_of_many(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    walls = [
+        stage.wall_s for run in runs for stage in run.stages if stage.wall_s is not None and not stage.record.taken_from
+    ]
+    peaks = [peak for run in runs for stage in run.stages if (peak := stage.record.peak_memory_bytes) is not None]
+    states = [run.state for run in runs]
+    facts = [
+        ("runs", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))),
+        ("trained for", duration(sum(walls)) if walls else ""),
+        ("peak memory", memory(max(peaks)) if peaks else ""),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _stage_of_many(order: many.Order, name: str) -> dict[str, Any]:
+    chosen = [stage for run in order.runs if (stage := run.stage(name))]
+    kind = next((stage.kind for stage in chosen if stage.kind), "")
+    common = [(key, _value(value)) for key, value in many.common_settings(order.runs, name)]
+    return {
+        "name": name,
+        "kind": known.title if (known := kinds.find(kind)) else "Unknown kind",
+        "pictures": many.of_stage(order, name, _headline),
+        "numbers": {},
+        "rows": [],
+        "others": [],
+        "more": 0,
+        "settings": {f"all {len(chosen)} runs": common} if common else {},
+        "missing": not any(stage.series or stage.rows for stage in chosen),
+        "curves": False,
+        "state": chosen[0].state,
+        "shared": [],
+    }
 
 
 def _finalize(value: Any) -> Any:
@@ -128,11 +208,9 @@ def _progress(stage: Stage) -> str:
 
 
 def _summary(run: Run, stage: Stage) -> dict[str, Any]:
-    metrics = stage.record.metrics | {metric: stage.final(metric) for metric in order(stage.kind)}
-    logged = {key: values.values.tolist() for key in metrics if (values := stage.series.get(key))}
     numbers = [
         (one.name, None if one.before is None else short(one.before), short(one.after), one.rests_on)
-        for one in headline(stage.kind, metrics, logged, _judged_before(run, stage))
+        for one in _headline(run, stage)
     ]
     ignored = stage.record.gates_ignored
     gates = [
@@ -150,6 +228,13 @@ def _summary(run: Run, stage: Stage) -> dict[str, Any]:
         "numbers": numbers,
         "gates": gates,
     }
+
+
+def _headline(run: Run, stage: Stage) -> list[Headline]:
+    """The numbers of a stage that matter."""
+    metrics = stage.record.metrics | {metric: stage.final(metric) for metric in order(stage.kind)}
+    logged = {key: values.values.tolist() for key in metrics if (values := stage.series.get(key))}
+    return headline(stage.kind, metrics, logged, _judged_before(run, stage))
 
 
 def _passed(gate: dict[str, Any]) -> str:
@@ -245,6 +330,7 @@ def _stage(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "missing": not any(stage.series or stage.rows for stage in chosen),
         "curves": any(stage.series for stage in chosen),
         "state": chosen[0].state,
+        "shared": [],
     }
 
 

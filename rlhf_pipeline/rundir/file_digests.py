@@ -69,7 +69,7 @@ class FileDigests:
             descriptor, new = tempfile.mkstemp(prefix=self.memory.name, dir=self.memory.parent)
             try:
                 with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump(self.known, file, indent=1)
+                    file.write(json.dumps(self.known))  # `dump` is ten times slower
                 Path(new).replace(self.memory)
             except OSError:
                 Path(new).unlink(missing_ok=True)

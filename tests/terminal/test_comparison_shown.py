@@ -100,3 +100,69 @@ def test_text_of_models_and_data_cannot_steer_the_terminal_and_is_trimmed():
     # Of a long prompt the end, of the two long replies the beginning.
     assert (flat.count("word end"), flat.count("begin word")) == (1, 2)
     assert "(empty)" in text
+
+
+def of_runs(count: int, policies: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+    """Runs that share base and sft, and whose further policies are better by the judge the later the run."""
+    names = ["base", "sft", *(f"kl_coef={i / 10}: {policy}" for i in range(count) for policy in policies)]
+    means = {
+        name: {"reward": 1.5, "judge": i / 100, "kl": 0.5, "tokens": 9.0, "ended": 1.0} for i, name in enumerate(names)
+    }
+    return comparison() | {
+        "runs": [
+            {
+                "label": f"kl_coef={i / 10}",
+                "policies": {
+                    name.rpartition(": ")[2]: name for name in names if ":" not in name or f"={i / 10}:" in name
+                },
+            }
+            for i in range(count)
+        ],
+        "policies": names,
+        "judge": "my:judge",
+        "means": means,
+        "win_rates": [
+            {"a": a, "b": b, "by": by, "win_rate": 0.3, "low": 0.2, "high": 0.45, "ties": 0.1}
+            for j, a in enumerate(names) for b in names[:j] for by in ("judge", "reward")
+        ],
+        "rows": [{"prompt": f"Question {i}", "replies": {name: reply("So.", 1.0) for name in names}} for i in range(5)],
+    } | changes  # fmt: skip
+
+
+def printed_of_runs(shown: dict[str, Any]) -> list[str]:
+    output = io.StringIO()
+    reports.show_runs(shown, reports.SHOWN, Console(file=output, width=80))
+    return [line.rstrip() for line in output.getvalue().splitlines()]
+
+
+def test_three_runs_are_a_table_and_win_rates_between_them():
+    lines = printed_of_runs(of_runs(3, ("ppo", "dpo")))
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split() == ["policy", "reward", "judge", "KL", "tokens", "ended"]
+    assert [line.split("  ")[0] for line in lines[3:11]] == [
+        "base", "sft", *(f"kl_coef=0.{i}: {policy}" for i in range(3) for policy in ("ppo", "dpo"))
+    ]  # fmt: skip
+    beaten = [line for line in lines if " beats " in line]
+    assert len(beaten) == 12 and not any("sft" in line or "base" in line for line in beaten)
+    assert not any("0.1: ppo beats kl_coef=0.1" in line for line in beaten)  # that is for a run by itself
+    assert sum(line.startswith("Question") for line in lines) == reports.SHOWN
+
+
+def test_of_twenty_runs_each_policy_is_held_against_the_best():
+    lines = printed_of_runs(of_runs(20, ("ppo", "dpo")))
+    assert max(map(len, lines)) <= 80 and len(lines) < 220
+    beaten = [line for line in lines if " beats " in line]
+    assert len(beaten) == 39 and all("beats kl_coef=1.9: dpo" in line for line in beaten)
+    # Those that stand the other way round among all pairs are turned.
+    text = " ".join(lines)
+    assert "kl_coef=0.0: ppo beats kl_coef=1.9: dpo  0.70 [0.55, 0.80]" in text
+    assert "partly luck" in text and "replies of 30 more policies are not shown" in text
+
+
+def test_runs_with_rewards_of_their_own_say_so_and_what_some_share_is_named():
+    shown = of_runs(3, ("ppo",), reward=None, reference=None)
+    shown["runs"][2]["policies"]["sft"] = "other"
+    shown["means"]["sft"] |= {"reward": None}
+    text = " ".join(" ".join(printed_of_runs(shown)).split())
+    assert "reward: of each run's reward stage" in text and "KL: from the reference of each run" in text
+    assert "sft ? 0.010" in text and "sft: the same in kl_coef=0.1" in text
