@@ -20,6 +20,7 @@ MOST_SETTINGS = 8  # columns of the table of runs
 MOST_NUMBERS = 8
 MOST_SAMPLED = 5  # runs whose replies are shown
 MOST_PROMPTS = 8
+LONGEST_VALUE = 60  # characters of a setting in the table
 MOST_NAMED = 8  # runs in a sentence
 WIDE = 20  # times the least number: numbers that go so far are drawn on a scale of powers of ten
 
@@ -191,8 +192,9 @@ def table(
 
 def _value(value: Any) -> str:
     text = "" if value is None else value if isinstance(value, str) else repr(value)
-    name, at, digest = text.partition("@")
-    return f"{name} ({digest[:8]})" if at else text
+    name, at, digest = text.rpartition("@")
+    text = f"{name} ({digest[:8]})" if at else text
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 
 def alarms_together(found: dict[str, list[Alarm]]) -> list[tuple[str, Alarm]]:
@@ -212,17 +214,22 @@ def alarms_together(found: dict[str, list[Alarm]]) -> list[tuple[str, Alarm]]:
 
 def verdict(found: dict[str, list[Alarm]]) -> str:
     """How many runs have alarms, and which are the most frequent ones."""
-    having = [label for label, listed in found.items() if any(alarm.level == "bad" for alarm in listed)]
-    if not having:
-        return "No alarms."
-    counts: dict[str, int] = {}
-    for listed in found.values():
-        for words in {f"{one.what} in {one.where}" for one in listed if one.level == "bad"}:
-            counts[words] = counts.get(words, 0) + 1
-    often = sorted(counts, key=lambda words: -counts[words])[:MOST_NAMED]
-    return (
-        f"Alarms in {len(having)} of {len(found)} runs: {', '.join(f'{words} ({counts[words]})' for words in often)}."
-    )
+    said = []
+    for level, words in (("bad", "Alarms"), ("look", "Things to look at")):
+        listed = {
+            label: {f"{one.what} in {one.where}" for one in of if one.level == level} for label, of in found.items()
+        }
+        counts: dict[str, int] = {}
+        for what in (what for some in listed.values() for what in sorted(some)):
+            counts[what] = counts.get(what, 0) + 1
+        often = sorted(counts, key=lambda what: -counts[what])[:MOST_NAMED]
+        if often:
+            having = sum(map(bool, listed.values()))
+            named_often = ", ".join(f"{what} ({counts[what]})" for what in often)
+            said.append(f"{words} in {having} of {len(found)} runs: {named_often}.")
+        elif level == "bad":
+            said.append("No alarms.")
+    return " ".join(said)
 
 
 def of_stage(found: Order, name: str, numbers_of: Callable[[Run, Stage], list[Headline]]) -> list[Picture]:

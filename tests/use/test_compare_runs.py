@@ -1,6 +1,7 @@
 """`compare` over runs: what it samples, what it takes from them, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,23 +58,23 @@ def test_two_runs_are_sampled_and_joined(runs: Path) -> None:
     assert (again.code, again.err) == (0, "") and "second: ppo beats first: ppo" in again.out
 
 
-def test_prompts_of_ones_own_are_sent_through_what_is_shared_once(runs: Path) -> None:
-    edit_recipe(runs / "second", "temperature: 0.7", "temperature: 0.9")
+def test_prompts_of_ones_own_are_sent_through_what_is_shared_once(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "second", tmp_path / "other")
+    edit_recipe(tmp_path / "other", "temperature: 0.7", "temperature: 0.9")
+    edit_recipe(tmp_path / "other", "tiny.world:judge", "tiny.world:no_such_judge")
     asked = json.loads((runs / "first" / layout.COMPARISON).read_text())["rows"][0]["prompt"]
-    try:
-        done = short_run.ask(
-            runs, "compare", "first", "second", "-p", asked, "--max-new-tokens", "3", "--seed", "5"
-        )  # fmt: skip
-    finally:
-        edit_recipe(runs / "second", "temperature: 0.9", "temperature: 0.7")
+    done = short_run.ask(
+        runs, "compare", "first", str(tmp_path / "other"), "-p", asked, "--max-new-tokens", "3", "--seed", "5"
+    )
     assert done.code == 0, done.err
     assert said(done.err) == [
         "first: sampling from base, sft, ppo, dpo",
-        "second: sampling from ppo",
-        "note: second: the settings of first count for it: temperature 0.7 instead of 0.9",
+        "other: sampling from ppo",
+        "note: other: the settings of first count for it: temperature 0.7 instead of 0.9",
     ]
     assert done.out.startswith("1 prompt of the command line; temperature 0.7, at most 3 tokens, seed 5")
-    assert done.out.count(asked.split("\n")[0]) == 1 and "  second: ppo  reward" in done.out
+    assert done.out.count(asked.split("\n")[0]) == 1 and "  other: ppo  reward" in done.out
+    assert re.search(r"\n  other: ppo +reward \S+ +judge [01]", done.out)
 
 
 def edit_recipe(run: Path, old: str, new: str) -> None:
