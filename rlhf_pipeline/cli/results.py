@@ -16,7 +16,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 @app.command(
     epilog=examples(
         ("report my-recipe.yaml", "the page again, for a run in any state"),
-        ("report runs/first runs/second", "both in one page, overlaid"),
+        ("report runs/first runs/second", "both in one page, overlaid; 60 runs as well as two"),
         ("report runs/first -o first.html", "a file elsewhere, to send to somebody"),
     )
 )
@@ -84,8 +84,7 @@ def diff(run_a: RunArgument, run_b: RunArgument, as_json: AsJson = False) -> Non
         ("compare my-recipe.yaml", "base, SFT, PPO and DPO on the prompts of `evaluate`"),
         ("compare runs/my-recipe --prompts questions.jsonl --n 200", "on prompts of your own"),
         ('compare my-recipe.yaml -p "Who are you?" --temperature 0', "on one, greedily"),
-        ("compare runs/first runs/second --stages ppo", "PPO of two runs; any number of runs goes"),
-        ("compare my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
+        ("compare runs/first runs/second --stages ppo", "the PPO stages of two runs, or of more"),
     )
 )
 def compare(
@@ -121,7 +120,7 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send the same prompts through the models of a run, or of several.
+    """Send the same prompts through models of runs.
 
     Means of reward, judge, KL and length, how often each model's reply beats another's, and replies side by side. With
     the default settings it shows what `run` has left in comparison.json. A prompt given by -p is a user's turn where

@@ -167,7 +167,8 @@ def curves(title: str, *panels: Panel, x_label: str = "step") -> Markup:
             axes.rule("grid", y=heights[0])
         else:
             axes.scale_x(x_label, whole=True)
-    alt_text = [_alt_text(line, x_label) for line in lines] if len(lines) <= 2 * SERIES else [_alt_text_of_many(lines)]
+    are_many = bool(lines) and lines[0].many
+    alt_text = [_alt_text_of_many(lines)] if are_many else [_alt_text(line, x_label) for line in lines]
     return _chart(height, title, ". ".join(alt_text), parts)
 
 

@@ -78,7 +78,7 @@ def test_colours_go_from_the_least_to_the_greatest_and_the_page_says_so(eight, t
     chart = next(one for one in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if "<title>ppo: Score</title>" in one)
     strokes = re.findall(r"stroke:(#\w{6})", chart)
     assert len(strokes) == len(set(strokes)) == 8 and "var(--s" not in chart
-    assert "8 lines, which begin between" in chart or "run-0: " in chart
+    assert "<desc>8 lines, which begin between" in chart
 
 
 def test_what_runs_share_is_drawn_once_and_in_full(eight, tmp_path):
