@@ -17,7 +17,7 @@ from rlhf_pipeline.rundir.headline import Headline
 from rlhf_pipeline.rundir.words import short
 
 MOST_SETTINGS = 8  # columns of the table of runs
-MOST_NUMBERS = 8
+MOST_NUMBERS = 12
 MOST_SAMPLED = 5  # runs whose replies are shown
 MOST_PROMPTS = 8
 LONGEST_VALUE = 60  # characters of a setting in the table
@@ -35,7 +35,7 @@ class Setting:
     """A setting that differs between runs.
 
     Attributes:
-        stages: the names of those that have it, with the same values.
+        stages: the names of those that have it, with the same values; nothing where all stages do.
         key: of the recipe, without its stage.
         values: of each run, in their order; None where it has none.
     """
@@ -47,7 +47,8 @@ class Setting:
     @property
     def name(self) -> str:
         """What it is called in a heading."""
-        return f"{', '.join(self.stages)}: {self.key.removeprefix('trainer.')}"
+        key = self.key.removeprefix("trainer.")
+        return f"{', '.join(self.stages)}: {key}" if self.stages else key
 
 
 class Order(NamedTuple):
@@ -83,7 +84,8 @@ def settings(runs: Sequence[Run]) -> list[Setting]:
             if len(set(there)) > 1:
                 same = found.setdefault((key, repr(values)), Setting((), key, values))
                 found[key, repr(values)] = replace(same, stages=(*same.stages, name))
-    return list(found.values())
+    names = tuple(stage_names(runs))
+    return [replace(one, stages=()) if len(names) > 1 and one.stages == names else one for one in found.values()]
 
 
 def stage_names(runs: Sequence[Run]) -> list[str]:
@@ -166,12 +168,16 @@ def table(
     places = {run.label: i for i, run in enumerate(runs)}
     differing = sorted(differing, key=lambda one: one.name != found.words)
     columns: dict[tuple[str, str], dict[str, str]] = {}
+    ranks: dict[tuple[str, str], int] = {}
     for name in stage_names(runs):
         if len(groups(runs, name)) > 1:
             for run in runs:
-                for one in numbers_of(run, stage) if (stage := run.stage(name)) else []:
+                for rank, one in enumerate(numbers_of(run, stage) if (stage := run.stage(name)) else []):
                     columns.setdefault((name, one.name), {})[run.label] = one.text
-    shown = list(columns)[:MOST_NUMBERS]
+                    ranks.setdefault((name, one.name), 0 if one.metric == kinds.JUDGED else rank)
+    # Of each stage those that matter most, where there is no room for all.
+    first = sorted(columns, key=ranks.__getitem__)[:MOST_NUMBERS]
+    shown = [key for key in columns if key in first]
     return {
         "settings": [one.name for one in differing[:MOST_SETTINGS]],
         "numbers": [f"{name}: {words}" for name, words in shown],

@@ -15,7 +15,7 @@ from rlhf_pipeline.run.explain import recognise
 from rlhf_pipeline.rundir.finished import warning
 from rlhf_pipeline.rundir.layout import RunDirectory
 
-SAMPLING = {"n": "--n", "temperature": "temperature", "max_new_tokens": "max_new_tokens", "seed": "seed"}  # in words
+SAMPLING = ("n", "temperature", "max_new_tokens", "seed")  # settings that decide what is sampled, beside the prompts
 
 
 def compare(
@@ -242,8 +242,8 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def _otherwise(own: dict[str, Any], usual: dict[str, Any], changes: dict[str, Any], asked_for: bool) -> list[str]:
     """In what a run's own settings differ from those of the first run, where these count."""
     found = [
-        f"{words} {usual[key]} instead of {own[key]}"
-        for key, words in SAMPLING.items()
+        f"{key} {usual[key]} instead of {own[key]}"
+        for key in SAMPLING
         if own[key] != usual[key] and changes.get(key) is None and not (key == "n" and asked_for)
     ]
     if not asked_for and None not in (own["digest"], usual["digest"]) and own["digest"] != usual["digest"]:

@@ -133,6 +133,20 @@ def test_without_a_number_among_the_settings_the_judge_orders_and_without_one_th
     assert [run.label for run in many.order(runs, []).runs] == ["run-0", "run-1", "run-2"]
 
 
+def test_where_all_stages_differ_the_numbers_that_matter_most_have_the_room(tmp_path):
+    runs = sweep(tmp_path / "runs", 8)
+    for i, run in enumerate(runs):
+        for stage in ("sft", "reward", "ppo", "dpo"):
+            change_weights(run, stage, f"{stage} {i}".encode())
+            record = json.loads((run / stage / "stage.json").read_text())
+            report_run.change(run, stage, inputs=record["inputs"] | {"seed": i})
+    text = page(runs, tmp_path)
+    head = rows_of(text, "Runs")[0]
+    assert head[2:4] == ["ppo: kl_coef", "seed"] and len(head) == 4 + many.MOST_NUMBERS
+    assert {"sft: judge", "reward: loss", "ppo: score", "ppo: judge", "dpo: judge"} <= {*head}
+    assert "They share none." in text_of(text)
+
+
 def test_seeds_give_the_order_only_where_nothing_else_differs():
     def run(i: int, **inputs: float) -> gather.Run:
         record = gather.Record(name="ppo", kind="ppo", inputs=inputs)
