@@ -206,9 +206,8 @@ def _part(label: str, run: Path, recipe: Recipe, say: Callable[[str], None]) -> 
     _, reference, reward = wanted.roles(recipe, list(made_of))
     record = RunDirectory(run).record(next(iter(made_of)))
     model = {key: value for key, value in record.inputs.items() if key.partition(".")[0] == "model"} if record else {}
-    return Part(
-        label, run, json.dumps(model or recipe.model.path), made_of, policies, reference, reward, joined.NOTHING
-    )
+    base = json.dumps(model or recipe.model.path, sort_keys=True)
+    return Part(label, run, base, made_of, policies, reference, reward, joined.NOTHING)
 
 
 def _chosen(parts: list[Part], stages: str | None) -> list[Part]:
