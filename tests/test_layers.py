@@ -17,7 +17,7 @@ LAYERS = [
     ["run"],
     ["comparison"],
     ["stages", "plan"],
-    ["rewards", "judges"],
+    ["rewards", "judges", "hacking"],
     ["ppo", "data"],
     ["models"],
     ["callbacks"],
