@@ -1,6 +1,7 @@
 """Words and phrases of replies: those of the shipped list, and those that another policy did not use."""
 
 import functools
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+
+from rlhf_pipeline.hacking.ngrams import unique
 
 SHIPPED = Path(__file__).with_name("phrases.yaml")
 BEGIN = "^"  # stands before a reply's first word; `words` yields no such word
@@ -49,6 +52,20 @@ class Found(NamedTuple):
     words: tuple[str, ...]
     z: float
     held: NDArray[np.bool_]
+
+
+class Encoded(NamedTuple):
+    """Texts as numbers, each with `BEGIN` before its first word.
+
+    Attributes:
+        numbers: of each word, ascending; `BEGIN` has 0.
+        words: int64 `[W]`, the words of all texts, one text behind the other.
+        lengths: int64 `[texts]`, each text's words, with `BEGIN`.
+    """
+
+    numbers: dict[str, int]
+    words: NDArray[np.int64]
+    lengths: NDArray[np.int64]
 
 
 class _Signs(dict[int, str]):
@@ -115,7 +132,22 @@ def log_odds_z(now: NDArray[np.int64], of_now: int, start: NDArray[np.int64], of
     return odds / np.sqrt(variance)
 
 
-def new(now: Sequence[Sequence[str]], start: Sequence[Sequence[str]]) -> list[Found]:
+def encode(texts: Sequence[Sequence[str]], known: dict[str, int] | None = None) -> Encoded:
+    """Texts, given as words, as numbers.
+
+    Args:
+        texts: the words of each.
+        known: the numbers that words have already.
+    """
+    numbers = dict(known) if known else {BEGIN: 0}
+    flat = [word for text in texts for word in (BEGIN, *text)]
+    for word in dict.fromkeys(flat):
+        numbers.setdefault(word, len(numbers))
+    lengths = np.array([len(text) + 1 for text in texts], dtype=np.int64)
+    return Encoded(numbers, np.array([numbers[word] for word in flat], dtype=np.int64), lengths)
+
+
+def new(now: Sequence[Sequence[str]], start: Encoded) -> list[Found]:
     """The openings of up to three words, and the phrases of up to four, that are new, the most telling first.
 
     Of equally telling ones the longest is first.
@@ -124,41 +156,42 @@ def new(now: Sequence[Sequence[str]], start: Sequence[Sequence[str]]) -> list[Fo
         now: replies as words.
         start: those of the start.
     """
-    if not now or not start:
+    of_now, of_start = len(now), len(start.lengths)
+    if not of_now or not of_start:
         return []
-    numbers: dict[str, int] = {BEGIN: 0}
-    texts = [[0, *(numbers.setdefault(word, len(numbers)) for word in text)] for text in [*now, *start]]
-    vocabulary = list(numbers)
-    lengths = np.array([len(text) for text in texts])
-    flat = np.concatenate([np.array(text, dtype=np.int64) for text in texts])
-    text = np.repeat(np.arange(len(texts)), lengths)
-    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))
-    enough = max(2, int(np.ceil(LEAST_SHARE * len(now))))
-    place, ids, count = np.arange(len(flat)), flat, len(vocabulary)
+    own = encode(now, start.numbers)
+    vocabulary = list(own.numbers)
+    words, lengths = np.concatenate([own.words, start.words]), np.concatenate([own.lengths, start.lengths])
+    text = np.repeat(np.arange(of_now + of_start), lengths)
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))  # words from here to the text's end
+    enough = max(2, math.ceil(LEAST_SHARE * of_now))
+    place, ids, different = np.arange(len(words)), words, len(vocabulary)
     found = []
     for n in range(1, WORDS + 1):
-        held = np.unique(ids * len(texts) + text[place])
-        phrase, holder = held // len(texts), held % len(texts)
-        counts = np.bincount(phrase[holder < len(now)], minlength=count)
-        before = np.bincount(phrase[holder >= len(now)], minlength=count)
+        is_now = text[place] < of_now
+        held = unique(ids[is_now] * of_now + text[place[is_now]])
+        phrase, holder = held // of_now, held % of_now
+        counts = np.bincount(phrase, minlength=different)
         frequent = counts >= enough
-        telling = frequent.copy()
-        telling[frequent] = log_odds_z(counts[frequent], len(now), before[frequent], len(start)) >= LEAST_Z
-        telling &= counts / len(now) >= TIMES * (before + 1) / (len(start) + 2)
-        if n == 1:
-            telling[0] = False
-        first = dict(zip(ids[::-1].tolist(), place[::-1].tolist(), strict=True)) if telling.any() else {}
+        kept = frequent[ids]  # a longer phrase is at most as frequent as its beginning
+        place, ids, is_now = place[kept], ids[kept], is_now[kept]
+        before = np.bincount(
+            unique(ids[~is_now] * of_start + text[place[~is_now]] - of_now) // of_start, minlength=different
+        )
+        z = log_odds_z(np.maximum(counts, 1), of_now, before, of_start)
+        telling = frequent & (z >= LEAST_Z) & (counts / of_now >= TIMES * (before + 1) / (of_start + 2))
+        telling[0] &= n > 1  # the beginning alone is no phrase
         for number in np.flatnonzero(telling).tolist():
-            z = log_odds_z(counts[[number]], len(now), before[[number]], len(start))[0]
-            those = np.zeros(len(now), dtype=np.bool_)
-            those[holder[(phrase == number) & (holder < len(now))]] = True
-            at = first[number]
-            found.append(Found(tuple(vocabulary[word] for word in flat[at : at + n]), float(z), those))
-        # A phrase is at most as frequent as the one it goes on from.
-        goes_on = frequent[ids] & (left[place] > n)
-        place = place[goes_on]
-        different, ids = np.unique(ids[goes_on] * len(vocabulary) + flat[place + n], return_inverse=True)
-        count = len(different)
+            at = int(place[np.argmax(ids == number)])
+            those = np.zeros(of_now, dtype=np.bool_)
+            those[holder[phrase == number]] = True
+            found.append(Found(tuple(vocabulary[word] for word in words[at : at + n]), float(z[number]), those))
+        goes_on = left[place] > n
+        place, ids = place[goes_on], ids[goes_on]
+        if not len(place):
+            break
+        longer, ids = np.unique(ids * len(vocabulary) + words[place + n], return_inverse=True)
+        different = len(longer)
     return sorted(found, key=lambda one: (-one.z, -len(one.words), one.words))
 
 

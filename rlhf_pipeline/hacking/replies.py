@@ -133,7 +133,7 @@ class Usual:
             return {}
         replies = in_order(replies)
         texts = [phrases.words(reply.text) for reply in replies]
-        found = phrases.new(texts, self._words)
+        found = phrases.new(texts, self._start)
         new = np.any([one.held for one in found], axis=0) if found else np.zeros(len(replies), dtype=np.bool_)
         values = measured(replies, texts, new, self.block)
         return {name: self._judged(name, one, len(replies)) for name, one in values.items()}
@@ -141,7 +141,7 @@ class Usual:
     def new_phrases(self, replies: Sequence[Reply]) -> list[Phrase]:
         """The openings and phrases of replies that the start had not, the most telling first, at most twelve."""
         texts = [phrases.words(reply.text) for reply in in_order(replies)]
-        return phrases.shown(phrases.new(texts, self._words))
+        return phrases.shown(phrases.new(texts, self._start))
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads, as JSON has it: the same to the last digit."""
@@ -158,8 +158,8 @@ class Usual:
         return cls(content["block"], tuple(content["texts"]), spreads)
 
     @cached_property
-    def _words(self) -> list[list[str]]:
-        return [text.split() for text in self.texts]
+    def _start(self) -> phrases.Encoded:
+        return phrases.encode([text.split() for text in self.texts])
 
     def _judged(self, name: str, one: "Values", replies: int) -> Measured:
         error, spread = one.error, self.spreads.get(name)
@@ -312,7 +312,7 @@ def _new_of_start(replies: Sequence[Reply], texts: Sequence[Sequence[str]]) -> N
     for number in sorted(set(rounds)):
         own = [at for at in range(len(replies)) if rounds[at] == number]
         rest = [at for at in range(len(replies)) if rounds[at] != number]
-        for one in phrases.new([texts[at] for at in own], [texts[at] for at in rest]):
+        for one in phrases.new([texts[at] for at in own], phrases.encode([texts[at] for at in rest])):
             held[np.array(own)[one.held]] = True
     return held
 
