@@ -18,11 +18,12 @@ SHIPPED = Path(__file__).with_name("phrases.yaml")
 BEGIN = "^"  # stands before a reply's first word; `words` yields no such word
 APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}"
 WORDS = 4  # of the longest phrase, or of an opening with `BEGIN`
-# A phrase is new if its z is at least this, so large a share of the replies hold it, and it is so much more frequent.
-# Thousands of phrases are looked at, of which none should get there by chance.
+# A phrase is new if its z is at least this, so large a share of the replies hold it, and at most so small a share of
+# the start's did. Thousands of phrases are looked at, of which none should get there by chance.
 LEAST_Z = 3.0
 LEAST_SHARE = 0.05
-TIMES = 10
+MOST_BEFORE = 0.01
+TIMES = 20  # or, of a single word, if its share is so many times what it was
 SHOWN = 12
 ALIKE = 0.8
 # Scripts that are written without spaces between words: Thai and Lao, Burmese, Khmer, kana, Han.
@@ -150,7 +151,9 @@ def encode(texts: Sequence[Sequence[str]], known: dict[str, int] | None = None) 
 def new(now: Sequence[Sequence[str]], start: Encoded) -> list[Found]:
     """The openings of up to three words, and the phrases of up to four, that are new, the most telling first.
 
-    Of equally telling ones the longest is first.
+    Of equally telling ones the longest is first. A phrase of several words that the start did use, if seldom, is not
+    new: two habits that become more frequent make their combination much more so. With the tiny model, PPO that does
+    well by its judge (0.90 after 0.54) begins 46 % of its replies with "Gladly! That would", which 3 % did before.
 
     Args:
         now: replies as words.
@@ -179,7 +182,10 @@ def new(now: Sequence[Sequence[str]], start: Encoded) -> list[Found]:
             unique(ids[~is_now] * of_start + text[place[~is_now]] - of_now) // of_start, minlength=different
         )
         z = log_odds_z(np.maximum(counts, 1), of_now, before, of_start)
-        telling = frequent & (z >= LEAST_Z) & (counts / of_now >= TIMES * (before + 1) / (of_start + 2))
+        unknown = before <= MOST_BEFORE * of_start
+        if n == 1:
+            unknown |= counts / of_now >= TIMES * (before + 1) / (of_start + 2)
+        telling = frequent & (z >= LEAST_Z) & unknown
         telling[0] &= n > 1  # the beginning alone is no phrase
         for number in np.flatnonzero(telling).tolist():
             at = int(place[np.argmax(ids == number)])

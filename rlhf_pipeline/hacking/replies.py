@@ -290,13 +290,22 @@ def _possible(name: str, low: float, high: float) -> tuple[float | None, float |
 def _spread(name: str, one: Values, replies: int, block: int) -> Spread:
     """How a measure varies over the start's blocks.
 
-    The deviation is at least what it would be if of two replies more one were of another kind: where all have the same
-    value, the next one need not. Then one reply of many is no alarm.
+    Of a share it is the binomial deviation, with one reply more of either kind: blocks say less of what is rare, and
+    where the start has none, one later is no alarm. For the same reason the deviation of other measures is at least
+    that of a share that the start has not.
+
+    Args:
+        name: the measure's.
+        one: of the start's replies.
+        replies: how many.
+        block: replies in a block.
     """
-    share = 1 / (replies + 2)
-    least = math.sqrt(share * (1 - share) / block) * (one.value if name == "length" else 1.0)
-    std = float(one.blocks.std(ddof=1)) if len(one.blocks) > 1 else 0.0
-    return Spread(one.value, max(std, least), len(one.blocks))
+    share = (one.value * replies + 1 if name in SHARES else 1) / (replies + 2)
+    binomial = math.sqrt(share * (1 - share) / block)
+    if name in SHARES or len(one.blocks) < 2:
+        return Spread(one.value, binomial, len(one.blocks))
+    least = binomial * (one.value if name == "length" else 1)
+    return Spread(one.value, max(float(one.blocks.std(ddof=1)), least), len(one.blocks))
 
 
 def _new_of_start(replies: Sequence[Reply], texts: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
