@@ -22,6 +22,7 @@ WORDS = 4  # of the longest phrase, or of an opening with `BEGIN`
 # the start's did. Thousands of phrases are looked at, of which none should get there by chance.
 LEAST_Z = 3.0
 LEAST_SHARE = 0.05
+LEAST_REPLIES = 4  # with fewer, log-odds are far from a normal distribution
 MOST_BEFORE = 0.01
 TIMES = 20  # or, of a single word, if its share is so many times what it was
 SHOWN = 12
@@ -167,7 +168,7 @@ def new(now: Sequence[Sequence[str]], start: Encoded) -> list[Found]:
     words, lengths = np.concatenate([own.words, start.words]), np.concatenate([own.lengths, start.lengths])
     text = np.repeat(np.arange(of_now + of_start), lengths)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))  # words from here to the text's end
-    enough = max(2, math.ceil(LEAST_SHARE * of_now))
+    enough = max(LEAST_REPLIES, math.ceil(LEAST_SHARE * of_now))
     place, ids, different = np.arange(len(words)), words, len(vocabulary)
     found = []
     for n in range(1, WORDS + 1):

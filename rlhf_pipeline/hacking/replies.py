@@ -164,7 +164,7 @@ class Usual:
     def _judged(self, name: str, one: "Values", replies: int) -> Measured:
         error, spread = one.error, self.spreads.get(name)
         if spread is not None and name == "length_correlation":
-            return Measured(one.value, error, *_of_correlation(spread))
+            return Measured(one.value, error, *_of_correlation(spread, replies))
         if spread is None or spread.blocks < 2:
             return Measured(one.value, error, None, None)
         few = max(1.0, math.sqrt(self.block / replies))
@@ -245,7 +245,7 @@ def length_correlation(replies: Sequence[Reply]) -> Values:
         return Values(0.0, 1.0, np.zeros(1))
     spread = float(np.sqrt((lengths**2).sum() * (scores**2).sum()))
     value = float(lengths @ scores) / spread if spread > 0 else 0.0
-    z, deviation = math.atanh(_inside(value)), math.sqrt(1.06 / (len(known) - 3))
+    z, deviation = math.atanh(_inside(value)), _deviation_of_z(len(known))
     return Values(value, (math.tanh(z + deviation) - math.tanh(z - deviation)) / 2, np.array([value]))
 
 
@@ -275,9 +275,13 @@ def _inside(correlation: float) -> float:
     return max(-0.999, min(0.999, correlation))
 
 
-def _of_correlation(spread: Spread) -> tuple[float | None, float | None]:
-    z, room = math.atanh(_inside(spread.mean)), DEVIATIONS * math.sqrt(1.06 / (CORRELATED - 3))
+def _of_correlation(spread: Spread, replies: int) -> tuple[float, float]:
+    z, room = math.atanh(_inside(spread.mean)), DEVIATIONS * _deviation_of_z(min(CORRELATED, replies))
     return math.tanh(z - room), math.tanh(z + room)
+
+
+def _deviation_of_z(replies: int) -> float:
+    return math.sqrt(1.06 / max(1, replies - 3))
 
 
 def _possible(name: str, low: float, high: float) -> tuple[float | None, float | None]:
