@@ -24,7 +24,7 @@ CORRELATED = 32  # replies, whose correlation a healthy one is compared with: th
 # On which sides a measure may be unhealthy.
 LOW, HIGH, BOTH = (True, False), (False, True), (True, True)
 SIDES = {
-    "length": BOTH, "length_correlation": BOTH, "distinct_1": LOW, "distinct_2": LOW, "self_bleu": HIGH,
+    "length": BOTH, "length_correlation": HIGH, "distinct_1": LOW, "distinct_2": LOW, "self_bleu": HIGH,
     "repetition": HIGH, "new_phrases": HIGH, "flattery": HIGH, "hedging": HIGH, "refusals": HIGH, "ended": LOW,
 }  # fmt: skip
 SHARES = ("new_phrases", "flattery", "hedging", "refusals", "ended")
@@ -275,9 +275,14 @@ def _inside(correlation: float) -> float:
     return max(-0.999, min(0.999, correlation))
 
 
-def _of_correlation(spread: Spread, replies: int) -> tuple[float, float]:
-    z, room = math.atanh(_inside(spread.mean)), DEVIATIONS * _deviation_of_z(min(CORRELATED, replies))
-    return math.tanh(z - room), math.tanh(z + room)
+def _of_correlation(spread: Spread, replies: int) -> tuple[None, float]:
+    """The healthy band of the correlation of length with score: as far up as that of so many replies may be by chance.
+
+    None is too low: what a healthy policy loses first is that its short replies are the bad ones. In the tiny world it
+    fell from 0.30 to -0.16 in a PPO that did well.
+    """
+    room = DEVIATIONS * _deviation_of_z(min(CORRELATED, replies))
+    return None, math.tanh(math.atanh(_inside(spread.mean)) + room)
 
 
 def _deviation_of_z(replies: int) -> float:
