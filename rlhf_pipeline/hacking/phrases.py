@@ -187,7 +187,6 @@ def new(now: Sequence[Sequence[str]], start: Encoded) -> list[Found]:
         if n == 1:
             unknown |= counts / of_now >= TIMES * (before + 1) / (of_start + 2)
         telling = frequent & (z >= LEAST_Z) & unknown
-        telling[0] &= n > 1  # the beginning alone is no phrase
         for number in np.flatnonzero(telling).tolist():
             at = int(place[np.argmax(ids == number)])
             those = np.zeros(of_now, dtype=np.bool_)
@@ -216,7 +215,7 @@ def shown(found: Sequence[Found]) -> list[Phrase]:
 def _alike(one: Found, other: Found) -> bool:
     both = int((one.held & other.held).sum())
     share = both / max(1, min(int(one.held.sum()), int(other.held.sum())))
-    return share >= ALIKE and bool((set(one.words) & set(other.words)) - {BEGIN})
+    return share >= ALIKE and not set(one.words).isdisjoint(other.words)
 
 
 def as_text(phrase: Sequence[str]) -> str:

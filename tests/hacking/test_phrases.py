@@ -76,11 +76,27 @@ def test_openings_and_phrases_that_are_new() -> None:
     assert shown[0].text == "dear" and shown[0].share == 0.4
 
 
-def test_a_phrase_of_two_or_three_replies_in_a_hundred_is_not_new() -> None:
-    start = encode([["it", "is", "so"]] * 400)
-    rest = [["it", "is", "so"]]
-    assert new([["oh", "it", "is"]] * 4 + rest * 96, start) == []
-    assert new([["oh", "it", "is"]] * 20 + rest * 80, start)
+@pytest.mark.parametrize(
+    ("now", "of_now", "start", "of_start", "is_new"),
+    [
+        (20, 100, 0, 400, True),
+        (8, 100, 0, 400, True),
+        (4, 100, 0, 400, False),  # too few to be sure
+        (6, 100, 4, 400, False),  # likewise, though six times as frequent
+        (49, 1000, 0, 4000, False),  # sure, and too seldom to matter
+        (50, 1000, 0, 4000, True),
+        (3, 8, 4, 400, False),  # z is 4, but not to be believed of three replies
+        (4, 8, 4, 400, True),
+    ],
+)
+def test_a_phrase_is_new_if_it_is_frequent_and_surely_so(
+    now: int, of_now: int, start: int, of_start: int, is_new: bool
+) -> None:
+    def texts(held: int, total: int) -> list[list[str]]:
+        return [["it", "is", "my", "dear"]] * held + [["it", "is"]] * (total - held)
+
+    found = new(texts(now, of_now), encode(texts(start, of_start)))
+    assert ({"my", "dear"} <= {word for one in found for word in one.words}) is is_new
 
 
 def test_a_word_may_have_been_there_before_and_a_longer_phrase_hardly_ever() -> None:

@@ -269,6 +269,7 @@ def test_without_replies_there_is_no_measure(usual: Usual) -> None:
 def test_few_replies_have_wide_bands_and_errors(usual: Usual) -> None:
     many, few = usual.measures(policy(1)), usual.measures(policy(1)[:2])
     assert few["distinct_2"].error >= 2 * usual.spreads["distinct_2"].std
+    assert few["length_correlation"].high > 0.99 > 0.8 > many["length_correlation"].high
     usually = usual.spreads["length"].mean
     assert few["length"].high - usually == pytest.approx(2 * (many["length"].high - usually))
 
