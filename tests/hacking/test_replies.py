@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_pipeline.hacking import replies as module
 from rlhf_pipeline.hacking.replies import SIDES, Measured, Reply, Spread, Usual, in_order, length_correlation, quantile
+from rlhf_pipeline.shares import standard_error
 
 NAN = float("nan")
 OPENERS = ["", "Sure.", "Of course!", "Well,", "Gladly!", "Great question!"]
@@ -152,6 +153,23 @@ def test_a_share_that_the_start_has_not_is_no_alarm_with_one_reply() -> None:
         assert ("refusals" in outside(measures)) is alarms
 
 
+def test_where_all_replies_of_the_start_are_alike_one_other_is_no_alarm() -> None:
+    start = [reply(at % 104, f"it is thing{at % 104}") for at in range(416)]
+    usual = Usual.of(start)
+    least = math.sqrt(1 / 418 * 417 / 418 / 8)
+    assert usual.spreads["repetition"] == Spread(0, pytest.approx(least), 52)
+    assert usual.spreads["length"] == Spread(3, pytest.approx(3 * least), 52)
+    other = reply(0, "oh my oh my oh my it is it is it is", ended=False)
+    assert outside(usual.measures([other, *start[1:104]])) == set()
+
+
+def test_the_error_of_a_share_is_never_nothing(usual: Usual) -> None:
+    now = [one._replace(text="yes", ended=True) for one in policy(1)]
+    measures = usual.measures(now)
+    for name in ("refusals", "ended"):
+        assert measures[name].error == standard_error(0, 104) > 0, name
+
+
 def test_only_unhealthy_sides_have_a_limit(usual: Usual) -> None:
     measures = usual.measures(policy(1))
     for name, (low, high) in SIDES.items():
@@ -220,6 +238,11 @@ def test_the_new_phrases_of_the_start_are_those_of_its_parts() -> None:
     usual = Usual.of([one for some in rounds for one in some])
     assert usual.spreads["new_phrases"].mean == 1 / 4
     assert "new_phrases" not in outside(usual.measures(rounds[0]))
+
+
+def test_of_a_start_with_one_reply_to_each_prompt_every_other_prompt_is_held_against_the_rest() -> None:
+    start = [one._replace(text=f"Lo and behold: {one.text}") if one.prompt % 2 else one for one in policy(0)]
+    assert Usual.of(start).spreads["new_phrases"].mean == 1 / 2
 
 
 @pytest.mark.parametrize(
