@@ -1,1 +1,1 @@
-"""Reward hacking: what shows that a policy has learnt its reward's flaws. Numpy only, no torch."""
+"""Reward hacking: what replies, rewards and judges say of a policy that is optimised further and further. No torch."""
