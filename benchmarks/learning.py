@@ -59,8 +59,11 @@ CASES = {
 
 
 def first_logged(run: Path, stage: str, metric: str) -> float | None:
-    """The first value of a number in a stage's log; None where its first row has none."""
-    with (run / stage / "metrics.jsonl").open() as lines:
+    """The first value of a number in a stage's log; None where its first row has none, or where it trains nothing."""
+    file = run / stage / "metrics.jsonl"
+    if not file.exists():
+        return None
+    with file.open() as lines:
         value = json.loads(lines.readline()).get(metric)
         return None if value is None else float(value)
 

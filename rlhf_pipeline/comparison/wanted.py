@@ -57,7 +57,7 @@ def roles(recipe: Recipe, made: list[str]) -> Roles:
     first = next((recipe.stages[name] for name in (*sampling, *referred)), None)
     reference = (first.reference or first.start) if first else BASE
     rewards = [name for name in made if kind_of[name].makes == "reward"]
-    learned_from = [one.stage for name in sampling for one in recipe.stages[name].scored_by if one.stage in rewards]
+    learned_from = [one.stage for name in sampling for one in recipe.stages[name].weighed if one.stage in rewards]
     return Roles(
         [BASE, *(name for name in made if kind_of[name].is_policy)],
         reference if reference in made or outside.is_one(reference) else BASE,

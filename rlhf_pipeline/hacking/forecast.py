@@ -19,6 +19,7 @@ Numbers = NDArray[np.float64]
 Form = Literal["rl", "best of n"]
 LEAST = 3  # measurements away from the start, for a curve of two numbers
 NEAR = 0.05  # nats^½: what lies nearer to the start, or differs by a smaller share, is at the same distance
+SHORT = 0.1  # of the prompts, how many may have fewer replies than the best is taken of
 STEADY = 0.5  # of the usual standard error: the least that is believed of one mean
 MISFIT = 0.01  # how often noise alone may be taken for another curve
 FIT = 0.85  # the least share of the measurements' variance that a curve explains which they follow but for noise
@@ -55,6 +56,12 @@ class Forecast(NamedTuple):
     fit: float
     misfit: float
     describes: bool
+
+    @property
+    def within_reach(self) -> float | None:
+        """The peak, where the measurements tell of it: they follow the curve, and are not too far before it."""
+        known = self.describes and self.peak is not None and self.peak <= FAR * self.furthest
+        return self.peak if known else None
 
     def at(self, d: Numbers) -> Numbers:
         """The curve's value at each distance, `[…]` as `d`."""
@@ -199,7 +206,7 @@ class BestOf(NamedTuple):
         n: of how many replies the one with the highest score is taken.
         kl: how far that is from the policy which they are of, in nats: log n - (n - 1)/n, which is exact where no two
             replies are alike, and else more than it is (Beirami et al. 2024, arXiv 2401.01879).
-        by_prompt: `[prompts]`, the value to expect; NaN of a prompt with fewer than n replies.
+        by_prompt: `[prompts]`, the value to expect, of the same prompts for every n.
     """
 
     n: int
@@ -211,21 +218,24 @@ def best_of(scores: Numbers, values: Numbers) -> list[BestOf]:
     """The value to expect of the reply with the highest score among n of N replies, for n = 1 to N.
 
     It is the mean over all choices of n of the replies, exactly: the reply at rank i from below is the best one in
-    C(i - 1, n - 1) of C(N, n) choices. Replies with the same score share equally.
+    C(i - 1, n - 1) of C(N, n) choices. Replies with the same score share equally. Where prompts have lost replies, N is
+    what nine tenths of them still have, and the others are left out.
 
     Args:
         scores: `[prompts, N]`, what the best reply is chosen by; NaN where there is no reply.
         values: `[prompts, N]`, what it is worth, as gold. A reply that lacks either is left out.
     """
-    prompts, most = scores.shape
-    found = np.full((most, prompts), np.nan)
-    for place in range(prompts):
-        known = np.isfinite(scores[place]) & np.isfinite(values[place])
-        own, of_own = scores[place][known], values[place][known]
+    known = np.isfinite(scores) & np.isfinite(values)
+    counts = known.sum(1)
+    most = int(np.quantile(counts[counts > 0], SHORT, method="lower")) if counts.any() else 0
+    rows = np.flatnonzero(counts >= max(most, 1))
+    found = np.empty((most, len(rows)))
+    for place, row in enumerate(rows):
+        own, of_own = scores[row][known[row]], values[row][known[row]]
         ranked = np.sort(own)
         below, up_to = (np.searchsorted(ranked, own, side) for side in ("left", "right"))
         lower, higher = np.ones(len(own)), np.ones(len(own))  # the shares of the choices that are all of these ranks
-        for n in range(1, len(own) + 1):
+        for n in range(1, most + 1):
             lower, higher = (
                 share * np.maximum(rank - n + 1, 0) / (len(own) - n + 1)
                 for share, rank in ((lower, below), (higher, up_to))
@@ -234,20 +244,36 @@ def best_of(scores: Numbers, values: Numbers) -> list[BestOf]:
     return [BestOf(n, math.log(n) - (n - 1) / n, found[n - 1]) for n in range(1, most + 1)]
 
 
+def of_best(found: Sequence[BestOf]) -> Forecast | None:
+    """The curve of the best of n, see `forecast`; None of fewer than four."""
+    return (
+        forecast([one.kl for one in found], np.array([one.by_prompt for one in found]), "best of n") if found else None
+    )
+
+
 class Order(NamedTuple):
     """How well scores put replies in order.
 
     Attributes:
         share: of the pairs of replies to one prompt with different values, those in which the better one has the higher
             score, equal scores counting half: the mean over prompts. A guess is 0.5.
-        low, high: its 95 % interval, over prompts.
+        se: its standard error, over prompts.
         prompts: how many have such a pair.
     """
 
     share: float
-    low: float
-    high: float
+    se: float
     prompts: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the share."""
+        return max(0.0, self.share - Z * self.se), min(1.0, self.share + Z * self.se)
+
+    @property
+    def is_a_guess(self) -> bool:
+        """Whether the scores may be no better than a guess."""
+        return self.interval[0] <= 0.5
 
 
 def order(scores: Numbers, values: Numbers) -> Order | None:
@@ -268,5 +294,24 @@ def order(scores: Numbers, values: Numbers) -> Order | None:
             shares.append(float((np.sign(margins[better > 0]).mean() + 1) / 2))
     if len(shares) < 2:
         return None
-    mean, error = float(np.mean(shares)), float(np.std(shares, ddof=1)) / math.sqrt(len(shares))
-    return Order(mean, max(0.0, mean - Z * error), min(1.0, mean + Z * error), len(shares))
+    return Order(float(np.mean(shares)), float(np.std(shares, ddof=1)) / math.sqrt(len(shares)), len(shares))
+
+
+def worth_of_best(in_order: Order, best: Sequence[BestOf]) -> str:
+    """What the best of n says of training against the scores that it was chosen by.
+
+    Args:
+        in_order: how well the scores order replies by gold.
+        best: see `best_of`, at least one.
+    """
+    low, high = in_order.interval
+    said = (
+        f"Of two replies to a prompt, the one that gold finds better has the higher score in {in_order.share:.0%} of "
+        f"the cases ({low:.0%} to {high:.0%}; a guess is 50%)"
+    )
+    if in_order.is_a_guess:
+        return f"{said}: the scores do not order the replies as gold does. PPO will hardly be better than this."
+    one, last = float(best[0].by_prompt.mean()), float(best[-1].by_prompt.mean())
+    moved = f"{said}. The best of {best[-1].n} has {short(last)} of gold, one reply {short(one)}."
+    curve = of_best(best)
+    return moved if curve is None else f"{moved} {worth(curve)}"

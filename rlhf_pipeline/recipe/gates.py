@@ -48,6 +48,9 @@ OF_SAMPLING = {
     "tokens_per_second", "prompts/left_out",
 }  # fmt: skip
 OF_SCORED_SAMPLING = {"scores/mean", "scores/std", "scores/best", "scores/gain"}
+OF_BEST = {  # with gold among the rewards
+    "best_of_n/order", "best_of_n/order_se", "best_of_n/gain", "best_of_n/gain_se", "best_of_n/peak_kl",
+}  # fmt: skip
 OF_JUDGE = {"judge/ties", "judge/unread"} | {
     f"judge/{name}{end}"
     for name in (
@@ -248,9 +251,10 @@ def _of_rows(stage: Stage) -> tuple[set[str], set[str]]:
     """The metrics of a stage that makes rows: those that are certain, and those that are possible."""
     if "n" in stage.facts.takes:
         always, at_times = _of_rewards(stage)
-        by_function = all(reward.function is not None for reward in stage.scored_by)  # which may apply to no reply
-        scored = OF_SCORED_SAMPLING if stage.scored_by else set()
-        return OF_SAMPLING | always | (set() if by_function else scored), at_times | scored
+        by_function = all(reward.function is not None for reward in stage.weighed)  # which may apply to no reply
+        scored = OF_SCORED_SAMPLING if stage.weighed else set()
+        best = OF_BEST if stage.gold and len(stage.inits) == 1 and (stage.n or 1) > 1 else set()
+        return OF_SAMPLING | always | (set() if by_function else scored), at_times | scored | best
     certain = {"rows", *(number.metric for number in stage.facts.numbers)}
     if "passes" in stage.facts.takes:
         certain |= OF_REVISIONS
@@ -391,6 +395,9 @@ def _hint(recipe: Recipe, name: str, metric: str) -> str:
         if stage.facts.makes == "reward":
             needs.update(dict.fromkeys(OF_ENSEMBLE, f"an ensemble and held-out rows: set `members` in {here}, and "
                                                     f"`eval_fraction` in {here}.data"))  # fmt: skip
+    if "n" in stage.facts.takes:
+        needs.update(dict.fromkeys(OF_BEST, f"gold and one policy: add a reward to {here}.rewards that has `weight: 0` "
+                                            "and `name: gold`, and more replies than one"))  # fmt: skip
     if stage.facts.is_policy:
         needs[kinds.JUDGED] = "a judge: set `evaluate` at the top of the recipe, with `judge`"
         needs[kinds.WIN_RATE] = "an AI judge: set `evaluate` at the top of the recipe, with `ai_judge`"

@@ -89,6 +89,13 @@ def resolve_rewards(
         for place, reward in enumerate(stage.rewards):
             _resolve_one(reward, ("stages", name, "rewards", place), earlier, named, problems)
         _require_own_labels(name, stage, problems)
+        if stage.rewards and not stage.weighed and not problems.within(("stages", name, "rewards")):
+            problems.add(
+                ("stages", name, "rewards"),
+                "all rewards have weight 0, so that they are measured, and replies have no score",
+                "give one of them a weight",
+                of_key=True,
+            )
     elif stage.reward is not None:
         stage.reward = named(path, stage.reward)
     else:
@@ -114,8 +121,6 @@ def _resolve_one(reward: Reward, path: KeyPath, earlier: Mapping[str, Stage], na
         return
     if reward.stage is not None:
         reward.stage = named((*path, "stage"), reward.stage)
-    if reward.weight == 0:
-        problems.add((*path, "weight"), "a reward of weight 0 changes nothing", "remove it, or give it a weight")
     if reward.revision is not None and reward.model is None:
         problems.add((*path, "revision"), "`revision` has an effect beside `model` alone", "remove it", of_key=True)
     if reward.stage is None and reward.combine != "mean":

@@ -134,7 +134,7 @@ def resolve_rows(recipe: Recipe, name: str, earlier: Mapping[str, Stage], requir
 
 def _require_fit(name: str, maker: Stage, reads: kinds.Rows, path: KeyPath, problems: Problems) -> None:
     """See that a stage's rows are what is read."""
-    is_scored = bool(maker.scored_by)
+    is_scored = bool(maker.weighed)
     if reads in (maker.facts.gives_scored if is_scored else maker.facts.gives):
         several = (maker.n or 2) * len(maker.inits) > 1
         if reads in ("prompts", "demonstrations") or several:

@@ -13,6 +13,7 @@ from rlhf_pipeline.kinds import NAMES, ROWS, Kind, Rows, get, numbered
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 BASE = "base"  # as a value of `init`: start from the bare base
+GOLD = "gold"  # the name of a reward of weight 0 that the other rewards are measured by
 PREVIOUS = "previous"  # as a value of `reference` in a round: the policy that the stage starts from
 MOST_ROUNDS = 100
 OF_STAGE = "stage:"  # how `path` of data begins that names the rows of an earlier stage
@@ -187,7 +188,7 @@ class Reward(_Strict):
     """Branch, tag or commit of `model` on the hub; in the resolved recipe, the commit that was found there."""
 
     weight: float = Field(default=1.0, allow_inf_nan=False)
-    """What it is multiplied by before all are added up; below 0, it is a penalty."""
+    """What it is multiplied by before all are added up; below 0, it is a penalty; at 0, it is measured alone."""
 
     combine: str = "mean"
     """Of a reward stage with several members: `mean`, `min`, or `mean - k*std`, as `mean - 0.5*std`."""
@@ -465,6 +466,16 @@ class Stage(_Strict):
     def scored_by(self) -> list[Reward]:
         """What scores its replies: `rewards`, or the one stage that `reward` names."""
         return self.rewards or ([] if self.reward is None else [Reward(stage=self.reward)])
+
+    @property
+    def weighed(self) -> list[Reward]:
+        """Those of its rewards that decide the scores; the others, of weight 0, are measured."""
+        return [reward for reward in self.scored_by if reward.weight]
+
+    @property
+    def gold(self) -> str | None:
+        """The name of its reward that is the truth to measure the others by: one of weight 0 that is called so."""
+        return next((one.label for one in self.scored_by if not one.weight and one.label == GOLD), None)
 
 
 def _list_of_trackers(value: Any) -> Any:

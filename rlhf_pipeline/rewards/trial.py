@@ -47,15 +47,15 @@ def try_rewards(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -
             found.append(InputError(said, place=f"stages.{name}.rewards.{place}.combine", hint="remove it"))
     others = [(place, reward) for place, reward in enumerate(stage.rewards) if reward.stage is None]
     asked = first_prompts(stage.data, PROMPTS) if others else []
-    applies = len(others) < len(stage.scored_by)
+    applies = any(reward.stage is not None for reward in stage.weighed)
     for place, reward in others:
         try:
             if reward.function is not None:
                 function = Function(reward.function, recipe.folders, f"stages.{name}.rewards.{place}.function")
                 given = try_function(function, _tried(asked, tokenizer))
-                applies = applies or any(value is not None for value in given)
+                applies = applies or (bool(reward.weight) and any(value is not None for value in given))
             if reward.model is not None:
-                applies = True
+                applies = applies or bool(reward.weight)
                 classifier.check(classifier_of(recipe, name, place), [prompt for prompt, _ in asked])
         except InputError as error:
             found += error.all

@@ -315,8 +315,8 @@ def _begins(stage: Stage) -> str:
         said.append(f"from {' and '.join(outside.said(init) for init in stage.inits)}")
     if stage.judge:
         said.append(f"by {stage.judge.model}")
-    if stage.scored_by:
-        said.append(f"with the reward of {', '.join(reward.label for reward in stage.scored_by)}")
+    if stage.weighed:
+        said.append(f"with the reward of {', '.join(reward.label for reward in stage.weighed)}")
     return ", ".join(said)
 
 

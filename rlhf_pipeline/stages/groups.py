@@ -197,6 +197,7 @@ class GroupTrainer(Resumable):
             listed: the same as the recipe has them, for TRL: names, and weights.
         """
         self.rewards = rewards
+        self._weighed = [reward.label for reward in listed if reward.weight]
         self.reward_func_names = [reward.label for reward in listed]
         self.reward_funcs = self.reward_processing_classes = [_no_reward] * len(listed)
         self.reward_weights = torch.tensor([reward.weight for reward in listed], dtype=torch.float32)
@@ -263,7 +264,8 @@ class GroupTrainer(Resumable):
         of_rows = [row["row"] for row in inputs] if "row" in inputs[0] else None
         self._scores = scores = self._reward(episodes, of_rows)
         by_name = torch.stack([scores.by_name[name] for name in self.reward_func_names], 1)
-        applies = ~by_name.isnan().all(1)
+        applies = ~torch.stack([scores.by_name[name] for name in self._weighed], 1).isnan().all(1)
+        by_name[~applies] = torch.nan  # TRL leaves those replies out to which no reward applies
         distinct_2, unique = diversity(episodes)
         numbers = {
             "objective/scores": scores.total[applies].mean().item(),

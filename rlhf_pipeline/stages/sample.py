@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline.data.columns import SAMPLED
 from rlhf_pipeline.data.encode import hash_of
 from rlhf_pipeline.data.prepare import prompts_with_rows as read  # the rows of such a stage
+from rlhf_pipeline.hacking.forecast import best_of, of_best, order
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo import numbers
@@ -63,6 +65,8 @@ def run(job: Job) -> dict[str, Any]:
             made.add(sampler.answer(asked[done : done + at_once]))
         items = made.items
     rows, figures = rows_of(asked, items), metrics_of(items)
+    if job.stage.gold and len(job.stage.inits) == 1:
+        figures |= metrics_of_gold(items, job.stage.gold)
     return publish(job, rows, figures | {"prompts/left_out": len(asked) - len(rows)})
 
 
@@ -85,6 +89,7 @@ class Sampler:
         views_of = {name: staged.reward(name) for name in dict.fromkeys(scored_by)}
         models = [views_of[name] for name in scored_by]
         self.rewards = mixture.load(recipe, job.name, models, tokenizer) if stage.scored_by else None
+        self.weighed = [reward.label for reward in stage.weighed]
 
     def answer(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
         """All replies to some prompts.
@@ -93,9 +98,9 @@ class Sampler:
 
         Returns:
             An object for each prompt: of all `replies` the text, the number of `tokens`, and whether they have `ended`;
-            where there are rewards, the `scores`, their weighted sums, None where no reward applies, and by name the
-            `rewards`, an ensemble's `disagreement`, and what functions have `logged`; how many `distinct_2` pairs of
-            tokens, and how many `unique` replies there are, as shares; and how many `seconds` it took.
+            where there are rewards, the `scores`, their weighted sums, None where none that has a weight applies, and
+            by name the `rewards`, an ensemble's `disagreement`, and what functions have `logged`; how many `distinct_2`
+            pairs of tokens, and how many `unique` replies there are, as shares; and how many `seconds` it took.
         """
         started = time.monotonic()
         parts = [self._replies(asked, place) for place in range(len(self.views))]
@@ -118,7 +123,7 @@ class Sampler:
                 "unique": unique,
                 "seconds": seconds,
             }
-            items.append(item | (_as_object(scores.select(own)) if scores else {}))
+            items.append(item | (_as_object(scores.select(own), self.weighed) if scores else {}))
         return items
 
     def _replies(self, asked: Sequence[Asked], place: int) -> Episodes:
@@ -142,20 +147,15 @@ class Sampler:
         return self.rewards(episodes, of_replies, at_once=self.sampling.batch_size)
 
 
-def _as_object(scores: Scores) -> dict[str, Any]:
-    """The scores of the replies to one prompt, as `Sampler.answer` says."""
-    applies = _table(scores.by_name).isnan().logical_not().any(0).tolist()
+def _as_object(scores: Scores, weighed: Sequence[str]) -> dict[str, Any]:
+    """The scores of the replies to one prompt, as `Sampler.answer` says; those that are weighed decide."""
+    applies = torch.stack([scores.by_name[name] for name in weighed]).isnan().logical_not().any(0).tolist()
     total = [value if is_scored else None for value, is_scored in zip(scores.total.tolist(), applies, strict=True)]
     by_name, disagreement = (
         {name: [None if math.isnan(value) else value for value in values.tolist()] for name, values in named.items()}
         for named in (scores.by_name, scores.disagreement)
     )
     return {"scores": total, "rewards": by_name, "disagreement": disagreement, "logged": scores.logged}
-
-
-def _table(by_name: dict[str, Tensor]) -> Tensor:
-    """Rewards by name as one tensor `[rewards, B]`."""
-    return torch.stack(list(by_name.values()))
 
 
 def rows_of(asked: Sequence[Asked], items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,3 +236,33 @@ def metrics_of(items: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found | numbers.of_rewards(
         Scores(torch.zeros(len(texts)), joined("rewards"), joined("disagreement"), logged)
     )
+
+
+def metrics_of_gold(items: Sequence[dict[str, Any]], gold: str) -> dict[str, float]:
+    """The final metrics of choosing the best reply by score, by what gold says of it.
+
+    Args:
+        items: as `Sampler.answer` makes them, of one policy.
+        gold: the name of that reward.
+
+    Returns:
+        `best_of_n/order`, see `forecast.order`; `best_of_n/gain`, what the reply with the highest score has more of
+        gold than one that is drawn; each with its standard error, `_se`; and `best_of_n/peak_kl`, the KL in nats of
+        the best of so many that gold is highest, if that is foreseen. What cannot be told is left out.
+    """
+    scores, values = (
+        np.array([[math.nan if one is None else one for one in own] for own in listed], dtype=np.float64)
+        for listed in ([item["scores"] for item in items], [item["rewards"][gold] for item in items])
+    )
+    found: dict[str, float] = {}
+    in_order, best = order(scores, values), best_of(scores, values)
+    if in_order is not None:
+        found |= {"best_of_n/order": in_order.share, "best_of_n/order_se": in_order.se}
+    if len(best) > 1 and len(best[-1].by_prompt) > 1:
+        gains = best[-1].by_prompt - best[0].by_prompt
+        found["best_of_n/gain"] = float(gains.mean())
+        found["best_of_n/gain_se"] = float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    foreseen = of_best(best)
+    if foreseen is not None and (peak := foreseen.within_reach) is not None:
+        found["best_of_n/peak_kl"] = peak**2
+    return found

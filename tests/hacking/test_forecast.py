@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rlhf_pipeline.hacking.forecast import Form, best_of, forecast, order, worth
+from rlhf_pipeline.hacking.forecast import Form, best_of, forecast, of_best, order, worth, worth_of_best
 
 Numbers = NDArray[np.float64]
 ALPHA, BETA = 0.5, 0.25
@@ -180,12 +180,18 @@ def test_the_best_of_n_is_the_mean_over_all_choices(digits: int) -> None:
             assert one.by_prompt[place] == pytest.approx(np.mean(expected))
 
 
-def test_a_prompt_with_fewer_replies_ends_earlier() -> None:
-    scores = np.array([[1.0, 3, 2], [1, np.nan, 2], [np.nan, np.nan, np.nan], [5, 4, 3]])
-    values = np.array([[1.0, 0, 0], [0, 1, 1], [1, 1, 1], [np.nan, 1, 0]])
-    found = np.array([one.by_prompt for one in best_of(scores, values)])
+def test_prompts_that_lost_replies() -> None:
+    """Nine of ten prompts decide of how many replies the best is taken; the others, of which too few are left, go."""
     nan = np.nan
-    np.testing.assert_allclose(found, [[1 / 3, 0.5, nan, 0.5], [0, 1, nan, 1], [0, nan, nan, nan]])
+    scores = np.array([[1.0, 3, 2, nan]] * 9 + [[4, 5, 1, 2], [1, 2, nan, nan], [nan] * 4])
+    values = np.array([[1.0, 0, 0, 1]] * 9 + [[0, nan, 1, 1], [1, 1, 1, 1], [1] * 4])
+    found = best_of(scores, values)
+    assert [one.n for one in found] == [1, 2, 3]
+    for one, means in zip(found, [(1 / 3, 2 / 3), (0, 1 / 3), (0, 0)], strict=True):
+        np.testing.assert_allclose(one.by_prompt, [means[0]] * 9 + [means[1]], atol=1e-12)
+    fewer = best_of(scores[2:], values[2:])  # one of nine is more than a tenth
+    assert [one.n for one in fewer] == [1, 2] and fewer[1].by_prompt[-1] == 1
+    assert best_of(scores[-1:], values[-1:]) == [] and of_best([]) is None and of_best(found) is None
 
 
 def test_of_many_replies_the_best_is_still_counted_exactly() -> None:
@@ -201,8 +207,9 @@ def test_the_best_of_n_by_gold_itself_goes_up_and_by_a_fooled_score_it_turns() -
     gold = np.where(fooled > 3, -1.0, gold)
     for scores, turns in ((gold, False), (fooled, True)):
         found = best_of(scores, gold)
-        curve_of = forecast([one.kl for one in found], np.array([one.by_prompt for one in found]), "best of n")
-        assert curve_of is not None
+        curve_of, in_order = of_best(found), order(scores, gold)
+        assert curve_of is not None and in_order is not None and not in_order.is_a_guess
+        assert worth_of_best(in_order, found).endswith(worth(curve_of))
         assert (curve_of.peak is not None and curve_of.peak < curve_of.furthest) is turns, curve_of
         assert ("past its peak" in worth(curve_of)) is turns and ("No peak is in sight" in worth(curve_of)) is not turns
 
@@ -211,8 +218,12 @@ def test_how_well_scores_order_replies() -> None:
     draw = np.random.default_rng(0)
     gold = draw.integers(0, 2, (400, 6)).astype(float)
     exact, turned, none = order(gold, gold), order(-gold, gold), order(draw.normal(0, 1, gold.shape), gold)
-    assert exact and exact[:3] == (1, 1, 1) and turned and turned[:3] == (0, 0, 0)
-    assert none is not None and none.low < 0.5 < none.high and none.high - none.low < 0.08
+    assert exact and exact[:2] == (1, 0) and turned and turned[:2] == (0, 0) and turned.is_a_guess
+    assert none is not None and none.interval[0] < 0.5 < none.interval[1] and none.se < 0.02
+    told = worth_of_best(none, best_of(draw.normal(0, 1, gold.shape), gold))
+    assert none.is_a_guess and "PPO will hardly be better than this" in told
+    told = worth_of_best(exact, best_of(gold, gold))
+    assert not exact.is_a_guess and "in 100% of the cases" in told and "The best of 6 has 0.9" in told
     level = order(0 * gold, gold)
     assert level and level.share == 0.5
     scores = np.array([[1.0, 2, 3], [3, 2, 1], [1, 2, 3], [1, 1, 1]])

@@ -80,6 +80,16 @@ def test_labels(tmp_path: Path) -> None:
     assert [reward.label for reward in recipe.stages["ppo"].scored_by] == ["other", "judge", "x"]
 
 
+def test_a_reward_of_weight_0_is_measured_alone(tmp_path: Path) -> None:
+    gold = f"{{function: '{FUNCTION}', weight: 0, name: %s}}"
+    recipe = written(tmp_path, f"rewards: [{{stage: other}}, {gold % 'gold'}]")
+    stage = recipe.stages["ppo"]
+    assert [one.label for one in stage.scored_by] == ["other", "gold"] and stage.gold == "gold"
+    assert [one.label for one in stage.weighed] == ["other"]
+    assert written(tmp_path, f"rewards: [{{stage: other}}, {gold % 'silver'}]").stages["ppo"].gold is None
+    assert written(tmp_path, "rewards: [{stage: other, name: gold}]").stages["ppo"].gold is None
+
+
 def test_it_is_written_as_it_was_said(tmp_path: Path) -> None:
     recipe = written(tmp_path, "rewards: [{stage: other, weight: 2.0}]")
     assert content_of(recipe)["stages"]["ppo"]["rewards"] == [{"stage": "other", "weight": 2.0}]
@@ -94,7 +104,7 @@ def test_it_is_written_as_it_was_said(tmp_path: Path) -> None:
         ("rewards: [{stage: sft}]", "stages.ppo.rewards.0.stage", "`stage` needs reward"),
         ("rewards: [{stage: reward, function: 'a:b'}]", "stages.ppo.rewards.0", "`stage` and `function` exclude"),
         ("rewards: [{weight: 2.0}]", "stages.ppo.rewards.0", "names no reward"),
-        ("rewards: [{stage: reward, weight: 0}]", "stages.ppo.rewards.0.weight", "weight 0 changes nothing"),
+        ("rewards: [{stage: reward, weight: 0}]", "stages.ppo.rewards", "all rewards have weight 0"),
         ("rewards: [{stage: reward, revision: main}]", "stages.ppo.rewards.0.revision", "beside `model` alone"),
         ("rewards: [{stage: reward, combine: min}]", "stages.ppo.rewards.0.combine", "`reward` trains one reward"),
         ("rewards: [{stage: reward, combine: max}]", "stages.ppo.rewards.0.combine", "got 'max'"),

@@ -25,7 +25,8 @@ EXACT = "{function: 'rlhf_pipeline.rewards.answers:exact', name: exact}"
     [
         (NEVER, True), (f"{NEVER}, {ON_LONG_ONES}", True), (EXACT, True), (f"{NEVER}, {{stage: reward}}", False),
         (f"{NEVER}, {{function: 'mine:always', weight: 0.1}}", False), ("{function: 'mine:once'}", False),
-        ("{stage: reward}", False),
+        ("{stage: reward}", False), (f"{NEVER}, {{function: 'mine:always', weight: 0}}", True),
+        (f"{NEVER}, {{stage: reward, weight: 0}}", True),
     ],
 )  # fmt: skip
 def test_rewards_of_which_none_applies_are_warned_of(tmp_path: Path, rewards: str, warned: bool) -> None:

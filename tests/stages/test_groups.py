@@ -185,6 +185,26 @@ def test_rewards_read_the_tokens_that_were_sampled(make, make_artifacts):
     assert view.role == "reward"
 
 
+def test_a_reward_of_weight_0_is_logged_and_decides_nothing(make):
+    """A reply that it alone applies to is left out, as one that no reward applies to."""
+    trainer = make("grpo")
+
+    def reward(episodes: Episodes, rows: Any, **_: Any) -> Scores:
+        scores = few_letters(episodes, rows)
+        scores.by_name["gold"] = torch.arange(8.0)
+        return Scores(scores.by_name["long"].nan_to_num(), scores.by_name, {})
+
+    trainer.score_with(reward, [Reward(stage="long"), Reward(stage="gold", weight=0.0)])
+    rollout(trainer)
+    long = trainer._scores.by_name["long"]
+    applies = ~long.isnan()
+    assert 0 < applies.sum() < 8
+    logged = trainer._metrics["train"]
+    assert logged["objective/scores"] == [pytest.approx(long[applies].mean().item())]
+    assert logged["reward"] == [pytest.approx(long[applies].mean().item())]
+    assert logged["rewards/gold/mean"] == [pytest.approx(torch.arange(8.0)[applies].mean().item())]
+
+
 # Numbers
 
 

@@ -43,6 +43,9 @@ stages:
 FUNCTION = """
 def length(completions, key, **_):
     return [float(len(text) + 100 * ("4" in of)) for text, of in zip(completions, key, strict=True)]
+
+def some(completions, key, **_):
+    return [float(len(text)) if "1" not in of else None for text, of in zip(completions, key, strict=True)]
 """
 
 
@@ -126,6 +129,33 @@ def test_replies_are_of_each_policy_and_scored_by_the_weighted_sum(make: Callabl
     assert not texts & others
     gains = [max(row["scores"]) - sum(row["scores"]) / 6 for row in made]
     assert metrics["scores/gain"] == pytest.approx(sum(gains) / len(gains))
+
+
+def test_gold_is_measured_and_decides_nothing(make: Callable[..., Job]) -> None:
+    """The rows are those without it, but for its own number; a reply that gold alone applies to has no score."""
+    rewards = "{function: 'our_rewards_of_samples:some'}"
+    gold = "{function: 'our_rewards_of_samples:length', weight: 0, name: gold}"
+    settings = ("candidates.init=sft", "candidates.n=4")
+    plain, with_gold = (
+        make(name, *settings, f"candidates.rewards=[{listed}]")
+        for name, listed in (("plain", rewards), ("gold", f"{rewards}, {gold}"))
+    )
+    before, after = sample.run(plain), sample.run(with_gold)
+    lengths = []
+    for row, expected in zip(rows(with_gold), rows(plain), strict=True):
+        lengths.append(row["sampled"]["rewards"].pop("gold"))
+        assert row == expected and len(lengths[-1]) == len(row["scores"])
+    assert len(lengths) == len(PROMPTS) - 2 == len(PROMPTS) - after["prompts/left_out"]
+    new = {name for name in after if name.startswith("best_of_n/")}
+    assert {"best_of_n/order", "best_of_n/order_se", "best_of_n/gain", "best_of_n/gain_se"} <= new
+    assert after.keys() - before.keys() == new | {"rewards/gold/mean", "rewards/gold/std"}
+    assert new <= possible_metrics(with_gold.recipe, "candidates")
+    assert not new & (known_metrics(plain.recipe, "candidates") | possible_metrics(plain.recipe, "candidates"))
+    assert after["best_of_n/order"] == 1  # scores are lengths too
+    gains = [max(own) - sum(own) / 4 for own in lengths]
+    assert after["best_of_n/gain"] == pytest.approx(sum(gains) / len(gains))
+    several = make("several", "candidates.n=4", f"candidates.rewards=[{rewards}, {gold}]")
+    assert not any(name.startswith("best_of_n/") for name in sample.run(several))
 
 
 def test_rows_are_read_by_all_kinds_that_learn(make: Callable[..., Job], tokenizer: Any) -> None:
