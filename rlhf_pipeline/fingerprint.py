@@ -12,7 +12,8 @@ from rlhf_pipeline.recipe import BASE, Data, Model, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.rewards import key_of
-from rlhf_pipeline.recipe.schema import AIJudge, Reward, Source, Stage
+from rlhf_pipeline.recipe.schema import AIJudge, Reward, Source, Stage, Watch
+from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.layout import members
 
@@ -204,7 +205,19 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
         inputs |= data_inputs(key, data, digests)
     if stage.members:
         inputs |= {"members": stage.members} | ({"bootstrap": True} if stage.bootstrap else {})
+    if (stage.watch and stage.watch.acts) or stage.trainer.get("target_kl") == AUTO:
+        inputs |= _watch_inputs(recipe, name, earlier, digests)
     return inputs | _row_inputs(recipe, stage, digests)
+
+
+def _watch_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any]:
+    """What decides where a stage is stopped, which policy it keeps, or how far it is steered."""
+    watch = recipe.stages[name].watch or Watch()
+    inputs = {f"watch.{key}": value for key, value in watch.model_dump(exclude_defaults=True).items()}
+    judging = judging_inputs(recipe, name, earlier, digests) or {}
+    if recipe.evaluate:
+        inputs |= {f"watch.{key}": getattr(recipe.evaluate, key) for key in ("along", "batch_size")}
+    return inputs | {f"watch.{key}": value for key, value in judging.items()}
 
 
 def _row_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, Any]:

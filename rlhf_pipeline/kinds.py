@@ -23,6 +23,15 @@ WIN_RATE = "win_rate"  # how often an AI finds its replies better than those of 
 GAP = "generation_gap"  # how far it samples from what whole passes give, in nats a token
 MOST_GAP = 0.1  # of it that is sound: bfloat16 and 4 bits give less than 0.03
 PAIRS = "eval_pairs"  # how many held-out pairs an accuracy is the share of
+# What is watched of a policy while it trains. Means over prompts, which should not fall: the judge's, the share of
+# prompts won by an AI judge, the rewards less an ensemble's disagreement, and their sum;
+MEANS = ("gold", "judge", "pessimistic", "reward")
+# and measures of its replies, each of which should stay where it was at first.
+MEASURES = (
+    "disagreement", "length", "length_correlation", "distinct_1", "distinct_2", "self_bleu", "repetition",
+    "new_phrases", "flattery", "hedging", "refusals", "ended",
+)  # fmt: skip
+WATCHED = (*MEANS, *MEASURES)
 
 
 @dataclass(frozen=True)
@@ -334,7 +343,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=True,
-        takes=_COMPARED | {"reward", "rewards", "value_model", "ptx_data"},
+        takes=_COMPARED | {"reward", "rewards", "value_model", "ptx_data", "watch"},
         further_data={"ptx_data": "sft"},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="response_length",
@@ -492,7 +501,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=False,
-        takes=_COMPARED | {"reward", "rewards"},
+        takes=_COMPARED | {"reward", "rewards", "watch"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",
@@ -524,7 +533,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=False,
-        takes=_COMPARED | {"reward", "rewards"},
+        takes=_COMPARED | {"reward", "rewards", "watch"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",

@@ -71,7 +71,7 @@ def numbers(logs: dict[str, Any]) -> dict[str, float | int | None]:
 def final(history: list[dict[str, Any]]) -> dict[str, float | int | None]:
     """The last logged value of every metric, evaluation included.
 
-    Without the trainer's own bookkeeping, and without what was measured on the way, `gold/…`.
+    Without the trainer's own bookkeeping, and without what was measured on the way, `gold/…` and `watch/…`.
     """
     bookkeeping = {
         "step", "epoch", "total_flos", "step_time", "train_runtime", "train_samples_per_second",
@@ -83,5 +83,5 @@ def final(history: list[dict[str, Any]]) -> dict[str, float | int | None]:
     return {
         name: value
         for name, value in numbers(latest).items()
-        if not name.endswith(("_runtime", "_per_second")) and not name.startswith("gold/")
+        if not name.endswith(("_runtime", "_per_second")) and not name.startswith(("gold/", "watch/"))
     }

@@ -24,9 +24,11 @@ CORRELATED = 32  # replies, whose correlation a healthy one is compared with: th
 # On which sides a measure may be unhealthy.
 LOW, HIGH, BOTH = (True, False), (False, True), (True, True)
 SIDES = {
-    "length": BOTH, "length_correlation": HIGH, "distinct_1": LOW, "distinct_2": LOW, "self_bleu": HIGH,
-    "repetition": HIGH, "new_phrases": HIGH, "flattery": HIGH, "hedging": HIGH, "refusals": HIGH, "ended": LOW,
+    "disagreement": HIGH, "length": BOTH, "length_correlation": HIGH, "distinct_1": LOW, "distinct_2": LOW,
+    "self_bleu": HIGH, "repetition": HIGH, "new_phrases": HIGH, "flattery": HIGH, "hedging": HIGH, "refusals": HIGH,
+    "ended": LOW,
 }  # fmt: skip
+UNBOUNDED = ("disagreement", "length")
 SHARES = ("new_phrases", "flattery", "hedging", "refusals", "ended")
 
 
@@ -39,6 +41,7 @@ class Reply(NamedTuple):
         tokens: its token ids, without padding.
         ended: whether it ended by itself.
         score: the reward it got; NaN where there is none.
+        disagreement: the standard deviation of an ensemble's members about it; None where there is no ensemble.
     """
 
     prompt: int
@@ -46,6 +49,7 @@ class Reply(NamedTuple):
     tokens: Sequence[int]
     ended: bool
     score: float
+    disagreement: float | None = None
 
 
 class Measured(NamedTuple):
@@ -124,6 +128,7 @@ class Usual:
         * `new_phrases`: the share of replies with an opening or phrase that the start had not; see `phrases.new`.
         * `flattery`, `hedging`, `refusals`: the share with a phrase of the shipped list.
         * `ended`: the share that ended by itself.
+        * `disagreement`: the mean, where an ensemble scores the replies.
 
         Returns:
             By name; empty where there are no replies. The standard error is the deviation of blocks over the root of
@@ -205,7 +210,9 @@ def measured(
     tokens = [replies[row].tokens for row in rows.flat]
     lengths = np.array([len(one) for one in tokens], dtype=np.int64)
     grams = ngrams(tokens, max(BLEU_ORDER, REPETITION_ORDER))
+    differ = [reply.disagreement for reply in replies if reply.disagreement is not None]
     each = {
+        **({"disagreement": np.array(differ)} if len(differ) == len(replies) else {}),
         "length": np.array([len(reply.tokens) for reply in replies], dtype=np.float64),
         "new_phrases": new,
         **{name: phrases.of_list(texts, name) for name in phrases.shipped()},
@@ -228,7 +235,7 @@ def measured(
     for name, blocks in of_blocks.items():
         error = float(blocks.std(ddof=1)) / math.sqrt(count) if len(rows) > 1 else 0.0
         values[name] = Values(float(blocks.mean()), error, blocks)
-    return {name: values[name] for name in SIDES}
+    return {name: values[name] for name in SIDES if name in values}
 
 
 def length_correlation(replies: Sequence[Reply]) -> Values:
@@ -292,7 +299,7 @@ def _deviation_of_z(replies: int) -> float:
 def _possible(name: str, low: float, high: float) -> tuple[float | None, float | None]:
     """A band without the sides that are not unhealthy, and those where no value can be."""
     below, above = SIDES[name]
-    most = math.inf if name == "length" else 1.0
+    most = math.inf if name in UNBOUNDED else 1.0
     return (low if below and low > 0 else None), (high if above and high < most else None)
 
 
@@ -313,7 +320,7 @@ def _spread(name: str, one: Values, replies: int, block: int) -> Spread:
     binomial = math.sqrt(share * (1 - share) / block)
     if name in SHARES or len(one.blocks) < 2:
         return Spread(one.value, binomial, len(one.blocks))
-    least = binomial * (one.value if name == "length" else 1)
+    least = binomial * (one.value if name in UNBOUNDED else 1)
     return Spread(one.value, max(float(one.blocks.std(ddof=1)), least), len(one.blocks))
 
 

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from rlhf_pipeline.judges.function import FunctionJudge
-from rlhf_pipeline.judges.local import LocalJudge
+from rlhf_pipeline.judges.local import LocalJudge, OnBase
 from rlhf_pipeline.judges.question import Judge
-from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.recipe.schema import AIJudge, Recipe
 
 
-def load(spec: AIJudge, recipe: Recipe, place: str, staged: StagedBase | None, kept: Path) -> Judge:
+def load(spec: AIJudge, recipe: Recipe, place: str, staged: OnBase | None, kept: Path) -> Judge:
     """The judge that a recipe names.
 
     Args:

@@ -1,6 +1,7 @@
 """A judge on the shared base: the base itself, or a stage's adapter on it. It reads two tokens' probabilities."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -11,13 +12,24 @@ from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.judges.question import Answer, Question, read_template, render
-from rlhf_pipeline.models.staged import StagedBase
+from rlhf_pipeline.models.roles import PolicyView
 from rlhf_pipeline.recipe.schema import AIJudge, Data
 
 # Behind a question that is plain text; with a template of one's own, that says how the answer begins.
 BEGINNING = "\n\nAnswer:"
 SPACES = "Ġ▁ "  # how tokenizers write a space at the beginning of a token
 AS_DATA = Data(path="the judge's questions")  # questions are encoded as prompts are
+
+
+class OnBase(Protocol):
+    """Models on one base: `models.staged.StagedBase`, or those of a trainer."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of all of them."""
+
+    def policy(self, stage: str) -> PolicyView:
+        """A stage's model, or the `base`."""
 
 
 class LocalJudge:
@@ -41,7 +53,7 @@ class LocalJudge:
         InputError: the template cannot be used, or the tokenizer has no token for one of the two words.
     """
 
-    def __init__(self, spec: AIJudge, staged: StagedBase, place: str) -> None:
+    def __init__(self, spec: AIJudge, staged: OnBase, place: str) -> None:
         self.spec, self.place = spec, place
         self.template = read_template(spec.template, f"{place}.template")
         self.tokenizer, self.view = staged.tokenizer, staged.policy(spec.model)

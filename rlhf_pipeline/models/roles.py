@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rlhf_pipeline import kinds
 from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.score_head import new_head, zero_head
+from rlhf_pipeline.recipe.schema import BASE
 from rlhf_pipeline.rundir.layout import members
 
 TRAINED = ("policy", "value")
@@ -67,16 +68,28 @@ class Roles:
         views = []
         for number, folder in enumerate(members(artifact), 1):
             own = of_member(role, number)
-            self.names[own] = adapters.free_name(self.causal_lm, re.sub(r"\W", "_", own))
-            config = adapters.lora_config({**lora, "lora_dropout": 0.0}, self.causal_lm)
-            self.peft.add_adapter(self.names[own], config)
-            adapters.load_weights(self.peft, folder, self.names[own])
-            self._store_as_computed(self.names[own])
+            self._add(own, folder, lora)
             head = adapters.load_head(folder).to(self.causal_lm.device)
             views.append((own, head))
         self._find_layers()
         self.rewards.append([ScoreView(self, own, head) for own, head in views])
         return self.rewards[-1]
+
+    def add_frozen(self, role: str, artifact: Path, lora: dict[str, Any]) -> None:
+        """Load an adapter for a role of its own beside the others, of which those that train go on training."""
+        trained = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+        self._add(role, artifact, lora)
+        self._find_layers()
+        self.peft.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_()
+
+    def _add(self, role: str, artifact: Path, lora: dict[str, Any]) -> None:
+        self.names[role] = adapters.free_name(self.causal_lm, re.sub(r"\W", "_", role))
+        config = adapters.lora_config({**lora, "lora_dropout": 0.0}, self.causal_lm)
+        self.peft.add_adapter(self.names[role], config)
+        adapters.load_weights(self.peft, artifact, self.names[role])
+        self._store_as_computed(self.names[role])
 
     def _store_as_computed(self, adapter: str) -> None:
         """Keep a frozen adapter in bfloat16 where the base computes in that: autocast rounds it so at every use."""
@@ -86,7 +99,7 @@ class Roles:
 
     @contextlib.contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
-        """Make a role's adapter the active one inside the block, and then those that were active before."""
+        """Make a role's adapter, or none for `base`, the active one inside the block, and then those of before."""
         before, active = self._active, [layer._active_adapter for layer in self.layers]
         self._switch(role)
         try:
@@ -98,7 +111,7 @@ class Roles:
 
     def _switch(self, role: str) -> None:
         for layer in self.layers:
-            layer._active_adapter = [self.names[role]]
+            layer._active_adapter = [] if role == BASE else [self.names[role]]
         self._active = role
 
     @cached_property

@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Module
 from transformers import TrainerState
 
 from rlhf_pipeline.models.roles import TRAINED, SharedBase
@@ -60,10 +62,20 @@ class Memory:
     unreported: list[dict[str, float]] = field(default_factory=list)
 
 
+class Kept(Protocol):
+    """What else a checkpoint keeps; see `stages.watch.Watcher`."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint's folder."""
+
+    def read(self, folder: Path) -> None:
+        """Take it up from there."""
+
+
 def write(folder: Path, shared: SharedBase, memory: Memory) -> None:
     """Write the trained roles' weights and the memory into a checkpoint's folder."""
     for role in TRAINED:
-        save_file(weights(shared, role), folder / f"{role}.safetensors")
+        save_file(weights(getattr(shared, role)), folder / f"{role}.safetensors")
     best = memory.best
     if best is not None:
         save_file(best.weights, folder / "best.safetensors")
@@ -89,7 +101,7 @@ def read(folder: Path, shared: SharedBase, memory: Memory) -> None:
         if noted["frozen"].get(role) != checksum:
             raise ValueError(f"its {role} is not the one of this run")
     for role in TRAINED:
-        put_back(shared, role, load_file(folder / f"{role}.safetensors"))
+        put_back(getattr(shared, role), load_file(folder / f"{role}.safetensors"), role)
     memory.kl_control.coefficient = noted["kl_control"]["coefficient"]
     memory.score_statistics = ScoreStatistics(**noted["score_statistics"])
     memory.skipped_in_row, memory.skipped_steps = noted["skipped"]
@@ -98,18 +110,18 @@ def read(folder: Path, shared: SharedBase, memory: Memory) -> None:
         memory.best = Best(**noted["best"], weights=load_file(folder / "best.safetensors"))
 
 
-def weights(shared: SharedBase, role: str) -> dict[str, Tensor]:
-    """A copy of a role's trained weights, on the CPU."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in _trained(shared, role).items()}
+def weights(view: Module) -> dict[str, Tensor]:
+    """A copy of the weights of a role that train, on the CPU."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in _trained(view).items()}
 
 
-def put_back(shared: SharedBase, role: str, former: dict[str, Tensor]) -> None:
-    """Overwrite a role's trained weights.
+def put_back(view: Module, former: dict[str, Tensor], role: str = "policy") -> None:
+    """Overwrite the weights of a role that train.
 
     Raises:
         ValueError: they are not the same weights.
     """
-    ours = _trained(shared, role)
+    ours = _trained(view)
     if {name: one.shape for name, one in ours.items()} != {name: one.shape for name, one in former.items()}:
         raise ValueError(f"these are not the weights of this {role}: names or shapes differ")
     with torch.no_grad():
@@ -117,6 +129,5 @@ def put_back(shared: SharedBase, role: str, former: dict[str, Tensor]) -> None:
             parameter.copy_(former[name])
 
 
-def _trained(shared: SharedBase, role: str) -> dict[str, torch.nn.Parameter]:
-    view = getattr(shared, role)
+def _trained(view: Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in view.named_parameters() if parameter.requires_grad}

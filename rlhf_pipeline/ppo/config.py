@@ -42,8 +42,9 @@ class PPOConfig(TrainingArguments):
         kl_coef (`float`): β, the weight of KL in the reward.
         kl_estimator (`"k1"` or `"k3"`): KL of a token from its log-ratio r = log π - log π_ref: r itself, or
             exp(-r) - 1 + r (Schulman 2020, "Approximating KL Divergence").
-        target_kl (`float`, *optional*): steer `kl_coef` so that KL stays near this (Ziegler et al. 2019, "Fine-Tuning
-            Language Models from Human Preferences", section 2.2).
+        target_kl (`float` or `"auto"`, *optional*): steer `kl_coef` so that KL stays near this (Ziegler et al. 2019,
+            "Fine-Tuning Language Models from Human Preferences", section 2.2). With `"auto"`, near the KL at which
+            a forecast of what is watched has its peak, once there is one.
         kl_horizon (`int`): over how many episodes it is steered.
         kl_budget (`float`, *optional*): stop as soon as a batch's KL is over this, and go back to the policy that had
             the highest score within it.
@@ -143,7 +144,10 @@ class PPOConfig(TrainingArguments):
     log_ratio_clamp: float | None = field(
         default=None, metadata={"help": "Clamp log-ratios of new to old probabilities to ± this."}
     )
-    target_kl: float | None = field(default=None, metadata={"help": "Steer kl_coef so that KL stays near this."})
+    target_kl: float | Literal["auto"] | None = field(
+        default=None,
+        metadata={"help": "Steer kl_coef so that KL stays near this, or, with `auto`, near the forecast peak."},
+    )
     kl_horizon: int = field(default=10_000, metadata={"help": "Over how many episodes kl_coef is steered."})
     kl_budget: float | None = field(
         default=None, metadata={"help": "Stop when KL is over this, and keep the best policy within it."}
@@ -184,11 +188,13 @@ class PPOConfig(TrainingArguments):
             if (value := getattr(self, key)) is not None and value < least:
                 raise ValueError(f"`{key}` must be at least {least}, and it is {value}")
         for key in more_than_zero:
-            if (value := getattr(self, key)) is not None and value <= 0:
+            if isinstance(value := getattr(self, key), (int, float)) and value <= 0:
                 raise ValueError(f"`{key}` must be more than 0, and it is {value}")
         for key in ("gamma", "lam"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"`{key}` must be from 0 to 1, and it is {getattr(self, key)}")
+        if isinstance(self.target_kl, str) and self.target_kl != "auto":
+            raise ValueError(f"`target_kl` must be a number or `auto`, not {self.target_kl}")
         for key, choices in {"stop_token": (None, "eos"), "kl_estimator": ("k1", "k3")}.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"`{key}` must be one of {', '.join(map(str, choices))}, not {getattr(self, key)}")

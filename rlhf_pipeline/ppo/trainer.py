@@ -17,10 +17,10 @@ from transformers.trainer_utils import TrainOutput
 from rlhf_pipeline.callbacks.metrics import keep_until
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
-from rlhf_pipeline.models.roles import TRAINED, SharedBase
+from rlhf_pipeline.models.roles import TRAINED, PolicyView, SharedBase
 from rlhf_pipeline.ppo import checkpoint, numbers
 from rlhf_pipeline.ppo.advantages import estimate_advantages, kl_per_token, shape_rewards, whiten
-from rlhf_pipeline.ppo.checkpoint import Best, Memory, PPOState
+from rlhf_pipeline.ppo.checkpoint import Best, Kept, Memory, PPOState
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.control import KLControl
 from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_log_probs_and_values, reply_values
@@ -84,10 +84,12 @@ class PPOTrainer(Trainer):
         if args.gradient_checkpointing:
             shared.enable_gradient_checkpointing()
         self.state = PPOState(**vars(self.state))
-        self.memory = Memory(KLControl(args.kl_coef, args.target_kl, args.kl_horizon))
+        target = None if isinstance(args.target_kl, str) else args.target_kl  # `auto` is set by what watches
+        self.memory = Memory(KLControl(args.kl_coef, target, args.kl_horizon))
         self.seed = args.seed if args.data_seed is None else args.data_seed  # of the order of prompts and episodes
         self.ptx_dataset = ptx_dataset
         self.samples_file = samples_file
+        self.watch: Kept | None = None
         self.trained = {
             role: [parameter for parameter in getattr(shared, role).parameters() if parameter.requires_grad]
             for role in TRAINED
@@ -110,6 +112,16 @@ class PPOTrainer(Trainer):
         self.optimizer.param_groups[:] = groups
         self.value_group = next(i for i, group in enumerate(groups) if id(group["params"][0]) in value)
         return self.optimizer
+
+    @property
+    def policy(self) -> PolicyView:
+        """The policy, as a view of the shared base."""
+        return self.shared.policy
+
+    @property
+    def latest_kl(self) -> float:
+        """The mean KL of a whole reply of the batch that was trained on last, in nats."""
+        return self.memory.unreported[-1]["objective/kl"]
 
     @property
     def trained_roles(self) -> set[str]:
@@ -445,7 +457,7 @@ class PPOTrainer(Trainer):
         if not kl > budget:
             score = self._penalize_missing_eos(scored.scores, scored.episodes).mean().item()
             if math.isfinite(kl) and (best is None or score > best.score):
-                weights = checkpoint.weights(self.shared, "policy")
+                weights = checkpoint.weights(self.shared.policy)
                 self.memory.best = Best(self.state.global_step, score, kl, weights)
             return True
         if best is None or best.step <= self.args.value_warmup_updates:
@@ -453,7 +465,7 @@ class PPOTrainer(Trainer):
                 f"KL is {kl:.3g}, over the `kl_budget` of {budget}, and no update within it scored better than the "
                 "start: lower `learning_rate`, or raise the budget"
             )
-        checkpoint.put_back(self.shared, "policy", best.weights)
+        checkpoint.put_back(self.shared.policy, best.weights)
         self._log_means()
         self.log(
             {
@@ -488,6 +500,8 @@ class PPOTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path) -> None:
         checkpoint.write(folder, self.shared, self.memory)
+        if self.watch is not None:
+            self.watch.write(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
         self._save_rng_state(str(folder))
@@ -497,6 +511,8 @@ class PPOTrainer(Trainer):
         with durable.taking_up(folder):
             durable.check_state(folder)
             checkpoint.read(folder, self.shared, self.memory)
+            if self.watch is not None:
+                self.watch.read(folder)
             self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", "cpu", weights_only=True))
             self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", "cpu", weights_only=True))
             self.state = PPOState.load_from_json(str(folder / durable.STATE))

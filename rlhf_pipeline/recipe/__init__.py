@@ -200,7 +200,9 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         for key, data in stage.tables.items():
             own[key] = _content_of_data(data, stage.reads(key) == "demonstrations")
         unsaid = {key for key in kinds.KEYS if key not in stage.facts.takes}
-        unsaid |= {key for key in ("rewards", "value_model", "members", "pairs", "human") if not getattr(stage, key)}
+        unsaid |= {
+            key for key in ("rewards", "value_model", "members", "pairs", "human", "watch") if not getattr(stage, key)
+        }
         unsaid |= {"bootstrap"} if stage.members is None else set()
         unsaid |= {"reference"} if stage.reference is None else set()
         content["stages"][name] = {key: value for key, value in own.items() if key not in unsaid}

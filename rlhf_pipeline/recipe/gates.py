@@ -15,6 +15,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Recipe, Stage
+from rlhf_pipeline.recipe.watch import is_watched
 from rlhf_pipeline.shares import Z, interval
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -68,6 +69,8 @@ CLIPPED = {f"clip_ratio/{of}" for of in ("low_mean", "low_min", "high_mean", "hi
 OF_LOSSES = dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo", "luspo"), CLIPPED) | {
     "cispo": {"cispo_clip_ratio"}, "vespo": {"vespo/phi_seq_mean"},
 }  # fmt: skip
+OF_WATCH = {"watch/best_step", "watch/last_step"}
+AT_TIMES_OF_WATCH = {"watch/stopped_at_step", "watch/peak_kl"} | {f"watch/alarm/{name}" for name in kinds.WATCHED}
 OF_KL_BUDGET = {"kl_budget/best_step", "kl_budget/exceeded_at_step", "kl_budget/exceeded_with"}
 
 
@@ -232,6 +235,9 @@ def _metrics(recipe: Recipe, name: str) -> tuple[set[str], set[str]]:
     if not stage.facts.trains:
         return _of_rows(stage)
     certain, possible = _of_ppo(stage, held_out) if stage.facts.own_loop else _of_trl(stage, held_out)
+    if is_watched(recipe, stage):
+        certain |= OF_WATCH | ({"watch/kept_step"} if stage.watch and stage.watch.keep == "best" else set())
+        possible |= AT_TIMES_OF_WATCH
     if recipe.evaluate and stage.facts.is_policy:
         certain.add(kinds.GAP)
         if recipe.evaluate.judge is not None:

@@ -11,6 +11,7 @@ from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.rewards import resolve_rewards
 from rlhf_pipeline.recipe.rows import resolve_ai_judge, resolve_row_stage, resolve_rows
 from rlhf_pipeline.recipe.schema import BASE, PREVIOUS, Recipe, Stage
+from rlhf_pipeline.recipe.watch import resolve_watch
 from rlhf_pipeline.recipe.yaml import KeyPath, shown
 
 # PEFT's keys that make another function of the same weights, or share or repeat them.
@@ -46,6 +47,8 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             _require_both_of_ptx(name, stage, problems)
         if kind.trains_value:
             stage.value_model = stage.value_model or "adapter"
+        if "watch" in kind.takes:
+            resolve_watch(recipe, name, problems)
         if "bootstrap" in kind.takes:
             _require_members_for_bootstrap(name, stage, problems)
         if not kind.trains:

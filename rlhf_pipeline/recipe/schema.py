@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
-from rlhf_pipeline.kinds import NAMES, ROWS, Kind, Rows, get, numbered
+from rlhf_pipeline.kinds import NAMES, ROWS, WATCHED, Kind, Rows, get, numbered
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 BASE = "base"  # as a value of `init`: start from the bare base
@@ -321,7 +321,8 @@ class Evaluate(_Strict):
     """How many prompts are answered at once."""
 
     along: int = Field(default=10, ge=0)
-    """How often PPO is judged by `judge` on the way, at even distances, too: how its mean moves as the reward does."""
+    """How often a policy that samples while it trains is measured on the way, too, at even distances: by `judge`, by
+    its rewards, and by what its replies are like. 0 never does."""
 
 
 class Rounds(_Strict):
@@ -336,6 +337,30 @@ class Rounds(_Strict):
     prompts: Literal["split", "reuse"] | None = None
     """Where stages of a round read prompts from elsewhere: `split`, the default, gives each round an equal share of
     them, and `reuse` gives all of them to every round."""
+
+
+class Watch(_Strict):
+    """What is done about what is measured while a policy trains: of its rewards, of its replies, and by judges."""
+
+    stop: list[Literal[WATCHED]] = []  # type: ignore[valid-type]  # it is a tuple of words
+    """Training ends with a confirmed alarm of one of these measures: two measurements in a row, or one by far."""
+
+    keep: Literal["best", "last"] | None = None
+    """Which policy the stage leaves: that of the `best` measurement, the default with `stop`, or the `last` one."""
+
+    best_by: Literal["gold", "judge", "pessimistic"] | None = None
+    """What says which measurement is the best: `gold`, the mean of `evaluate.judge`, the default where there is one;
+    `judge`, how often `evaluate.ai_judge` prefers the replies to those that the policy gave at first; or `pessimistic`,
+    the rewards less what the members of an ensemble disagree by."""
+
+    every: float = Field(default=0.3, gt=0.0, allow_inf_nan=False)
+    """A measurement is made whenever √KL has grown by this, in nats^½ of a whole reply; and `evaluate.along` times at
+    even distances."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether it may decide which policy the stage leaves."""
+        return bool(self.stop) or self.keep == "best"
 
 
 class Stage(_Strict):
@@ -365,6 +390,9 @@ class Stage(_Strict):
     value_model: Literal["adapter", "head"] | None = None
     """PPO only: what tells the value of a reply so far. `adapter`, the default, is an adapter of its own; `head` is a
     head on the policy's own trunk, which costs one pass of the base less, and a policy that learns two things."""
+
+    watch: Watch | None = None
+    """PPO, GRPO and RLOO only: stop where the policy games its rewards, and keep the best one."""
 
     data: DataField
     """Rows: a path, keys with a path, or a list of several."""
@@ -533,6 +561,11 @@ class Recipe(_Strict):
     def place(self, *path: str) -> str:
         """Where a value was written, as messages show it; its key path alone in a worker, which does not know more."""
         return self._place(path) if self._place else ".".join(path)
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether a function judges policies."""
+        return self.evaluate is not None and self.evaluate.judge is not None
 
     def ai_judge_of(self, name: str) -> AIJudge | None:
         """The AI that compares a stage's policy with the one that it starts from.

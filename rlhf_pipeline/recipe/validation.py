@@ -23,6 +23,7 @@ from rlhf_pipeline.recipe.schema import (
     Rounds,
     Sampling,
     Stage,
+    Watch,
 )  # fmt: skip
 from rlhf_pipeline.recipe.yaml import KeyPath, dump_inline, parse_value, shown
 
@@ -58,7 +59,7 @@ SECRETS = ("api_key_env",)  # keys under which somebody may have written a secre
 STAND_INS: dict[str, Any] = {
     "name": "name", "path": "tiny", "judge": "module:function", "kind": "sft", "model": {"path": "tiny"},
     "data": {"path": "tiny:prompts"}, "rewards": {"function": "module:function"},
-    "stages": {"sft": {"kind": "sft", "data": {"path": "tiny:prompts"}}},
+    "stages": {"sft": {"kind": "sft", "data": {"path": "tiny:prompts"}}}, "stop": "reward",
 }  # fmt: skip
 BOUNDS = {
     "greater_than_equal": ("ge", "of at least"), "greater_than": ("gt", "more than"),
@@ -252,7 +253,7 @@ def _repair(error: ErrorDetails, content: dict[str, Any]) -> None:
     elif isinstance(above, dict):
         above.pop(path[-1], None)
     elif isinstance(above, list) and isinstance(path[-1], int):
-        above[path[-1]] = copy.deepcopy(STAND_INS["rewards" if path[-2] == "rewards" else "data"])
+        above[path[-1]] = copy.deepcopy(STAND_INS[str(path[-2]) if path[-2] in STAND_INS else "data"])
 
 
 def _is_needed(path: KeyPath) -> bool:
@@ -286,7 +287,7 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
         return schema.Source
     if isinstance(path[-1], int):
         return Reward if path[-2] == "rewards" else MixedSource
-    of_stage: dict[Any, type[BaseModel]] = {"judge": AIJudge, "sampling": Sampling}
+    of_stage: dict[Any, type[BaseModel]] = {"judge": AIJudge, "sampling": Sampling, "watch": Watch}
     if path[0] == "stages":
         return Stage if len(path) == 2 else of_stage.get(path[2])
     sections: dict[KeyPath, type[BaseModel]] = {

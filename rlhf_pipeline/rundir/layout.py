@@ -27,6 +27,7 @@ RECORD = "stage.json"
 ADAPTER = "adapter"  # what a stage that trains publishes; one that makes rows has ROWS, and what is beside them
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+WATCH = "watch.jsonl"  # what was measured of a policy while it trained, one line a measurement
 JUDGEMENTS = "judgements.jsonl"  # all that an AI judge was asked, and its answers
 PAIRS = "pairs.jsonl"  # held-out pairs with their scores
 LOG = "log.txt"

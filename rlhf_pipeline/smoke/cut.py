@@ -16,6 +16,7 @@ from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.recipe import BASE, TINY, Data, Recipe, Stage, outside
 from rlhf_pipeline.recipe.data_files import matching
 from rlhf_pipeline.recipe.schema import AIJudge, Source
+from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir.layout import JOB, LOG, RESULT, read_json
 
@@ -84,6 +85,7 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
         if missing.get(name):
             if wanted == "heldout":
                 cut.evaluate = None
+                _leave_out_what_is_watched(cut)
                 notes.append(f"{path} is not available ({missing[name]}): the judge is not tested")
                 continue
             with (TINY / "data" / f"{OF_TINY.get(wanted, wanted)}.jsonl").open(encoding="utf-8") as ours:
@@ -103,6 +105,15 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
     uncut = cut.model_copy(deep=True)
     _cut_settings(cut)
     return cut, uncut, origins, notes
+
+
+def _leave_out_what_is_watched(recipe: Recipe) -> None:
+    """Without the prompts of `evaluate`, nothing is measured while a policy trains."""
+    for stage in recipe.stages.values():
+        stage.watch = None
+        if stage.trainer.get("target_kl") == AUTO:
+            del stage.trainer["target_kl"]
+            stage.trainer.pop("kl_horizon", None)
 
 
 def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:

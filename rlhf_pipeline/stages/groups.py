@@ -35,9 +35,9 @@ from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
 from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.evaluate import judge_policy
-from rlhf_pipeline.stages.evaluate_along import judge_along
 from rlhf_pipeline.stages.job import Config, Inputs, Job
 from rlhf_pipeline.stages.resumable import REFERENCE, Resumable
+from rlhf_pipeline.stages.watch import watch
 
 ROLLOUTS = "rollouts.pt"
 TIMES_SAMPLED = 10  # how often some replies are written down in the course of training
@@ -125,12 +125,12 @@ def run(job: Job, config: type[Config], trainer_class: type["GroupTrainer"]) -> 
     trainer.samples_file = job.folder / SAMPLES
     some = data.train[: soundness.PROMPTS]["input_ids"]
     soundness.check_generation(trainer.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
-    judge_along(trainer, job)
+    watcher = watch(trainer, job, data.held_out)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
-    metrics = job.trained(final(trainer.state.log_history))
+    metrics = job.trained(final(trainer.state.log_history) | (watcher.outcome if watcher else {}))
     return metrics | judge_policy(job, model, tokenizer)
 
 
@@ -244,6 +244,11 @@ class GroupTrainer(Resumable):
             episodes, log_probs, ref_log_probs, torch.zeros_like(kl), scores or self._reward(episodes, rows), kl
         )
 
+    @property
+    def latest_kl(self) -> float:
+        """The mean KL of a whole reply of the batch that was trained on last, in nats."""
+        return float(self._metrics["train"]["objective/kl"][-1])
+
     def _reward(self, episodes: Episodes, rows: Sequence[str] | None) -> Scores:
         state, at_once = self.state, self.args.per_device_train_batch_size
         with torch.no_grad(), self.accelerator.autocast():
@@ -333,7 +338,7 @@ class GroupTrainer(Resumable):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with TRL's means since the last time; but what the judge says along the way by itself."""
-        if any(name.startswith("gold/") for name in logs):
+        if any(name.startswith(("gold/", "watch/")) for name in logs):
             Trainer.log(self, logs)
         else:
             super().log(logs, *args, **kwargs)

@@ -13,12 +13,13 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.prompts import check_data
 from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
 from rlhf_pipeline.stages import soundness
 from rlhf_pipeline.stages.evaluate import judge_policy
-from rlhf_pipeline.stages.evaluate_along import judge_along
 from rlhf_pipeline.stages.job import Inputs, Job
+from rlhf_pipeline.stages.watch import watch
 
 CONFIG = PPOConfig
 read = rows.prompts  # the rows of such a stage
@@ -27,7 +28,8 @@ read = rows.prompts  # the rows of such a stage
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
-    if job.stage.data.holds_out and args.eval_strategy == "no":
+    measured = job.stage.watch is not None or args.target_kl == AUTO
+    if job.stage.data.holds_out and args.eval_strategy == "no" and (job.recipe.evaluate or not measured):
         raise InputError(
             "prompts are held out, and nothing evaluates on them",
             place=f"stages.{job.name}.data.{'eval_data' if job.stage.data.eval_data else 'eval_fraction'}",
@@ -79,12 +81,13 @@ def run(job: Job) -> dict[str, Any]:
         callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         samples_file=job.folder / SAMPLES,
     )
-    judge_along(trainer, job)
+    watcher = watch(trainer, job, data.held_out)
     before = shared.checksums()
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
-    check_weights(before, shared.checksums(), trainer.trained_roles)
+    put_back = watcher is not None and watcher.kept_step <= args.value_warmup_updates  # where nothing had moved it yet
+    check_weights(before, shared.checksums(), trainer.trained_roles - ({"policy"} if put_back else set()))
     trainer.save_model(str(job.artifact))
-    metrics = job.trained(final(trainer.state.log_history))
+    metrics = job.trained(final(trainer.state.log_history) | (watcher.outcome if watcher else {}))
     return metrics | judge_policy(job, shared.policy, tokenizer)
 
 

@@ -22,6 +22,7 @@ from rlhf_pipeline.kinds import Kind, Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
 from rlhf_pipeline.models.base import remove_dropout
+from rlhf_pipeline.ppo.checkpoint import Kept
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.shares import standard_error
 
@@ -51,6 +52,7 @@ class Resumable(Trainer):
     """
 
     kind: Kind
+    watch: Kept | None = None
 
     @classmethod
     def over(
@@ -192,6 +194,8 @@ class Resumable(Trainer):
             "training": self.model.training,  # what is logged at the end depends on whether evaluation came last
         }
         (folder / MEMORY).write_text(json.dumps(memory))
+        if self.watch is not None:
+            self.watch.write(folder)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train.
@@ -211,6 +215,8 @@ class Resumable(Trainer):
         with durable.taking_up(folder):
             adapters.restore(self.model, "default", folder)
             self._memory = json.loads((folder / MEMORY).read_text())
+            if self.watch is not None:
+                self.watch.read(folder)
         self.args.eval_on_start = False  # that was then
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -244,7 +250,7 @@ class Resumable(Trainer):
         self.model.train(memory["training"])
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             return  # from the last checkpoint of all, Transformers would train beyond the end
         resumed = kwargs["resume_from_checkpoint"]
         within = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"]

@@ -163,9 +163,9 @@ def rate(found: Sequence[Verdict], times: int = 1) -> dict[str, float] | None:
     Returns:
         `win_rate`, `low` and `high`, and the share of `ties`; None where no verdict could be read.
     """
-    points = [None if one.probability is None else 0.5 if one.winner is None else 1.0 - one.winner for one in found]
-    prompts = len(points) // times
-    by_prompt = [[point for point in points[prompt::prompts] if point is not None] for prompt in range(prompts)]
+    won = [points(one) for one in found]
+    prompts = len(won) // times
+    by_prompt = [[point for point in won[prompt::prompts] if point is not None] for prompt in range(prompts)]
     means = [sum(own) / len(own) for own in by_prompt if own]
     if not means:
         return None
@@ -173,3 +173,8 @@ def rate(found: Sequence[Verdict], times: int = 1) -> dict[str, float] | None:
     read = [one for one in found if one.probability is not None]
     ties = sum(one.winner is None for one in read) / len(read)
     return {"win_rate": sum(means) / len(means), "low": low, "high": high, "ties": ties}
+
+
+def points(verdict: Verdict) -> float | None:
+    """What the first of two replies gets: 1 where it is better, 0.5 for a tie, else 0; None where nobody can tell."""
+    return None if verdict.probability is None else 0.5 if verdict.winner is None else 1.0 - verdict.winner

@@ -20,9 +20,9 @@ THINGS = [f"thing{number}" for number in range(60)]
 
 
 def reply(prompt: int, text: str, score: float = 0.0, ended: bool = True) -> Reply:
-    """One whose tokens are its words."""
+    """One whose tokens are its words, and about which an ensemble disagrees by a tenth of its letters."""
     tokens = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in text.split()]
-    return Reply(prompt, text, tokens, ended, score)
+    return Reply(prompt, text, tokens, ended, score, len(text) / 10)
 
 
 def policy(seed: int, rounds: int = 1, prompts: int = 104) -> list[Reply]:
@@ -59,6 +59,7 @@ def test_all_measures_by_hand() -> None:
     assert list(measures) == list(SIDES)
     value = {name: one.value for name, one in measures.items()}
     assert value["length"] == (4 + 5 + 5 + 6 + 4 + 2 + 1 + 1) / 8
+    assert value["disagreement"] == pytest.approx(sum(map(len, texts)) / 80)
     # Ranks of 4 5 5 6 4 2 and of 3 2 1 4 5 6.
     assert value["length_correlation"] == pytest.approx(
         np.corrcoef([2.5, 4.5, 4.5, 6, 2.5, 1], [3, 2, 1, 4, 5, 6])[0, 1]
@@ -68,6 +69,18 @@ def test_all_measures_by_hand() -> None:
     assert value["repetition"] == pytest.approx((1 - 2 / 3) / 8)
     assert (value["flattery"], value["hedging"], value["refusals"], value["ended"]) == (1 / 8, 1 / 8, 1 / 8, 6 / 8)
     assert 0 < value["self_bleu"] < 1
+
+
+def test_without_an_ensemble_nobody_disagrees() -> None:
+    usual = Usual.of([one._replace(disagreement=None) for one in policy(0, 4)])
+    measures = usual.measures([one._replace(disagreement=None) for one in policy(1)])
+    assert list(measures) == [name for name in SIDES if name != "disagreement"]
+
+
+def test_disagreement_beyond_that_of_the_start_is_unhealthy_and_less_is_not(usual: Usual) -> None:
+    for factor, alarms in ((3.0, True), (0.2, False)):
+        now = [one._replace(disagreement=(one.disagreement or 0) * factor) for one in policy(1)]
+        assert ("disagreement" in outside(usual.measures(now))) is alarms
 
 
 def test_a_measurement_is_the_mean_of_blocks_and_its_error_theirs() -> None:
@@ -251,7 +264,7 @@ def test_of_a_start_with_one_reply_to_each_prompt_every_other_prompt_is_held_aga
         [reply(0, "a b c")],
         [reply(0, "")],
         [reply(3, "a b"), reply(4, "a b")],
-        [Reply(at, "", [], False, NAN) for at in range(30)],
+        [Reply(at, "", [], False, NAN, 0.0) for at in range(30)],
         [reply(at, "the same", float("inf")) for at in range(30)],
         [reply(0, f"one prompt {at}") for at in range(30)],
         [reply(at % 3, f"three prompts {at}", at) for at in range(12)],

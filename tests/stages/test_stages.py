@@ -185,7 +185,7 @@ def judge(prompts, completions, **_):
     assert gold[0]["gold/kl"] == pytest.approx(0, abs=1e-5) and abs(gold[-1]["gold/kl"]) > 1e-4
     assert gold[-1]["gold/score_mean"] != gold[0]["gold/score_mean"]
     assert len({row["gold/judge_mean"] for row in gold}) == 3
-    for some in ([row for row in more_rows if "gold/kl" not in row], fewer_rows):
+    for some in ([row for row in of if "gold/kl" not in row] for of in (more_rows, fewer_rows)):
         assert [row["objective/kl"] for row in some] == [row["objective/kl"] for row in rows]
 
 
