@@ -126,7 +126,7 @@ def understood(words: list[str], extra: list[str] | None = None) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, tiny_run: Path) -> Path:
     """A folder with what the commands name: finished runs, files of rows, and copies of shipped recipes."""
-    for name in ("tiny", "hacked"):
+    for name in ("tiny", "hacked", "milder"):
         shutil.copytree(tiny_run, tmp_path / "runs" / name)
     pairs = (TINY / "data" / "preferences.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
     (tmp_path / "preferences.jsonl").write_text("".join(pairs), encoding="utf-8")
