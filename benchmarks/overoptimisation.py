@@ -53,7 +53,6 @@ from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.report.charts import Axes
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir.layout import WATCH
-from rlhf_pipeline.shares import Z
 from rlhf_pipeline.stages import ppo, reward, sft
 from rlhf_pipeline.stages.job import Job, Reader
 
@@ -724,7 +723,7 @@ def model_rows(folder: Path, seeds: Sequence[int]) -> list[list[str]]:
             numbers = world_.metrics[stage]
             cells.append(f"{numbers['eval_accuracy']:.2f} ± {numbers['eval_accuracy_se']:.2f}")
             ordered = Scale(world_.job("ppo", f"ppo.rewards=[{SCORED_BY[scored_by]}]")).order()
-            cells.append(f"{ordered.share:.2f} ± {(ordered.high - ordered.low) / 2 / Z:.2f}" if ordered else "")
+            cells.append(f"{ordered.share:.2f} ± {ordered.se:.2f}" if ordered else "")
         rows.append(cells)
     return rows
 
