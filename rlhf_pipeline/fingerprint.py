@@ -127,13 +127,17 @@ def _on_hub(spec: Model | Source) -> str:
     return f"{spec.path}@{spec.revision}" if spec.revision else spec.path
 
 
-def pin(recipe: Recipe) -> None:
+def pin(recipe: Recipe, commits: dict[tuple[str, str, str | None], str | None] | None = None) -> None:
     """Find out which commits a recipe's hub models, datasets and adapters have now, and write them in as `revision`.
 
     So all stages load the same, and the resolved recipe says what that was. The hub is asked at most once for each;
     where it does not answer, the commit that the local cache holds counts; where that has none, nothing changes.
+
+    Args:
+        recipe: the recipe.
+        commits: the hub's answers, shared by several recipes that are to load the same.
     """
-    commits: dict[tuple[str, str, str | None], str | None] = {}
+    commits = {} if commits is None else commits
 
     def pinned(kind: hub.Kind, path: str, revision: str | None) -> str | None:
         """The commit, or the revision as it is where nothing tells or nothing is to be asked."""

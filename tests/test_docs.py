@@ -30,6 +30,8 @@ from rlhf_pipeline.recipe import TINY, gates, library_keys
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.stages.check import check
+from rlhf_pipeline.sweep import check as sweep_check
+from rlhf_pipeline.sweep import keys
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -38,7 +40,7 @@ GROUP = typer.main.get_command(cli.app)
 TUTORIAL = "docs/tutorial.md"
 # Of these, outside the tutorial, options, overrides and recipes are checked: they train, read or draw much, or want a
 # model from the hub.
-NOT_RUN = {"run", "smoke", "validate", "data", "shrink", "plan", "report"}
+NOT_RUN = {"run", "sweep", "smoke", "validate", "data", "shrink", "plan", "report"}
 KINDS = ("sft", "reward", "ppo", "dpo")
 
 
@@ -115,7 +117,10 @@ def understood(words: list[str], extra: list[str] | None = None) -> None:
     name, *arguments = [*words[1:], *(extra or [])]
     with GROUP.commands[name].make_context(name, arguments) as context:
         given = context.params
-    if "recipe" in given and name != "cp":
+    if name == "sweep":
+        swept, fixed = keys.parse(given["settings"])
+        assert sweep_check.Loader(given["recipe"], fixed, swept).all(keys.grid(swept))
+    elif "recipe" in given and name != "cp":
         words = given.get("overrides") or given.get("stage_and_overrides") or []
         loaded = recipe.load(given["recipe"], [word for word in words if "=" in word])
         named = [word for word in words if "=" not in word]

@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from rlhf_pipeline import cli, recipe
+from rlhf_pipeline.sweep import check, keys
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = sorted(GROUP.commands)
@@ -21,6 +22,7 @@ COMMANDS = sorted(GROUP.commands)
 # checked instead.
 LONG = {
     "run": "trains",
+    "sweep": "trains",
     "smoke": "trains",
     "validate": "imports torch",
     "data": "imports torch",
@@ -173,7 +175,10 @@ def test_a_long_example_is_understood(line, prepared, tmp_path, monkeypatch):
     name, *arguments = [word for word in shlex.split(line)[1:] if word != ">"]
     with GROUP.commands[name].make_context(name, arguments) as context:
         given = context.params
-    if "recipe" in given:
+    if "settings" in given:
+        swept, fixed = keys.parse(given["settings"])
+        assert check.Loader(given["recipe"], fixed, swept).all(keys.grid(swept))
+    elif "recipe" in given:
         words = given.get("overrides") or given.get("stage_and_overrides") or []
         loaded = recipe.load(given["recipe"], [word for word in words if "=" in word])
         stages = [word for word in words if "=" not in word]
@@ -193,6 +198,7 @@ def test_an_example_that_is_not_understood_would_be_found(prepared, tmp_path, mo
 
 WRONG = {
     "run": ("gone.yaml",), "plan": ("gone.yaml",), "status": ("gone.yaml",), "validate": ("gone.yaml",),
+    "sweep": ("gone.yaml", "seed=1,2"),
     "show": ("gone.yaml",), "data": ("gone.yaml",), "smoke": ("gone.yaml",), "cp": ("gone",), "diff": ("a", "b"),
     "prune": ("gone",), "compare": ("gone",), "report": ("gone",), "shrink": ("./gone", "out"),
     "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),

@@ -17,6 +17,9 @@ import typer
 
 from rlhf_pipeline import cli
 from rlhf_pipeline.smoke.run import Report, Smoked
+from rlhf_pipeline.sweep.goal import Goal
+from rlhf_pipeline.sweep.keys import Combination
+from rlhf_pipeline.sweep.results import Change, Result, Results
 
 COMMANDS = typer.main.get_command(cli.app).commands
 WITH_JSON = sorted(name for name, command in COMMANDS.items() if any("--json" in one.opts for one in command.params))
@@ -245,6 +248,16 @@ def test_smoke():
         Report([Smoked("ppo", "ppo")]),
     )
     compare("smoke", [{"recipe": "r.yaml", **report.as_json()} for report in reports])
+
+
+def test_sweep(tmp_path):
+    """The object alone: tests/sweep has the command make one, which takes its time."""
+    numbers = {"ppo": {"objective/kl": Change("KL", 0.0, 2.5, ""), "judge_mean": Change("judge", None, 0.7, "")}}
+    one = Result(Combination("seed-1", {"seed": 1}), tmp_path / "seed-1", "done", None, 12.5, numbers, 0.7, 0.05)
+    two = Result(Combination("seed-2", {"seed": 2}), tmp_path / "seed-2", "failed", "it fell over", 0.0, {})
+    goal, files = Goal("ppo", "judge_mean", "maximize", ()), {name: tmp_path / name for name in ("report", "study")}
+    full = Results(tmp_path, ["seed"], ["sft"], "ppo", goal, [one, two], "rlhf-pipeline run tiny seed=1", **files)
+    compare("sweep", [full.as_json(), Results(tmp_path, ["seed"], [], "ppo", None, [two]).as_json()])
 
 
 def test_compare(tiny_run, tmp_path):

@@ -12,6 +12,7 @@ LAYERS = [
     ["cli"],
     ["smoke"],
     ["terminal"],
+    ["sweep"],
     ["report"],
     ["use"],
     ["run"],

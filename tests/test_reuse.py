@@ -429,3 +429,17 @@ def test_plan_and_status_say_what_will_be_taken(folder, monkeypatch, capsys):
         None
     ] * 4
     assert "has not run yet; to be taken from t/sft" in said("status")
+
+
+def test_a_sweep_takes_from_runs_beside_it_and_they_from_it(folder, run):
+    """`runs/t.sweep` holds runs, and lies beside `runs/t`."""
+    finish(folder)
+    in_sweep = ("name=seed-1", f"output_dir={folder / 'runs' / 't.sweep'}")
+    assert run(*in_sweep, "keep_checkpoints=true") == [f"{name:<7} is taken from t/{name}" for name in STAGES]
+    shutil.rmtree(folder / "runs" / "t")
+    assert make(folder, "name=u")["ppo"].summary()["taken_from"] == "t.sweep/seed-1/ppo"
+    beside = ("name=seed-2", in_sweep[1])
+    assert make(folder, *beside)["ppo"].summary()["taken_from"] == "t.sweep/seed-1/ppo"
+    other = ("name=seed-1", f"output_dir={folder / 'runs' / 'other.sweep'}")
+    assert make(folder, *other)["ppo"].summary()["taken_from"] == "t.sweep/seed-1/ppo"
+    assert tasks(folder, "output_dir=elsewhere") == dict.fromkeys(STAGES, "train")

@@ -25,7 +25,7 @@ def examples(*examples: tuple[str, str]) -> str:
 GROUPS = {
     "Start": ("ls", "cp", "schema", "docs", "env"),
     "Check": ("plan", "validate", "show", "data", "smoke", "shrink"),
-    "Run": ("run", "watch", "status"),
+    "Run": ("run", "sweep", "watch", "status"),
     "Look": ("runs", "report", "diff", "compare", "chat", "score"),
     "Keep": ("export", "prune"),
 }

@@ -206,7 +206,7 @@ def check(recipe: Recipe, problems: Problems) -> None:
             metrics = known_metrics(recipe, name) | possible_metrics(recipe, name) if known else set()
             if known and metric not in metrics:
                 problems.add(
-                    path, f"stage `{name}` will have no metric `{metric}`", _hint(recipe, name, metric), of_key=True
+                    path, f"stage `{name}` will have no metric `{metric}`", remedy(recipe, name, metric), of_key=True
                 )
             elif known and gate.needs_error and f"{metric}_se" not in metrics:
                 with_error = sorted(one.removesuffix("_se") for one in metrics if one.endswith("_se"))
@@ -385,7 +385,7 @@ def _updates(given: dict[str, Any]) -> int | None:
     return math.ceil(given["total_episodes"] / max(batch, 1))
 
 
-def _hint(recipe: Recipe, name: str, metric: str) -> str:
+def remedy(recipe: Recipe, name: str, metric: str) -> str:
     """The nearest metric that the stage will have, or could have and what for."""
     stage = recipe.stages[name]
     here = f"stages.{name}"

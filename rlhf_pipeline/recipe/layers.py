@@ -249,9 +249,11 @@ def _apply(override: str, content: dict[str, Any], origins: Origins, problems: P
     if parts[0] not in Recipe.model_fields and isinstance(stages, dict) and parts[0] in stages:
         parts.insert(0, "stages")
     target: Any = content
+    origin = Origin(origins.source, Mark((0, 0), (0, 0)), override)
     for i, part in enumerate(parts[:-1]):
         if target.get(part) is None:
             target[part] = {}
+            origins.written[tuple(parts[: i + 1])] = origin
         if not isinstance(target[part], dict):
             problems.add_override(override, f"`{'.'.join(parts[: i + 1])}` has no keys below it")
             return
@@ -259,7 +261,6 @@ def _apply(override: str, content: dict[str, Any], origins: Origins, problems: P
     target[parts[-1]] = value
     path = tuple(parts)
     origins.forget(path)
-    origin = Origin(origins.source, Mark((0, 0), (0, 0)), override)
     origins.written |= dict.fromkeys(_paths(value, path), origin)
     _write_out_short_forms(content, origins)  # the next override may reach into it
 

@@ -29,6 +29,7 @@ MARKS = [
     "m0-{d}l{r} {d}l-{r} {d}l-{r}-{d}z", "m0 {r}l{r}-{d}h-{d}z", "m-{r}-{r}h{d}l-{d} {d}h{d}z",
 ]  # fmt: skip
 Values = Numbers | Sequence[float]
+BEST = 1  # the colour of the best of several runs
 FIRST_STEP, LAST_STEP = (0x1F, 0x77, 0xC9), (0xE0, 0x7B, 0x00)  # blue to orange: seen on light and dark, by all eyes
 
 
@@ -128,6 +129,13 @@ class Axes:
     def text(self, across: float, down: float, words: str, look: str = "") -> None:
         """Words at a place in pixels."""
         self.parts.append(_text(across, down, words, look))
+
+    def labels(self, points: Sequence[tuple[str, float, float]]) -> None:
+        """A word to each of some points, beside it, so that none covers another if there is room."""
+        words = [_clipped(label, 14) for label, *_ in points]
+        places = np.array([(self.across(x), self.down(y)) for _, x, y in points]).reshape(-1, 2)
+        for word, (left, top) in zip(words, _apart(words, places, self.bottom), strict=True):
+            self.text(left, top + 10, word, "ink")
 
     def scale_x(self, label: str, shown: Callable[[float], str] = short, whole: bool = False) -> None:
         """The line below, its numbers, and what they are."""
@@ -264,12 +272,53 @@ def scatter(title: str, points: Sequence[tuple[str, float, float, int]], x_label
     axes.scale_x(x_label)
     for _, point_x, point_y, color in points:
         axes.marks([point_x], [point_y], color, 8, _color(color))
-    labels = [_clipped(label, 14) for label, *_ in points]
-    places = np.stack([axes.across(x), axes.down(y)], 1)
-    for label, (left, top) in zip(labels, _apart(labels, places, axes.bottom), strict=True):
-        axes.text(left, top + 10, label, "ink")
+    axes.labels([point[:3] for point in points])
     alt_text = ". ".join(f"{label}: {short(x)}, {short(y)}" for label, x, y, _ in points)
     return _chart(225, title, alt_text, axes.parts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: a point.
+
+    Attributes:
+        error: the standard error of `y`; 0 where nobody knows it.
+        is_best: it has a colour of its own.
+        on_frontier: no other is better in both.
+        labelled: its label is drawn.
+    """
+
+    label: str
+    x: float
+    y: float
+    error: float
+    is_best: bool
+    on_frontier: bool
+    labelled: bool
+
+
+def outcomes(title: str, points: Sequence[Outcome], x_label: str, start: float | None) -> Markup:
+    """Runs as points with their standard errors, a line through those on the frontier, and the level of their start."""
+    x, y, error = (np.array([getattr(one, key) for one in points]) for key in ("x", "y", "error"))
+    level = np.array([] if start is None else [start])
+    axes = Axes(12, 187, _range([x], 0.14), _range([y - error, y + error, level], 0.14))
+    if start is not None:
+        axes.rule("level", y=start)
+        axes.text(axes.right, axes.down(start) - 3, "start", "end")
+    axes.scale_y()
+    axes.scale_x(x_label)
+    line = sorted((one.x, one.y) for one in points if one.on_frontier)
+    axes.line([at for at, _ in line], [high for _, high in line], "stroke:var(--muted);stroke-width:1.2;opacity:.6")
+    for one in points:
+        ink = _color(BEST if one.is_best else 0)
+        if one.error:
+            axes.line([one.x, one.x], [one.y - one.error, one.y + one.error], f"stroke:{ink};opacity:.5")
+        axes.marks([one.x], [one.y], BEST if one.is_best else 0, 9 if one.is_best else 6, ink)
+    axes.labels([(one.label, one.x, one.y) for one in points if one.labelled])
+    alt_text = ". ".join(
+        f"{one.label}: {short(one.x)}, {short(one.y)}{', the best' if one.is_best else ''}" for one in points
+    )
+    return _chart(225, title, alt_text + (f". Start: {short(start)}" if start is not None else ""), axes.parts)
 
 
 def _apart(labels: Sequence[str], points: Numbers, bottom: float) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf_pipeline import __version__, kinds
-from rlhf_pipeline.report import alarms, charts, figures, gather, many, rounds, row_stages
+from rlhf_pipeline.report import alarms, charts, figures, frontiers, gather, many, rounds, row_stages
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import Headline, headline, order
@@ -35,19 +35,20 @@ USES_OF_DATA = {
 DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
 
 
-def write(runs: Sequence[Path], file: Path) -> None:
+def write(runs: Sequence[Path], file: Path, best: Path | None = None) -> None:
     """Write the report on one run, or on several overlaid; a file that is there is replaced in one step.
 
     Args:
         runs: run directories in any state; what they lack the page says.
         file: where to write it.
+        best: one of them, which is marked where runs are compared; by default the best judged.
     """
-    html = render(gather.read_runs(runs))
+    html = render(gather.read_runs(runs), best)
     durable.write_text(file, html.encode("utf-8", "replace").decode("utf-8"))
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page as HTML."""
+def render(runs: Sequence[Run], best: Path | None = None) -> str:
+    """The page as HTML; see `write`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -62,8 +63,10 @@ def render(runs: Sequence[Run]) -> str:
     }  # fmt: skip
     names = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
     found = {run.label: alarms.alarms(run) for run in runs}
+    across = frontiers.across(runs, best)
     if many.are_many(runs):
-        return environment.get_template("page.html.jinja").render(_page_of_many(runs, names, found))
+        page = _page_of_many(runs, names, found) | {"frontiers": across}
+        return environment.get_template("page.html.jinja").render(page)
     summary = [_summary(run, stage) for name in names for run in runs if (stage := run.stage(name))]
     page = {
         "runs": [_header(run) | {"verdict": alarms.verdict(found[run.label])} for run in runs],
@@ -73,6 +76,7 @@ def render(runs: Sequence[Run]) -> str:
         "alarms": [(label, alarm) for label, listed in found.items() for alarm in listed],
         "origins": [_origin(run) for run in runs],
         "differences": _differences(runs),
+        "frontiers": across,
         "stages": [_stage(runs, name) for name in names],
         "comparison": [*rounds.of_rounds(runs), *figures.of_comparison(runs)],
         "means": _means(runs),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir.file_digests import FileDigests
-from rlhf_pipeline.rundir.layout import RECORD, RunDirectory, read_json
+from rlhf_pipeline.rundir.layout import RECORD, SWEEP, RunDirectory, read_json
 from rlhf_pipeline.rundir.record import Record
 
 
@@ -26,8 +26,12 @@ class Earlier:
 
     @property
     def name(self) -> str:
-        """Where it is from the folder of all runs: `first/sft`, or `first/sft.20250102-030405` once moved aside."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
+        """Where it is from the folder of all runs: `first/sft`, or `first/sft.20250102-030405` once moved aside.
+
+        In a run of a sweep it is `tiny.sweep/kl_coef-0.1/sft`.
+        """
+        run = self.folder.parent
+        return "/".join([*([run.parent.name] if is_of_sweep(run.parent) else []), run.name, self.folder.name])
 
     def is_former_of(self, run: Path) -> bool:
         """Whether a run has moved it aside itself, so that it can have it back; of all else it gets a copy."""
@@ -35,10 +39,10 @@ class Earlier:
 
 
 class EarlierResults:
-    """All stages in the run directories of one folder, by their fingerprints.
+    """All stages in the run directories of one folder, by their fingerprints, and in those of the sweeps beside them.
 
-    The records are read when the first one is asked for. What cannot be read is passed over, and of a run that is at
-    work only the stages that are finished count.
+    A run of a sweep finds those outside, too. The records are read when the first one is asked for. What cannot be read
+    is passed over, and of a run that is at work only the stages that are finished count.
 
     Args:
         runs: the folder of the run directories.
@@ -81,7 +85,10 @@ class EarlierResults:
     @cached_property
     def _by_fingerprint(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
-        for run in _folders(self._runs):
+        above = self._runs.parent if is_of_sweep(self._runs) else self._runs
+        there = _folders(above)
+        runs = [run for folder in there for run in (_folders(folder) if is_of_sweep(folder) else [folder])]
+        for run in runs:
             for stage in _folders(run):
                 fingerprint = (read_json(stage / RECORD) or {}).get("fingerprint")
                 if isinstance(fingerprint, str):
@@ -94,6 +101,11 @@ class EarlierResults:
             return directory.artifact_problem(earlier.folder.name, earlier.record, self._digests) is None
         except (InputError, OSError):
             return False
+
+
+def is_of_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep, and so holds runs."""
+    return folder.name.endswith(SWEEP)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from rlhf_pipeline.rundir.record import ROWS, WEIGHTS, Record
 RECIPE = "recipe.yaml"  # the resolved recipe
 COMPARISON = "comparison.json"  # docs/json.md says what it holds
 REPORT = "report.html"
+SWEEP = ".sweep"  # ends the name of a folder with the runs of a sweep, which lies beside other runs
 ANSWERS = "judge-answers.jsonl"  # of judges behind addresses, of all stages; it outlasts them: they are paid for
 # In a stage's folder:
 RECORD = "stage.json"

@@ -49,11 +49,14 @@ class Lock:
 
     Args:
         folder: the run directory.
+        name: of the file, if another one: a `.lock` makes a folder a run directory.
+        hint: what to do where another process holds it; by default what to do about a run.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = ".lock", hint: str | None = None) -> None:
         self.folder = folder
-        self.file = folder / ".lock"
+        self.file = folder / name
+        self.hint = hint
 
     @contextlib.contextmanager
     def held(self, keep: bool = True) -> Iterator[None]:
@@ -174,7 +177,7 @@ class Lock:
     def _refuse(self) -> NoReturn:
         holder = self.holder()
         watch = f"`rlhf-pipeline watch {shlex.quote(str(self.folder))}` shows it"
-        hint = f"{watch}; wait for it, or give this recipe another `name`"
+        hint = self.hint or f"{watch}; wait for it, or give this recipe another `name`"
         if holder is not None and holder.host != socket.gethostname():
             hint += f"; if it died, its hold ends {duration(SILENT_S)} after its last sign of life"
         raise RunError(f"{self.folder} is in use by {holder or 'another process'}", hint=hint)

@@ -1,0 +1,1 @@
+"""One recipe with several values of some keys: a run for each combination, side by side. No torch."""

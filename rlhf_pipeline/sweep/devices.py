@@ -1,0 +1,50 @@
+"""What the runs of a sweep may use side by side: a GPU each, or a share of the processor's cores. No torch."""
+
+import os
+import subprocess
+from collections.abc import Mapping
+
+from rlhf_pipeline.errors import InputError
+
+
+def gpus(environment: Mapping[str, str]) -> list[str]:
+    """The NVIDIA GPUs that are visible, as `CUDA_VISIBLE_DEVICES` names them; none where there are none.
+
+    Nothing asks CUDA, which takes memory of each GPU that it looks at.
+    """
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        names = [name.strip() for name in listed.split(",")]
+        return names[: next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))]
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(i) for i, _ in enumerate(line for line in said.splitlines() if line.startswith("GPU "))]
+
+
+def environments(jobs: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """The variables of each of several runs at a time: its GPU, or its number of threads.
+
+    Args:
+        jobs: how many at a time.
+        environment: that of this process.
+
+    Raises:
+        InputError: there are fewer GPUs, or without a GPU fewer cores.
+    """
+    found = gpus(environment) if jobs > 1 else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most, what = (len(found), "GPU") if found else (cores, "core")
+    if jobs > 1 and jobs > most:
+        there = f"there {'is' if most == 1 else 'are'} {most} {what}{'s' * (most != 1)}"
+        raise InputError(
+            f"{jobs} runs at a time need a {what} each, and {there}{'' if found else ' and no GPU'}",
+            place=f"--jobs {jobs}",
+            hint=f"`--jobs {most}` is the most here" if most > 1 else "leave out `--jobs`",
+        )
+    if found:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in found[:jobs]]
+    if jobs == 1 or "OMP_NUM_THREADS" in environment:
+        return [{} for _ in range(jobs)]
+    return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))} for _ in range(jobs)]
