@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_pipeline import kinds
 from rlhf_pipeline.kinds import Kind
 from rlhf_pipeline.recipe.gates import how_sure
-from rlhf_pipeline.report import measures
+from rlhf_pipeline.report import measures, watched
 from rlhf_pipeline.report.fall import drop, fell_since
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Series, Stage, mapping, number, read_run
 from rlhf_pipeline.rundir.record import GATE_CLOSED
@@ -297,7 +297,37 @@ def _of_sampling(run: Run, stage: Stage, kind: Kind) -> Iterator[Alarm]:
             f"num_generations{_at_present(stage, 'num_generations')} or the temperature, take other prompts, or see "
             "what the rewards return.",
         )  # fmt: skip
-    yield from _fallen_judge(run, stage, kind)
+    yield from _watched(stage)
+    if "watch/kept_step" not in stage.record.metrics:  # else the best policy is the one that is left
+        yield from _fallen_judge(run, stage, kind)
+
+
+def _watched(stage: Stage) -> Iterator[Alarm]:
+    """What came of watching a policy while it trained."""
+    stopped, kept = stage.final("watch/stopped_at_step"), stage.final("watch/kept_step")
+    confirmed = {name: step for name in kinds.WATCHED if (step := stage.final(f"watch/alarm/{name}")) is not None}
+    stops = stage.record.inputs.get("watch.stop") or []
+    if stopped is not None:
+        by = ", ".join(name for name in stops if confirmed.get(name) == stopped)
+        yield Alarm(
+            "look", stage.name, "a stop by the watch",
+            f"The watch stopped it at step {short(stopped)}, by {by}; the policy of step {short(kept or 0)} is kept. "
+            "To go further, mend the rewards: read its last replies in samples.jsonl, and watch.jsonl.",
+        )  # fmt: skip
+    if kept == 0:
+        yield Alarm(
+            "look", stage.name, "no gain",
+            "No measurement was better than that of the policy that it started from, which is kept: nothing was "
+            "learned that counts. Lower the learning rate, or see whether the rewards order replies as the judge does "
+            "(`rlhf-pipeline docs sample`).",
+        )  # fmt: skip
+    others = [name for name in confirmed if name in kinds.MEASURES and name not in stops]
+    if others:
+        yield Alarm(
+            "look", stage.name, "replies unlike those at first",
+            f"Outside the healthy band that the first policy's replies have: {', '.join(others)}. Read its latest "
+            "samples: that may be what was wanted, or a trick (`rlhf-pipeline docs reward-hacking`).",
+        )  # fmt: skip
 
 
 def _leash(stage: Stage, kind: Kind) -> str:
@@ -431,6 +461,12 @@ def _worse_than_before(run: Run, stage: Stage) -> Iterator[Alarm]:
 
 def _of_rows(stage: Stage) -> Iterator[Alarm]:
     """What is doubtful about rows that a stage made: an AI judge's bias, and replies that are cut, or all alike."""
+    if watched.is_a_guess(stage):
+        yield Alarm(
+            "look", stage.name, "scores that do not order the replies",
+            "The scores may order the replies to a prompt no better than a guess, by gold. PPO will hardly be better "
+            "than the best of n: mend the reward model first.",
+        )  # fmt: skip
     first, low, high = (stage.final(f"judge/first_position{end}") for end in ("", "_low", "_high"))
     if first is not None and low is not None and high is not None and not (low <= 0.6 and high >= 0.4):
         side = "first" if first > 0.5 else "second"

@@ -321,6 +321,79 @@ def outcomes(title: str, points: Sequence[Outcome], x_label: str, start: float |
     return _chart(225, title, alt_text + (f". Start: {short(start)}" if start is not None else ""), axes.parts)
 
 
+@dataclass
+class Measurements:
+    """A panel of measurements, each array `[n]` in the order in which they were made.
+
+    Attributes:
+        title: above it.
+        x, y, error: where each is, and its standard error.
+        color: of the points.
+        alarms: bool, which of them raise an alarm.
+        band: the least and the greatest healthy value, None on a side that has none.
+        curve: one that was fitted: places and heights.
+        peak: where the curve is highest, with the ends of its interval; None of what is not known.
+    """
+
+    title: str
+    x: Numbers
+    y: Numbers
+    error: Numbers
+    color: int
+    alarms: NDArray[np.bool_]
+    band: tuple[float | None, float | None] = (None, None)
+    curve: tuple[Numbers, Numbers] | None = None
+    peak: tuple[float, float | None, float | None] | None = None
+
+
+def measurements(title: str, panels: Sequence[Measurements], x_label: str) -> Markup:
+    """Points with their standard errors in the order in which they were measured, and what they are held against.
+
+    Those with an alarm are larger and red; a healthy band lies between dashed lines; a fitted curve is drawn through,
+    and its peak is an upright line, with its interval at the bottom.
+    """
+    one = len(panels) == 1
+    height, top, apart = 225 if one else 125 * len(panels) + 20, 22, 30
+    high = (height - top - 38 + apart) / len(panels) - apart
+    across = _range([panel.x for panel in panels])
+    parts: list[str] = []
+    alt_text = []
+    for i, panel in enumerate(panels):
+        limits = np.array([limit for limit in panel.band if limit is not None])
+        heights = _range([panel.y - panel.error, panel.y + panel.error, limits])
+        axes = Axes(top + i * (high + apart), top + i * (high + apart) + high, across, heights, parts=parts)
+        axes.scale_y(most=5 if one else 3)
+        for limit, word in zip(panel.band, ("healthy above", "healthy below"), strict=True):
+            if limit is not None:
+                axes.rule("level", y=limit)
+                axes.text((axes.left + axes.right) / 2, axes.down(limit) - 3, word, "middle")
+        if panel.curve is not None:
+            places, values = panel.curve
+            inside = (values >= heights[0]) & (values <= heights[1])
+            axes.line(places[inside], values[inside], "stroke:var(--muted);stroke-dasharray:6 2;stroke-width:1.4")
+        if panel.peak is not None and across[0] <= panel.peak[0] <= across[1]:
+            at, low, most = panel.peak
+            axes.rule("level", x=at)
+            ends = [max(low or 0.0, across[0]), min(across[1] if most is None else most, across[1])]
+            axes.line(ends, [heights[0], heights[0]], "stroke:var(--muted);stroke-width:4;opacity:.5")
+        axes.line(panel.x, panel.y, f"stroke:{_color(panel.color)};stroke-width:1;opacity:.5")
+        for x, y, error, alarm in zip(panel.x, panel.y, panel.error, panel.alarms, strict=True):
+            ink = "var(--alarm)" if alarm else _color(panel.color)
+            if error:
+                axes.line([x, x], [y - error, y + error], f"stroke:{ink};opacity:.5")
+            axes.marks([x], [y], panel.color, 8 if alarm else 5, ink)
+        axes.text(axes.left, axes.top - 7, panel.title, "ink")
+        if i < len(panels) - 1:
+            axes.rule("grid", y=heights[0])
+        else:
+            axes.scale_x(x_label)
+        alt_text.append(
+            f"{panel.title}: {short(panel.y[0])} at first, {short(panel.y[-1])} at last, between "
+            f"{short(panel.y.min())} and {short(panel.y.max())}, {int(panel.alarms.sum())} with an alarm"
+        )
+    return _chart(height, title, ". ".join(alt_text), parts)
+
+
 def _apart(labels: Sequence[str], points: Numbers, bottom: float) -> list[tuple[float, float]]:
     """Where the upper left corners of labels lie, in pixels, so that none covers another if there is room.
 

@@ -1,5 +1,6 @@
 """What a run directory holds, as plain data; what is missing or broken is noted, never raised. No torch."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.hacking.watch import Measurement
 from rlhf_pipeline.local import resolved
 from rlhf_pipeline.rundir import jsonl, state
 from rlhf_pipeline.rundir.headline import over_members
@@ -22,6 +24,7 @@ from rlhf_pipeline.rundir.layout import (
     RECIPE,
     RECORD,
     SAMPLES,
+    WATCH,
     RunDirectory,
     read_json,
 )
@@ -82,6 +85,7 @@ class Stage:
         samples: rows of samples.jsonl.
         pairs: held-out pairs with their scores.
         rows: the first rows that it made, of a stage that makes some.
+        measurements: of a policy that was watched while it trained.
         progress: of a stage at work, where it is.
         notes: what could not be read, one sentence each.
     """
@@ -97,6 +101,7 @@ class Stage:
     samples: list[dict[str, Any]] = field(default_factory=list)
     pairs: Pairs | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
     progress: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -270,6 +275,7 @@ def _stage(directory: RunDirectory, found: StageState) -> Stage:
     elif stage.state not in ("running", "failed") and folder.is_dir() and not rows:
         stage.notes.append(f"{METRICS} has no rows, so there are no curves.")
     stage.samples = _rows(folder / SAMPLES, stage.notes, MOST_SAMPLES)
+    stage.measurements = _measurements(_rows(folder / WATCH, stage.notes))
     stage.pairs = _pairs(_rows(folder / PAIRS, stage.notes))
     if stage.state == "running":
         stage.progress = read_json(directory.work(found.name) / PROGRESS) or {}
@@ -312,6 +318,18 @@ def _take_columns(stage: Stage, rows: list[dict[str, Any]]) -> None:
             x, y = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
             order = np.argsort(x, kind="stable")
             stage.series[name] = Series(x[order], y[order])
+
+
+def _measurements(rows: list[dict[str, Any]]) -> list[Measurement]:
+    """Those lines of a watch.jsonl that are measurements of the same prompts, from the first one on."""
+    found: list[Measurement] = []
+    for row in rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            one = Measurement.from_json(row)
+            lengths = {len(values) for values in (found[0] if found else one).by_prompt.values()}
+            if math.isfinite(one.kl) and {len(values) for values in one.by_prompt.values()} == lengths != set():
+                found.append(one)
+    return found
 
 
 def _pairs(rows: list[dict[str, Any]]) -> Pairs | None:

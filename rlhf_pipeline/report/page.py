@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf_pipeline import __version__, kinds
-from rlhf_pipeline.report import alarms, charts, figures, frontiers, gather, many, rounds, row_stages
+from rlhf_pipeline.report import alarms, charts, figures, frontiers, gather, many, rounds, row_stages, watched
 from rlhf_pipeline.report.gather import Run, Stage, mapping, number
 from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import Headline, headline, order
@@ -325,7 +325,7 @@ def _stage(runs: Sequence[Run], name: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": known.title if (known := kinds.find(kind)) else "Unknown kind",
-        "pictures": [*figures.of_stage(runs, name), *row_stages.pictures(runs, name)],
+        "pictures": [*figures.of_stage(runs, name), *watched.pictures(runs, name), *row_stages.pictures(runs, name)],
         "numbers": {run.label: found for run in runs if (stage := run.stage(name)) and (found := _of_rows(stage))},
         "rows": [_row(one) for one in row_stages.samples(chosen[0])] if len(chosen) == 1 else [],
         "others": others[:MOST_OTHER_CURVES],

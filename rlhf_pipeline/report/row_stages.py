@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.report import charts
+from rlhf_pipeline.report import charts, watched
 from rlhf_pipeline.report.figures import Picture
 from rlhf_pipeline.report.gather import Run, Stage, content, mapping, number, turns
 from rlhf_pipeline.rundir.words import short
@@ -29,7 +29,9 @@ def numbers(stage: Stage) -> list[tuple[str, str]]:
 def pictures(runs: Sequence[Run], name: str) -> list[Picture]:
     """How the replies of a stage's rows are scored, and the shares that show a judge's bias."""
     chosen = [(i, run, stage) for i, run in enumerate(runs) if (stage := run.stage(name)) is not None and stage.rows]
-    return [*_scores(chosen, name, len(runs) > 1), *_bias(chosen, name, len(runs) > 1)]
+    best = watched.best_of_n(chosen[0][2]) if len(runs) == 1 and chosen else None
+    of_best = [best[0]] if best else []
+    return [*_scores(chosen, name, len(runs) > 1), *of_best, *_bias(chosen, name, len(runs) > 1)]
 
 
 def _scores(chosen: Sequence[tuple[int, Run, Stage]], name: str, several: bool) -> list[Picture]:

@@ -305,17 +305,17 @@ def _train(
                 directory.write_record(stage.name, record.updated(**ended))
         raise
     say(f"{stage.name:<7} done in {duration(took)}" + _judged(stage, answer["metrics"]))
-    for line in _watched(answer["metrics"]):
+    for line in _watched(recipe.stages[stage.name], answer["metrics"]):
         say(f"{stage.name:<7} {line}")
     return done
 
 
-def _watched(metrics: dict[str, Any]) -> Iterator[str]:
+def _watched(stage: Stage, metrics: dict[str, Any]) -> Iterator[str]:
     """What came of watching a policy: where its training was stopped and why, and which policy is kept."""
     last, kept, stopped = (metrics.get(f"watch/{name}") for name in ("last_step", "kept_step", "stopped_at_step"))
     if stopped is not None:
-        of = "watch/alarm/"
-        names = [name.removeprefix(of) for name, step in metrics.items() if name.startswith(of) and step == stopped]
+        stops = stage.watch.stop if stage.watch else []
+        names = [name for name in stops if metrics.get(f"watch/alarm/{name}") == stopped]
         yield f"stopped at step {stopped} by a confirmed alarm: {', '.join(names)}"
     if kept == 0:
         yield "no measurement is better than that of the policy that it started from, which is kept"
