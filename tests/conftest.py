@@ -134,6 +134,21 @@ def own_cache_home(tmp_path_factory) -> Iterator[None]:
     shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Undo what a test does to the environment: a command that is called in this process, not in one of its own, sets
+    which devices are visible, say, and another test would take them for the user's.
+    """
+    before = dict(os.environ)
+    yield
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    for name in changed - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def warm_server(tmp_path_factory: pytest.TempPathFactory, own_cache_home: None) -> Iterator[Launcher]:
     """One server to fork workers from for all tests of this process, which would each import for seconds."""

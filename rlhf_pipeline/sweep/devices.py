@@ -37,9 +37,11 @@ def environments(jobs: int, environment: Mapping[str, str]) -> list[dict[str, st
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most, what = (len(found), "GPU") if found else (cores, "core")
     if jobs > 1 and jobs > most:
-        there = f"there {'is' if most == 1 else 'are'} {most} {what}{'s' * (most != 1)}"
+        there = f"there {'is' if most == 1 else 'are'} {most} {what}{'s' * (most != 1)}{'' if found else ' and no GPU'}"
+        if found and "CUDA_VISIBLE_DEVICES" in environment:
+            there = f"CUDA_VISIBLE_DEVICES names {most}"
         raise InputError(
-            f"{jobs} runs at a time need a {what} each, and {there}{'' if found else ' and no GPU'}",
+            f"{jobs} runs at a time need a {what} each, and {there}",
             place=f"--jobs {jobs}",
             hint=f"`--jobs {most}` is the most here" if most > 1 else "leave out `--jobs`",
         )

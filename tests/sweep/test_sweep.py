@@ -183,8 +183,10 @@ def test_a_sweep_that_is_killed_or_stopped_goes_on_and_trains_nothing_twice(fold
 
 def test_two_at_a_time_share_what_was_trained_before_and_a_closed_gate_ends_one_run_alone(folder, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     gate = "ppo.gates.objective/kl='<= 0.15'"
     code, out, err = sweep(folder, *TWO, gate, "--jobs", "2")
+    assert code == 1, err
     found = records(folder / "runs" / "words.sweep")
     assert [name for name, one in found.items() if name.endswith("/sft") and "taken_from" not in one] == [
         "kl_coef-0.3/sft"
@@ -192,7 +194,6 @@ def test_two_at_a_time_share_what_was_trained_before_and_a_closed_gate_ends_one_
     slow, fast = (found[f"kl_coef-{beta}/ppo"] for beta in ("0.3", "3.0"))
     assert slow["started_at"] <= fast["finished_at"] and fast["started_at"] <= slow["finished_at"]
     assert slow["machine"]["device"] == "1 CPU thread"
-    assert code == 1
     assert fast["state"] == "done" and slow["state"] == "done, gate closed"
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: 1 of 2 runs failed: kl_coef-0.3: stage `ppo`: a gate is closed: objective/kl")

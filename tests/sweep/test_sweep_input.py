@@ -110,8 +110,9 @@ def test_nothing_can_be_proposed_where_nothing_says_what_is_best(refused, tmp_pa
 @pytest.mark.parametrize(
     ("jobs", "visible", "smi", "found", "most"),
     [
-        (3, "0,1", "", None, "3 runs at a time need a GPU each, and there are 2 GPUs"),
-        (2, "GPU-abc", "", None, "2 runs at a time need a GPU each, and there is 1 GPU"),
+        (3, "0,1", "", None, "3 runs at a time need a GPU each, and CUDA_VISIBLE_DEVICES names 2"),
+        (2, "GPU-abc", "", None, "2 runs at a time need a GPU each, and CUDA_VISIBLE_DEVICES names 1"),
+        (2, None, "GPU 0: H\n", None, "2 runs at a time need a GPU each, and there is 1 GPU"),
         (2, "3,5,7", "", [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}], None),
         (2, None, "GPU 0: H\nGPU 1: H\n", [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}], None),
         (5, "", "", None, "5 runs at a time need a core each, and there are 4 cores and no GPU"),
