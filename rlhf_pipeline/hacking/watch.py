@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rlhf_pipeline.hacking.replies import Measured
 from rlhf_pipeline.kinds import MEANS
+from rlhf_pipeline.rundir.strict_json import is_number
 
 Numbers = NDArray[np.float64]
 UNLIKELY = 0.02275  # how often chance may make a mean fall so far: two standard errors of a normal distribution
@@ -62,14 +63,32 @@ class Measurement:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
-        """What `as_json` has made a line of."""
-        by_prompt = {
-            name: [math.nan if value is None else value for value in values]
-            for name, values in row["by_prompt"].items()
-        }
-        measures = {name: Measured(*values) for name, values in row["measures"].items()}
-        phrases = [(str(text), float(share), float(z)) for text, share, z in row["phrases"]]
-        return cls(row["step"], row["kl"], by_prompt, measures, phrases, row["alarms"], row["confirmed"])
+        """What `as_json` has made a line of.
+
+        Raises:
+            ValueError: it has made no such line.
+        """
+        try:
+            by_prompt = {
+                name: [math.nan if value is None else _number(value) for value in row["by_prompt"][name]]
+                for name in MEANS
+                if name in row["by_prompt"]
+            }
+            measures = {
+                name: Measured(_number(value), _number(error), *(end if end is None else _number(end) for end in band))
+                for name, (value, error, *band) in row["measures"].items()
+            }
+            phrases = [(str(text), _number(share), _number(z)) for text, share, z in row["phrases"]]
+            alarms, confirmed = ([str(name) for name in row[key]] for key in ("alarms", "confirmed"))
+            return cls(int(_number(row["step"])), _number(row["kl"]), by_prompt, measures, phrases, alarms, confirmed)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"no measurement: {error!r}") from None
+
+
+def _number(value: Any) -> float:
+    if not is_number(value):
+        raise ValueError(f"no number: {value!r:.40}")
+    return float(value)
 
 
 def raise_alarms(measurements: Sequence[Measurement], steps: int) -> None:

@@ -30,9 +30,9 @@ from rlhf_pipeline.rundir.layout import (
 )
 from rlhf_pipeline.rundir.record import ROWS, Record
 from rlhf_pipeline.rundir.state import StageState, State
+from rlhf_pipeline.rundir.strict_json import LARGEST, number
 
 Numbers = NDArray[np.float64]
-LARGEST = 1e100  # a number beyond is no measurement, and cannot be drawn
 MOST_ROWS = 500  # of those that a stage made: the first ones
 MOST_SAMPLES = 1000  # lines of a samples.jsonl that are read: the last ones, where the judged replies are
 MOST_READ_WHOLE = 6  # runs whose artifacts are read for their digests
@@ -210,13 +210,6 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def number(value: Any) -> float | None:
-    """The value if it is a number that can be drawn, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if -LARGEST < value < LARGEST else None  # False for NaN
-
-
 def turns(prompt: Any) -> list[tuple[str, str]]:
     """A prompt as turns, each a role and a text; of plain text the role is empty."""
     if isinstance(prompt, list) and prompt:
@@ -324,10 +317,10 @@ def _measurements(rows: list[dict[str, Any]]) -> list[Measurement]:
     """Those lines of a watch.jsonl that are measurements of the same prompts, from the first one on."""
     found: list[Measurement] = []
     for row in rows:
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        with contextlib.suppress(ValueError):
             one = Measurement.from_json(row)
-            lengths = {len(values) for values in (found[0] if found else one).by_prompt.values()}
-            if math.isfinite(one.kl) and {len(values) for values in one.by_prompt.values()} == lengths != set():
+            prompts = {len(values) for values in (found[0] if found else one).by_prompt.values()}
+            if {len(values) for values in one.by_prompt.values()} == prompts != {0} and len(prompts) == 1:
                 found.append(one)
     return found
 

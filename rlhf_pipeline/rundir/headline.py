@@ -1,12 +1,12 @@
 """The few numbers that sum up a stage: the same ones, under the same names, wherever a run is shown."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.rundir.strict_json import is_number
 from rlhf_pipeline.rundir.words import ends, short
 
 FEW = 200  # pairs: an accuracy over fewer is shown with their number; its 95 % interval is more than 0.14 wide
@@ -139,8 +139,3 @@ def order(kind: object) -> list[str]:
     """The metrics that matter of a kind, the first one most; none of a kind that this version does not know."""
     known = kinds.find(kind)
     return [number.metric for number in known.numbers] if known else []
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a record is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -415,7 +415,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is none."""
     try:
         content = strict_json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

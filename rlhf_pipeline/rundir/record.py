@@ -4,6 +4,7 @@ import hashlib
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -13,6 +14,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from rlhf_pipeline.rundir.strict_json import is_number
 
 WEIGHTS = "adapter_model.safetensors"
 ROWS = "rows.jsonl"
@@ -94,8 +97,8 @@ class Record(BaseModel):
     template_day: str | None = None
     """The day that the chat template gives for today, in ISO 8601; None where it asks for none."""
 
-    metrics: dict[str, Any] = {}
-    """Final numbers under TRL's names."""
+    metrics: dict[str, Annotated[int | float | None, AfterValidator(lambda it: it if is_number(it) else None)]] = {}
+    """Final numbers under TRL's names; None where one is not finite."""
 
     peak_memory_bytes: int | None = None
     gates: dict[str, dict[str, Any]] = {}

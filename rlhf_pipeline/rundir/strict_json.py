@@ -1,9 +1,13 @@
-"""JSON as everybody reads it: Python's own has NaN and Infinity, which JSON has not. No libraries."""
+"""JSON as everybody reads it: Python's own has NaN and Infinity, which JSON has not. No libraries.
+
+What is a number in a run directory, this file says for all that read one.
+"""
 
 import json
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
+LARGEST = 1e100  # a number beyond is no measurement: its powers would overflow, and nobody could draw it
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 
 
@@ -27,6 +31,17 @@ def dumps(value: Any, **options: Any) -> str:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:  # it is rare, and looking at each number takes time
         return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value that was read from a run directory is a number that can be computed with, and shown."""
+    # False for NaN. A whole number may have any number of digits, and then is no float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def number(value: object) -> float | None:
+    """Such a value as a float; None where it is no number."""
+    return float(value) if is_number(value) else None
 
 
 def _finite(value: Any) -> Any:

@@ -11,9 +11,10 @@ from pathlib import Path
 from rlhf_pipeline import kinds
 from rlhf_pipeline.run.launch import command, die_with
 from rlhf_pipeline.rundir import jsonl
-from rlhf_pipeline.rundir.headline import headline, is_number
+from rlhf_pipeline.rundir.headline import headline
 from rlhf_pipeline.rundir.layout import METRICS, PROGRESS, RunDirectory, read_json
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
+from rlhf_pipeline.rundir.strict_json import is_number
 from rlhf_pipeline.rundir.words import duration, one_line
 from rlhf_pipeline.sweep.goal import Goal
 

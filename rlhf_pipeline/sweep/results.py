@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.rundir import jsonl, state
-from rlhf_pipeline.rundir.headline import headline, is_number, over_members, series
+from rlhf_pipeline.rundir.headline import headline, over_members, series
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.rundir.state import RunState, StageState
+from rlhf_pipeline.rundir.strict_json import is_number
 from rlhf_pipeline.rundir.words import ends
 from rlhf_pipeline.sweep.goal import Goal
 from rlhf_pipeline.sweep.keys import Combination

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.report import alarms
-from rlhf_pipeline.rundir.headline import is_number
 from rlhf_pipeline.rundir.layout import LOG, RunDirectory
 from rlhf_pipeline.rundir.secrets import redact
+from rlhf_pipeline.rundir.strict_json import is_number
 from rlhf_pipeline.rundir.words import duration, one_line, printable, short
 from rlhf_pipeline.terminal.alarms import show_alarms, style_of
 from rlhf_pipeline.terminal.console import Console

@@ -71,8 +71,8 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
         record = plan.record if plan.is_current else Record()
         metrics = record.metrics
         changes = _changes(plan, run, metrics, judged.get(plan.parents.get("init", ""))) if metrics else []
-        if isinstance(metrics.get(kinds.JUDGED), (int, float)):
-            judged[plan.name] = metrics[kinds.JUDGED]
+        if (mean := metrics.get(kinds.JUDGED)) is not None:
+            judged[plan.name] = mean
         about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
         if record.gates_ignored or plan.state != "done":
             about = "\n".join([*changes, escape(plan.reason)])

@@ -10,11 +10,12 @@ from typing import IO, Any
 from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.report import alarms
-from rlhf_pipeline.rundir.headline import headline, is_number
+from rlhf_pipeline.rundir.headline import headline
 from rlhf_pipeline.rundir.jsonl import parse
 from rlhf_pipeline.rundir.layout import JOB, METRICS, PROGRESS, RECIPE, RECORD, SAMPLES, RunDirectory, read_json
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.state import State, read_recipe, read_stages, stage_at_work, stage_names
+from rlhf_pipeline.rundir.strict_json import is_number
 
 MOST_BYTES = 2**18  # read at once: of a file that is longer, its end
 VALUES = 60  # kept of each number, for its trend

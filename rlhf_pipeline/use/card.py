@@ -13,11 +13,12 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.recipe import TINY, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local
 from rlhf_pipeline.recipe.schema import BASE
-from rlhf_pipeline.rundir.headline import is_number, order, rests_on, shown_as
+from rlhf_pipeline.rundir.headline import order, rests_on, shown_as
 from rlhf_pipeline.rundir.jsonl import rows
 from rlhf_pipeline.rundir.layout import MEMBER, SAMPLES, RunDirectory
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact
+from rlhf_pipeline.rundir.strict_json import is_number
 from rlhf_pipeline.rundir.words import one_line
 
 # Of the machine or of the moment, not of the model.
