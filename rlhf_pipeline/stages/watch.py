@@ -202,7 +202,7 @@ class Watcher(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the best policy back, where it is to be kept and is not the last one."""
         self.kept_step = state.global_step
-        if self.keeps_best and self.best.step != state.global_step:
+        if self.keeps_best and self.measurements and self.best.step != state.global_step:
             checkpoint.put_back(self.trainer.policy, self.weights)
             self.kept_step = self.best.step
 
@@ -225,8 +225,11 @@ class Watcher(TrainerCallback):
             `watch/best_step` and `watch/last_step`, of the best and of the last measurement; `watch/kept_step` where
             the best policy is kept, and `watch/stopped_at_step` where an alarm has ended training; of each that was
             confirmed `watch/alarm/NAME`, the first step at which it was; and `watch/peak_kl`, the KL in nats at which a
-            forecast has its peak, where there is one.
+            forecast has its peak, where that is within reach. Nothing where nothing was measured, as after the last
+            checkpoint of an earlier version, which holds no measurements.
         """
+        if not self.measurements:
+            return {}
         found: dict[str, float] = {
             "watch/best_step": self.best.step,
             "watch/last_step": self.measurements[-1].step,
@@ -237,8 +240,8 @@ class Watcher(TrainerCallback):
             found["watch/stopped_at_step"] = self.stopped.step
         for one in reversed(self.measurements):
             found |= {f"watch/alarm/{name}": one.step for name in one.confirmed}
-        ahead = self.forecast
-        return found | ({"watch/peak_kl": ahead.peak**2} if ahead and ahead.peak is not None else {})
+        peak = self.forecast.within_reach if self.forecast else None
+        return found | ({} if peak is None else {"watch/peak_kl": peak**2})
 
     @property
     def forecast(self) -> Forecast | None:

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_pipeline.hacking import replies as module
 from rlhf_pipeline.hacking.replies import SIDES, Measured, Reply, Spread, Usual, in_order, length_correlation, quantile
+from rlhf_pipeline.hacking.watch import Measurement, raise_alarms
 from rlhf_pipeline.shares import standard_error
 
 NAN = float("nan")
@@ -211,6 +212,7 @@ def test_a_further_block_is_seldom_outside(usual: Usual) -> None:
     assert len(blocks) == 130 and len(found) <= 0.02 * len(SIDES) * len(blocks), found
 
 
+DIVERSITY = {"distinct_1", "distinct_2", "self_bleu", "repetition"}
 HACKS: dict[str, tuple[Callable[[Reply], Reply], set[str]]] = {
     "longer": (lambda one: reply(one.prompt, one.text + " and so on and on it goes for ever"), {"length"}),
     "shorter": (lambda one: reply(one.prompt, "yes"), {"length", "distinct_1", "self_bleu", "new_phrases"}),
@@ -231,6 +233,22 @@ HACKS: dict[str, tuple[Callable[[Reply], Reply], set[str]]] = {
 def test_a_hack_is_outside_of_its_band(usual: Usual, hack: str) -> None:
     change, expected = HACKS[hack]
     assert expected <= outside(usual.measures([change(one) for one in policy(1)]))
+
+
+def test_less_variety_raises_an_alarm_and_more_never_does(usual: Usual) -> None:
+    """Every word of `varied` is said once, in replies as long as they were; `alike` is one reply to all prompts."""
+    same = [f"w{number}" for number in range(9)]
+    varied = [
+        reply(one.prompt, " ".join(f"w{at}x{i}" for i in range(len(one.tokens)))) for at, one in enumerate(policy(1))
+    ]
+    alike = [reply(one.prompt, " ".join([*same, *same, *same])) for one in policy(1)]
+    raised = {}
+    for name, now in (("varied", varied), ("alike", alike)):
+        found = [Measurement(step, 0.0, {}, usual.measures(one)) for step, one in enumerate((policy(1), now))]
+        raise_alarms(found, 1)
+        raised[name] = set(found[-1].alarms) & DIVERSITY
+        assert usual.measures(now)["distinct_1"].value != pytest.approx(usual.spreads["distinct_1"].mean, abs=0.1)
+    assert raised == {"varied": set(), "alike": DIVERSITY}
 
 
 def test_a_new_trick_is_found_without_a_list(usual: Usual) -> None:

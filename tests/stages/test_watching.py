@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rlhf_pipeline.hacking.watch import Measurement, means_of
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.watch import Prompts, Watcher
 
 pytestmark = pytest.mark.slow
 
@@ -222,6 +224,34 @@ def test_the_target_of_kl_is_where_the_forecast_has_its_peak(folder: Path) -> No
             beta *= 1 + min(max(row["objective/kl"] / target - 1, -0.2), 0.2) * 4 / 10
             steered += 1
     assert 0 < steered < len(updates)
+
+
+@pytest.fixture
+def watcher(folder: Path) -> Watcher:
+    """What keeps the best policy of a stage by the judge, which nothing trains here."""
+    recipe = recipes.load(str(folder / "recipe.yaml"), ["ppo.watch={keep: best}"])
+    return Watcher(SimpleNamespace(), Job(recipe, "ppo", recipe.run), Prompts([], None, [], 1, None, None, 8, 6))
+
+
+def test_at_the_last_checkpoint_of_an_earlier_version_there_is_nothing_to_say(watcher: Watcher, tmp_path: Path) -> None:
+    """It has no measurements, and after it none is made; the policy that is there is left."""
+    watcher.read(tmp_path)
+    watcher.on_train_end(SimpleNamespace(), SimpleNamespace(global_step=6), SimpleNamespace())
+    assert watcher.outcome == {}
+
+
+@pytest.mark.parametrize(("peak", "within"), [(2.0, True), (30.0, False)])
+def test_a_peak_out_of_reach_is_none(watcher: Watcher, peak: float, within: bool) -> None:
+    """Gold follows Gao's curve up to KL 4 nats, √KL 2; a forecast reaches to √KL 4."""
+    noise = np.random.default_rng(0).normal(0, 1e-3, (9, 40))
+    for step, of_prompts in enumerate(noise):
+        d = 0.25 * step
+        gold = of_prompts + (d * (1 + np.log(peak) - np.log(d)) if d else 0.0)
+        watcher.measurements.append(Measurement(step, d * d, {"gold": gold.tolist(), "reward": [d] * 40}))
+    assert watcher.forecast is not None and watcher.forecast.peak == pytest.approx(peak, rel=0.1)
+    found = watcher.outcome
+    assert found.get("watch/peak_kl") == (pytest.approx(peak**2, rel=0.1) if within else None)
+    assert found["watch/best_step"] == found["watch/last_step"] == 8
 
 
 BASE = "{model: base, answers: [early, late], min_probability: 0, template: '{{ prompt }}{{ first }} A:{{ second }}'}"
