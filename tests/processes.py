@@ -7,6 +7,7 @@ that was forked. Where importing itself matters, tests start real commands.
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -269,13 +270,21 @@ def _command(
 
 
 def fork_the_server() -> None:
-    """Have the launcher of this process, which has no threads yet, find its server there already."""
+    """Have the launcher of this process, which has no threads yet, find its server there already.
+
+    That gets the environment which the launcher would start one with.
+    """
     requests, to_server = os.pipe()
     from_server, answers = os.pipe()
     pid = os.fork()
     if pid == 0:
         for end in (to_server, from_server):
             os.close(end)
+        given = b""
+        while not given.endswith(b"\n"):  # one by one: what comes after it is for the server
+            given += os.read(requests, 1) or os._exit(0)
+        os.environ.clear()
+        os.environ.update(json.loads(given))
         _become_server(requests, answers, Path(os.devnull))
         os._exit(0)
     for end in (requests, answers):
@@ -283,6 +292,8 @@ def fork_the_server() -> None:
     server: Any = _Server(pid, to_server, from_server, lambda: os.waitpid(pid, 0))
 
     def enter(launcher: Launcher) -> Launcher:
+        server.stdin.write(json.dumps(launch.environment()) + "\n")
+        server.stdin.flush()
         launcher._server = server
         launcher._log.touch()
         return launcher

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
+import processes
 import pytest
 
 from rlhf_pipeline import fingerprint, plan
@@ -30,7 +31,7 @@ CLOCK = time.time
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that digests are remembered in; none yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "rlhf-pipeline" / "digests.json"
+    return tmp_path / "cache" / "rlhf-pipeline" / "digests.jsonl"
 
 
 @pytest.fixture
@@ -46,9 +47,22 @@ def rows(tmp_path: Path) -> Path:
     return file
 
 
+def remembered(memory: Path) -> list[str]:
+    """The files of a memory, one for each of its lines; all of these can be read."""
+    return [json.loads(line)[0] for line in memory.read_text().splitlines()]
+
+
 def of(path: Path) -> str:
     """The digest of a data file as a fresh process would find it."""
     return Digests().of_data(Data(path=str(path)))
+
+
+def digest_all(cache: str, prefix: str) -> None:
+    """In a process of its own: find the digests of twenty files."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    file_digests.SETTLED_S = -1.0
+    for number in range(20):
+        of(Path(f"{prefix}-{number}.jsonl"))
 
 
 class TestMemory:
@@ -79,21 +93,47 @@ class TestMemory:
         assert of(rows).startswith("rows.jsonl@")
         assert not memory.exists()
 
-    def test_files_that_are_gone_are_forgotten(self, memory, settled, rows, tmp_path):
-        of(rows)
-        assert str(rows) in json.loads(memory.read_text())
-        rows.rename(tmp_path / "moved.jsonl")
-        of(tmp_path / "moved.jsonl")
-        assert list(json.loads(memory.read_text())) == [str(tmp_path / "moved.jsonl")]
+    def test_a_memory_that_is_full_keeps_the_newer_half_of_what_is_there(self, memory, settled, tmp_path, monkeypatch):
+        files = [tmp_path / f"{number}.jsonl" for number in range(10)]
+        for file in files:
+            file.write_text(file.name)
+            of(file)
+        files[7].write_text("other")
+        of(files[7])
+        assert remembered(memory) == [str(file) for file in (*files, files[7])]
+        monkeypatch.setattr(file_digests, "MOST_BYTES", memory.stat().st_size - 1)
+        files[9].unlink()
+        (tmp_path / "new.jsonl").touch()
+        of(tmp_path / "new.jsonl")
+        assert remembered(memory) == [str(tmp_path / name) for name in (
+            "4.jsonl", "5.jsonl", "6.jsonl", "8.jsonl", "7.jsonl", "new.jsonl"
+        )]  # fmt: skip
+        monkeypatch.setattr(file_digests.hashlib, "file_digest", lambda *_: pytest.fail("a file was read"))
+        assert of(files[7]) != of(files[8])
+
+    def test_of_a_hundred_files_each_is_written_once(self, memory, settled, tmp_path):
+        """Nothing that was remembered before is written again."""
+        written = []
+        for number in range(100):
+            (tmp_path / f"{number}.txt").touch()
+            before = memory.stat().st_size if memory.exists() else 0
+            of(tmp_path / f"{number}.txt")
+            written.append(memory.stat().st_size - before)
+            if number == 0:
+                inode = memory.stat().st_ino
+        assert max(written) < min(written) + 10 and memory.stat().st_ino == inode
 
     @pytest.mark.parametrize(
-        "text", ["", "{", "[]", "7", '{"a": 1}', '{"a": [1, 2]}', '{"a": ["x", 1, 1, "d"]}', "\udc80"]
+        "line", ["{", "[]", "7", '{"a": 1}', '["a", 1, 2]', '["a", "x", 1, 1, "d"]', "\udc80", "[" * 100_000, '["a", 1']
     )
-    def test_a_spoilt_memory_is_ignored_and_mended(self, memory, settled, rows, text):
+    def test_a_spoilt_line_is_passed_over(self, memory, settled, rows, tmp_path, monkeypatch, line):
         expected = of(rows)
-        memory.write_bytes(text.encode("utf-8", "surrogateescape"))
-        assert of(rows) == expected
-        assert str(rows) in json.loads(memory.read_text())
+        with memory.open("ab") as lines:
+            lines.write(line.encode("utf-8", "surrogateescape"))  # cut short: without its line break
+        (tmp_path / "other.jsonl").touch()
+        other = of(tmp_path / "other.jsonl")
+        monkeypatch.setattr(file_digests.hashlib, "file_digest", lambda *_: pytest.fail("a file was read"))
+        assert (of(rows), of(tmp_path / "other.jsonl")) == (expected, other)
 
     def test_a_place_that_cannot_be_written_to_is_no_error(self, settled, rows, tmp_path, monkeypatch):
         """A file where the folder should be keeps everybody out, root as well."""
@@ -105,29 +145,27 @@ class TestMemory:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         of(rows)
-        assert (tmp_path / "home" / ".cache" / "rlhf-pipeline" / "digests.json").is_file()
+        assert (tmp_path / "home" / ".cache" / "rlhf-pipeline" / "digests.jsonl").is_file()
 
     @pytest.mark.slow
-    def test_processes_at_once_do_not_spoil_it(self, memory, tmp_path):
-        """Eight processes write while this one reads: what it finds is whole every time."""
+    def test_processes_at_once_lose_nothing(self, memory, tmp_path):
+        """Eight processes write to it at the same time: every line is whole, and there."""
         for i in range(8):
             for j in range(20):
                 (tmp_path / f"{i}-{j}.jsonl").write_text(f"{i} {j}")
-        program = (
-            "import sys, time\nfrom rlhf_pipeline.fingerprint import Digests\n"
-            "from rlhf_pipeline.recipe.schema import Data\nfrom rlhf_pipeline.rundir import file_digests\n"
-            "file_digests.SETTLED_S = -1\nfound = Digests()\n"
-            "for j in range(20): found.of_data(Data(path=f'{sys.argv[1]}-{j}.jsonl'))\n"
+        started = [
+            processes.context().Process(target=digest_all, args=(str(memory.parents[1]), f"{tmp_path}/{i}"))
+            for i in range(8)
+        ]
+        for one in started:
+            one.start()
+        for one in started:
+            one.join()
+        assert [one.exitcode for one in started] == [0] * 8
+        assert sorted(remembered(memory)) == sorted(
+            str(tmp_path / f"{i}-{j}.jsonl") for i in range(8) for j in range(20)
         )
-        running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / str(i))]) for i in range(8)]
-        seen = 0
-        while any(process.poll() is None for process in running):
-            if memory.exists():
-                seen = max(seen, len(json.loads(memory.read_text())))
-        assert [process.returncode for process in running] == [0] * 8
-        assert seen > 1
-        assert len(json.loads(memory.read_text())) >= 20
-        assert [file.name for file in memory.parent.iterdir()] == ["digests.json"]
+        assert [file.name for file in memory.parent.iterdir()] == ["digests.jsonl"]
 
     def test_a_file_that_cannot_be_read_is_an_input_error(self, memory, tmp_path):
         folder = tmp_path / "model"

@@ -38,15 +38,17 @@ def test_what_is_not_finite_becomes_null_and_all_else_stays() -> None:
 def test_no_file_of_a_run_and_no_command_has_a_number_that_json_has_not(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.work("sft").mkdir(parents=True)
-    directory.write_record("sft", Record(name="sft", kind="sft", state="done", metrics=ODD))
-    assert strictly((tmp_path / "sft" / "stage.json").read_text())["metrics"] == PLAIN
+    directory.write_record("sft", Record(name="sft", kind="sft", state="done", inputs=ODD, metrics=ODD))
+    written = strictly((tmp_path / "sft" / "stage.json").read_text())
+    numbers = {name: value for name, value in PLAIN.items() if not isinstance(value, (str, list, dict))}
+    assert written["inputs"] == PLAIN and written["metrics"] == numbers
     jsonl.append(tmp_path / "samples.jsonl", [ODD])
     jsonl.rewrite(tmp_path / "samples.jsonl", lambda row: True, [ODD])
     assert [strictly(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [PLAIN, PLAIN]
     (tmp_path / "samples.jsonl").write_text(json.dumps(ODD) + "\n")  # as an earlier version did
     assert jsonl.rows(tmp_path / "samples.jsonl") == [PLAIN]
     (tmp_path / "sft" / "stage.json").write_text(json.dumps({"state": "done", "metrics": ODD}))
-    assert directory.record("sft").metrics == PLAIN
+    assert directory.record("sft").metrics == numbers
     wanted.write(tmp_path, {"means": ODD})
     assert strictly((tmp_path / "comparison.json").read_text()) == {"means": PLAIN}
 

@@ -21,6 +21,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.rundir import file_digests
 from rlhf_pipeline.smoke import cut, worker
 
 RECIPE = """
@@ -94,6 +95,7 @@ def fork_the_worker() -> None:
         return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
     cut.subprocess = SimpleNamespace(run=forked, DEVNULL=subprocess.DEVNULL)
+    file_digests.SETTLED_S = -1.0  # what files hold is remembered at once
     sys.dont_write_bytecode = True  # as a variable has it in new processes
 
 
