@@ -197,6 +197,8 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     inputs |= _reward_inputs(recipe, stage, digests)
     if stage.value_model == "head":
         inputs["value_model"] = stage.value_model
+    if recipe.model.attention != "auto":  # like `dtype`, it decides the rounding, and with it where training ends
+        inputs["model.attention"] = recipe.model.attention
     if recipe.model.trust_remote_code:
         inputs["model.trust_remote_code"] = True
     if recipe.model.chat_template:

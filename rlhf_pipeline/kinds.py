@@ -193,7 +193,6 @@ _WHOLE_GROUPS = (
     "batches are made of whole groups: the prompts of an epoch that make no whole batch wait for a later one"
 )
 _BUDGET = "set `kl_budget`, which keeps the best policy within it"
-_LIGER = "in some versions of TRL its loss leaves out the weights of good and bad replies"
 _DRAWN = "KTO compares prompts with replies of the same batch, and batches are drawn anew in each epoch"
 
 _GROUPS_REFUSED = {
@@ -204,8 +203,6 @@ _GROUPS_REFUSED = {
     "transformers_continuous_batching_config": _ALIKE, "use_transformers_paged": _ALIKE,
     "chat_template_kwargs": "set `model.chat_template_kwargs`, which holds for all stages",
     "disable_dropout": "there is none: replies are sampled, and the reference and the rewards read, without it",
-    "use_liger_kernel": "it replaces the pass that the log-probabilities are taken from",
-    "liger_kernel_config": "it replaces the pass that the log-probabilities are taken from",
     "neftune_noise_alpha": "its noise would be in log-probabilities that are compared with each other",
     "label_smoothing_factor": "the loss is not one of labels",
     "include_num_input_tokens_seen": "tokens are counted anyway, as `num_tokens`",
@@ -414,6 +411,7 @@ KINDS: tuple[Kind, ...] = (
             (*_TRAINING_ARGUMENTS, ("trl", "trainer/dpo_config.py", "DPOConfig")), "trl.DPOConfig", reads=None,
             refused={
                 "label_smoothing_factor": "DPO's losses do not read it; some read `label_smoothing`",
+                "padding_free": "TRL's DPOTrainer has it switched off, and pads all the same",
                 "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
             },
         ),
@@ -464,7 +462,6 @@ KINDS: tuple[Kind, ...] = (
                 "dataset_num_proc": "the rows are encoded before: TRL has nothing left to process",
                 "train_sampling_strategy": "rows come in a new order in each epoch, replies of all lengths together",
                 "precompute_ref_log_probs": _DRAWN, "precompute_ref_batch_size": _DRAWN,
-                "use_liger_kernel": _LIGER, "liger_kernel_config": _LIGER,
             },
         ),
         batch_metrics={

@@ -135,6 +135,7 @@ def test_what_is_recorded_with_the_same_inputs_is_done(folder):
         ("dpo.data.eval_fraction=0.5", "dpo", "data.eval_fraction default → 0.5", set()),
         ("seed=2", "sft", "seed 1 → 2", {"reward", "ppo", "dpo"}),
         ("model.quantization=nf4", "sft", "model.quantization none → nf4", {"reward", "ppo", "dpo"}),
+        ("model.attention=eager", "sft", "model.attention default → eager", {"reward", "ppo", "dpo"}),
         ("lora.r=8", "sft", "lora.r 4 → 8", {"reward", "ppo", "dpo"}),
         ("reward.lora.r=8", "reward", "lora.r 4 → 8", {"ppo"}),
         ("dpo.lora.r=8", "dpo", "lora.r 4 → 8", set()),

@@ -17,6 +17,7 @@ from rlhf_pipeline.data.turns import Prompt, typed
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.judges.bias import Judged, figures
 from rlhf_pipeline.judges.load import load
+from rlhf_pipeline.models import attention
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts
@@ -143,6 +144,7 @@ def compare(
     judging = ai.stage if ai and ai.stage in made_of else None
     needed = [name for name in (*policies, reference, reward, judging) if name]
     spec_of_model = finished.model_of(run, recipe, next(iter(made_of)))  # its template, which may be gone by now
+    spec_of_model, instead = attention.available(spec_of_model)
     model = StagedBase(spec_of_model, artifacts(run, list(dict.fromkeys(needed))))
     ids = encode_prompts(model.tokenizer, spec, [prompt for prompt, _ in asked])
     at_once = recipe.evaluate.batch_size if recipe.evaluate else BATCH_SIZE
@@ -182,7 +184,7 @@ def compare(
         "judge": judge,
         "ai_judge": None if ai is None or figures_of_ai is None else wanted.name_of(ai),
         "ai_judge_figures": figures_of_ai or {},
-        "notes": notes + more,
+        "notes": [*([instead] if instead else []), *notes, *more],
         "rows": [
             {"prompt": prompt, "replies": {name: replies[name][row] for name in policies}}
             for row, (prompt, _) in enumerate(asked)

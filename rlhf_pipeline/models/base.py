@@ -97,17 +97,31 @@ def without_weights(spec: Model, head: Head = "causal", config: PretrainedConfig
     Raises:
         InputError: see `load_config`; or no model can be made of the configuration.
     """
-    config = load_config(spec) if config is None else copy.deepcopy(config)  # a model changes its own
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    config = load_config(spec) if config is None else config
+    try:
+        model = from_config(spec, config)
+    except Exception as error:  # Transformers' classes, and those that come with models, check it in many ways
+        raise _makes_no_model(spec, config, error) from None
+    return with_score_head(model) if head == "score" else model
+
+
+def from_config(spec: Model, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A causal LM of a configuration, with weights as they are drawn.
+
+    Args:
+        spec: the recipe's `model`.
+        config: from `load_config`.
+        options: further ones of Transformers' `from_config`.
+
+    Raises:
+        Exception: of any type, where no such model can be made.
+    """
     known = type(config) in AutoModelForCausalLM._model_mapping
     registered = known and not type(config).__module__.startswith("transformers.")
     if _brings_class(config, spec) and not registered:
         options["code_revision"] = spec.revision  # else Transformers takes the code of the newest commit
-    try:
-        model = AutoModelForCausalLM.from_config(config, **options)
-    except Exception as error:  # Transformers' classes, and those that come with models, check it in many ways
-        raise _makes_no_model(spec, config, error) from None
-    return with_score_head(model) if head == "score" else model
+    own = copy.deepcopy(config)  # a model changes its own
+    return AutoModelForCausalLM.from_config(own, trust_remote_code=spec.trust_remote_code, **options)
 
 
 def _makes_no_model(spec: Model, config: PretrainedConfig, error: Exception) -> InputError:

@@ -108,6 +108,8 @@ def load(
     config = copy.deepcopy(config)
     stored = stored_quantization(config)
     options: dict[str, Any] = {"dtype": dtype}
+    if spec.attention != "auto":
+        options["attn_implementation"] = spec.attention
     if stored is None:
         options["quantization_config"] = quantization_config(spec, dtype)
         if whole is not None and options["quantization_config"] is not None:

@@ -54,7 +54,6 @@ _DECIDED: dict[str, str] = {
     "chat_template_path": _TOKENIZER, "eos_token": _TOKENIZER, "pad_token": _TOKENIZER,
     "dataset_text_field": _ENCODED, "dataset_kwargs": _ENCODED, "completion_only_loss": _ENCODED,
     "assistant_only_loss": _ENCODED, "remove_unused_columns": _ENCODED, "label_names": _ENCODED,
-    "padding_free": "it needs a Flash Attention build, which the pipeline does not select",
     "save_only_model": _CHECKPOINTS, "resume_from_checkpoint": _CHECKPOINTS, "ignore_data_skip": _CHECKPOINTS,
     "restore_callback_states_from_checkpoint": _CHECKPOINTS, "save_on_each_node": _ONE_GPU,
     "enable_jit_checkpoint": "SIGTERM always leaves a checkpoint",

@@ -47,6 +47,14 @@ class Model(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The precision of every stage; `auto` is bfloat16 where the GPU computes in it, else float32."""
 
+    attention: str = Field(
+        default="auto",
+        pattern=r"^(auto|sdpa|eager|flash_attention_[23]|kernels-community/[\w.-]+)$",
+        examples=["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"],
+    )
+    """What computes attention in every stage: `sdpa`, `eager`, `flash_attention_2`, `flash_attention_3`, or
+    `kernels-community/NAME`, a kernel from the hub; `auto` is `sdpa` where the model has it, else `eager`."""
+
     _key: str = PrivateAttr("model.path")
 
     @property
@@ -58,6 +66,11 @@ class Model(_Strict):
     def is_base(self) -> bool:
         """Whether it is the recipe's `model`, and not that of a reward."""
         return self._key == "model.path"
+
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether attention is computed by what does not come with PyTorch and needs a GPU."""
+        return self.attention not in ("auto", "sdpa", "eager")
 
 
 class Source(_Strict):

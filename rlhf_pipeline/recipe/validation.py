@@ -46,6 +46,10 @@ EXPECTED = {
     "finite_number": "a finite number", "string_unicode": "text in UTF-8",
 }  # fmt: skip
 PATTERNS = {
+    "attention": (
+        "auto, sdpa, eager, flash_attention_2, flash_attention_3 or kernels-community/NAME",
+        "`rlhf-pipeline docs recipes` says what each needs",
+    ),
     "name": ("letters, digits, _, - and .", "the run directory is named after it; by default it is the file's name"),
     "judge": ("`module:function`", "for example my_judges:is_polite, in a file my_judges.py beside the recipe"),
     "api_key_env": (

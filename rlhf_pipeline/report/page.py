@@ -260,6 +260,7 @@ def _origin(run: Run) -> dict[str, Any]:
         ("revision", "revision"),
         ("quantization", "quantization"),
         ("dtype", "dtype"),
+        ("attention", "attention"),
     ):
         if model.get(key) is not None:
             facts.append((name, str(model[key])))

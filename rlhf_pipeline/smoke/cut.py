@@ -262,6 +262,9 @@ def _tell_of_model(recipe: Recipe, answer: dict[str, Any], tokenizer: str | None
     if spec.dtype == "float16":
         spec.dtype = "bfloat16"
         notes.append("`dtype: float16` needs a GPU: bfloat16 is used instead")
+    if spec.needs_kernel:
+        notes.append(f"`attention: {spec.attention}` needs a GPU: `auto` is used instead")
+        spec.attention = "auto"
     spec.path, spec.revision, spec.trust_remote_code = str(Path(recipe.output_dir).with_name("model")), None, False
 
 

@@ -12,7 +12,6 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig
-from trl.trainer import utils as trl_utils
 
 from rlhf_pipeline import kinds, stages
 from rlhf_pipeline.data import measure, problems
@@ -23,7 +22,7 @@ from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.judges.remote import RemoteJudge
-from rlhf_pipeline.models import adapters, experts, layers
+from rlhf_pipeline.models import adapters, attention, experts, layers
 from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
@@ -32,14 +31,14 @@ from rlhf_pipeline.recipe.rewards import key_of, uses_of_columns
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import ANSWERS, members
-from rlhf_pipeline.stages import embedded, evaluate, judge, revise, win_rates
+from rlhf_pipeline.stages import embedded, evaluate, judge, liger, revise, win_rates
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.resumable import REFERENCE
 from rlhf_pipeline.stages.trial import try_trainer
 
 EVALUATE = "evaluate"  # among the names of stages: the prompts on which policies are judged
 # Newer versions of TRL compute the losses of SFT and DPO from the output embedding's own weights, without its adapter.
-FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
+FUSED_HEAD = liger.LAYERS_ALONE
 FEW_PROMPTS = 32  # of a round: what is learned from fewer is more about them than about the rest
 ROUTER_LOSS = "router_aux_loss_coef"
 Asked = Sequence[tuple[Prompt, dict[str, Any]]]
@@ -74,6 +73,7 @@ def check(recipe: Recipe, names: Sequence[str], current: Sequence[str] = ()) -> 
             found.append(error)
 
     attempt(lambda: require_weights(recipe.model, config))
+    attempt(lambda: attention.require(recipe.model, config))
     attempt(lambda: embedded.check_special_tokens(reader.tokenizer, config, recipe.model.path))
     training = [name for name in names if recipe.stages[name].facts.trains]
     attempt(lambda: check_lora(recipe, training, config))

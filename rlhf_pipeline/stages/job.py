@@ -21,6 +21,7 @@ from rlhf_pipeline.recipe import library_keys, outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import ADAPTER, STAGED_ROWS, TRAINED, WORK
+from rlhf_pipeline.stages import liger
 
 Config = TypeVar("Config", bound=TrainingArguments)
 Read = Callable[[Data, PreTrainedTokenizerBase, int, Known | None], Prepared]  # a function of `data.prepare`
@@ -179,6 +180,9 @@ class Job:
         for what in ("logging", "eval", "save"):
             if f"{what}_steps" in self.stage.trainer:
                 settings[f"{what}_strategy"] = "steps"
+        liger.require(self.stage.facts, self.stage.trainer, self.reader.config, f"stages.{self.name}.trainer")
+        if self.stage.trainer.get(liger.KEY):
+            settings[liger.OPTIONS] = liger.options(self.stage.facts, self.stage.trainer)
         if settings["save_strategy"] == "best":
             raise InputError(
                 "no checkpoint is kept for being the best",

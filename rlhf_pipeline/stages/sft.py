@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf_pipeline import kinds
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import hide_router_logits, load_base
@@ -20,6 +21,7 @@ from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
 
 CONFIG = SFTConfig
+WRAPPED = "wrapped"  # the `packing_strategy` that cuts rows anywhere, and has them see each other
 read = rows.demonstrations  # the rows of such a stage
 
 
@@ -43,6 +45,13 @@ def prepare(job: Job) -> Inputs:
         InputError: for settings or data that cannot work.
     """
     args = job.trainer_config(CONFIG)
+    if args.eval_packing and not (args.packing or args.padding_free) and args.packing_strategy != WRAPPED:
+        raise InputError(
+            "held-out rows would see each other: TRL tells the model where packed rows begin only where those that are "
+            "trained on are packed or padding-free, too",
+            place=f"stages.{job.name}.trainer.eval_packing",
+            hint="set `packing: true` as well, or remove it",
+        )
     data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)
@@ -56,8 +65,8 @@ def run(job: Job) -> dict[str, Any]:
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = ResumableSFTTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
-    if (args.packing or args.eval_packing) and args.packing_strategy != "wrapped":  # which cuts rows anywhere
-        place = f"stages.{job.name}.trainer.{'packing' if args.packing else 'eval_packing'}"
+    if args.padding_free or (args.packing and args.packing_strategy != WRAPPED):
+        place = f"stages.{job.name}.trainer.{'packing' if args.packing else 'padding_free'}"
         soundness.check_packing(model, trainer.data_collator, data.train[: soundness.ROWS]["input_ids"], place)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:

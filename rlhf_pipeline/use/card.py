@@ -31,6 +31,7 @@ SETTINGS = (
     "lora.",
     "model.quantization",
     "model.dtype",
+    "model.attention",
     "seed",
 )  # in this order
 Records = dict[str, Record]

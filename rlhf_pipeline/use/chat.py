@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.turns import typed
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import attention
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import begins_with_space, has_default_template
@@ -53,7 +54,10 @@ class Chat:
         self.policies, self.rewards = done(run, recipe, "policy"), done(run, recipe, "reward")
         trained = stage if stage != BASE else [*self.policies, *recipe.stages][0]
         self.example, is_chat = first_prompt(run, recipe, trained), recipe.stages[trained].data.chat
-        self.base = StagedBase(model_of(run, recipe, trained), artifacts(run, [*self.policies, *self.rewards]))
+        spec, instead = attention.available(model_of(run, recipe, trained))
+        if instead:
+            say(f"note: {instead}")
+        self.base = StagedBase(spec, artifacts(run, [*self.policies, *self.rewards]))
         self.tokenizer = self.base.tokenizer
         self.context = context_of(self.base) or sys.maxsize
         if self.example is not None:

@@ -193,8 +193,13 @@ def _merge(
     Returns:
         What `--json` has under `merged`.
     """
+    from rlhf_pipeline.models import attention
     from rlhf_pipeline.use import merge_effect, weights
 
+    model, instead = attention.available(recipe.model)
+    if instead:
+        say(f"note: {instead}")
+        recipe = recipe.model_copy(update={"model": model})
     quantization = recipe.model.quantization
     since, start = _start(run, record)
     into = f"as training read it, in {quantization}" if dequantized else "as it is stored"

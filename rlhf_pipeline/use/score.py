@@ -24,6 +24,7 @@ from rlhf_pipeline.data.turns import Prompt, Record, RowError
 from rlhf_pipeline.errors import ColumnsError, InputError, Interrupted
 from rlhf_pipeline.fingerprint import Digests
 from rlhf_pipeline.local import expanded
+from rlhf_pipeline.models import attention
 from rlhf_pipeline.models.roles import ScoreView
 from rlhf_pipeline.models.staged import StagedBase
 from rlhf_pipeline.ppo.forward import disagreement, member_scores
@@ -70,6 +71,8 @@ def score_file(
     if about:
         say(about)
     scorer, at_once = Scorer(run, recipe, stage, chat), BATCHES_AT_ONCE * batch_size
+    if scorer.instead:
+        say(f"note: {scorer.instead}")
     say(f"scores of `{stage}` of {run}; {shape.says}")
     knows: Knows | None = None
     if 3 in lengths:
@@ -201,13 +204,15 @@ class Scorer:
 
     Attributes:
         context: the most tokens that the model takes, or None where it does not say.
+        instead: what to say of another attention than the recipe's; None where it is that.
 
     Raises:
         InputError: the base cannot be loaded.
     """
 
     def __init__(self, run: Path, recipe: Recipe, stage: str, chat: bool | None) -> None:
-        base = StagedBase(model_of(run, recipe, stage), {stage: RunDirectory(run).adapter(stage)})
+        spec, self.instead = attention.available(model_of(run, recipe, stage))
+        base = StagedBase(spec, {stage: RunDirectory(run).adapter(stage)})
         self.tokenizer = base.tokenizer
         self.members = base.reward(stage)
         self.context = context_of(base)

@@ -108,6 +108,16 @@ def test_one_seed_gives_one_comparison_and_another_gives_another(tiny_run: Path,
     assert [row["replies"] for row in other["rows"]] != [row["replies"] for row in written["rows"]]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_this_machine_has_no_attention_for_is_compared_with_its_own(tiny_run: Path, recipe: Recipe) -> None:
+    usual = compare(tiny_run, recipe, n=2)
+    recipe.model.attention = "flash_attention_2"
+    found = compare(tiny_run, recipe, n=2)
+    assert found["rows"] == usual["rows"]
+    (note,) = found["notes"]
+    assert note.startswith("`flash_attention_2` needs an NVIDIA GPU") and "is used instead" in note
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_greedy_replies_are_those_of_models_loaded_one_by_one(
     tiny_run: Path, recipe: Recipe, quantization: str

@@ -26,7 +26,7 @@ from rlhf_pipeline.smoke import cut, worker
 
 RECIPE = """
 name: mine
-model: {path: qwen, quantization: nf4, dtype: float16}
+model: {path: qwen, quantization: nf4, dtype: float16, attention: flash_attention_2}
 lora: {r: 4, lora_alpha: 8, target_modules: [q_proj, down_proj]}
 evaluate: {data: tiny:heldout, judge: "my_judge:judge", n: 50, max_new_tokens: 100}
 stages:
@@ -144,7 +144,8 @@ class TestFourStages:
         ]  # fmt: skip
         assert all(stage["first"] is not None and stage["seconds"] > 0 for stage in report["stages"])
         assert report["notes"] == [
-            "`dtype: float16` needs a GPU: bfloat16 is used instead", "`tf32`: left out, since a CPU does not use them"
+            "`dtype: float16` needs a GPU: bfloat16 is used instead",
+            "`attention: flash_attention_2` needs a GPU: `auto` is used instead", "`tf32`: left out, since a CPU does not use them"
         ]  # fmt: skip
         assert report["seconds"] < 120
 

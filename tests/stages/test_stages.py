@@ -304,11 +304,11 @@ def test_the_first_dpo_loss_is_ln_2_from_an_sft_adapter(folder: Path, quantizati
 
 
 def test_sft_with_packing_is_checked_by_the_trainers_own_batches(folder: Path) -> None:
-    """TRL tells the model where packed rows begin only where those for training are packed, too."""
+    """TRL tells the model where packed rows begin only where those for training are packed or padding-free, too."""
     settings = ("data.eval_fraction=0.5", "trainer.max_length=64", "trainer.eval_packing=true", "trainer.max_steps=1")
     overrides = [f"stages.sft.{one}" for one in settings]
     shutil.rmtree(folder / "runs" / "short" / "sft")
-    with pytest.raises(InputError, match="packed rows see each other") as error:
+    with pytest.raises(InputError, match="held-out rows would see each other") as error:
         train(folder, "sft", *overrides)
     assert error.value.place == "stages.sft.trainer.eval_packing"
     shutil.rmtree(folder / "runs" / "short" / "sft")

@@ -103,6 +103,16 @@ def as_chat(run) -> None:
     (run / "recipe.yaml").write_text(recipes.to_yaml(loaded))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_from_a_machine_with_another_attention_is_talked_to_all_the_same(run, chat, greedy):
+    loaded = recipes.of_run(run)
+    loaded.model.attention = "flash_attention_2"
+    (run / "recipe.yaml").write_text(recipes.to_yaml(loaded))
+    code, answer, said = chat(run, "--stage", "sft", "-p", LINE, "--temperature", "0", "--max-new-tokens", "24")
+    assert (code, answer) == (0, greedy["sft"] + "\n")
+    assert said.startswith("note: `flash_attention_2` needs an NVIDIA GPU, and PyTorch finds none here: PyTorch's")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_answer_is_the_stages_own_and_stands_alone(stage, run, chat, greedy):
     on_one_line = PROMPT.replace("\n", "\\n")

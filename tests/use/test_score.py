@@ -240,6 +240,18 @@ def test_rows_are_not_held_in_memory(run, load_once, tmp_path, monkeypatch):
     assert len(next(lines)) == 4 and next(taken) == 4
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_from_a_machine_with_another_attention_is_scored_all_the_same(run, score, tmp_path):
+    file = write(tmp_path / "rows.jsonl", {"prompt": PROMPT, "completion": GOOD})
+    usual = score(run, file)
+    loaded = recipes.of_run(run)
+    loaded.model.attention = "kernels-community/flash-attn2"
+    (run / "recipe.yaml").write_text(recipes.to_yaml(loaded))
+    code, lines, said = score(run, file)
+    assert (code, lines) == usual[:2] and code == 0
+    assert "note: `kernels-community/flash-attn2` needs an NVIDIA GPU" in said
+
+
 class Batches:
     """Counts the batches that go through the model, and ends the command as Ctrl-C does before one of them."""
 
