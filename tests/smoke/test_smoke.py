@@ -145,7 +145,8 @@ class TestFourStages:
         assert all(stage["first"] is not None and stage["seconds"] > 0 for stage in report["stages"])
         assert report["notes"] == [
             "`dtype: float16` needs a GPU: bfloat16 is used instead",
-            "`attention: flash_attention_2` needs a GPU: `auto` is used instead", "`tf32`: left out, since a CPU does not use them"
+            "`attention: flash_attention_2` needs a GPU: `auto` is used instead",
+            "`tf32`: left out, since a CPU does not use them"
         ]  # fmt: skip
         assert report["seconds"] < 120
 
