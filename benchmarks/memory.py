@@ -6,12 +6,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import psutil
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers import AutoHfQuantizer
 
-from rlhf_pipeline.models.base import device
+from rlhf_pipeline.models import adapters, loading
+from rlhf_pipeline.models.base import device, frozen, resolve_dtype
+from rlhf_pipeline.recipe.schema import Model
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "rlhf_pipeline" / "models" / "tiny" / "checkpoint"
 VOCABULARY_SIZE = 128_256  # of Llama-3
@@ -83,12 +96,9 @@ class AllocatedMemory:
         return torch.cuda.max_memory_allocated()
 
 
-def save_random_base(folder: Path, shape: dict[str, Any], dtype: str) -> LlamaConfig:
-    """Save a random Llama with the tokenizer of the tiny checkpoint; returns its configuration.
-
-    Weights are drawn and written one layer at a time, so that the whole model is never in memory.
-    """
-    config = LlamaConfig(
+def llama_config(shape: dict[str, Any], dtype: str) -> LlamaConfig:
+    """A Llama of a shape, with the vocabulary of Llama-3 and the special tokens of the tiny checkpoint."""
+    return LlamaConfig(
         **shape,
         vocab_size=VOCABULARY_SIZE,
         max_position_embeddings=8192,
@@ -99,6 +109,52 @@ def save_random_base(folder: Path, shape: dict[str, Any], dtype: str) -> LlamaCo
         architectures=["LlamaForCausalLM"],
         dtype=dtype,
     )
+
+
+def random_base(config: LlamaConfig, spec: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A random Llama as `load_base` gives one, made on the device layer by layer: no weight is on a disk or on the CPU.
+
+    Args:
+        config: from `llama_config`.
+        spec: how it shall be loaded; its path is not read.
+        tokenizer: see `load_base`.
+    """
+    dtype, place = resolve_dtype(spec.dtype), device()
+    options = {} if spec.attention == "auto" else {"attn_implementation": spec.attention}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **options).to(dtype)
+    quantizer = None
+    if asked := loading.quantization_config(spec, dtype):
+        quantizer = AutoHfQuantizer.from_config(asked)
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": place})
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            made = torch.ones(parameter.shape, dtype=dtype, device=place)
+            if parameter.ndim > 1:
+                made.normal_(std=0.02)
+            if isinstance(parameter, bnb.nn.Params4bit):  # quantized as it goes to its device, as Transformers does it
+                made = bnb.nn.Params4bit(made, requires_grad=False, **vars(parameter)).to(place)
+                setattr(module, name, made)
+            else:
+                setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+    with torch.device(place):
+        for module in model.modules():  # rotations, which are computed
+            if buffers := {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}:
+                fresh = type(module)(config)
+                for name in buffers:
+                    module.register_buffer(name, getattr(fresh, name), persistent=False)
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer  # by which trainers see that adapters can be trained over it
+    return frozen(model, tokenizer)
+
+
+def save_random_base(folder: Path, shape: dict[str, Any], dtype: str) -> LlamaConfig:
+    """Save a random Llama with the tokenizer of the tiny checkpoint; returns its configuration.
+
+    Weights are drawn and written one layer at a time, so that the whole model is never in memory.
+    """
+    config = llama_config(shape, dtype)
     with torch.device("meta"):
         weights = LlamaForCausalLM(config).state_dict()
     config.save_pretrained(folder)
@@ -110,6 +166,17 @@ def save_random_base(folder: Path, shape: dict[str, Any], dtype: str) -> LlamaCo
     index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return config
+
+
+def save_random_reward(folder: Path, config: LlamaConfig) -> None:
+    """Save a random reward adapter with its head, as a reward stage leaves it."""
+    with torch.device("meta"):
+        scorer = AutoModelForSequenceClassification.from_config(config)
+        reward = adapters.with_reward_adapter(scorer, LORA, None)
+    folder.mkdir()
+    state = {name: drawn(tensor, "float32") for name, tensor in get_peft_model_state_dict(reward).items()}
+    save_file(state, folder / adapters.WEIGHTS, {"format": "pt"})
+    reward.peft_config["default"].save_pretrained(str(folder))
 
 
 def drawn(tensor: torch.Tensor, dtype: str) -> torch.Tensor:

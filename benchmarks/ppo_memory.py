@@ -7,7 +7,7 @@ memory, or on a GPU the allocator's. A tiny update comes first, so that what lib
 
 TRL's side needs TRL 1.12, the last with a PPOTrainer: an environment that `make floor` made.
 
-`--gpu` measures one whole update of ours alone, for a model of the shape of Llama-3.1-8B with random weights in NF4.
+What a whole update of an 8 B model needs is measured on a GPU by `gpu.py`, with the classes of this file.
 """
 
 import os
@@ -30,13 +30,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from memory import ENVIRONMENT, LORA, VOCABULARY_SIZE, AllocatedMemory, ResidentMemory, drawn, save_random_base
-from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, set_seed
+from memory import (
+    ENVIRONMENT,
+    LORA,
+    VOCABULARY_SIZE,
+    AllocatedMemory,
+    ResidentMemory,
+    save_random_base,
+    save_random_reward,
+)
+from transformers import set_seed
 from transformers.utils import logging
 
-from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -47,7 +52,6 @@ from rlhf_pipeline.recipe.schema import Model
 from rlhf_pipeline.rewards.mixture import Part, Rewards
 
 AT_MOST = 0.25  # of TRL's growth
-AIM = 16 * 2**30  # for a whole update of the 8 B model
 PHASES = ["sampling", "scoring", "optimisation", "rest"]
 
 
@@ -69,16 +73,6 @@ BESIDE_TRL = Shape(
     {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
      "num_key_value_heads": 2},
     "none", "float32", batch=16, prompt_length=32, response_length=64, epochs=2, gradient_checkpointing=False,
-)  # fmt: skip
-LLAMA_8B = Shape(
-    {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-     "num_key_value_heads": 8},
-    "nf4", "bfloat16", batch=4, prompt_length=512, response_length=512, epochs=4, gradient_checkpointing=True,
-)  # fmt: skip
-SMALL = Shape(
-    {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-     "num_key_value_heads": 2},
-    "nf4", "bfloat16", batch=4, prompt_length=16, response_length=16, epochs=4, gradient_checkpointing=True,
 )  # fmt: skip
 
 
@@ -113,13 +107,13 @@ class MeasuredTrainer(PPOTrainer):
 
     recorder: Recorder
 
-    def roll_out(self, prompts: list[list[int]]) -> Episodes:
+    def roll_out(self, *arguments: Any) -> Episodes:
         with self.recorder.phase("sampling"):
-            return super().roll_out(prompts)
+            return super().roll_out(*arguments)
 
-    def score(self, episodes: Episodes) -> Scored:
+    def score(self, *arguments: Any) -> Scored:
         with self.recorder.phase("scoring"):
-            return super().score(episodes)
+            return super().score(*arguments)
 
     def optimise(self, *arguments: Any) -> dict[str, float]:
         with self.recorder.phase("optimisation"):
@@ -130,8 +124,6 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="one update of an 8 B model; TMPDIR needs 17 GB for it")
-    parser.add_argument("--shape", choices=["small"], help="the same on any device, with a small model")
     parser.add_argument("--batch", type=int, default=BESIDE_TRL.batch)
     parser.add_argument("--prompt-length", type=int, default=BESIDE_TRL.prompt_length)
     parser.add_argument("--response-length", type=int, default=BESIDE_TRL.response_length)
@@ -142,10 +134,6 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder)))
         return
-    if options.gpu and not torch.cuda.is_available():
-        sys.exit("--gpu needs a GPU that CUDA can use, and there is none here")
-    if options.gpu or options.shape:
-        sys.exit(whole_update(SMALL if options.shape else LLAMA_8B))
     work = {name: getattr(options, name) for name in ("batch", "prompt_length", "response_length", "epochs")}
     sys.exit(beside_trl(replace(BESIDE_TRL, **work)))
 
@@ -170,24 +158,6 @@ def beside_trl(shape: Shape) -> int:
     return int(ratio > AT_MOST)
 
 
-def whole_update(shape: Shape) -> int:
-    """One update of ours alone, with the peaks and seconds of its phases; returns the exit code."""
-    with tempfile.TemporaryDirectory(prefix="ppo-memory-") as folder:
-        print("making a random checkpoint", file=sys.stderr)
-        parameters = make_artifacts(Path(folder), shape)
-        numbers = in_a_process("ours", folder)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU (resident memory)"
-    print(f"{parameters / 1e9:.2f} B parameters in {shape.quantization} on {where}; {work_of(shape)}")
-    print(f"{'before':<13}{numbers['before'] / 2**30:7.2f} GiB")
-    for phase in PHASES:
-        print(f"{phase:<13}{numbers['peaks'][phase] / 2**30:7.2f} GiB {numbers['seconds'][phase]:8.2f} s")
-    reserved = f"   reserved from the GPU: {numbers['reserved'] / 2**30:.2f} GiB" if numbers["reserved"] else ""
-    print(f"{'whole update':<13}{numbers['peak'] / 2**30:7.2f} GiB {numbers['wall_s']:8.2f} s{reserved}")
-    print(f"aim: at most {AIM / 2**30:.0f} GiB")
-    print(json.dumps({"shape": asdict(shape), "measured": numbers}))
-    return int(numbers["peak"] > AIM)
-
-
 def work_of(shape: Shape) -> str:
     return (
         f"one update of {shape.batch} prompts of {shape.prompt_length} tokens, replies of {shape.response_length}, "
@@ -203,20 +173,12 @@ def in_a_process(way: str, folder: str) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def make_artifacts(folder: Path, shape: Shape) -> int:
-    """Save a random base, a random reward adapter with its head, and the shape; returns the number of parameters."""
+def make_artifacts(folder: Path, shape: Shape) -> None:
+    """Save a random base, a random reward adapter with its head, and the shape."""
     (folder / "shape.json").write_text(json.dumps(asdict(shape)))
     torch.manual_seed(0)
     config = save_random_base(folder / "base", shape.model, shape.dtype)
-    with torch.device("meta"):
-        scorer = AutoModelForSequenceClassification.from_config(config)
-        reward = adapters.with_reward_adapter(scorer, LORA, None)
-    (folder / "reward").mkdir()
-    state = {name: drawn(tensor, "float32") for name, tensor in get_peft_model_state_dict(reward).items()}
-    save_file(state, folder / "reward" / adapters.WEIGHTS, {"format": "pt"})
-    reward.peft_config["default"].save_pretrained(str(folder / "reward"))
-    with torch.device("meta"):
-        return LlamaForCausalLM(config).num_parameters()
+    save_random_reward(folder / "reward", config)
 
 
 def measure(way: str, folder: Path) -> dict[str, Any]:

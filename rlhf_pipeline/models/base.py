@@ -256,6 +256,20 @@ def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "cau
     with experts.quantized_as_well():
         model = loading.load(spec, load_config(spec), device(), resolve_dtype(spec.dtype))
     require_causal(model, spec)
+    return frozen(model, tokenizer, head)
+
+
+def frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: Head = "causal") -> PreTrainedModel:
+    """Make a base of a causal LM: frozen, with its heads, and with no settings of a checkpoint's own.
+
+    Args:
+        model: the causal LM, which is changed.
+        tokenizer: see `load_base`.
+        head: see `load_base`.
+
+    Returns:
+        The model in evaluation mode.
+    """
     model.base_model_prefix = backbone_name(model)  # Llama 4 has that of a model it is a part of, and TRL goes by it
     if head == "score":
         model = with_score_head(model)

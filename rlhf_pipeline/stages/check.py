@@ -21,7 +21,6 @@ from rlhf_pipeline.data.prepare import column, first_prompts
 from rlhf_pipeline.data.turns import Prompt
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests
-from rlhf_pipeline.judges.remote import RemoteJudge
 from rlhf_pipeline.models import adapters, attention, experts, layers
 from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_weights
@@ -116,6 +115,8 @@ def check_addresses(recipe: Recipe, names: Sequence[str]) -> None:
     Raises:
         InputError: for each that does not answer.
     """
+    from rlhf_pipeline.judges.remote import RemoteJudge  # with the client for HTTP, which nothing else here needs
+
     judges = {f"stages.{name}.judge": judge for name in names if (judge := recipe.stages[name].judge)}
     if recipe.evaluate and recipe.evaluate.ai_judge and any(recipe.ai_judge_of(name) for name in names):
         judges[win_rates.PLACE] = recipe.evaluate.ai_judge

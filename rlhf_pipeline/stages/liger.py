@@ -14,9 +14,6 @@ from rlhf_pipeline.kinds import Kind
 KEY, OPTIONS, FUSED_LOSS = "use_liger_kernel", "liger_kernel_config", "fused_linear_cross_entropy"
 # Since TRL computes its losses by a fused head of its own, it takes from Liger the kernels of layers alone.
 LAYERS_ALONE = hasattr(trl_utils, "add_fused_lm_head")
-# Of older versions, SFT's and the reward model's losses are the same with Liger; the others' leave out what is weighed
-# here: parts of a batch, good and bad replies, and log-probabilities that are compared.
-_ALIKE = ("sft", "reward")
 
 
 def options(kind: Kind, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -47,7 +44,9 @@ def require(kind: Kind, given: dict[str, Any], config: PretrainedConfig, place: 
     if not given.get(KEY):
         return
     place, hint = f"{place}.{KEY}", "remove it"
-    if not LAYERS_ALONE and kind.name not in _ALIKE:
+    # Losses that compare with a reference leave out, with Liger, what is weighed here: parts of a batch, good and bad
+    # replies.
+    if not LAYERS_ALONE and kind.keeps_reference:
         raise InputError(
             f"with TRL {trl.__version__}, Liger replaces the loss of {kind.title} by one that is not weighed as here",
             place=place,
