@@ -5,8 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from rlhf_pipeline import kinds
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.errors import InputError, InputErrors
 from rlhf_pipeline.stages import liger
+from rlhf_pipeline.stages.check import check
 
 ASKED = {"use_liger_kernel": True}
 PLACE = "stages.one.trainer"
@@ -54,3 +56,16 @@ def test_a_reward_model_keeps_its_own_forward():
 
 def test_a_stage_that_does_not_ask_needs_nothing():
     liger.require(kinds.get("sft"), {"use_liger_kernel": False}, LlamaConfig(), PLACE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_is_said_with_all_other_faults_and_once():
+    asked = [f"stages.{stage}.trainer.use_liger_kernel=true" for stage in ("sft", "dpo")]
+    loaded = recipes.load("tiny", ["model.attention=flash_attention_2", *asked, "sft.data.limit=40"])
+    with pytest.raises(InputErrors) as errors:
+        check(loaded, ["sft", "dpo"])
+    assert [error.place for error in errors.value.all] == [
+        "model.attention",
+        "stages.sft.trainer.use_liger_kernel",
+        "stages.dpo.trainer.use_liger_kernel",
+    ]
