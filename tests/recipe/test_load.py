@@ -297,7 +297,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(write, old, new, 
 def test_a_key_like_no_other_is_answered_with_all_that_are_known(write):
     found = problem(write(FULL), "model.zzz=1")
     assert found.hint == "the keys here are path, revision, trust_remote_code, chat_template, " + (
-        "chat_template_kwargs, quantization, dtype"
+        "chat_template_kwargs, quantization, dtype, attention"
     )
 
 
