@@ -295,7 +295,7 @@ def tiny(out: Out, shape: Shape) -> None:
             metrics = record.get("metrics") or {}
             kept = ("judge_mean", "judge_mean_se", "generation_gap", "loss", "eval_accuracy", "objective/kl")
             numbers = {key: metrics[key] for key in kept if key in metrics}
-            out.tell(name, {"state": record.get("state"), "seconds": record.get("seconds")} | numbers)
+            out.tell(name, {"state": record.get("state"), "seconds": record.get("wall_s")} | numbers)
         out.tell("run", {"exit_code": process.returncode, "seconds": time.perf_counter() - started})
     if process.returncode:
         raise SystemExit("\n".join(process.stdout.splitlines()[-15:]))
