@@ -153,7 +153,7 @@ class _WithExperts:
                     parameter = _quantized(parameter, self.four_bits)
                     setattr(module, name, parameter)
                 if hasattr(parameter, "unpack"):
-                    _unpack_when_read(module, name, parameter.unpack)
+                    unpack_when_read(module, name, parameter.unpack)
         return model
 
 
@@ -165,7 +165,7 @@ class _EightBit(_WithExperts, Bnb8BitHfQuantizer):
     four_bits = False
 
 
-def _unpack_when_read(module: Any, name: str, unpack: nn.Module) -> None:
+def unpack_when_read(module: Any, name: str, unpack: nn.Module) -> None:
     """Have reading a parameter give the whole of it, which is kept until the module's computation ends."""
     parametrize.register_parametrization(module, name, unpack, unsafe=True)
     if len(module.parametrizations) > 1:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import layer_count
 from rlhf_pipeline.models.base import check_files, load_config, refuse_untrusted_code
 from rlhf_pipeline.recipe.schema import Model
 
@@ -64,13 +65,6 @@ _HIDDEN = (  # what must be as wide as the hidden states
     "projector_output_dim",
 )  # fmt: skip
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
-_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # lists of layers by their numbers
-# After how many layers a pattern starts again.
-_PERIODS = (
-    "_sliding_window_pattern", "sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval",
-    "decoder_sparse_step", "attn_layer_period", "expert_layer_period", "moe_layer_interval",
-    "interleave_moe_layer_step", "global_attn_every_n_layers",
-)  # fmt: skip
 
 
 def shrink(spec: Model, out: Path, tokenizer: str | None = None, *, all_layers: bool = False) -> list[str]:
@@ -212,7 +206,7 @@ def smaller(config: PretrainedConfig, *, all_layers: bool = False, any_ratio: bo
     if head_dim:
         _shorten_rope_factors(config, head_dim, _head_dim(config))
     if not all_layers and _given(config, "num_hidden_layers"):
-        _drop_layers(config, keys)
+        layer_count.keep(config, layer_count.of_every_kind(config))
     if own:
         config.per_layer_config = {
             layer: {name: max(1, size * getattr(config, name) // keys[name]) for name, size in sizes.items()}
@@ -263,41 +257,6 @@ def _shorten_rope_factors(config: PretrainedConfig, old: int, new: int) -> None:
                 sections = [max(1, section * new // old) for section in value]
                 sections[0] += sum(value) * new // old - sum(sections)
                 parameters[name] = sections
-
-
-def _drop_layers(config: PretrainedConfig, keys: dict[str, Any]) -> None:
-    """Keep as many layers, at least two, as it takes to have every kind of layer."""
-    layers = config.num_hidden_layers
-    by_layer = {name: value for name, value in keys.items() if isinstance(value, list) and len(value) == layers}
-    numbers = {name: by_layer.pop(name, keys[name]) for name in _LAYER_NUMBERS if keys.get(name)}
-    kept = 2
-    for value in by_layer.values():
-        kinds = [repr(kind) for kind in value]
-        kept = max(kept, *(kinds.index(kind) + 1 for kind in kinds))
-    if (blocks := by_layer.get("layers_block_type", [])).count("hybrid") > 1:  # of Zamba: they share their attention
-        kept = max(kept, blocks.index("hybrid", blocks.index("hybrid") + 1) + 1)
-    kept = max(kept, len(keys.get("block_types") or ()), *(min(value, default=0) + 1 for value in numbers.values()))
-    kept = min(layers, max(kept, *(keys.get(name) or 1 for name in _PERIODS)))
-    if keys.get("attention_types"):  # of GPT-Neo: [[kinds, how often], …]
-        config.attention_types = [[kinds, 1] for kinds, _ in config.attention_types]
-        kept = sum(len(kinds) for kinds, _ in config.attention_types)
-        config.attention_layers = config.expand_attention_types_params(config.attention_types)
-        by_layer = {}
-    if shared := keys.get("num_kv_shared_layers"):  # the last ones, which take keys and values of earlier ones
-        kinds = keys.get("layer_types") or []
-        while kept < layers and set(kinds[: kept - shared * kept // layers]) != set(kinds):
-            kept += 1
-        config.num_kv_shared_layers = shared * kept // layers
-    config.num_hidden_layers = kept
-    for name in ("encoder_layers", "decoder_layers"):
-        if keys.get(name):
-            setattr(config, name, min(keys[name], kept))
-    for name in by_layer:
-        setattr(config, name, getattr(config, name)[:kept])
-    if keys.get("max_window_layers"):
-        config.max_window_layers = min(keys["max_window_layers"], kept)
-    for name, value in numbers.items():
-        setattr(config, name, [layer for layer in value if layer < kept])
 
 
 def _tokenizer(spec: Model) -> PreTrainedTokenizerBase:

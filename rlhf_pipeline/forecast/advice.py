@@ -1,0 +1,142 @@
+"""The largest batch that fits on a card, and what to change where a stage does not fit. No torch."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from rlhf_pipeline.forecast.result import Change, StageForecast
+from rlhf_pipeline.recipe.library_keys import keys
+from rlhf_pipeline.recipe.schema import Recipe, Stage
+
+BATCH = "per_device_train_batch_size"
+MOST = 1024  # rows at once: beyond them, none would be faster
+Look = Callable[[Recipe, str], StageForecast]
+TIME, RESULT = "time alone", "another result"
+
+
+def setting(stage: Stage, name: str) -> Any:
+    """A key of a stage's `trainer`, or the default; None where its kind has no such key."""
+    known = keys(stage.kind)
+    default = known[name].default if name in known else None
+    return stage.trainer.get(name, None if default is ... else default)
+
+
+def batch_size(stage: Stage) -> int:
+    """Rows in one pass."""
+    return int(setting(stage, BATCH) or 8)
+
+
+def advised(recipe: Recipe, found: StageForecast, usable: int | None, look: Look) -> StageForecast:
+    """The forecast of a stage with the largest batch, and with changes where it does not fit.
+
+    Args:
+        recipe: the recipe.
+        found: the stage's forecast as it is.
+        usable: bytes of the card; None where there is none.
+        look: makes the forecast of a stage of another recipe.
+    """
+    if usable is None:
+        return found
+    stage = recipe.stages[found.name]
+    changes = tuple(_changes(recipe, found, usable, look)) if found.peak > usable else ()
+    if not stage.facts.trains:
+        return replace(found, changes=changes)
+    return replace(found, changes=changes, largest_batch=_largest(recipe, found, usable, look))
+
+
+def _largest(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> int:
+    """The largest batch with which all fits: from two forecasts, since memory grows by the same for each row."""
+    name, now = found.name, batch_size(recipe.stages[found.name])
+    step = _of_groups(recipe.stages[name])
+
+    def peak(batch: int) -> int:
+        return look(_with(recipe, {f"{name}.trainer.{BATCH}": batch}), name).peak
+
+    least = step
+    if now == least and found.peak > usable:
+        return 0
+    low, high = (now, now * 2) if found.peak <= usable else (least, now)
+    at_low, at_high = (found.peak, peak(high)) if low == now else (peak(low), found.peak)
+    if at_low > usable:
+        return 0
+    slope = (at_high - at_low) / (high - low)
+    guess = MOST if slope <= 0 else int(low + (usable - at_low) / slope)
+    guess = max(low, min(guess, MOST) // step * step)
+    while guess > low and peak(guess) > usable:  # it is no straight line where another phase takes over
+        guess = max(low, (guess - max(1, guess // 8)) // step * step)
+    return guess
+
+
+def _of_groups(stage: Stage) -> int:
+    """What a batch must be a multiple of."""
+    return 2 if stage.kind == "kto" else 1
+
+
+def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> Iterator[Change]:
+    """Changes, one on top of the other, the cheapest first, until the stage fits; those that save nothing are left out."""
+    peak, name = found.peak, found.name
+    tried = True
+    while peak > usable and tried:
+        tried = False
+        for overrides, costs in _candidates(recipe, look(recipe, name)):
+            changed = _with(recipe, overrides)
+            after = look(changed, name).peak
+            if after < 0.99 * peak:
+                yield Change(overrides, after, costs)
+                recipe, peak, tried = changed, after, True
+                break
+
+
+def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str, Any], str]]:
+    """What may save memory where the stage takes most, the cheapest first: see `run.explain.memory_hint`."""
+    name, stage, phase = found.name, recipe.stages[found.name], found.highest.name
+    own = f"{name}.trainer"
+    batch, steps = batch_size(stage), setting(stage, "gradient_accumulation_steps") or 1
+    at_once, of_evaluation = (setting(stage, key) for key in ("local_rollout_forward_batch_size", EVAL))
+    if phase == "backward" and setting(stage, "gradient_checkpointing") is False:
+        yield {f"{own}.gradient_checkpointing": True}, TIME
+    if phase in ("sampling", "scoring") and stage.facts.own_loop and at_once > 1:
+        yield {f"{own}.local_rollout_forward_batch_size": min(at_once, batch * steps) // 2 or 1}, TIME
+    if phase == "evaluation" and of_evaluation > 1:
+        yield {f"{own}.{EVAL}": of_evaluation // 2}, TIME
+    if phase == "judging" and recipe.evaluate is not None and recipe.evaluate.batch_size > 1:
+        yield {"evaluate.batch_size": recipe.evaluate.batch_size // 2}, TIME
+    if phase == "sampling" and stage.sampling is not None and stage.sampling.batch_size > 1:
+        yield {f"{name}.sampling.batch_size": stage.sampling.batch_size // 2}, TIME
+    if phase in ("backward", "scoring", "sampling") and stage.facts.trains and batch >= 2 * _of_groups(stage):
+        yield {f"{own}.{BATCH}": batch // 2, f"{own}.gradient_accumulation_steps": 2 * steps}, TIME
+    if recipe.model.dtype == "float32":
+        yield {"model.dtype": "bfloat16"}, RESULT
+    if recipe.model.quantization != "nf4":
+        yield {"model.quantization": "nf4"}, RESULT
+    if stage.facts.trains and stage.facts.reply_limit is None:
+        yield {f"{own}.max_length": max(2, found.whole_tokens // 2)}, "longer texts are cut, or dropped"
+    elif stage.facts.reply_limit is not None:
+        limit = setting(stage, stage.facts.reply_limit)
+        if limit > 1:
+            yield {f"{own}.{stage.facts.reply_limit}": limit // 2}, "shorter replies"
+    if stage.lora.get("r", 8) > 1:
+        yield {"lora.r": stage.lora.get("r", 8) // 2}, RESULT
+
+
+EVAL = "per_device_eval_batch_size"
+
+
+def _with(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """The recipe with other values; of `lora`, in all its stages."""
+    changed = copy.deepcopy(recipe)
+    for key, value in overrides.items():
+        first, *rest = key.split(".")
+        if first == "lora":
+            for stage in changed.stages.values():
+                stage.lora[rest[0]] = value
+            continue
+        holder: Any = changed.stages[first] if first in changed.stages else getattr(changed, first)
+        for part in rest[:-1]:
+            holder = getattr(holder, part)
+        if isinstance(holder, dict):
+            holder[rest[-1]] = value
+        else:
+            setattr(holder, rest[-1], value)
+    return changed

@@ -1,0 +1,137 @@
+"""What a forecast says: stages, their phases, and the parts of each phase, in bytes. No torch."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+Part = Literal["weights", "adapters", "optimizer", "activations", "logits", "cache", "overhead"]
+PARTS: tuple[Part, ...] = ("weights", "adapters", "optimizer", "activations", "logits", "cache", "overhead")
+# In the order in which a stage comes to them.
+PHASES = ("load", "sampling", "scoring", "backward", "optimizer", "evaluation", "judging")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a stage does, and what it holds while it holds most.
+
+    Attributes:
+        name: one of `PHASES`.
+        parts: bytes by what they are for; gradients count as the optimizer's.
+    """
+
+    name: str
+    parts: dict[Part, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that saves memory.
+
+    Attributes:
+        overrides: keys of the recipe and new values, as the command line takes them.
+        peak: bytes of the stage's peak then, with the changes before it.
+        costs: what it costs.
+    """
+
+    overrides: dict[str, Any]
+    peak: int
+    costs: str
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage.
+
+    Attributes:
+        name, kind: of the stage.
+        phases: those that it has, in their order.
+        prompt_tokens, whole_tokens: how long its longest prompt, and the longest prompt with its reply, are taken to be.
+        batch_size: `per_device_train_batch_size`, or the `batch_size` of a stage that samples; None where it has none.
+        largest_batch: the largest that fits on the card; 0 where none does, None where no card is asked about.
+        changes: what to change where it does not fit, one after the other until it does, or nothing is left.
+        hours: to go, from a measured step; None where none was measured.
+        notes: what the forecast does not know, or took for granted.
+    """
+
+    name: str
+    kind: str
+    phases: tuple[Phase, ...]
+    prompt_tokens: int
+    whole_tokens: int
+    batch_size: int | None
+    largest_batch: int | None = None
+    changes: tuple[Change, ...] = ()
+    hours: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def highest(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak of the stage, what CUDA itself takes among them."""
+        return self.highest.total
+
+    @property
+    def allocated(self) -> int:
+        """The same as `torch.cuda.max_memory_allocated` counts it: without what CUDA itself takes."""
+        return max(phase.total - phase.parts.get("overhead", 0) for phase in self.phases)
+
+    def phase(self, name: str) -> Phase | None:
+        """One phase; None where the stage has no such."""
+        return next((phase for phase in self.phases if phase.name == name), None)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A recipe's.
+
+    Attributes:
+        card: the GPU that is asked about, in words.
+        usable: its bytes for a process; None where none is asked about.
+        stages: of the recipe, in its order, those that hold a model.
+        notes: what concerns all of them.
+    """
+
+    card: str
+    usable: int | None
+    stages: tuple[StageForecast, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether all stages do; None where no card is asked about."""
+        return None if self.usable is None else all(stage.peak <= self.usable for stage in self.stages)
+
+    @property
+    def highest(self) -> StageForecast | None:
+        """The stage that takes most."""
+        return max(self.stages, key=lambda stage: stage.peak, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts; docs/json.md has its keys."""
+        found = asdict(self) | {"fits": self.fits}
+        for stage, one in zip(self.stages, found["stages"], strict=True):
+            one |= {"peak": stage.peak, "allocated": stage.allocated, "peak_phase": stage.highest.name}
+            one["fits"] = None if self.usable is None else stage.peak <= self.usable
+            for phase, shown in zip(stage.phases, one["phases"], strict=True):
+                shown["total"] = phase.total
+        return found
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Self:
+        """What `as_json` said."""
+        stages = []
+        for one in said["stages"]:
+            phases = tuple(Phase(phase["name"], phase["parts"]) for phase in one["phases"])
+            changes = tuple(Change(change["overrides"], change["peak"], change["costs"]) for change in one["changes"])
+            names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch", "hours")
+            own = {name: one[name] for name in names}
+            stages.append(StageForecast(**own, phases=phases, changes=changes, notes=tuple(one["notes"])))
+        return cls(said["card"], said["usable"], tuple(stages), tuple(said["notes"]))

@@ -1,0 +1,211 @@
+"""Tensors that have a shape and no numbers, and a count of the bytes that a program over them holds at any time.
+
+A trainer is run as it is, over a model whose weights are `Shape`s: every operation on one gives another, on torch's
+`meta` device, for nothing. Token ids, lengths and masks are real, so that the program takes the way that it takes in a
+run. What is counted is what the allocator of a GPU would be asked for: each storage once, from when it is made until
+nothing refers to it, in whole blocks.
+"""
+
+import contextlib
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+BLOCK = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple of this (kMinBlockSize)
+_SCALAR = torch.ops.aten._local_scalar_dense.default
+_EQUAL = torch.ops.aten.equal.default
+_CHOICE = torch.ops.aten._fused_sdp_choice.default
+_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
+_FACTORIES = (
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.zeros.default,
+    torch.ops.aten.ones.default, torch.ops.aten.full.default, torch.ops.aten.rand.default,
+    torch.ops.aten.randn.default,
+)  # fmt: skip
+_LARGE = 2**20  # numbers: a tensor of more that is made of nothing becomes a shape
+_FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
+
+
+class Shape(Tensor):
+    """A tensor without numbers, that says it is on the CPU, so that autocast treats it as it would a real one."""
+
+    inner: Tensor  # on `meta`; its storage is what is counted
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Self:
+        """Wrap a tensor on `meta`."""
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="cpu",
+            requires_grad=requires_grad,
+        )
+        made.inner = inner
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Shape({list(self.shape)}, {self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shape":
+        return Shape(torch.empty_like(self.inner), self.requires_grad)
+
+    def numpy(self, **_: Any) -> Any:
+        """Ones, as everything that is not known."""
+        return torch.ones(self.shape).numpy()
+
+    def tolist(self) -> Any:
+        """The same as lists."""
+        return torch.ones(self.shape).tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Outside a `Ledger`, the same operations; they are not counted."""
+        return run(func, args, kwargs or {})
+
+
+def empty(*size: int, dtype: torch.dtype) -> Shape:
+    """A tensor of a shape."""
+    return Shape(torch.empty(size, dtype=dtype, device="meta"))
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One operation: for real where all tensors are, else on `meta`.
+
+    What comes of numbers that are not known: a number is 1, a truth is true, tokens are 0.
+    """
+    flat, spec = tree_flatten((args, kwargs))
+    if not any(isinstance(one, Shape) for one in flat):
+        return func(*args, **kwargs)
+    if func is _SCALAR:
+        return 1.0 if args[0].dtype.is_floating_point else 1
+    if func is _EQUAL:
+        return True
+    if func is _CHOICE:
+        return _FLASH
+    if func in _INDEX:
+        indices = [
+            part for one in args[1] for part in (one.nonzero(as_tuple=True) if _is_real_mask(one) else (one,))
+        ]
+        args = (args[0], indices, *args[2:])
+        flat, spec = tree_flatten((args, kwargs))
+    given = [_on_meta(one) for one in flat]
+    on_meta, meta_kwargs = tree_unflatten(given, spec)
+    if "device" in meta_kwargs:
+        meta_kwargs["device"] = torch.device("meta")
+    found = func(*on_meta, **meta_kwargs)
+    ours = {id(inner): one for inner, one in zip(given, flat, strict=True) if isinstance(one, Tensor)}
+    outputs, shape = tree_flatten(found)
+    return tree_unflatten([_off_meta(one, ours) for one in outputs], shape)
+
+
+def _is_large(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation makes a large tensor of numbers that are not whole."""
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return math.prod(args[0]) >= _LARGE and dtype.is_floating_point
+
+
+def _is_real_mask(one: Any) -> bool:
+    return isinstance(one, Tensor) and one.dtype == torch.bool and not isinstance(one, Shape)
+
+
+def _on_meta(one: Any) -> Any:
+    if isinstance(one, Shape):
+        return one.inner
+    if isinstance(one, torch.device):
+        return torch.device("meta")
+    return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta") if isinstance(one, Tensor) else one
+
+
+def _off_meta(one: Any, ours: dict[int, Any]) -> Any:
+    if not isinstance(one, Tensor):
+        return one
+    if id(one) in ours:  # it was changed in place
+        before = ours[id(one)]
+        if not isinstance(before, Shape) and before.is_floating_point():
+            before.fill_(1.0)  # with numbers that are not known
+        return before
+    if one.is_floating_point() or one.dtype in (torch.uint8, torch.int8) or one.is_complex():
+        return Shape(one)
+    return (torch.ones if one.dtype == torch.bool else torch.zeros)(one.shape, dtype=one.dtype)
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes that are held, by what they are for, and keeps the split at the peak of each phase.
+
+    Attributes:
+        held: bytes now, by part.
+        peaks: of each phase, the split at its peak.
+        phase: what the program is doing.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.held: dict[str, int] = defaultdict(int)
+        self.total = 0
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.highest: dict[str, int] = defaultdict(int)
+        self.phase = "load"
+        self.making: str | None = None  # the part of whatever is made now
+        self._parts: dict[int, list[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it makes."""
+        kwargs = kwargs or {}
+        if self.making is None and func in _FACTORIES and _is_large(func, args, kwargs):
+            found: Any = Shape(func(*args, **kwargs | {"device": "meta"}))
+        else:
+            found = run(func, args, kwargs)
+        for one in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(one, Tensor):
+                self.count(one)
+        return found
+
+    def count(self, tensor: Tensor, part: str | None = None) -> None:
+        """Count a tensor's storage, unless it is; with `part`, as that from now on."""
+        storage = (tensor.inner if isinstance(tensor, Shape) else tensor).untyped_storage()
+        known = self._parts.get(storage._cdata)
+        if known is not None:
+            if part is not None and known[0] != part:
+                self.held[known[0]] -= known[1]
+                self.held[part] += known[1]
+                known[0] = part
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        if not size:
+            return
+        part = part or self.making or ("logits" if self._is_logits(tensor) else "activations")
+        entry = self._parts[storage._cdata] = [part, size]
+        weakref.finalize(storage, self._free, storage._cdata, entry).atexit = False
+        self.held[part] += size
+        self.total += size
+        if self.total > self.highest[self.phase]:
+            self.highest[self.phase] = self.total
+            self.peaks[self.phase] = {name: bytes_ for name, bytes_ in self.held.items() if bytes_}
+
+    def _is_logits(self, tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point()
+
+    def _free(self, key: int, entry: list[Any]) -> None:
+        if self._parts.get(key) is entry:
+            del self._parts[key]
+        self.held[entry[0]] -= entry[1]
+        self.total -= entry[1]
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count what the block does as a phase of its own."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before

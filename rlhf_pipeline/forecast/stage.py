@@ -1,0 +1,344 @@
+"""A stage's own trainer, run on shapes for two steps, and what it held at the peak of each phase."""
+
+import contextlib
+import gc
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_pipeline import stages
+from rlhf_pipeline.forecast import lengths as longest
+from rlhf_pipeline.forecast import model as bases
+from rlhf_pipeline.forecast.lengths import Lengths
+from rlhf_pipeline.forecast.shapes import Ledger
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import Head
+from rlhf_pipeline.models.score_head import new_head
+from rlhf_pipeline.models.roles import PolicyView, Roles, SharedBase
+from rlhf_pipeline.ppo.forward import member_scores
+from rlhf_pipeline.ppo.numbers import Scores
+from rlhf_pipeline.ppo.rollout import Episodes, sample
+from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.recipe.schema import BASE, Recipe
+from rlhf_pipeline.stages.job import Job
+
+TOKEN = 5  # any token that is no special one
+UNCOUNTED = "uncounted"  # a phase that prepares one
+STEPS = 2  # the first has no optimizer state yet
+Split = dict[str, int]
+
+
+def peaks(
+    recipe: Recipe,
+    name: str,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Lengths,
+    layers: int,
+) -> dict[str, Split]:
+    """What a stage holds at the peak of each phase, by what it is for, in bytes.
+
+    Args:
+        recipe: with `model.dtype` as it will be.
+        name: the stage.
+        config: of the model.
+        tokenizer: any; only its special tokens are read.
+        lengths: of its texts.
+        layers: how many layers the model shall have.
+    """
+    job = Job(recipe, name, recipe.run)
+    vocabulary = config.get_text_config().vocab_size
+    gc.collect()
+    ledger = Ledger(vocabulary)
+    head: Head = "score" if job.stage.facts.makes == "reward" else "causal"
+    base = bases.build(recipe.model, config, getattr(torch, recipe.model.dtype), layers, head)
+    with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as folder, ledger, _optimizer_steps(ledger):
+        for tensor in (*base.parameters(), *base.buffers()):
+            ledger.count(tensor, "weights")
+        ledger.making = "adapters"
+        if not job.stage.facts.trains:
+            _rows_of_replies(job, base, lengths, ledger)
+            ledger.peaks.pop(UNCOUNTED, None)
+            return ledger.peaks
+        args = _settings(job, Path(folder))
+        run = _ppo if job.stage.facts.own_loop else _groups if job.stage.facts.samples else _texts
+        policy = run(job, args, base, tokenizer, lengths, ledger, Path(folder))
+        if policy is not None and recipe.evaluate is not None:
+            asked = recipe.evaluate
+            lengths = longest.of_prompts(asked.data, asked.max_new_tokens)
+            prompts = [[TOKEN] * lengths.prompt] * min(asked.batch_size, asked.n * asked.samples)
+            with ledger.during("judging"), job_precision(recipe):
+                _sample(policy, prompts, asked.max_new_tokens, asked.temperature, ledger)
+    ledger.peaks.pop(UNCOUNTED, None)
+    return ledger.peaks
+
+
+@contextlib.contextmanager
+def _optimizer_steps(ledger: Ledger) -> Iterator[None]:
+    """What is made in an optimizer's step is the optimizer's, and the step is a phase."""
+    before: list[str] = []
+
+    def begin(*_: Any) -> None:
+        before.append(ledger.phase)
+        ledger.phase, ledger.making = "optimizer", "optimizer"
+
+    def end(*_: Any) -> None:
+        ledger.phase, ledger.making = before.pop(), None
+
+    hooks = register_optimizer_step_pre_hook(begin), register_optimizer_step_post_hook(end)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _settings(job: Job, folder: Path) -> Any:
+    """The stage's own settings, for a few steps, none of which is logged, evaluated or saved."""
+    args: Any = job.trainer_config(stages.BY_KIND[job.stage.kind].CONFIG)
+    args.output_dir, args.report_to, args.max_steps = str(folder), [], STEPS
+    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    args.eval_on_start = False
+    args.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
+    return args
+
+
+def _gradients_are_optimizer(model: torch.nn.Module, ledger: Ledger) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda one: None if one.grad is None else ledger.count(one.grad, "optimizer")
+            )
+
+
+def _texts(
+    job: Job, args: Any, base: PreTrainedModel, tokenizer: Any, lengths: Lengths, ledger: Ledger, folder: Path
+) -> PolicyView | None:
+    """SFT, reward, DPO and KTO: TRL's trainer on rows of the longest texts."""
+    count = args.per_device_train_batch_size * args.gradient_accumulation_steps * STEPS
+    rows = _rows(job, max(count, args.per_device_eval_batch_size), lengths)
+    held_out = rows.select(range(args.per_device_eval_batch_size)) if job.stage.data.holds_out else None
+    if job.stage.facts.makes == "reward":
+        model = adapters.with_reward_adapter(base, job.stage.lora, None)
+    else:
+        model = adapters.with_policy_adapter(base, job.stage.lora, None)
+    if job.stage.facts.reads == "feedback":
+        args.desirable_weight = args.undesirable_weight = 1.0
+    trainer = stages.BY_KIND[job.stage.kind].TRAINER.over(model, args, tokenizer, rows, held_out)
+    _gradients_are_optimizer(model, ledger)
+    ledger.making = None
+    with ledger.during("backward"):
+        trainer.train()
+    if held_out is not None:
+        with ledger.during("evaluation"):
+            trainer.evaluate()
+    if job.stage.facts.makes == "reward":
+        return None
+    trainer.optimizer = trainer.lr_scheduler = None  # as it is where the trainer is over, and `judge_policy` begins
+    return PolicyView(Roles(model, {"policy": "default"}), "policy")
+
+
+def _rows(job: Job, count: int, lengths: Lengths) -> Dataset:
+    """Rows of the longest texts; every second one is a token shorter, so that batches are padded, as they are in a run."""
+
+    def ids(length: int) -> list[list[int]]:
+        return [[TOKEN] * max(1, length - row % 2) for row in range(count)]
+
+    prompt = [[TOKEN] * lengths.prompt] * count
+    whole, reply = ids(lengths.whole), ids(lengths.reply)
+    if job.stage.facts.encoding == "demonstrations":
+        labels = [[-100] * min(lengths.prompt, len(row) - 1) + row[lengths.prompt :] for row in whole]
+        labels = [(label + [TOKEN] * len(row))[: len(row)] for label, row in zip(labels, whole, strict=True)]
+        return Dataset.from_dict({"input_ids": whole, "labels": labels})
+    if job.stage.facts.encoding == "whole_pairs":
+        return Dataset.from_dict({"chosen_ids": whole, "rejected_ids": whole})
+    if job.stage.facts.encoding == "pairs":
+        return Dataset.from_dict({"prompt_ids": prompt, "chosen_ids": reply, "rejected_ids": reply})
+    if job.stage.facts.encoding == "replies":
+        good = [row % 2 == 0 for row in range(count)]
+        return Dataset.from_dict({"prompt_ids": prompt, "completion_ids": reply, "label": good})
+    return Dataset.from_dict({"input_ids": ids(lengths.prompt)})
+
+
+def _ppo(
+    job: Job, args: Any, base: PreTrainedModel, tokenizer: Any, lengths: Lengths, ledger: Ledger, folder: Path
+) -> PolicyView | None:
+    """PPO: one update of our own trainer, of as many episodes as are scored at once."""
+    batch = args.per_device_train_batch_size * job.stage.trainer.get("gradient_accumulation_steps", 1)
+    at_once = min(batch, args.local_rollout_forward_batch_size)
+    args.gradient_accumulation_steps = -(-at_once // args.per_device_train_batch_size)
+    args.num_mini_batches, args.num_ppo_epochs, args.max_steps = 1, STEPS, 1
+    args.total_episodes, args.num_sample_generations = None, 0
+    ledger.phase = UNCOUNTED
+    stored = _reward_artifacts(job, base, folder)
+    ledger.phase = "load"
+    shared = SharedBase(base, job.stage.lora, None, stored, one_trunk=job.stage.value_model == "head")
+    rows = _rows(job, args.per_device_train_batch_size * args.gradient_accumulation_steps, lengths)
+    trainer = PPOTrainer(args, tokenizer, shared, _Rewards(shared), train_dataset=rows)
+    _gradients_are_optimizer(trainer.model, ledger)
+    ledger.making = None
+
+    def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
+        with ledger.during("sampling"), trainer._precision():
+            _sample(shared.policy, prompts[:at_once], args.response_length, args.temperature, ledger)
+        return _episodes(len(prompts), lengths.prompt, args.response_length)
+
+    usual = trainer.score
+
+    def score(*given: Any, **named: Any) -> Any:
+        with ledger.during("scoring"):
+            return usual(*given, **named)
+
+    trainer.roll_out, trainer.score = roll_out, score  # type: ignore[method-assign]
+    with ledger.during("backward"):
+        trainer.train()
+    return shared.policy
+
+
+def _groups(
+    job: Job, args: Any, base: PreTrainedModel, tokenizer: Any, lengths: Lengths, ledger: Ledger, folder: Path
+) -> PolicyView | None:
+    """GRPO and RLOO: TRL's trainers, as `stages.groups` has them."""
+    rows = _rows(job, max(2, args.generation_batch_size), lengths)
+    args.gradient_accumulation_steps = job.stage.trainer.get("gradient_accumulation_steps", 1)
+    ledger.phase = UNCOUNTED
+    stored = _reward_artifacts(job, base, folder)
+    ledger.phase = "load"
+    model = adapters.with_policy_adapter(base, job.stage.lora, None)
+    trainer: Any = stages.BY_KIND[job.stage.kind].TRAINER.over(model, args, tokenizer, rows, None)
+    for artifact, shape in stored:
+        trainer.roles.add_reward(artifact, shape)
+    trainer.score_with(_Rewards(trainer.roles), job.stage.scored_by)
+    _gradients_are_optimizer(model, ledger)
+    ledger.making = None
+
+    def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
+        with ledger.during("sampling"), trainer.accelerator.autocast():
+            _sample(trainer.policy, prompts, args.max_completion_length, args.temperature, ledger)
+        return _episodes(len(prompts), lengths.prompt, args.max_completion_length)
+
+    usual = trainer._generate_and_score_completions
+
+    def score(inputs: Any) -> Any:
+        with ledger.during("scoring"):
+            return usual(inputs)
+
+    trainer.roll_out, trainer._generate_and_score_completions = roll_out, score
+    with ledger.during("backward"):
+        trainer.train()
+    return trainer.policy  # type: ignore[no-any-return]
+
+
+def _rows_of_replies(job: Job, base: PreTrainedModel, lengths: Lengths, ledger: Ledger) -> None:
+    """Stages that make rows: sampled replies, and what reads them."""
+    stage = job.stage
+    adapted = [name for name in {*stage.parents.values()} if name != BASE]
+    peft: Any = None
+    shapes = [job._lora_of(name) for name in adapted] or [job.recipe.lora]
+    for number, shape in enumerate(shapes):
+        config = adapters.lora_config({**shape, "lora_dropout": 0.0}, base)
+        if peft is None:
+            peft = get_peft_model(base, config, adapter_name="adapter0")
+        else:
+            peft.add_adapter(f"adapter{number}", config)
+    ledger.making = None
+    view = PolicyView(Roles(peft, {"policy": "adapter0"}), "policy")
+    if stage.sampling is not None:
+        prompts = [[TOKEN] * lengths.prompt] * stage.sampling.batch_size
+        with ledger.during("sampling"), job_precision(job.recipe):
+            _sample(view, prompts, stage.sampling.max_new_tokens, stage.sampling.temperature, ledger)
+    readers = stage.judge.batch_size if stage.judge is not None and stage.judge.is_local else 0
+    readers = readers or (stage.sampling.batch_size if stage.sampling and stage.scored_by else 0)
+    if readers:
+        with ledger.during("scoring"), job_precision(job.recipe), torch.no_grad():
+            hidden = view.hidden_states(torch.full((readers, lengths.whole), TOKEN))
+            if stage.judge is not None:
+                view.head(hidden[:, -1]).float().log_softmax(1)
+
+
+def job_precision(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+    """The arithmetic of what samples and scores; see `models.staged`."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=recipe.model.dtype == "bfloat16")
+
+
+class _Rewards:
+    """The reward models of a stage read the replies, as `rewards.mixture.Rewards` has them do it; nothing else does."""
+
+    def __init__(self, roles: Roles) -> None:
+        self.roles = roles
+
+    def __call__(self, episodes: Episodes, _rows: Any = None, *, at_once: int, **_: Any) -> Scores:
+        for part in episodes.by_length().split(at_once):
+            for members in self.roles.rewards:
+                member_scores(members, episodes.select(part))
+        none = torch.zeros(len(episodes))
+        return Scores(none, defaultdict(lambda: none), {})
+
+
+def _reward_artifacts(job: Job, base: PreTrainedModel, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Artifacts of reward models of the right shapes on the disk, for our own code to load."""
+    stored = []
+    for number, (_, shape) in enumerate(job.reward_models):
+        artifact = folder / f"reward-{number}"
+        artifact.mkdir()
+        peft = adapters.with_policy_adapter(base, {**shape, "lora_dropout": 0.0}, None)
+        adapters.save_weights(peft, "default", artifact)
+        head = {"base_model.model.score.weight": new_head(base).weight.detach()}
+        save_file(load_file(artifact / adapters.WEIGHTS) | head, artifact / adapters.WEIGHTS, {"format": "pt"})
+        base = peft.unload()
+        stored.append((artifact, shape))
+    return stored
+
+
+def _episodes(count: int, prompt: int, reply: int) -> Episodes:
+    """Prompts with replies of full length, but every second a token shorter."""
+    lengths = torch.full((count,), reply) - torch.arange(count) % 2 * (reply > 1)
+    return Episodes(
+        torch.full((count, prompt + reply), TOKEN),
+        torch.full((count,), prompt),
+        lengths,
+        torch.ones(count, dtype=torch.bool),
+        torch.zeros(count, reply),
+    )
+
+
+def _sample(policy: PolicyView, prompts: Sequence[list[int]], reply: int, temperature: float, ledger: Ledger) -> None:
+    """The two moments that sampling may need most in: reading the prompts, and the last token of the replies."""
+    settings: dict[str, Any] = {
+        "temperature": temperature, "stop_token_id": None, "pad_token_id": 0, "at_once": len(prompts),
+    }  # fmt: skip
+    sample(policy, prompts, response_length=min(2, reply), **settings)
+    if reply <= 2:
+        return
+    longest = max(len(prompt) for prompt in prompts) + reply - 1
+    sample(_Amid(policy, ledger), [[TOKEN] * (longest - row % 2) for row in range(len(prompts))], response_length=1,
+           **settings)  # fmt: skip
+
+
+class _Amid:
+    """A policy in the middle of its replies: all but the last token read, and in its cache."""
+
+    def __init__(self, policy: PolicyView, ledger: Ledger) -> None:
+        self.policy, self.ledger, self.device = policy, ledger, policy.device
+
+    def generate(self, **inputs: Any) -> Any:
+        """See `transformers.GenerationMixin.generate`."""
+        ids, mask = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
+        model, shared = self.policy.shared.causal_lm, self.policy.shared
+        before, self.ledger.phase, self.ledger.making = self.ledger.phase, UNCOUNTED, "cache"
+        was = model.training
+        model.eval()
+        with shared.acting_as(self.policy.role):
+            cache = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+        model.train(was)
+        self.ledger.phase, self.ledger.making = before, None
+        return self.policy.generate(**inputs, past_key_values=cache)

@@ -1,0 +1,128 @@
+"""A recipe's forecast. Here torch lives."""
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from rlhf_pipeline.forecast import advice, lengths, stage
+from rlhf_pipeline.forecast.cards import CONTEXT, Card
+from rlhf_pipeline.forecast.result import PARTS, PHASES, Change, Forecast, Part, Phase, StageForecast
+from rlhf_pipeline.models import layer_count
+from rlhf_pipeline.models.base import load_config
+from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.recipe.schema import Model, Recipe
+
+Known = Mapping[str, tuple[int, int]]  # of a stage's rows the longest prompt, and the longest prompt with its reply
+
+
+def forecast(
+    recipe: Recipe, card: Card, *, advise: bool = True, rows: Known | None = None, on_gpu: bool = True
+) -> Forecast:
+    """How much memory each stage takes that holds a model.
+
+    Args:
+        recipe: from `recipe.load`.
+        card: the GPU; without `usable`, nothing is said of what fits.
+        advise: also find the largest batch that fits, and what to change where it does not fit.
+        rows: how long the rows of stages are, where that is known.
+        on_gpu: count what CUDA itself takes; and `dtype: auto` is bfloat16.
+
+    Raises:
+        InputError: the configuration of the model cannot be had.
+    """
+    recipe = copy.deepcopy(recipe)
+    if recipe.model.dtype == "auto":
+        recipe.model.dtype = "bfloat16" if on_gpu else "float32"
+    work = _Work(load_config(recipe.model), rows or {}, CONTEXT if on_gpu else 0)
+    stages = []
+    for name, one in recipe.stages.items():
+        if one.facts.trains or one.sampling is not None or (one.judge is not None and one.judge.is_local):
+            found = work.stage(recipe, name)
+            if advise:
+                found = advice.advised(recipe, found, card.usable, work.stage)
+            stages.append(found)
+    notes = ["lengths are those of the recipe's limits, not of its rows"] if not rows else []
+    return Forecast(card.name, card.usable, tuple(stages), tuple(notes))
+
+
+class _Work:
+    """The forecasts of a recipe's stages, and of what they would be with other settings.
+
+    Args:
+        config: of the model.
+        rows: see `forecast`.
+        overhead: bytes that CUDA itself takes.
+    """
+
+    def __init__(self, config: PretrainedConfig, rows: Known, overhead: int) -> None:
+        self.config, self.rows, self.overhead = config, rows, overhead
+        self.tokenizer = load_tokenizer(Model(path=str(TINY / "checkpoint")))
+
+    def stage(self, recipe: Recipe, name: str) -> StageForecast:
+        """One stage as the recipe has it."""
+        one = recipe.stages[name]
+        found = lengths.of_stage(one, *self.rows.get(name, (None, None)))
+        notes = [f"{found.assumed} are taken for granted: nothing limits them"] if found.assumed else []
+        notes += [
+            f"`rewards.{place}.model` is loaded beside the base, and is not counted"
+            for place, reward in enumerate(one.rewards)
+            if reward.model is not None
+        ]
+        split = self._all_layers(lambda layers: self._peaks(recipe, name, found, layers))
+        phases = tuple(
+            Phase(phase, self._with_overhead(split[phase]))
+            for phase in PHASES
+            if phase in split
+        )
+        sampled = one.sampling.batch_size if one.sampling else one.judge.batch_size if one.judge else None
+        batch = advice.batch_size(one) if one.facts.trains else sampled
+        return StageForecast(name, one.kind, phases, found.prompt, found.whole, batch, notes=tuple(notes))
+
+    def _with_overhead(self, split: dict[str, int]) -> dict[Part, int]:
+        return {part: value for part in PARTS if (value := split.get(part, 0) or (part == "overhead") * self.overhead)}
+
+    def _peaks(self, recipe: Recipe, name: str, found: lengths.Lengths, layers: int) -> dict[str, dict[str, int]]:
+        with _quietly():
+            return stage.peaks(recipe, name, self.config, self.tokenizer, found, layers)
+
+    def _all_layers(self, peaks: Callable[[int], dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+        """The peaks of the whole model, from those of it with few layers and with some more.
+
+        Whatever one layer, or one turn of the pattern of layers, holds at the peak, the next one holds, too: so all
+        parts grow by the same for each.
+        """
+        text = self.config.get_text_config()
+        layers, few = text.num_hidden_layers, layer_count.of_every_kind(text)
+        more = few + layer_count.period(text)
+        if layers <= more:
+            return peaks(layers)
+        least, some = peaks(few), peaks(more)
+        share = (layers - more) / (more - few)
+        return {
+            phase: {
+                part: max(0, round(split.get(part, 0) + share * (split.get(part, 0) - least[phase].get(part, 0))))
+                for part in {*split, *least[phase]}
+            }
+            for phase, split in some.items()
+        }
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the libraries print of a training that is none."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
