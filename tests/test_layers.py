@@ -17,6 +17,7 @@ LAYERS = [
     ["use"],
     ["run"],
     ["comparison"],
+    ["forecast"],
     ["stages", "plan"],
     ["rewards", "judges", "hacking"],
     ["ppo", "data"],

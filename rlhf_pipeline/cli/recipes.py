@@ -103,6 +103,43 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command(
     epilog=examples(
+        ("forecast my-recipe.yaml --gpu 24GB", "whether it fits on such a card, and what to change if not"),
+        ('forecast my-recipe.yaml --gpu "RTX 4090"', "the same by the card's name"),
+        ("forecast my-recipe.yaml ppo.trainer.response_length=1024", "what a setting would take"),
+        ("forecast my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
+    )
+)
+def forecast(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE|NAME", help="The card, as `24GB` or `RTX 4090`; by default the one that is here."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how much GPU memory each stage will take, before anything is loaded; see `rlhf-pipeline docs forecast`.
+
+    Of the model only its config.json is read. Exits with 1 where a stage does not fit on the card.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.forecast import cards
+    from rlhf_pipeline.run import runner
+    from rlhf_pipeline.terminal import forecasts
+    from rlhf_pipeline.terminal.console import Console
+
+    card = cards.find(gpu)
+    loaded = recipes.load(recipe, overrides or [])
+    found = runner.foresee(loaded, card)
+    if as_json:
+        typer.echo(strict_json.dumps(found.as_json(), indent=2))
+    else:
+        forecasts.show(found, Console())
+    raise typer.Exit(int(found.fits is False))
+
+
+@app.command(
+    epilog=examples(
         ("show my-recipe.yaml", "every setting that counts, and where each was written"),
         ("show tiny sft.trainer.learning_rate=1e-3", "with a setting of the command line"),
         ("show tiny --json", "the same for scripts; see `rlhf-pipeline docs json`"),

@@ -10,7 +10,7 @@ from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 
 BATCH = "per_device_train_batch_size"
-MOST = 1024  # rows at once: beyond them, none would be faster
+MOST = 256  # rows at once: more are hardly faster
 Look = Callable[[Recipe, str], StageForecast]
 TIME, RESULT = "time alone", "another result"
 

@@ -11,12 +11,12 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 BLOCK = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple of this (kMinBlockSize)
 _SCALAR = torch.ops.aten._local_scalar_dense.default
@@ -82,8 +82,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     What comes of numbers that are not known: a number is 1, a truth is true, tokens are 0.
     """
-    flat, spec = tree_flatten((args, kwargs))
-    if not any(isinstance(one, Shape) for one in flat):
+    if not (_has_shape(args) or _has_shape(kwargs.values()) or _spreads(args)):
         return func(*args, **kwargs)
     if func is _SCALAR:
         return 1.0 if args[0].dtype.is_floating_point else 1
@@ -96,15 +95,29 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             part for one in args[1] for part in (one.nonzero(as_tuple=True) if _is_real_mask(one) else (one,))
         ]
         args = (args[0], indices, *args[2:])
-        flat, spec = tree_flatten((args, kwargs))
-    given = [_on_meta(one) for one in flat]
-    on_meta, meta_kwargs = tree_unflatten(given, spec)
-    if "device" in meta_kwargs:
-        meta_kwargs["device"] = torch.device("meta")
+    ours: dict[int, Tensor] = {}
+    on_meta = [_on_meta(one, ours) for one in args]
+    meta_kwargs = {name: _on_meta(one, ours) for name, one in kwargs.items()}
     found = func(*on_meta, **meta_kwargs)
-    ours = {id(inner): one for inner, one in zip(given, flat, strict=True) if isinstance(one, Tensor)}
-    outputs, shape = tree_flatten(found)
-    return tree_unflatten([_off_meta(one, ours) for one in outputs], shape)
+    if isinstance(found, tuple | list):
+        return type(found)(_off_meta(one, ours) for one in found)
+    return _off_meta(found, ours)
+
+
+def _spreads(args: Any) -> bool:
+    """Whether real tensors are combined to a large one, as positions are to a mask of attention."""
+    shapes = [one.shape for one in args if isinstance(one, Tensor)]
+    if len(shapes) < 2 or max(map(len, shapes)) < 3:
+        return False
+    sizes = zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    return math.prod(map(max, sizes)) >= _LARGE
+
+
+def _has_shape(values: Any) -> bool:
+    return any(
+        isinstance(one, Shape) or (isinstance(one, tuple | list) and any(isinstance(part, Shape) for part in one))
+        for one in values
+    )
 
 
 def _is_large(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -117,12 +130,17 @@ def _is_real_mask(one: Any) -> bool:
     return isinstance(one, Tensor) and one.dtype == torch.bool and not isinstance(one, Shape)
 
 
-def _on_meta(one: Any) -> Any:
-    if isinstance(one, Shape):
-        return one.inner
-    if isinstance(one, torch.device):
-        return torch.device("meta")
-    return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta") if isinstance(one, Tensor) else one
+def _on_meta(one: Any, ours: dict[int, Tensor]) -> Any:
+    """An argument as it is on `meta`; `ours` takes what stands for what."""
+    if isinstance(one, Tensor):
+        inner = one.inner if isinstance(one, Shape) else torch.empty_strided(
+            one.shape, one.stride(), dtype=one.dtype, device="meta"
+        )
+        ours[id(inner)] = one
+        return inner
+    if isinstance(one, tuple | list):
+        return [_on_meta(part, ours) for part in one]
+    return torch.device("meta") if isinstance(one, torch.device) else one
 
 
 def _off_meta(one: Any, ours: dict[int, Any]) -> Any:
@@ -133,7 +151,7 @@ def _off_meta(one: Any, ours: dict[int, Any]) -> Any:
         if not isinstance(before, Shape) and before.is_floating_point():
             before.fill_(1.0)  # with numbers that are not known
         return before
-    if one.is_floating_point() or one.dtype in (torch.uint8, torch.int8) or one.is_complex():
+    if one.numel() >= _LARGE or one.is_floating_point() or one.dtype in (torch.uint8, torch.int8) or one.is_complex():
         return Shape(one)
     return (torch.ones if one.dtype == torch.bool else torch.zeros)(one.shape, dtype=one.dtype)
 

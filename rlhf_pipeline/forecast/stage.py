@@ -1,7 +1,6 @@
 """A stage's own trainer, run on shapes for two steps, and what it held at the peak of each phase."""
 
 import contextlib
-import gc
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from rlhf_pipeline.stages.job import Job
 
 TOKEN = 5  # any token that is no special one
 UNCOUNTED = "uncounted"  # a phase that prepares one
-STEPS = 2  # the first has no optimizer state yet
+STEPS = 1
 Split = dict[str, int]
 
 
@@ -57,7 +56,6 @@ def peaks(
     """
     job = Job(recipe, name, recipe.run)
     vocabulary = config.get_text_config().vocab_size
-    gc.collect()
     ledger = Ledger(vocabulary)
     head: Head = "score" if job.stage.facts.makes == "reward" else "causal"
     base = bases.build(recipe.model, config, getattr(torch, recipe.model.dtype), layers, head)
@@ -112,12 +110,21 @@ def _settings(job: Job, folder: Path) -> Any:
     return args
 
 
-def _gradients_are_optimizer(model: torch.nn.Module, ledger: Ledger) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(
-                lambda one: None if one.grad is None else ledger.count(one.grad, "optimizer")
-            )
+def _begin(trainer: Any, model: torch.nn.Module, ledger: Ledger) -> None:
+    """Have a trainer's optimizer as it is after its first step, so that the next one is like all others."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before, ledger.phase, ledger.making = ledger.phase, UNCOUNTED, "optimizer"
+    if trainer.optimizer is None:
+        trainer.create_optimizer_and_scheduler(num_training_steps=STEPS)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(
+            lambda one: None if one.grad is None else ledger.count(one.grad, "optimizer")
+        )
+    ledger.phase, ledger.making = before, None
 
 
 def _texts(
@@ -134,8 +141,7 @@ def _texts(
     if job.stage.facts.reads == "feedback":
         args.desirable_weight = args.undesirable_weight = 1.0
     trainer = stages.BY_KIND[job.stage.kind].TRAINER.over(model, args, tokenizer, rows, held_out)
-    _gradients_are_optimizer(model, ledger)
-    ledger.making = None
+    _begin(trainer, model, ledger)
     with ledger.during("backward"):
         trainer.train()
     if held_out is not None:
@@ -176,7 +182,7 @@ def _ppo(
     batch = args.per_device_train_batch_size * job.stage.trainer.get("gradient_accumulation_steps", 1)
     at_once = min(batch, args.local_rollout_forward_batch_size)
     args.gradient_accumulation_steps = -(-at_once // args.per_device_train_batch_size)
-    args.num_mini_batches, args.num_ppo_epochs, args.max_steps = 1, STEPS, 1
+    args.num_mini_batches, args.num_ppo_epochs, args.max_steps = 1, 1, STEPS
     args.total_episodes, args.num_sample_generations = None, 0
     ledger.phase = UNCOUNTED
     stored = _reward_artifacts(job, base, folder)
@@ -184,8 +190,7 @@ def _ppo(
     shared = SharedBase(base, job.stage.lora, None, stored, one_trunk=job.stage.value_model == "head")
     rows = _rows(job, args.per_device_train_batch_size * args.gradient_accumulation_steps, lengths)
     trainer = PPOTrainer(args, tokenizer, shared, _Rewards(shared), train_dataset=rows)
-    _gradients_are_optimizer(trainer.model, ledger)
-    ledger.making = None
+    _begin(trainer, trainer.model, ledger)
 
     def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
         with ledger.during("sampling"), trainer._precision():
@@ -218,8 +223,7 @@ def _groups(
     for artifact, shape in stored:
         trainer.roles.add_reward(artifact, shape)
     trainer.score_with(_Rewards(trainer.roles), job.stage.scored_by)
-    _gradients_are_optimizer(model, ledger)
-    ledger.making = None
+    _begin(trainer, model, ledger)
 
     def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
         with ledger.during("sampling"), trainer.accelerator.autocast():

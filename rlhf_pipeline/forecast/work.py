@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,7 @@ def forecast(
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if on_gpu else "float32"
     work = _Work(load_config(recipe.model), rows or {}, CONTEXT if on_gpu else 0)
+    gc.freeze()  # trainers look for garbage, which takes longer than all else here
     stages = []
     for name, one in recipe.stages.items():
         if one.facts.trains or one.sampling is not None or (one.judge is not None and one.judge.is_local):

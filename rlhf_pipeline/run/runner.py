@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import dataclasses
 import platform
 import shlex
 import signal
@@ -21,6 +22,8 @@ from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import Interrupted, RunError
 from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.forecast.cards import Card
+from rlhf_pipeline.forecast.result import Forecast
 from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
 from rlhf_pipeline.run import jobs, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain
@@ -213,6 +216,27 @@ def check(recipe: Recipe) -> list[str]:
     plan.shapes(recipe)
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         return _check(recipe, plan.make(recipe), launcher, scratch)
+
+
+def foresee(recipe: Recipe, card: Card, *, advise: bool = True) -> Forecast:
+    """How much memory each stage of a recipe will take, worked out in a worker.
+
+    Args:
+        recipe: from `recipe.load`.
+        card: the GPU that is asked about.
+        advise: also find the largest batches, and what to change where a stage does not fit.
+
+    Raises:
+        InputError: the configuration of the model cannot be had.
+    """
+    with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
+        result, _ = jobs.do(
+            recipe, launcher, "forecast", scratch / "forecast.json", scratch / "forecast.log", "the forecast",
+            card=dataclasses.asdict(card), advise=advise, rows={}, on_gpu=True,
+        )  # fmt: skip
+    if launcher.stopping:
+        raise Interrupted("stopped before the forecast was done")
+    return Forecast.from_json(result["forecast"])
 
 
 @contextlib.contextmanager

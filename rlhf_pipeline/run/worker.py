@@ -1,4 +1,6 @@
-"""One job in one process: check a recipe, train a stage, judge one that is done, or compare all. Here torch lives.
+"""One job in one process: check or forecast a recipe, train a stage, judge one that is done, or compare all.
+
+Here torch lives.
 
 The job is a JSON file; the answer is written beside it as `result.json`.
 """
@@ -18,6 +20,8 @@ from rlhf_pipeline import stages
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.comparison import measure
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.forecast.cards import Card
+from rlhf_pipeline.forecast.work import forecast
 from rlhf_pipeline.models.tokenizer import pinned_day
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import trackers
@@ -45,6 +49,10 @@ def main(job_file: str) -> int:
     try:
         if job["task"] == "check":
             result, code = {"warnings": check.check(recipe, job["stages"], job["current"])}, 0
+        elif job["task"] == "forecast":
+            card = Card(**job["card"])
+            made = forecast(recipe, card, advise=job["advise"], rows=job["rows"], on_gpu=job["on_gpu"])
+            result, code = {"forecast": made.as_json()}, 0
         elif job["task"] == "compare":
             settings = job["settings"]
             asked, spec = measure.default_prompts(recipe, settings["n"])
