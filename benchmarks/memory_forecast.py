@@ -3,8 +3,8 @@
 Each combination is a small random model of one architecture and a stage with its own settings. Its trainer, the real
 one, takes two optimizer steps, or PPO one update, on rows of the longest texts, and torch's profiler notes each request
 to the allocator. What is compared is the most that was held at once after the model was loaded. The forecast gets the
-recipe and the configuration and nothing else. Exits with 1 where fewer than 90 % of the combinations are within 10 %, or
-one is more than 20 % too low.
+recipe and the configuration and nothing else. Exits with 1 where fewer than 90 % of the combinations are within 10 %,
+or one is more than 20 % too low.
 
 Combinations marked `held out` were not looked at while the forecast was written.
 """
@@ -35,7 +35,6 @@ from rlhf_pipeline.models.roles import SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import TINY, Recipe
-from rlhf_pipeline.recipe.schema import Model, Stage
 from rlhf_pipeline.stages.job import Job
 
 LOADED = "loaded"  # the mark in the profile behind which memory counts
@@ -46,7 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
     "gemma": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64},
     "gemma2": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "sliding_window": 64},
-    "gpt2": {}, "gpt_neox": {}, "opt": {}, "phi": {},
+    "gpt2": {"num_attention_heads": 8}, "gpt_neox": {"num_attention_heads": 8}, "opt": {"num_attention_heads": 8},
+    "phi": {"num_attention_heads": 8},
 }  # fmt: skip
 
 

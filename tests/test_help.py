@@ -26,6 +26,7 @@ LONG = {
     "smoke": "trains",
     "validate": "imports torch",
     "data": "imports torch",
+    "forecast": "imports torch",
     "shrink": "imports torch",
     "chat": "imports torch",
     "score": "imports torch",

@@ -16,6 +16,8 @@ import short_run
 import typer
 
 from rlhf_pipeline import cli
+from rlhf_pipeline.forecast import result as forecasts
+from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
 from rlhf_pipeline.smoke.run import Report, Smoked
 from rlhf_pipeline.sweep.goal import Goal
 from rlhf_pipeline.sweep.keys import Combination
@@ -248,6 +250,18 @@ def test_smoke():
         Report([Smoked("ppo", "ppo")]),
     )
     compare("smoke", [{"recipe": "r.yaml", **report.as_json()} for report in reports])
+
+
+def test_forecast():
+    """The object alone: tests/forecast has the command make one, which takes its time."""
+    phases = Phase("load", {"weights": 5, "overhead": 1}), Phase("backward", {"weights": 5, "logits": 7})
+    change = forecasts.Change({"sft.trainer.max_length": 8}, 9, "shorter texts")
+    one = StageForecast("sft", "sft", phases, 2, 4, 8, 16, (change,), 1.5, ("a note",))
+    other = StageForecast("asked", "judge", phases, 2, 4, None)
+    compare(
+        "forecast",
+        [Forecast("24 GB", 10, (one, other), ("a note",)).as_json(), Forecast("a GPU", None, (one,)).as_json()],
+    )
 
 
 def test_sweep(tmp_path):

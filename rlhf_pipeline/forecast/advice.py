@@ -9,7 +9,7 @@ from rlhf_pipeline.forecast.result import Change, StageForecast
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 
-BATCH = "per_device_train_batch_size"
+BATCH, EVAL = "per_device_train_batch_size", "per_device_eval_batch_size"
 MOST = 256  # rows at once: more are hardly faster
 Look = Callable[[Recipe, str], StageForecast]
 TIME, RESULT = "time alone", "another result"
@@ -74,7 +74,7 @@ def _of_groups(stage: Stage) -> int:
 
 
 def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> Iterator[Change]:
-    """Changes, one on top of the other, the cheapest first, until the stage fits; those that save nothing are left out."""
+    """Changes, one on top of the other, the cheapest first, until the stage fits; without those that save nothing."""
     peak, name = found.peak, found.name
     tried = True
     while peak > usable and tried:
@@ -118,9 +118,6 @@ def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str
             yield {f"{own}.{stage.facts.reply_limit}": limit // 2}, "shorter replies"
     if stage.lora.get("r", 8) > 1:
         yield {"lora.r": stage.lora.get("r", 8) // 2}, RESULT
-
-
-EVAL = "per_device_eval_batch_size"
 
 
 def _with(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:

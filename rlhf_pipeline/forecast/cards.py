@@ -48,7 +48,7 @@ def find(said: str | None) -> Card:
     """
     if said is None:
         return _visible() or ANY
-    words = re.sub(r"\s+", " ", re.sub(r"[-_]", " ", said.lower())).strip()
+    words = re.sub(r"\s+", " ", re.sub(r"(?<=\w)[-_](?=\w)", " ", said.lower())).strip()
     words = re.sub(r"^(nvidia )?(geforce |tesla )?", "", words)
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(gb|gib|g)", words):
         # "24 GB" on a box are 24 GiB, of which the driver leaves about half a GiB less.
@@ -70,7 +70,9 @@ def find(said: str | None) -> Card:
 
 
 def _title(name: str) -> str:
-    return " ".join(word.upper() if word not in ("ti", "super", "ada", "pro") else word.title() for word in name.split())
+    return " ".join(
+        word.upper() if word not in ("ti", "super", "ada", "pro") else word.title() for word in name.split()
+    )
 
 
 def _visible() -> Card | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rlhf_pipeline.recipe.library_keys import keys
-from rlhf_pipeline.recipe.schema import Data, Recipe, Stage
+from rlhf_pipeline.recipe.schema import Data, Stage
 
 PROMPT, REPLY = 512, 512  # tokens, where neither rows nor recipe say it
 
@@ -33,7 +33,8 @@ def of_stage(stage: Stage, prompt: int | None = None, whole: int | None = None) 
 
     Args:
         stage: the stage.
-        prompt, whole: of its rows, where they are known; else the recipe's limits count.
+        prompt: the longest of its rows, where it is known; else the recipe's limits count.
+        whole: the same of a prompt with its reply.
     """
     data, trainer = stage.data, stage.trainer
     if stage.facts.reply_limit or not stage.facts.trains:  # it reads prompts
@@ -74,8 +75,3 @@ def reply_limit(stage: Stage) -> int:
     name = stage.facts.reply_limit
     assert name is not None
     return int(stage.trainer.get(name) or keys(stage.kind)[name].default)
-
-
-def samples_after(recipe: Recipe, stage: Stage) -> bool:
-    """Whether a stage's policy replies to the prompts of `evaluate`."""
-    return recipe.evaluate is not None and stage.facts.is_policy

@@ -69,7 +69,9 @@ def _quantize(model: PreTrainedModel, quantization: str, dtype: torch.dtype) -> 
     apart = {*get_keys_to_not_convert(model), *untouched(model)}
     packed = Packed4bit if quantization == "nf4" else Packed8bit
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D) and not any(name == one or name.startswith(f"{one}.") for one in apart):
+        if isinstance(module, nn.Linear | Conv1D) and not any(
+            name == one or name.startswith(f"{one}.") for one in apart
+        ):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, packed(module, dtype))
     for _, module, name in list(experts.parameters(model)):

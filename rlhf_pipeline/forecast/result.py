@@ -49,7 +49,7 @@ class StageForecast:
     Attributes:
         name, kind: of the stage.
         phases: those that it has, in their order.
-        prompt_tokens, whole_tokens: how long its longest prompt, and the longest prompt with its reply, are taken to be.
+        prompt_tokens, whole_tokens: how long the longest prompt, and a prompt with its reply, are taken to be.
         batch_size: `per_device_train_batch_size`, or the `batch_size` of a stage that samples; None where it has none.
         largest_batch: the largest that fits on the card; 0 where none does, None where no card is asked about.
         changes: what to change where it does not fit, one after the other until it does, or nothing is left.

@@ -35,7 +35,7 @@ _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 class Shape(Tensor):
     """A tensor without numbers, that says it is on the CPU, so that autocast treats it as it would a real one."""
 
-    inner: Tensor  # on `meta`; its storage is what is counted
+    twin: Tensor  # on `meta`; its storage is what is counted
 
     @staticmethod
     def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Self:
@@ -46,17 +46,17 @@ class Shape(Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device="cpu",
+            device=torch.device("cpu"),
             requires_grad=requires_grad,
         )
-        made.inner = inner
+        made.twin = inner
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Shape({list(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shape":
-        return Shape(torch.empty_like(self.inner), self.requires_grad)
+        return Shape(torch.empty_like(self.twin), self.requires_grad)
 
     def numpy(self, **_: Any) -> Any:
         """Ones, as everything that is not known."""
@@ -67,7 +67,9 @@ class Shape(Tensor):
         return torch.ones(self.shape).tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Outside a `Ledger`, the same operations; they are not counted."""
         return run(func, args, kwargs or {})
 
@@ -91,9 +93,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _CHOICE:
         return _FLASH
     if func in _INDEX:
-        indices = [
-            part for one in args[1] for part in (one.nonzero(as_tuple=True) if _is_real_mask(one) else (one,))
-        ]
+        indices = [part for one in args[1] for part in (one.nonzero(as_tuple=True) if _is_real_mask(one) else (one,))]
         args = (args[0], indices, *args[2:])
     ours: dict[int, Tensor] = {}
     on_meta = [_on_meta(one, ours) for one in args]
@@ -133,8 +133,10 @@ def _is_real_mask(one: Any) -> bool:
 def _on_meta(one: Any, ours: dict[int, Tensor]) -> Any:
     """An argument as it is on `meta`; `ours` takes what stands for what."""
     if isinstance(one, Tensor):
-        inner = one.inner if isinstance(one, Shape) else torch.empty_strided(
-            one.shape, one.stride(), dtype=one.dtype, device="meta"
+        inner = (
+            one.twin
+            if isinstance(one, Shape)
+            else torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
         )
         ours[id(inner)] = one
         return inner
@@ -190,7 +192,7 @@ class Ledger(TorchDispatchMode):
 
     def count(self, tensor: Tensor, part: str | None = None) -> None:
         """Count a tensor's storage, unless it is; with `part`, as that from now on."""
-        storage = (tensor.inner if isinstance(tensor, Shape) else tensor).untyped_storage()
+        storage = (tensor.twin if isinstance(tensor, Shape) else tensor).untyped_storage()
         known = self._parts.get(storage._cdata)
         if known is not None:
             if part is not None and known[0] != part:

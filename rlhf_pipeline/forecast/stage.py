@@ -21,8 +21,8 @@ from rlhf_pipeline.forecast.lengths import Lengths
 from rlhf_pipeline.forecast.shapes import Ledger
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import Head
-from rlhf_pipeline.models.score_head import new_head
 from rlhf_pipeline.models.roles import PolicyView, Roles, SharedBase
+from rlhf_pipeline.models.score_head import new_head
 from rlhf_pipeline.ppo.forward import member_scores
 from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import Episodes, sample
@@ -154,7 +154,7 @@ def _texts(
 
 
 def _rows(job: Job, count: int, lengths: Lengths) -> Dataset:
-    """Rows of the longest texts; every second one is a token shorter, so that batches are padded, as they are in a run."""
+    """Rows of the longest texts; every second one is a token shorter, so that batches are padded, as in a run."""
 
     def ids(length: int) -> list[list[int]]:
         return [[TOKEN] * max(1, length - row % 2) for row in range(count)]
@@ -203,7 +203,7 @@ def _ppo(
         with ledger.during("scoring"):
             return usual(*given, **named)
 
-    trainer.roll_out, trainer.score = roll_out, score  # type: ignore[method-assign]
+    trainer.roll_out, trainer.score = roll_out, score  # type: ignore[method-assign, assignment]
     with ledger.during("backward"):
         trainer.train()
     return shared.policy
@@ -239,7 +239,8 @@ def _groups(
     trainer.roll_out, trainer._generate_and_score_completions = roll_out, score
     with ledger.during("backward"):
         trainer.train()
-    return trainer.policy  # type: ignore[no-any-return]
+    policy: PolicyView = trainer.policy
+    return policy
 
 
 def _rows_of_replies(job: Job, base: PreTrainedModel, lengths: Lengths, ledger: Ledger) -> None:
@@ -280,7 +281,9 @@ class _Rewards:
     def __init__(self, roles: Roles) -> None:
         self.roles = roles
 
-    def __call__(self, episodes: Episodes, _rows: Any = None, *, at_once: int, **_: Any) -> Scores:
+    def __call__(
+        self, episodes: Episodes, rows: Any = None, *, at_once: int, step: int = 0, max_steps: int = 0
+    ) -> Scores:
         for part in episodes.by_length().split(at_once):
             for members in self.roles.rewards:
                 member_scores(members, episodes.select(part))

@@ -6,15 +6,13 @@ import gc
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from rlhf_pipeline.forecast import advice, lengths, stage
 from rlhf_pipeline.forecast.cards import CONTEXT, Card
-from rlhf_pipeline.forecast.result import PARTS, PHASES, Change, Forecast, Part, Phase, StageForecast
+from rlhf_pipeline.forecast.result import PARTS, PHASES, Forecast, Part, Phase, StageForecast
 from rlhf_pipeline.models import layer_count
 from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -79,11 +77,7 @@ class _Work:
             if reward.model is not None
         ]
         split = self._all_layers(lambda layers: self._peaks(recipe, name, found, layers))
-        phases = tuple(
-            Phase(phase, self._with_overhead(split[phase]))
-            for phase in PHASES
-            if phase in split
-        )
+        phases = tuple(Phase(phase, self._with_overhead(split[phase])) for phase in PHASES if phase in split)
         sampled = one.sampling.batch_size if one.sampling else one.judge.batch_size if one.judge else None
         batch = advice.batch_size(one) if one.facts.trains else sampled
         return StageForecast(name, one.kind, phases, found.prompt, found.whole, batch, notes=tuple(notes))
@@ -122,7 +116,11 @@ def _quietly() -> Iterator[None]:
     """Without what the libraries print of a training that is none."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         try:
             yield

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import dataclasses
 import platform
 import shlex
 import signal
@@ -21,9 +20,9 @@ from typing import Any
 from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import Interrupted, RunError
-from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.result import Forecast
+from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
 from rlhf_pipeline.run import jobs, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain

@@ -8,7 +8,6 @@ from rlhf_pipeline.forecast.result import PARTS, Forecast, StageForecast
 from rlhf_pipeline.rundir.words import memory
 from rlhf_pipeline.terminal.console import Console
 
-
 _SHORT = {"activations": "activ.", "optimizer": "optim.", "overhead": "CUDA"}  # a table of 80 columns has room for that
 
 
