@@ -1,5 +1,6 @@
 """What a forecast says: stages, their phases, and the parts of each phase, in bytes. No torch."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -116,7 +117,7 @@ class Forecast:
 
     def as_json(self) -> dict[str, Any]:
         """For scripts; docs/json.md has its keys."""
-        found = asdict(self) | {"fits": self.fits}
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self))) | {"fits": self.fits}  # with lists for tuples
         for stage, one in zip(self.stages, found["stages"], strict=True):
             one |= {"peak": stage.peak, "allocated": stage.allocated, "peak_phase": stage.highest.name}
             one["fits"] = None if self.usable is None else stage.peak <= self.usable
