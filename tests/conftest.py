@@ -80,10 +80,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 # The files that take longest, the longest first.
 LONG = (
-    "test_tiny_run", "test_kill", "test_stages", "test_stop", "test_training", "test_resumable", "test_bad",
-    "test_faults", "test_gate_metrics", "test_runner", "test_smoke", "test_report_page", "test_closed_form",
-    "test_same_as_trl", "test_shrink", "test_safe_to_open", "test_checkpoints", "test_docs", "test_packaging",
-    "test_cli", "test_report_browser", "test_resume", "test_docs_ci",
+    "test_tiny_run", "test_watching", "test_faults", "test_sweep", "test_loading", "test_docs", "test_roles",
+    "test_architectures", "test_kill", "test_stages", "test_groups", "test_shrink", "test_smoke", "test_base",
+    "test_gate_metrics", "test_check", "test_evaluation", "test_launch", "test_score_head", "test_closed_form",
+    "test_resume", "test_measure", "test_stop", "test_runner", "test_served", "test_sample", "test_ensemble",
+    "test_training", "test_bad", "test_resumable", "test_same_as_trl", "test_safe_to_open", "test_packaging",
+    "test_checkpoints", "test_report_page", "test_report_many", "test_report_browser", "test_cli", "test_docs_ci",
 )  # fmt: skip
 START_PROCESSES = {"warm_server", "tiny_run"}  # fixtures
 

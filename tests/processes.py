@@ -13,6 +13,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
@@ -149,6 +151,11 @@ def _become_server(requests: int, answers: int, log: Path) -> None:
         os.dup2(end, place)
     sys.stdin, sys.stderr = os.fdopen(0, closefd=False), os.fdopen(2, "w", closefd=False)
     server.serve(os.getppid(), fork=True)
+
+
+def start_a_thread() -> None:
+    """Make this process one that must not be forked."""
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 
 
 class Started:

@@ -4,6 +4,7 @@ The commands of docs/ci.md are tried in test_docs_ci.py, the blocks of docs/data
 """
 
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -455,6 +456,7 @@ def test_what_looks_like_a_metric_is_one(name, logged):
             assert text in set().union(*logged.values()) | set(CONDITIONAL) | of_rows(), f"{name}: {text}"
 
 
+@functools.cache
 def of_rows() -> set[str]:
     """The metrics of stages that make rows, which the run does not have."""
     stages = {"tiny-best-of-n": "candidates", "tiny-rlaif": "feedback", "tiny-constitution": "revisions"}

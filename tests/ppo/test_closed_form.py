@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "closed_form.py"
-BETAS = (0.1, 1.0)
+BETA = 0.1  # far from the reference; tests/sweep has three larger ones
 UPDATES = 24  # the benchmark takes more; hence the wider tolerance
 
 
@@ -33,24 +33,13 @@ def task(closed_form: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> A
     return closed_form.Task(tmp_path_factory.mktemp("closed-form"), seed=1)
 
 
-@pytest.fixture(scope="module")
-def measured(task: Any) -> dict[float, Any]:
-    """What PPO ends with for each β, beside the optimum."""
-    return {beta: task.train(beta, max_steps=UPDATES) for beta in BETAS}
-
-
 def test_sft_teaches_the_reference_to_say_every_word_equally_often(task: Any) -> None:
     p = task.log_probs(task.share().reference).exp()[:, task.words]
     assert p.min().item() > 0.075 and p.max().item() < 0.09
     assert p.sum(1).min().item() > 0.99
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_expected_reward_and_kl_end_near_the_exact_optimum(measured: dict[float, Any], beta: float) -> None:
-    ours, exact = measured[beta].ours, measured[beta].exact
-    assert ours.reward == pytest.approx(exact.reward, abs=0.1)
-    assert ours.kl == pytest.approx(exact.kl, rel=0.1, abs=0.1)
-
-
-def test_a_larger_beta_keeps_the_policy_nearer_to_its_reference(measured: dict[float, Any]) -> None:
-    assert measured[1.0].ours.kl < measured[0.1].ours.kl - 1
+def test_expected_reward_and_kl_end_near_the_exact_optimum(task: Any) -> None:
+    measured = task.train(BETA, max_steps=UPDATES)
+    assert measured.ours.reward == pytest.approx(measured.exact.reward, abs=0.1)
+    assert measured.ours.kl == pytest.approx(measured.exact.kl, rel=0.1, abs=0.1)

@@ -1,15 +1,15 @@
 """What a worker sees of the machine: one accelerator, whichever way it was started."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
-from processes import Started
+from processes import Started, WarmLauncher, context, start_a_thread
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
@@ -22,7 +22,7 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICE
 # Writes what it sees where a worker writes its log, in place of the jobs of a worker.
 PROBE = """
 import os, sys
-if "rlhf_pipeline.run" in " ".join(sys.orig_argv):
+if sys.orig_argv[3].startswith("rlhf_pipeline.run"):
     with open({file!r}, "a") as seen:
         print(sys.orig_argv[3], os.environ.get("CUDA_VISIBLE_DEVICES"), file=seen)
 """
@@ -147,26 +147,43 @@ def test_what_a_judge_has_started_ends_with_the_run(tmp_path: Path, number: int)
     assert all(map(is_gone, processes))
 
 
-@pytest.mark.parametrize("fork", [False, True])
-def test_a_worker_sees_one_device_and_the_runner_all(
-    fork: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job that cannot be read is enough: the environment is that of the process from its beginning."""
-    seen = tmp_path / "seen"
-    started = tmp_path / "started"
-    starts = 'if "rlhf_pipeline.run.worker" in sys.orig_argv:\n' + textwrap.indent(
-        STARTS.format(file=str(started)), "  "
-    )
-    (tmp_path / "sitecustomize.py").write_text(PROBE.format(file=str(seen)) + starts)
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which each process of ours that starts now says what it sees of two devices."""
+    context()  # what the forks of other tests come of must not see these
+    (tmp_path / "sitecustomize.py").write_text(PROBE.format(file=str(tmp_path / "seen")))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{MIG},{GPU}")
-    with Launcher(tmp_path / "server.log", fork=fork) as launcher:
-        assert launcher.run({}, tmp_path / "job.json", tmp_path / "log.txt") != 0
-        if not fork and sys.platform == "linux":  # it ends, and with it what it has started
-            assert all(is_gone(int(word)) for word in started.read_text().split())
-    processes = ["server"] if fork else ["server", "worker"]
-    assert seen.read_text() == "".join(f"rlhf_pipeline.run.{process} {MIG}\n" for process in processes)
+    return tmp_path / "seen"
+
+
+def test_the_server_that_forks_workers_sees_one_device_and_the_runner_all(seen: Path, tmp_path: Path) -> None:
+    """It does from its beginning, and so do its forks; it need not import all for that."""
+    with Launcher(tmp_path / "server.log", fork=True):
+        deadline = time.monotonic() + 60
+        while not (seen.exists() and seen.read_text().endswith("\n")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert seen.read_text() == f"rlhf_pipeline.run.server {MIG}\n"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == f"{MIG},{GPU}"
+
+
+@pytest.mark.slow
+def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker_that_sees_one_device(
+    seen: Path, tmp_path: Path
+) -> None:
+    """When it ends, so does what it has started."""
+    started = write_judge(tmp_path, 0.0)
+    recipe = recipes.load(str(tmp_path / "recipe.yaml"))
+    job = {"task": "check", "recipe": recipe.model_dump(), "folders": [str(tmp_path)], "stages": ["sft"], "current": []}
+    with WarmLauncher(tmp_path / "server.log", prepare=start_a_thread) as launcher:
+        assert launcher._how == "fork"
+        assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
+        assert launcher._how == "spawn"
+        if sys.platform == "linux":
+            assert all(is_gone(int(word)) for word in started.read_text().split())
+    assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings"}
+    assert seen.read_text() == "".join(f"rlhf_pipeline.run.{process} {MIG}\n" for process in ("server", "worker"))
 
 
 def test_commands_that_load_a_model_themselves_see_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:

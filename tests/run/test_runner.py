@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import short_run
 import torch
-from processes import Started, WarmLauncher, call
+from processes import Started, call, start_a_thread
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
@@ -237,20 +236,6 @@ def test_a_judge_that_fails_when_it_is_tried_ends_the_run_before_it_begins_and_t
         runner.run(recipe, say=lambda line: None)
     assert error.value.place == "evaluate.judge" and "ValueError: not let in with ***" in error.value.message
     assert not (recipe.run / "sft").exists()
-
-
-def start_a_thread() -> None:
-    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-
-
-def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker(tmp_path: Path) -> None:
-    recipe = write(tmp_path, FINE)
-    job = {"task": "check", "recipe": recipe.model_dump(), "folders": [str(tmp_path)], "stages": ["sft"], "current": []}
-    with WarmLauncher(tmp_path / "server.log", prepare=start_a_thread) as launcher:
-        assert launcher._how == "fork"
-        assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
-        assert launcher._how == "spawn"
-    assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings"}
 
 
 def refuse(job: str, answers: Path) -> None:

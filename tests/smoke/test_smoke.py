@@ -60,19 +60,17 @@ def places(folder: Path) -> dict[str, str]:
     return {name: str(folder.parent / place) for name, place in own.items()} | {"HF_HUB_OFFLINE": "1"}
 
 
-def run_real(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`rlhf-pipeline smoke recipe.yaml` beside the recipe."""
-    command = [sys.executable, "-m", "rlhf_pipeline", "smoke", "recipe.yaml", *arguments]
-    env = os.environ | places(folder)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180)
-
-
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The same by processes that have imported already."""
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`rlhf-pipeline smoke recipe.yaml` beside the recipe, by processes that have imported already."""
     out, err = folder.parent / "out.txt", folder.parent / "err.txt"
     with out.open("w") as stdout, err.open("w") as stderr:
         process = Started(
-            ["smoke", "recipe.yaml"], folder, places(folder), stderr.fileno(), stdout.fileno(), prepare=fork_the_worker
+            ["smoke", "recipe.yaml", *arguments],
+            folder,
+            places(folder),
+            stderr.fileno(),
+            stdout.fileno(),
+            prepare=fork_the_worker,
         )
     return subprocess.CompletedProcess([], process.wait(180), out.read_text(), err.read_text())
 
@@ -127,7 +125,7 @@ def smoked(tmp_path_factory, tokenizer):
         table.writerow(["question", "better", "worse"])
         table.writerows([row["prompt"], row["chosen"], row["rejected"]] for row in shipped("preferences"))
     before = tree(folder)
-    done = run_real(folder, "--json", "--keep", "../kept")
+    done = run(folder, "--json", "--keep", "../kept")
     assert done.returncode == 0, done.stderr
     assert tree(folder) == before
     assert list((folder.parent / "tmp").iterdir()) == []

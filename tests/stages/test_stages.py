@@ -157,36 +157,35 @@ def test_what_the_reward_model_says_of_held_out_pairs_is_written_down(prepared: 
 
 
 def test_the_judge_looks_on_without_a_trace_in_training(folder: Path, tmp_path: Path) -> None:
-    """It is asked before the first of four updates, after the second and after the last; once, it never answers."""
+    """It is asked before the first of four updates, after the second, when it fails, and after the last."""
     judge = """
 asked = 0
 
 def judge(prompts, completions, **_):
     global asked
     asked += 1
-    if 5 < asked < 9:
+    if asked == 3:  # the first is that of the policy which nothing measured
         raise OSError("no line to the judge")
     return [asked] * len(prompts)
 """
     evaluate = ["evaluate.data=prompts.jsonl", "evaluate.judge=counting:judge", "evaluate.n=4"]
     runs = []
-    for name, overrides in (("not", ["along=0"]), ("asked", ["along=2"]), ("failing", ["along=2"])):
+    for name, along in (("not", 0), ("asked", 2)):
         copy = Path(shutil.copytree(folder, tmp_path / name))
         (copy / "counting.py").write_text(judge)
-        more = [*evaluate, *(f"evaluate.{one}" for one in overrides), "evaluate.max_new_tokens=6"]
+        more = [*evaluate, f"evaluate.along={along}", "evaluate.max_new_tokens=6"]
         job, metrics = train(copy, "ppo", *more, "ppo.trainer.logging_steps=1")
         assert not [key for key in metrics if key.startswith("gold/")]
         runs.append((load_file(job.folder / "adapter" / adapters.WEIGHTS), logged(job)))
-    (quiet, rows), (watched, more_rows), (failing, fewer_rows) = runs
-    for others in (watched, failing):
-        assert all(torch.equal(quiet[name], others[name]) for name in quiet)
+    (quiet, rows), (watched, more_rows) = runs
+    assert all(torch.equal(quiet[name], watched[name]) for name in quiet)
     gold = [row for row in more_rows if "gold/kl" in row]
     assert [row["step"] for row in gold] == [0, 2, 4]
     assert gold[0]["gold/kl"] == pytest.approx(0, abs=1e-5) and abs(gold[-1]["gold/kl"]) > 1e-4
     assert gold[-1]["gold/score_mean"] != gold[0]["gold/score_mean"]
-    assert len({row["gold/judge_mean"] for row in gold}) == 3
-    for some in ([row for row in of if "gold/kl" not in row] for of in (more_rows, fewer_rows)):
-        assert [row["objective/kl"] for row in some] == [row["objective/kl"] for row in rows]
+    assert [row.get("gold/judge_mean") for row in gold] == [2, None, 4]
+    others = [row for row in more_rows if "gold/kl" not in row]
+    assert [row["objective/kl"] for row in others] == [row["objective/kl"] for row in rows]
 
 
 @pytest.mark.parametrize("init", ["sft", "base"])
