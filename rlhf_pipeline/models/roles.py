@@ -315,16 +315,22 @@ class PolicyView(_View):
         """Whether an adapter sits on the output embedding."""
         return any(parameter.requires_grad for parameter in self.shared.causal_lm.get_output_embeddings().parameters())
 
-    def generate(self, **inputs: Any) -> Any:
-        """Sample under this role's adapter; see `transformers.GenerationMixin.generate`."""
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """The base, under this role's adapter and in evaluation mode inside the block, so that it keeps a cache."""
         model = self.shared.causal_lm
         was_training = model.training
         model.eval()  # a layer that checkpoints its activations drops the cache
         try:
             with self.shared.acting_as(self.role):
-                return model.generate(**inputs)
+                yield model
         finally:
             model.train(was_training)
+
+    def generate(self, **inputs: Any) -> Any:
+        """Sample under this role's adapter; see `transformers.GenerationMixin.generate`."""
+        with self.generating() as model:
+            return model.generate(**inputs)
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -1,5 +1,6 @@
 """Sampling: replies to prompts, and where in their rows they are."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from rlhf_pipeline.models.roles import PolicyView
+from rlhf_pipeline.ppo.decoding import Choice, Replies, decode, generate
 
 
 @dataclass
@@ -71,55 +74,6 @@ class Episodes:
         )
 
 
-class _SampledLogProbs(LogitsProcessor):
-    """Notes the log-probability of each sampled token, and holds the logits of one step alone.
-
-    Generation shows a processor the logits before a token is chosen; which one it was is seen at the next step.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.noted: list[Tensor] = []
-        self.last: Tensor | None = None
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.note(input_ids)
-        self.last = scores.float() / (self.temperature or 1.0)
-        return scores
-
-    def note(self, input_ids: Tensor) -> None:
-        """Take note of the token that is now the last one."""
-        if self.last is not None:
-            chosen = self.last.gather(1, input_ids[:, -1:])[:, 0]
-            self.noted.append(chosen - self.last.logsumexp(1))
-
-
-class _Choice(LogitsProcessor):
-    """Chooses each token by the random numbers of its own row, and leaves that one token to generation.
-
-    By inversion: the first token at which the sum of the probabilities up to it is over a number drawn evenly from
-    [0, 1). In float64, so that a token among a hundred thousand comes as often as it should.
-
-    Args:
-        seeds: of each row.
-        length: how many numbers are drawn, at least as many as there will be tokens.
-        temperature: of the distribution.
-    """
-
-    def __init__(self, seeds: Sequence[int], length: int, temperature: float) -> None:
-        draws = (torch.Generator().manual_seed(seed % 2**64) for seed in seeds)
-        self.drawn = torch.stack([torch.rand(length, generator=draw, dtype=torch.float64) for draw in draws])
-        self.temperature = temperature
-        self.step = 0
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        sums = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
-        number = self.drawn[:, self.step, None].to(sums.device) * sums[:, -1:]  # rounding may leave the last one off 1
-        self.step += 1
-        chosen = torch.searchsorted(sums, number, right=True).clamp(max=sums.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
-
-
 @torch.no_grad()
 def sample(
     policy: Any,
@@ -143,7 +97,7 @@ def sample(
     in a million may then be its neighbour, and more in bfloat16 or 4 bits.
 
     Args:
-        policy: a view with `generate`.
+        policy: a view of a policy, or a causal LM in evaluation mode.
         prompts: token ids, at least one each.
         response_length: the most tokens a reply may have.
         temperature: 0 is greedy, and notes log-probabilities at 1.
@@ -156,70 +110,28 @@ def sample(
     Returns:
         The episodes, on the policy's device.
     """
-    order = torch.arange(len(prompts))
-    if len(prompts) > at_once:  # prompts of like length together, for less padding
-        order = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
     stops = [] if stop_token_id is None else [stop_token_id] if isinstance(stop_token_id, int) else stop_token_id
-    parts = [
-        _sample_together(
-            policy,
-            [prompts[row] for row in rows],
-            response_length,
-            temperature,
-            stops,
-            pad_token_id,
-            [seeds[row] for row in rows] if seeds is not None else None,
-        )
-        for rows in order.split(at_once)
-    ]
-    return concatenate(parts, pad_token_id).select(order.argsort())
-
-
-def _sample_together(
-    policy: Any,
-    prompts: Sequence[Sequence[int]],
-    response_length: int,
-    temperature: float,
-    stops: list[int],
-    pad_token_id: int,
-    seeds: Sequence[int] | None,
-) -> Episodes:
     device = policy.device
-    longest = max(len(prompt) for prompt in prompts)
-    padded = torch.tensor([[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    noted = _SampledLogProbs(temperature)
-    processors = LogitsProcessorList([noted])
-    choice: dict[str, Any] = {"do_sample": False}
-    if temperature and seeds is not None:
-        processors.append(_Choice(seeds, response_length, temperature))
-    elif temperature:
-        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    settings = GenerationConfig(
-        max_new_tokens=response_length,
-        eos_token_id=stops,  # also where there are none: `generate` would put the model's own in place of None
-        pad_token_id=pad_token_id,
-        **choice,
-    )
-    rows = policy.generate(
-        input_ids=padded.to(device),
-        attention_mask=attention_mask.to(device),
-        generation_config=settings,
-        logits_processor=processors,
-    )
-    noted.note(rows)
-    replies = rows[:, longest:]
-    at_stop = torch.isin(replies, torch.tensor(stops, dtype=replies.dtype, device=device))
-    ended = at_stop.any(1)
-    reply_lengths = torch.where(ended, at_stop.int().argmax(1) + 1, replies.shape[1])
-    lengths = lengths.to(device)
-    width = int((lengths + reply_lengths).max())
-    places = torch.arange(width, device=device) + (longest - lengths)[:, None]  # move each row left over its padding
-    ids = rows.gather(1, places.clamp(max=rows.shape[1] - 1))
-    ids = ids.masked_fill(torch.arange(width, device=device) >= (lengths + reply_lengths)[:, None], pad_token_id)
-    kept = int(reply_lengths.max())
-    return Episodes(ids, lengths, reply_lengths, ended, torch.stack(noted.noted, 1)[:, :kept])
+    choose = Choice(temperature, seeds, response_length, device)
+    replies = Replies(len(prompts), response_length, stops, device)
+    with policy.generating() if isinstance(policy, PolicyView) else contextlib.nullcontext(policy) as model:
+        how = (model, prompts, replies, choose, pad_token_id, at_once)
+        if not decode(*how):
+            generate(*how)
+    return _episodes(prompts, replies, pad_token_id)
+
+
+def _episodes(prompts: Sequence[Sequence[int]], replies: Replies, pad_token_id: int) -> Episodes:
+    """Prompts with the replies that follow them."""
+    count = len(prompts)
+    lengths, ended = replies.lengths[:count], replies.ended[:count]
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=lengths.device)
+    width, longest = int((prompt_lengths + lengths).max()), int(lengths.max())
+    filled = [list(prompt) + [pad_token_id] * (width - len(prompt)) for prompt in prompts]
+    ids = torch.tensor(filled, device=lengths.device)
+    rows, places = (torch.arange(longest, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
+    ids[rows, prompt_lengths[rows] + places] = replies.tokens[rows, places]
+    return Episodes(ids, prompt_lengths, lengths, ended, replies.log_probs[:count, :longest])
 
 
 def diversity(episodes: Episodes) -> tuple[float, float]:
