@@ -228,7 +228,7 @@ def _measured(
     """KL in nats of n replies, and their scores by each member of the reward model, float32 `[members, n]`."""
     kl = torch.zeros(len(episodes), device=episodes.ids.device)
     scores = torch.zeros(len(members), len(episodes), device=episodes.ids.device)
-    for rows in episodes.by_length().split(at_once):
+    for rows in episodes.parts(at_once):
         some = episodes.select(rows)
         if policy is not reference:
             ours, theirs = (reply_log_probs(view, some, temperature)[0] for view in (policy, reference))

@@ -17,7 +17,6 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, Logits
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 FREE = 1 / 8  # of the rows: once so many have ended they leave, and prompts take their places
-BLOCK = 128  # tokens whose probabilities are summed up together
 
 
 class Replies:
@@ -55,8 +54,7 @@ class Choice:
     """Chooses tokens from the whole distribution at a temperature, by inversion.
 
     A number is drawn evenly from [0, 1); chosen is the first token at which the sum of the probabilities up to it is
-    over that number. Sums are in float64, so that a token among a hundred thousand comes as often as it should: first
-    over blocks of tokens, then over the tokens of one block, which spares a float64 for each token.
+    over that number. Sums are in float64, so that a token among a hundred thousand comes as often as it should.
 
     Args:
         temperature: of the distribution; 0 chooses the likeliest token, and log-probabilities are those at 1.
@@ -86,29 +84,22 @@ class Choice:
         logits = logits.float()
         highest, likeliest = logits.max(1, keepdim=True)
         temperature = self.temperature or 1.0
-        p = (logits - highest).div_(temperature).exp_()  # times a number of each row
-        sums = _in_blocks(p).sum(-1, dtype=torch.float64).cumsum(-1)
-        tokens = self._invert(p, sums, rows, places) if self.temperature else likeliest
-        log_probs = (logits.gather(1, tokens) - highest).double() / temperature - sums[:, -1:].log()
+        p = (logits - highest).div_(temperature).exp_()  # probabilities, times a number of each row
+        if self.temperature:
+            sums = p.cumsum(1, dtype=torch.float64)
+            total = sums[:, -1:]
+            tokens = torch.searchsorted(sums, self._draw(rows, places)[:, None] * total, right=True)
+            tokens = tokens.clamp_(max=p.shape[1] - 1)  # rounding may bring a number up to the total
+        else:
+            tokens, total = likeliest, p.sum(1, keepdim=True, dtype=torch.float64)
+        log_probs = (logits.gather(1, tokens) - highest).double() / temperature - total.log()
         return tokens[:, 0], log_probs[:, 0].float()
 
-    def _invert(self, p: Tensor, sums: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """The tokens at which numbers that are drawn lie, int64 `[n, 1]`."""
+    def _draw(self, rows: Tensor, places: Tensor) -> Tensor:
+        """A number for each row, float64 `[n]`."""
         if self.drawn is None:
-            drawn = torch.rand(len(p), dtype=torch.float64, device=p.device)
-        else:
-            drawn = self.drawn[rows, places.clamp(max=self.drawn.shape[1] - 1)]
-        number = drawn[:, None] * sums[:, -1:]
-        block = torch.searchsorted(sums, number, right=True).clamp_(max=sums.shape[1] - 1)
-        inside = _in_blocks(p).gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
-        number -= sums.gather(1, block) - inside[:, -1:]  # less what lies before the block
-        place = torch.searchsorted(inside, number, right=True).clamp_(max=BLOCK - 1)
-        return (block * BLOCK + place).clamp_(max=p.shape[1] - 1)
-
-
-def _in_blocks(p: Tensor) -> Tensor:
-    """`[n, vocabulary]` as `[n, blocks, BLOCK]`, with zeros at the end where that is needed."""
-    return pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+            return torch.rand(len(rows), dtype=torch.float64, device=rows.device)
+        return self.drawn[rows, places.clamp(max=self.drawn.shape[1] - 1)]
 
 
 @dataclass

@@ -12,6 +12,8 @@ from torch import Tensor
 from rlhf_pipeline.models.roles import PolicyView
 from rlhf_pipeline.ppo.decoding import Choice, Replies, decode, generate
 
+TOKENS_AT_ONCE = 2048
+
 
 @dataclass
 class Episodes:
@@ -61,6 +63,20 @@ class Episodes:
         lengths = self.prompt_lengths + self.reply_lengths
         rows = torch.arange(len(self), device=lengths.device) if rows is None else rows
         return rows[lengths[rows].argsort(stable=True)]
+
+    def parts(self, at_once: int) -> list[Tensor]:
+        """All rows, int64, in parts that are read together, those of like length in one; the longest come first.
+
+        A part has up to `TOKENS_AT_ONCE` tokens with its padding, which is enough to keep a GPU busy, and never more
+        than `at_once` of the longest rows would; or one row that is longer.
+        """
+        order = self.by_length().flip(0)
+        lengths = (self.prompt_lengths + self.reply_lengths)[order].tolist()
+        most, parts, start = min(TOKENS_AT_ONCE, at_once * lengths[0]), list[Tensor](), 0
+        while start < len(order):
+            parts.append(order[start : start + max(1, most // lengths[start])])
+            start += len(parts[-1])
+        return parts
 
     def select(self, rows: Tensor) -> "Episodes":
         """Some of the episodes, without the columns that none of them needs."""

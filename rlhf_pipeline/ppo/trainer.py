@@ -199,7 +199,7 @@ class PPOTrainer(Trainer):
         shared, temperature = self.shared, temperature or self.args.temperature
         log_probs, ref_log_probs, values = (torch.zeros_like(episodes.sampled_log_probs) for _ in range(3))
         at_once = self.args.local_rollout_forward_batch_size
-        for part in episodes.by_length().split(at_once):
+        for part in episodes.parts(at_once):
             some = episodes.select(part)
             columns = slice(some.mask.shape[1])
             with self._precision():

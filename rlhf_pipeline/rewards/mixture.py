@@ -93,7 +93,7 @@ class Rewards:
                 values = torch.tensor(part.source(batch, at_once)).to(total)
             else:
                 scores = torch.zeros(len(part.source), len(episodes), device=total.device)
-                for some in episodes.by_length().split(at_once):
+                for some in episodes.parts(at_once):
                     scores[:, some] = member_scores(part.source, episodes.select(some))
                 values = combined(scores, part.combine)
                 if len(scores) > 1:

@@ -233,7 +233,7 @@ class GroupTrainer(Resumable):
         """
         temperature = temperature or self.args.temperature
         log_probs, ref_log_probs = (torch.zeros_like(episodes.sampled_log_probs) for _ in range(2))
-        for part in episodes.by_length().split(self.args.per_device_eval_batch_size):
+        for part in episodes.parts(self.args.per_device_eval_batch_size):
             some = episodes.select(part)
             columns = slice(some.mask.shape[1])
             with self.accelerator.autocast():
