@@ -125,6 +125,9 @@ def sample(
 
     Returns:
         The episodes, on the policy's device.
+
+    Raises:
+        RuntimeError: logits are not finite.
     """
     stops = [] if stop_token_id is None else [stop_token_id] if isinstance(stop_token_id, int) else stop_token_id
     device = policy.device
@@ -134,6 +137,8 @@ def sample(
         how = (model, prompts, replies, choose, pad_token_id, at_once)
         if not decode(*how):
             generate(*how)
+    if not bool(replies.log_probs.isfinite().all()):
+        raise RuntimeError("the policy computes numbers that are not finite, so that no reply can be sampled")
     return _episodes(prompts, replies, pad_token_id)
 
 

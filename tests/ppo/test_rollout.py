@@ -36,12 +36,14 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def draw(shared, prompts) -> Callable[..., Episodes]:
-    """A function that samples with the same random numbers every time."""
+    """A function that samples with the same random numbers every time, by default with a seed for each prompt."""
 
     def sampled(**settings: Any) -> Episodes:
         torch.manual_seed(1)
         default = {"response_length": LENGTH, "temperature": 1.0, "stop_token_id": None, "pad_token_id": PAD}
-        return sample(shared.policy, settings.pop("prompts", prompts), **{**default, "at_once": 64, **settings})
+        some = settings.pop("prompts", prompts)
+        default |= {"at_once": 64, "seeds": range(len(some))}
+        return sample(shared.policy, some, **default | settings)
 
     return sampled
 
@@ -168,8 +170,10 @@ class TestSample:
         assert not episodes.sampled_log_probs.requires_grad
 
     def test_same_random_numbers_give_the_same_replies(self, draw, stop):
-        """Sampling depends on torch's generator and on nothing else."""
-        one, other = draw(stop_token_id=stop), draw(stop_token_id=stop)
+        """Without seeds, sampling depends on torch's generator and on nothing else."""
+        settings = {"stop_token_id": stop, "seeds": None, "at_once": 5}
+        one, other = draw(**settings), draw(**settings)
+        assert not torch.equal(one.ids, draw(**settings | {"at_once": 6}).ids)
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.sampled_log_probs, other.sampled_log_probs)
 
