@@ -63,23 +63,40 @@ class Clock(TrainerCallback):
 
 
 class Rollouts:
-    """Stands in for the policy's `generate`, and notes each call's seconds and the tokens of its replies."""
+    """Notes each sampling's seconds and the tokens of its replies, up to the end of each."""
 
-    def __init__(self, policy: Any, stop_token_id: int) -> None:
-        self.generate = policy.generate
+    def __init__(self, stop_token_id: int) -> None:
         self.stop_token_id = stop_token_id
         self.seconds: list[float] = []
         self.tokens: list[int] = []
-        policy.generate = self
 
-    def __call__(self, **inputs: Any) -> Any:
-        begun = time.perf_counter()
-        output = self.generate(**inputs)
-        self.seconds.append(time.perf_counter() - begun)
-        rows = output if isinstance(output, torch.Tensor) else output.sequences
-        stops = (rows[:, inputs["input_ids"].shape[1] :] == self.stop_token_id).int()
-        self.tokens.append(int((stops.cumsum(1) - stops == 0).sum()))  # the stop token is the last that counts
-        return output
+    def of_ours(self, trainer: PPOTrainer) -> None:
+        """Stand in for the trainer's `roll_out`."""
+        roll_out = trainer.roll_out
+
+        def timed(prompts: list[list[int]]) -> Any:
+            begun = time.perf_counter()
+            episodes = roll_out(prompts)
+            self.seconds.append(time.perf_counter() - begun)
+            self.tokens.append(int(episodes.reply_lengths.sum()))
+            return episodes
+
+        trainer.roll_out = timed
+
+    def of_theirs(self, policy: Any) -> None:
+        """Stand in for the policy's `generate`."""
+        generate = policy.generate
+
+        def timed(**inputs: Any) -> Any:
+            begun = time.perf_counter()
+            output = generate(**inputs)
+            self.seconds.append(time.perf_counter() - begun)
+            rows = output if isinstance(output, torch.Tensor) else output.sequences
+            stops = (rows[:, inputs["input_ids"].shape[1] :] == self.stop_token_id).int()
+            self.tokens.append(int((stops.cumsum(1) - stops == 0).sum()))  # the stop token is the last that counts
+            return output
+
+        policy.generate = timed
 
 
 def main() -> None:
@@ -172,17 +189,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     prompts = prepare.prompts(stage.data, tokenizer, loaded.seed).train
     set_seed(loaded.seed)
     shared = SharedBase(load_base(loaded.model, tokenizer), stage.lora, job.init, job.reward_models)
-    clock, rollouts, profile = Clock(), Rollouts(shared.policy, tokenizer.eos_token_id), cProfile.Profile()
+    clock, rollouts, profile = Clock(), Rollouts(tokenizer.eos_token_id), cProfile.Profile()
     if options.measure == "ours":
         rewards = mixture.load(loaded, "ppo", shared.rewards, tokenizer)
         args = job.trainer_config(PPOConfig, **decided)
         trainer = PPOTrainer(args, tokenizer, shared, rewards, prompts, callbacks=[clock])
+        rollouts.of_ours(trainer)
         if options.profile:
             optimise = trainer.optimise
             trainer.optimise = lambda *arguments: profile.runcall(optimise, *arguments)
     else:
         from trl.experimental import ppo as trl_ppo
 
+        rollouts.of_theirs(shared.policy)
         trainer = trl_ppo.PPOTrainer(
             args=job.trainer_config(trl_ppo.PPOConfig, **decided),
             processing_class=tokenizer,
@@ -198,7 +217,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         gc.freeze()
     trainer.train()
     counted = options.updates - 1
-    first = len(rollouts.tokens) // options.updates  # calls of `generate` in the first update
+    first = len(rollouts.tokens) // options.updates  # samplings in the first update
     numbers: dict[str, Any] = {
         "seconds": (clock.ends[-1][0] - clock.ends[0][0]) / counted,
         "cpu_seconds": (clock.ends[-1][1] - clock.ends[0][1]) / counted,

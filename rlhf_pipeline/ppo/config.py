@@ -23,7 +23,8 @@ class PPOConfig(TrainingArguments):
         num_mini_batches (`int`): optimizer steps in each pass.
         total_episodes (`int`, *optional*): how many replies are sampled in all; the last update is made in full. By
             default `max_steps` updates or `num_train_epochs` passes over the prompts.
-        local_rollout_forward_batch_size (`int`): how many replies are sampled, and scored, at a time.
+        local_rollout_forward_batch_size (`int`): how many replies are sampled together. They are scored in parts of
+            2,048 tokens at most, and never more than so many of the longest reply have.
         num_sample_generations (`int`): how often some replies are written down in the course of training.
         response_length (`int`): the most tokens of a reply.
         stop_token (`"eos"`, *optional*): the tokenizer's EOS ends a reply, and so does what else ends a text by the
@@ -81,7 +82,7 @@ class PPOConfig(TrainingArguments):
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass over a batch."})
     total_episodes: int | None = field(default=None, metadata={"help": "How many replies are sampled in all."})
     local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "How many replies are sampled, and scored, at a time."}
+        default=64, metadata={"help": "How many replies are sampled together."}
     )
     num_sample_generations: int = field(
         default=10, metadata={"help": "How often some replies are written down in the course of training."}

@@ -1,12 +1,13 @@
 """Sampling: replies to prompts, and where in their rows they are."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from rlhf_pipeline.models.roles import PolicyView
@@ -133,13 +134,23 @@ def sample(
     device = policy.device
     choose = Choice(temperature, seeds, response_length, device)
     replies = Replies(len(prompts), response_length, stops, device)
-    with policy.generating() if isinstance(policy, PolicyView) else contextlib.nullcontext(policy) as model:
+    with _causal_lm(policy) as model:
         how = (model, prompts, replies, choose, pad_token_id, at_once)
         if not decode(*how):
             generate(*how)
     if not bool(replies.log_probs.isfinite().all()):
         raise RuntimeError("the policy computes numbers that are not finite, so that no reply can be sampled")
     return _episodes(prompts, replies, pad_token_id)
+
+
+@contextlib.contextmanager
+def _causal_lm(policy: Any) -> Iterator[Any]:
+    """The model under a policy, which takes its inputs by name; PEFT's wrapper hides which ones there are."""
+    if isinstance(policy, PolicyView):
+        with policy.generating() as model:
+            yield model
+    else:
+        yield policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 
 def _episodes(prompts: Sequence[Sequence[int]], replies: Replies, pad_token_id: int) -> Episodes:

@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
+from transformers import GenerationConfig
 
 from rlhf_pipeline.models import adapters, base
 from rlhf_pipeline.models.roles import TRAINED, SharedBase
 from rlhf_pipeline.ppo.advantages import estimate_advantages
 from rlhf_pipeline.ppo.config import PPOConfig
+from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.recipe.schema import Model
@@ -182,8 +184,30 @@ def recorded_replies(view: Any) -> Iterator[list[Tensor]]:
         del view.generate
 
 
+def rolled_out(trainer: PPOTrainer, prompts: list[list[int]]) -> Episodes:
+    """Replies as TRL samples them, by `generate` from torch's own random numbers; ours draws in another way."""
+    longest, args, pad = max(map(len, prompts)), trainer.args, trainer.pad_token_id
+    padded = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    sizes = torch.tensor([len(prompt) for prompt in prompts])
+    stops = trainer.stop_token_id if isinstance(trainer.stop_token_id, list) else [trainer.stop_token_id]
+    settings = GenerationConfig(
+        max_new_tokens=args.response_length, eos_token_id=stops, pad_token_id=pad, do_sample=True,
+        temperature=args.temperature, top_k=0, top_p=1.0,
+    )  # fmt: skip
+    mask = (torch.arange(longest) >= longest - sizes[:, None]).long()
+    whole = trainer.policy.generate(input_ids=padded, attention_mask=mask, generation_config=settings)
+    at_stop = torch.isin(whole[:, longest:], torch.tensor(stops, dtype=torch.long))
+    lengths = torch.where(at_stop.any(1), at_stop.int().argmax(1) + 1, at_stop.shape[1])
+    ids = torch.full((len(prompts), int((sizes + lengths).max())), pad)
+    for row, (start, length) in enumerate(zip((longest - sizes).tolist(), (sizes + lengths).tolist(), strict=True)):
+        ids[row, :length] = whole[row, start : start + length]
+    return Episodes(ids, sizes, lengths, at_stop.any(1), torch.zeros(len(prompts), int(lengths.max())))
+
+
 def update(trainer: Any) -> Update:
     """Let a trainer make its one update, from the random numbers that every other gets."""
+    if isinstance(trainer, PPOTrainer):
+        trainer.roll_out = lambda prompts: rolled_out(trainer, prompts)
     shared = trainer.shared if isinstance(trainer, PPOTrainer) else trainer.policy_model.shared
     before, steps = weights(shared), 0
 
