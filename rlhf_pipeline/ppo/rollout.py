@@ -138,7 +138,7 @@ def sample(
         how = (model, prompts, replies, choose, pad_token_id, at_once)
         if not decode(*how):
             generate(*how)
-    if not bool(replies.log_probs.isfinite().all()):
+    if not bool(replies.log_probs[: len(prompts)].isfinite().all()):
         raise RuntimeError("the policy computes numbers that are not finite, so that no reply can be sampled")
     return _episodes(prompts, replies, pad_token_id)
 
