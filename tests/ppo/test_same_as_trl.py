@@ -462,7 +462,7 @@ class TestWhereTrlIsNot:
         monkeypatch.setattr(trl_ppo_trainer, "masked_whiten", recording)
         trl = update(theirs)
         torch.manual_seed(SEED)
-        scored = ours.score(ours.roll_out(ours._prompts(0)[0]))
+        scored = ours.score(rolled_out(ours, ours._prompts(0)[0]))
         advantages, _ = estimate_advantages(ours.shape(scored)[1], scored.values, ours.args.gamma, ours.args.lam)
         shared, episodes = make_roles("trained"), episodes_of(ours, trl.replies)
         ended = [row for row, (_, reply) in enumerate(episodes) if len(reply) < 8]
