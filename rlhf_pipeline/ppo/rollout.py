@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -91,6 +91,23 @@ class Episodes:
         )
 
 
+class Engine(Protocol):
+    """What samples in place of the policy's own `generate`, as `vllm_engine.VLLMEngine`."""
+
+    def sample(
+        self,
+        policy: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        response_length: int,
+        temperature: float,
+        stop_token_id: int | list[int] | None,
+        pad_token_id: int,
+        seeds: Sequence[int] | None,
+    ) -> Episodes:
+        """See the function `sample`."""
+
+
 @torch.no_grad()
 def sample(
     policy: Any,
@@ -102,6 +119,7 @@ def sample(
     pad_token_id: int,
     at_once: int,
     seeds: Sequence[int] | None = None,
+    engine: Engine | None = None,
 ) -> Episodes:
     """Sample one reply to each prompt, from the policy's whole distribution at a temperature.
 
@@ -120,9 +138,10 @@ def sample(
         temperature: 0 is greedy, and notes log-probabilities at 1.
         stop_token_id: ends a reply, as any of several does; with None, or none, all have `response_length` tokens.
         pad_token_id: fills rows up; it may equal a stop token.
-        at_once: how many replies are sampled together.
+        at_once: how many replies are sampled together; an engine decides that for itself.
         seeds: an integer for each prompt, which decides the random numbers of its reply; at temperature 0 there are
             none.
+        engine: what samples, if not the policy itself.
 
     Returns:
         The episodes, on the policy's device.
@@ -130,6 +149,16 @@ def sample(
     Raises:
         RuntimeError: logits are not finite.
     """
+    if engine is not None:
+        return engine.sample(
+            policy,
+            prompts,
+            response_length=response_length,
+            temperature=temperature,
+            stop_token_id=stop_token_id,
+            pad_token_id=pad_token_id,
+            seeds=seeds,
+        )
     stops = [] if stop_token_id is None else [stop_token_id] if isinstance(stop_token_id, int) else stop_token_id
     device = policy.device
     choose = Choice(temperature, seeds, response_length, device)

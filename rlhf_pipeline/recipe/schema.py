@@ -234,6 +234,27 @@ class Sampling(_Strict):
     """How many replies are sampled at once; the rows do not depend on it."""
 
 
+class Rollout(_Strict):
+    """What samples replies."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`transformers` samples with the base that trains; `vllm` with a copy of it, which is given the adapters."""
+
+    gpu_memory_utilization: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Engine `vllm`, on a GPU: the share of its memory that the engine may use while it samples."""
+
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Engine `vllm`: the most replies that are sampled together."""
+
+    enforce_eager: bool = False
+    """Engine `vllm`, on a GPU: do without CUDA graphs: slower, and less memory and a faster start."""
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether vLLM samples."""
+        return self.engine == "vllm"
+
+
 class AIJudge(_Strict):
     """An AI that says which of two replies is better."""
 
