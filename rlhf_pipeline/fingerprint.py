@@ -12,7 +12,7 @@ from rlhf_pipeline.recipe import BASE, Data, Model, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.rewards import key_of
-from rlhf_pipeline.recipe.schema import AIJudge, Reward, Source, Stage, Watch
+from rlhf_pipeline.recipe.schema import AIJudge, Reward, Rollout, Source, Stage, Watch
 from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.layout import members
@@ -199,6 +199,7 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
         inputs["value_model"] = stage.value_model
     if recipe.model.attention != "auto":  # like `dtype`, it decides the rounding, and with it where training ends
         inputs["model.attention"] = recipe.model.attention
+    inputs |= _engine_inputs(stage.rollout)
     if recipe.model.trust_remote_code:
         inputs["model.trust_remote_code"] = True
     if recipe.model.chat_template:
@@ -214,6 +215,11 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     if (stage.watch and stage.watch.acts) or stage.trainer.get("target_kl") == AUTO:
         inputs |= _watch_inputs(recipe, name, earlier, digests)
     return inputs | _row_inputs(recipe, stage, digests)
+
+
+def _engine_inputs(rollout: Rollout | None) -> dict[str, Any]:
+    """What decides the random numbers of replies; nothing for Transformers. How many are sampled at once does not."""
+    return {"rollout.engine": rollout.engine} if rollout is not None and rollout.is_vllm else {}
 
 
 def _watch_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Digests) -> dict[str, Any]:
@@ -294,7 +300,8 @@ def judging_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: 
     spec, ai = recipe.evaluate, recipe.ai_judge_of(name)
     if spec is None or not recipe.stages[name].facts.is_policy:
         return None
-    settings = spec.model_dump(exclude={"data", "batch_size", "along", "samples", "judge", "ai_judge"})
+    settings = spec.model_dump(exclude={"data", "batch_size", "along", "samples", "judge", "ai_judge", "rollout"})
+    settings |= _engine_inputs(spec.rollout)
     if spec.samples > 1:
         settings["samples"] = spec.samples
     if spec.judge is not None:

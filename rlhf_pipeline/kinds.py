@@ -187,7 +187,7 @@ _ROWS_MADE_OF_ALL = {
 }
 _SAMPLED = "replies are sampled from the policy's whole distribution, of which the log-probabilities are"
 _ALIKE = "replies are sampled by one function for all kinds of stages"
-_NO_VLLM = "replies are sampled by the policy itself, not by vLLM"
+_NO_VLLM = "what samples is the stage's `rollout`, as `rollout: {engine: vllm}`"
 _WRITTEN = "some replies are written to `samples.jsonl` in every stage that samples"
 _WHOLE_GROUPS = (
     "batches are made of whole groups: the prompts of an epoch that make no whole batch wait for a later one"
@@ -227,6 +227,7 @@ _GRPO_REFUSED = {
 _OF_GROUPS: dict[str, Over] = {
     "objective/scores": "rows", "objective/kl": "rows", "reply/length": "rows", "reply/ended": "rows",
     "reply/distinct_2": "rows", "reply/unique": "rows",
+    "rollout/log_prob_gap_mean": "rows", "rollout/log_prob_gap_max": "most",
     "loss": "rows", "reward": "rows", "reward_std": "rows", "frac_reward_zero_std": "rows", "entropy": "rows",
     "completions/mean_length": "rows", "completions/min_length": "least", "completions/max_length": "most",
     "completions/clipped_ratio": "rows", "completions/mean_terminated_length": "rows",
@@ -340,7 +341,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=True,
-        takes=_COMPARED | {"reward", "rewards", "value_model", "ptx_data", "watch"},
+        takes=_COMPARED | {"reward", "rewards", "value_model", "ptx_data", "rollout", "watch"},
         further_data={"ptx_data": "sft"},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="response_length",
@@ -498,7 +499,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=False,
-        takes=_COMPARED | {"reward", "rewards", "watch"},
+        takes=_COMPARED | {"reward", "rewards", "rollout", "watch"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",
@@ -530,7 +531,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=False,
-        takes=_COMPARED | {"reward", "rewards", "watch"},
+        takes=_COMPARED | {"reward", "rewards", "rollout", "watch"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
         reply_limit="max_completion_length",
@@ -564,7 +565,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=False,
         samples=False,
         own_loop=False,
-        takes=frozenset({"init", "n", "sampling", "reward", "rewards"}),
+        takes=frozenset({"init", "n", "sampling", "reward", "rewards", "rollout"}),
         further_data={},
         unread=_ROWS_MADE_OF_ALL,
         reply_limit=None,
@@ -633,7 +634,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=False,
         samples=False,
         own_loop=False,
-        takes=frozenset({"init", "sampling", "principles", "passes"}),
+        takes=frozenset({"init", "sampling", "principles", "passes", "rollout"}),
         further_data={},
         unread=_ROWS_MADE_OF_ALL,
         reply_limit=None,

@@ -23,12 +23,12 @@ from rlhf_pipeline.models.roles import PolicyView, ScoreView
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.forward import disagreement, member_scores, reply_log_probs
-from rlhf_pipeline.ppo.rollout import Episodes, sample
+from rlhf_pipeline.ppo.rollout import Engine, Episodes, sample
 from rlhf_pipeline.recipe import Data, Recipe
 from rlhf_pipeline.rundir import finished
 from rlhf_pipeline.rundir.layout import ANSWERS
 from rlhf_pipeline.rundir.secrets import redact
-from rlhf_pipeline.stages import win_rates
+from rlhf_pipeline.stages import engine, win_rates
 from rlhf_pipeline.stages.evaluate import PLACE, ask
 
 Asked = list[tuple[Prompt, dict[str, Any]]]
@@ -148,13 +148,16 @@ def compare(
     model = StagedBase(spec_of_model, artifacts(run, list(dict.fromkeys(needed))))
     ids = encode_prompts(model.tokenizer, spec, [prompt for prompt, _ in asked])
     at_once = recipe.evaluate.batch_size if recipe.evaluate else BATCH_SIZE
+    longest = max(map(len, ids)) + settings["max_new_tokens"]
+    place, rollout = wanted.engine(recipe)
+    sampler = engine.start(recipe, rollout, place, policies, longest)
     reference_view, scorer = model.policy(reference), model.reward(reward) if reward else []
     replies: dict[str, list[dict[str, Any]]] = {}
     scores: list[dict[tuple[int, ...], dict[str, float | None]]] = [{} for _ in ids]  # of replies, by their tokens
     for name in policies:
         view = reference_view if name == reference else model.policy(name)
         stops = stop_tokens(model.tokenizer, view.generation_config, finished.trained_with(run, name))
-        episodes = _sampled(view, ids, model.tokenizer, settings, stops, at_once)
+        episodes = _sampled(view, ids, model.tokenizer, settings, stops, at_once, sampler)
         kl, of_members = _measured(episodes, view, reference_view, scorer, settings["temperature"] or 1.0, at_once)
         rewards = _rewards(of_members)
         replies[name] = []
@@ -171,6 +174,8 @@ def compare(
                     "judge": None,
                 }
             )
+    if sampler is not None:
+        sampler.close()
     judge, notes = _judged(recipe, asked, replies)
     by_ai, figures_of_ai, more = _judged_by_ai(recipe, run, model, asked, replies)
     measures = (*MEASURES, "reward_std") if len(scorer) > 1 else MEASURES
@@ -204,6 +209,7 @@ def _sampled(
     settings: dict[str, Any],
     stops: list[int],
     at_once: int,
+    sampler: Engine | None,
 ) -> Episodes:
     torch.manual_seed(settings["seed"])
     return sample(
@@ -214,6 +220,7 @@ def _sampled(
         stop_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
         at_once=at_once,
+        engine=sampler,
     )
 
 

@@ -9,7 +9,7 @@ from rlhf_pipeline.fingerprint import Digests, data_inputs, of_ai_judge, short_h
 from rlhf_pipeline.recipe import BASE, Data, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
 from rlhf_pipeline.recipe.library_keys import keys
-from rlhf_pipeline.recipe.schema import AIJudge
+from rlhf_pipeline.recipe.schema import AIJudge, Rollout
 from rlhf_pipeline.rundir import durable, state, strict_json
 from rlhf_pipeline.rundir.layout import COMPARISON, read_json
 from rlhf_pipeline.rundir.state import StageState
@@ -89,7 +89,18 @@ def default_settings(recipe: Recipe) -> dict[str, Any]:
         "max_new_tokens": longest,
         "seed": recipe.seed,
         "digest": _digest(recipe, data),
+        **({"engine": rollout.engine} if (rollout := engine(recipe)[1]) and rollout.is_vllm else {}),
     }
+
+
+def engine(recipe: Recipe) -> tuple[str, Rollout | None]:
+    """What a comparison samples with, and where the recipe says so: as `evaluate`, else the first that samples."""
+    if recipe.evaluate:
+        return "evaluate.rollout", recipe.evaluate.rollout
+    for name, stage in recipe.stages.items():
+        if stage.facts.samples:
+            return f"stages.{name}.rollout", stage.rollout
+    return "evaluate.rollout", None
 
 
 def _digest(recipe: Recipe, data: Data) -> str | None:

@@ -27,7 +27,7 @@ from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply
 from rlhf_pipeline.ppo.losses import policy_loss, value_loss
 from rlhf_pipeline.ppo.numbers import Reward, Scored
 from rlhf_pipeline.ppo.prompts import check_data, padded, permutation, shuffled
-from rlhf_pipeline.ppo.rollout import Episodes, sample
+from rlhf_pipeline.ppo.rollout import Engine, Episodes, sample
 from rlhf_pipeline.rundir import durable
 
 
@@ -46,6 +46,7 @@ class PPOTrainer(Trainer):
         ptx_dataset: demonstrations for `ptx_coef`, rows with `input_ids` and `labels`.
         callbacks: further callbacks; setting `control.should_training_stop` ends training.
         samples_file: where some prompts and replies are written, one JSON object a line.
+        engine: what samples, if not the policy itself.
 
     Raises:
         ValueError: settings and data that do not fit together, such as fewer prompts than one batch.
@@ -65,6 +66,7 @@ class PPOTrainer(Trainer):
         ptx_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         samples_file: Path | None = None,
+        engine: Engine | None = None,
     ) -> None:
         check_data(args, train_dataset, eval_dataset, ptx_dataset)
         self.shared, self.rewards = shared, rewards
@@ -89,6 +91,7 @@ class PPOTrainer(Trainer):
         self.seed = args.seed if args.data_seed is None else args.data_seed  # of the order of prompts and episodes
         self.ptx_dataset = ptx_dataset
         self.samples_file = samples_file
+        self.engine = engine
         self.watch: Kept | None = None
         self.trained = {
             role: [parameter for parameter in getattr(shared, role).parameters() if parameter.requires_grad]
@@ -181,6 +184,7 @@ class PPOTrainer(Trainer):
                 stop_token_id=self.stop_token_id,
                 pad_token_id=self.pad_token_id,
                 at_once=self.args.local_rollout_forward_batch_size,
+                engine=self.engine,
             )
 
     @torch.no_grad()

@@ -36,6 +36,7 @@ class VLLMEngine:
     Args:
         spec: the base; the engine's copy is quantized as it is, and computes in its dtype.
         settings: what the recipe says of the engine.
+        place: where.
         rank: the largest of an adapter.
         longest: the most tokens of a prompt and its reply.
         shares_gpu: whether the GPU's memory is needed for something else between two calls. Then the engine sleeps:
@@ -46,7 +47,9 @@ class VLLMEngine:
         InputError: vLLM cannot start, with its own words.
     """
 
-    def __init__(self, spec: Model, settings: Rollout, *, rank: int, longest: int, shares_gpu: bool = True) -> None:
+    def __init__(
+        self, spec: Model, settings: Rollout, place: str, *, rank: int, longest: int, shares_gpu: bool = True
+    ) -> None:
         os.environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process
             "VLLM_NO_USAGE_STATS": "1",  # what runs here is nobody's business
@@ -81,10 +84,10 @@ class VLLMEngine:
                     **options,
                     **({} if on_gpu else {"kv_cache_memory_bytes": _cache_on_cpu(spec, settings, longest)}),
                 )
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:  # it checks settings and memory in many ways
                 raise InputError(
                     f"vLLM cannot start: {_last_line(error)}",
-                    place="rollout",
+                    place=place,
                     hint="`rollout: {engine: transformers}` samples without it",
                 ) from error
         self._sleep()

@@ -10,7 +10,7 @@ from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.rewards import resolve_rewards
 from rlhf_pipeline.recipe.rows import resolve_ai_judge, resolve_row_stage, resolve_rows
-from rlhf_pipeline.recipe.schema import BASE, PREVIOUS, Recipe, Stage
+from rlhf_pipeline.recipe.schema import BASE, PREVIOUS, Recipe, Rollout, Stage
 from rlhf_pipeline.recipe.watch import resolve_watch
 from rlhf_pipeline.recipe.yaml import KeyPath, shown
 
@@ -47,6 +47,8 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
             _require_both_of_ptx(name, stage, problems)
         if kind.trains_value:
             stage.value_model = stage.value_model or "adapter"
+        if "rollout" in kind.takes:
+            _require_engine(stage.rollout, ("stages", name, "rollout"), problems)
         if "watch" in kind.takes:
             resolve_watch(recipe, name, problems)
         if "bootstrap" in kind.takes:
@@ -57,6 +59,8 @@ def resolve_stages(recipe: Recipe, problems: Problems) -> None:
         earlier[name] = stage
     if recipe.evaluate:
         resolve_ai_judge(recipe.evaluate, functools.partial(_require, recipe, earlier), problems)
+    if recipe.evaluate:
+        _require_engine(recipe.evaluate.rollout, ("evaluate", "rollout"), problems)
     if recipe.evaluate and recipe.evaluate.samples > 1 and recipe.evaluate.temperature == 0:
         problems.add(
             ("evaluate", "samples"),
@@ -157,6 +161,15 @@ def _require_both_of_ptx(name: str, stage: Stage, problems: Problems) -> None:
         problems.add(weight, "`ptx_data` has no effect without `ptx_coef`", "set `ptx_coef` in `trainer`")
     elif weighed and not stage.ptx_data:
         problems.add(weight, "`ptx_coef` has no effect without `ptx_data`", "give demonstrations", of_key=True)
+
+
+def _require_engine(rollout: Rollout | None, path: KeyPath, problems: Problems) -> None:
+    """The settings of an engine have no effect on another one."""
+    if rollout is None or rollout.is_vllm or problems.is_broken((*path, "engine")):
+        return
+    for key in rollout.model_dump(exclude={"engine"}, exclude_defaults=True):
+        said = f"`{key}` has no effect with `engine: {rollout.engine}`"
+        problems.add((*path, key), said, "set `engine: vllm`, or remove it", of_key=True)
 
 
 def _require_members_for_bootstrap(name: str, stage: Stage, problems: Problems) -> None:

@@ -354,6 +354,10 @@ class Evaluate(_Strict):
     batch_size: int = Field(default=16, ge=1)
     """How many prompts are answered at once."""
 
+    rollout: Rollout | None = None
+    """What samples the replies, of `compare` as well; by default Transformers, whatever samples while a stage trains.
+    """
+
     along: int = Field(default=10, ge=0)
     """How often a policy that samples while it trains is measured on the way, too, at even distances: by `judge`, by
     its rewards, and by what its replies are like. 0 never does."""
@@ -445,6 +449,9 @@ class Stage(_Strict):
 
     sampling: Sampling | None = None
     """Kinds `sample` and `revise`: how replies are sampled."""
+
+    rollout: Rollout | None = None
+    """Kinds `ppo`, `grpo`, `rloo`, `sample` and `revise`: what samples the replies; by default Transformers."""
 
     judge: AIJudge | None = None
     """Kind `judge`: the AI that says which of two replies is better."""

@@ -20,6 +20,7 @@ from rlhf_pipeline.recipe.schema import (
     Model,
     Recipe,
     Reward,
+    Rollout,
     Rounds,
     Sampling,
     Stage,
@@ -291,11 +292,12 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
         return schema.Source
     if isinstance(path[-1], int):
         return Reward if path[-2] == "rewards" else MixedSource
-    of_stage: dict[Any, type[BaseModel]] = {"judge": AIJudge, "sampling": Sampling, "watch": Watch}
+    of_stage: dict[Any, type[BaseModel]] = {"judge": AIJudge, "sampling": Sampling, "rollout": Rollout, "watch": Watch}
     if path[0] == "stages":
         return Stage if len(path) == 2 else of_stage.get(path[2])
     sections: dict[KeyPath, type[BaseModel]] = {
-        ("model",): Model, ("evaluate",): Evaluate, ("evaluate", "ai_judge"): AIJudge, ("rounds",): Rounds,
+        ("model",): Model, ("evaluate",): Evaluate, ("evaluate", "ai_judge"): AIJudge,
+        ("evaluate", "rollout"): Rollout, ("rounds",): Rounds,
     }  # fmt: skip
     return sections.get(path)
 

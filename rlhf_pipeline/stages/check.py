@@ -30,7 +30,7 @@ from rlhf_pipeline.recipe.rewards import key_of, uses_of_columns
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
 from rlhf_pipeline.rundir.layout import ANSWERS, members
-from rlhf_pipeline.stages import embedded, evaluate, judge, liger, revise, win_rates
+from rlhf_pipeline.stages import embedded, engine, evaluate, judge, liger, revise, win_rates
 from rlhf_pipeline.stages.job import Job, Reader
 from rlhf_pipeline.stages.resumable import REFERENCE
 from rlhf_pipeline.stages.trial import try_trainer
@@ -78,6 +78,7 @@ def check(recipe: Recipe, names: Sequence[str], current: Sequence[str] = ()) -> 
     attempt(lambda: check_lora(recipe, training, config))
     attempt(lambda: check_router_loss(recipe, training, config))
     doubts = attempt(lambda: check_adapters_from_outside(recipe, names, config)) or []
+    found += engine.check(recipe, names, config)
     to_make = [name for name in names if name not in current]
     readable = [name for name in names if not awaited(recipe, name, to_make)]  # the others' rows are made only then
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]

@@ -18,13 +18,14 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.tokenizer import load_tokenizer
-from rlhf_pipeline.ppo.rollout import sample
+from rlhf_pipeline.ppo.rollout import Engine, sample
+from rlhf_pipeline.ppo.vllm_engine import VLLMEngine
 from rlhf_pipeline.recipe.schema import Evaluate
 from rlhf_pipeline.rewards.trial import a_reply
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.shares import standard_error
-from rlhf_pipeline.stages import soundness
+from rlhf_pipeline.stages import engine, soundness
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.user_code import FunctionError
 
@@ -73,7 +74,9 @@ def try_judge(spec: Evaluate, judge: Judge, asked: Asked) -> None:
         ) from None
 
 
-def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def judge_policy(
+    job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, of_training: VLLMEngine | None = None
+) -> dict[str, float]:
     """Sample a reply to each prompt and have it judged; writes them to `samples.jsonl`, after those of training.
 
     Without a function to judge them, their `judge` there is null.
@@ -84,6 +87,7 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         job: the stage.
         model: what has `generate` and answers as the stage's policy.
         tokenizer: the stage's tokenizer.
+        of_training: the engine of training, which samples here as well if it is the one that `evaluate` wants.
 
     Returns:
         What `summary` says, where the judge is a function, and `generation_gap`, see `soundness.generation_gap`; or
@@ -96,7 +100,12 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     if prepared is None:
         return {}
     spec, judge, asked = prepared
-    times = spec.samples
+    times, wants_engine = spec.samples, spec.rollout is not None and spec.rollout.is_vllm
+    sampler = of_training if wants_engine else None
+    if wants_engine and sampler is None:
+        sampler = engine.start(
+            job.recipe, spec.rollout, engine.EVALUATE, [job.name], engine.of_evaluation(spec, tokenizer)
+        )
     asked = [one for _ in range(times) for one in asked]
     prompts = [prompt for prompt, _ in asked]
     replies = sample_replies(
@@ -107,6 +116,7 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
         job.recipe.seed,
         stop_tokens(tokenizer, model.generation_config, job.stage.trainer),
         lambda done: job.progress.tell("judging", done, len(prompts)),
+        sampler,
     )
     scores = ask(judge, asked, replies) if judge is not None else [None] * len(replies)
     judged = (
@@ -115,7 +125,9 @@ def judge_policy(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> di
     )
     jsonl.rewrite(job.folder / SAMPLES, lambda row: "judge" not in row, judged)
     some = encode_prompts(tokenizer, spec.data, prompts[: soundness.PROMPTS])
-    gap = soundness.generation_gap(model, some, tokenizer.pad_token_id)
+    gap = soundness.generation_gap(model, some, tokenizer.pad_token_id, sampler)
+    if sampler is not None and sampler is not of_training:
+        sampler.close()
     return (summary(scores, times) if judge is not None else {}) | {kinds.GAP: gap}
 
 
@@ -202,17 +214,20 @@ def sample_replies(
     seed: int,
     stops: list[int],
     tell: Callable[[int], None] = lambda done: None,
+    sampler: Engine | None = None,
 ) -> list[str]:
     """One reply per prompt, without special tokens; greedy where the temperature is 0.
 
     `stops` are from `reply_end.stop_tokens`. `tell` is called before each batch with how many replies there are.
+    `sampler` is what samples, if not the model itself: all replies are one batch to it.
     """
     torch.manual_seed(seed)
     model.eval()
     replies: list[str] = []
-    for start in range(0, len(prompts), spec.batch_size):
+    at_once = spec.batch_size if sampler is None else len(prompts)
+    for start in range(0, len(prompts), at_once):
         tell(len(replies))
-        batch = encode_prompts(tokenizer, spec.data, prompts[start : start + spec.batch_size])
+        batch = encode_prompts(tokenizer, spec.data, prompts[start : start + at_once])
         episodes = sample(
             model,
             batch,
@@ -221,6 +236,7 @@ def sample_replies(
             stop_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
             at_once=len(batch),
+            engine=sampler,
         )
         replies += tokenizer.batch_decode(episodes.tokens, skip_special_tokens=True)
     return replies

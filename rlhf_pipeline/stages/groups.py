@@ -27,19 +27,20 @@ from rlhf_pipeline.ppo.advantages import kl_per_token
 from rlhf_pipeline.ppo.forward import reply_log_probs
 from rlhf_pipeline.ppo.numbers import Reward as Scorer
 from rlhf_pipeline.ppo.numbers import Scored, Scores
-from rlhf_pipeline.ppo.rollout import Episodes, diversity, sample
+from rlhf_pipeline.ppo.rollout import Engine, Episodes, diversity, sample
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Reward
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
-from rlhf_pipeline.stages import soundness
+from rlhf_pipeline.stages import engine, soundness
 from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Config, Inputs, Job
 from rlhf_pipeline.stages.resumable import REFERENCE, Resumable
 from rlhf_pipeline.stages.watch import watch
 
 ROLLOUTS = "rollouts.pt"
+SAMPLED_LOG_PROBS = "sampled_log_probs"  # those of `Episodes`, in a batch of TRL's
 TIMES_SAMPLED = 10  # how often some replies are written down in the course of training
 ENTROPY_CONTROL = ("entropy_coef", "_last_world_entropy")  # of TRL's GRPOTrainer
 
@@ -111,7 +112,8 @@ def run(job: Job, config: type[Config], trainer_class: type["GroupTrainer"]) -> 
         trainer_class: that of its kind.
     """
     job.progress.tell("loading")
-    args, tokenizer, data, _ = prepare(job, config)
+    inputs = prepare(job, config)
+    args, tokenizer, data, _ = inputs
     set_seed(job.recipe.seed)
     model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
@@ -123,15 +125,16 @@ def run(job: Job, config: type[Config], trainer_class: type["GroupTrainer"]) -> 
     rewards = mixture.load(job.recipe, job.name, trainer.roles.rewards, tokenizer)
     trainer.score_with(rewards, job.stage.scored_by)
     trainer.samples_file = job.folder / SAMPLES
+    trainer.engine = engine.while_training(job, inputs, args.max_completion_length)
     some = data.train[: soundness.PROMPTS]["input_ids"]
-    soundness.check_generation(trainer.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
+    soundness.check_generation(trainer.policy, some, tokenizer.pad_token_id, f"stages.{job.name}", trainer.engine)
     watcher = watch(trainer, job, data.held_out)
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     metrics = job.trained(final(trainer.state.log_history) | (watcher.outcome if watcher else {}))
-    return metrics | judge_policy(job, model, tokenizer)
+    return metrics | judge_policy(job, model, tokenizer, trainer.engine)
 
 
 class GroupTrainer(Resumable):
@@ -146,7 +149,7 @@ class GroupTrainer(Resumable):
       model, which counts the padding too, as generation does not: a model with learned positions would be trained on
       other log-probabilities than it samples with.
     * Every rollout is logged by PPO's names: `objective/scores`, `objective/kl`, `reply/length`, `reply/ended`,
-      `reply/distinct_2` and `reply/unique`. KL is that of a whole reply in nats, the mean of log π/π_ref, also where
+      `reply/distinct_2`, `reply/unique`, and `rollout/log_prob_gap_mean` and `_max` before the policy moves. KL is that of a whole reply in nats, the mean of log π/π_ref, also where
       `beta` is 0, for one pass of the reference more.
     * A checkpoint between two steps of one batch of replies holds those replies.
     * The order of prompts follows from seed and epoch alone. TRL's follows from how many epochs a process has begun,
@@ -158,6 +161,7 @@ class GroupTrainer(Resumable):
     policy: PolicyView
     reference: PolicyView
     samples_file: Path | None = None
+    engine: Engine | None = None  # what samples, if not the policy itself
 
     @classmethod
     def over(
@@ -217,6 +221,7 @@ class GroupTrainer(Resumable):
                 stop_token_id=self._stop_token_id,
                 pad_token_id=self.processing_class.pad_token_id,
                 at_once=len(prompts),
+                engine=self.engine,
             )
 
     @torch.no_grad()
@@ -296,6 +301,7 @@ class GroupTrainer(Resumable):
                     self.model, ids, mask, output["completion_ids"].shape[1], batch_size=size
                 )[0]
         output["ref_per_token_logps"] = reference
+        output[SAMPLED_LOG_PROBS] = self._episodes.sampled_log_probs
         self._write_samples()
         return output
 
@@ -316,8 +322,21 @@ class GroupTrainer(Resumable):
         mask = inputs["completion_mask"]
         kl = (self._read["default"] - inputs["ref_per_token_logps"]) * mask
         read = mask.any(1).sum().clamp(min=1)  # all, unless those that were cut are left out
-        self._metrics["train" if self.model.training else "eval"]["objective/kl"].append((kl.sum() / read).item())
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["objective/kl"].append((kl.sum() / read).item())
+        if self._is_as_sampled and SAMPLED_LOG_PROBS in inputs:  # checkpoints of earlier versions hold none
+            gap = (self._read["default"] - inputs[SAMPLED_LOG_PROBS]).abs() * mask
+            metrics["rollout/log_prob_gap_mean"].append((gap.sum() / mask.sum().clamp(min=1)).item())
+            metrics["rollout/log_prob_gap_max"].append(gap.max().item())
         return loss
+
+    @property
+    def _is_as_sampled(self) -> bool:
+        """Whether the policy is still the one that the replies at hand were sampled from."""
+        if not self.model.training:
+            return True
+        every = self.args.steps_per_generation * self.args.num_iterations
+        return self._step % every < self.args.gradient_accumulation_steps
 
     # Rows, evaluation and what is written down
 

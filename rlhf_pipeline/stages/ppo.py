@@ -16,7 +16,7 @@ from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.rundir.layout import METRICS, SAMPLES
-from rlhf_pipeline.stages import soundness
+from rlhf_pipeline.stages import engine, soundness
 from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.watch import watch
@@ -61,15 +61,17 @@ def run(job: Job) -> dict[str, Any]:
         RuntimeError: training moved a weight that must stay, or left one that must move.
     """
     job.progress.tell("loading")
-    args, tokenizer, data, ptx_data = prepare(job)
+    inputs = prepare(job)
+    args, tokenizer, data, ptx_data = inputs
     set_seed(job.recipe.seed)
     base = load_base(job.recipe.model, tokenizer)
     one_trunk = job.stage.value_model == "head"
     shared = SharedBase(base, job.stage.lora, job.init, job.reward_models, one_trunk)
     if job.stage.reference is not None:
         shared.refer_to(job.reference)
+    sampler = engine.while_training(job, inputs, args.response_length)
     some = data.train[: soundness.PROMPTS]["input_ids"]
-    soundness.check_generation(shared.policy, some, tokenizer.pad_token_id, f"stages.{job.name}")
+    soundness.check_generation(shared.policy, some, tokenizer.pad_token_id, f"stages.{job.name}", sampler)
     trainer = PPOTrainer(
         args,
         tokenizer,
@@ -80,6 +82,7 @@ def run(job: Job) -> dict[str, Any]:
         ptx_dataset=ptx_data and ptx_data.train,
         callbacks=[MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress],
         samples_file=job.folder / SAMPLES,
+        engine=sampler,
     )
     watcher = watch(trainer, job, data.held_out)
     before = shared.checksums()
@@ -88,7 +91,7 @@ def run(job: Job) -> dict[str, Any]:
     check_weights(before, shared.checksums(), trainer.trained_roles - ({"policy"} if put_back else set()))
     trainer.save_model(str(job.artifact))
     metrics = job.trained(final(trainer.state.log_history) | (watcher.outcome if watcher else {}))
-    return metrics | judge_policy(job, shared.policy, tokenizer)
+    return metrics | judge_policy(job, shared.policy, tokenizer, sampler)
 
 
 def check_weights(before: dict[str, int], after: dict[str, int], trained: set[str]) -> None:

@@ -21,6 +21,7 @@ from rlhf_pipeline.judges.principles import Principle
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo.rollout import sample
+from rlhf_pipeline.stages import engine
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.rows import Asked, Made, columns_of, prompts_of, publish, with_columns
 
@@ -127,7 +128,7 @@ def run(job: Job) -> dict[str, Any]:
     inputs = prepare(job)
     for doubt in doubts(job, inputs):
         print(doubt)
-    policy = _Policy(job, inputs.tokenizer)
+    policy = _Policy(job, inputs)
     with Made(job, len(inputs.asked), "revising") as made:
         while len(made.items) < len(inputs.asked):
             done = len(made.items)
@@ -141,7 +142,8 @@ def run(job: Job) -> dict[str, Any]:
 class _Policy:
     """The policy whose replies are revised, and which revises them."""
 
-    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, job: Job, inputs: Inputs) -> None:
+        tokenizer = inputs.tokenizer
         name, seed = job.stage.start, job.recipe.seed
         self.view = StagedBase(job.recipe.model, artifacts(job.run, [name])).policy(name)
         of_init = job.recipe.stages[name].trainer if name in job.recipe.stages else {}
@@ -150,6 +152,10 @@ class _Policy:
         assert job.stage.sampling is not None
         self.sampling = job.stage.sampling
         self.spec = job.stage.data.model_copy(update={"max_prompt_length": None})
+        longest = max(_lengths(job, inputs.asked, inputs.principles))
+        self.engine = engine.start(
+            job.recipe, job.stage.rollout, f"stages.{job.name}.rollout", [name], longest, shares_gpu=False
+        )
 
     def write(self, prompts: Sequence[Ids], asked: Sequence[Asked], what: str, number: int) -> list[Written]:
         """One text to each of some prompts' tokens, each by random numbers of its own.
@@ -171,6 +177,7 @@ class _Policy:
             pad_token_id=self.tokenizer.pad_token_id,
             at_once=self.sampling.batch_size,
             seeds=[hash_of([self.seed, one.prompt, one.number, what, number]) for one in asked],
+            engine=self.engine,
         )
         texts = self.tokenizer.batch_decode(episodes.tokens, skip_special_tokens=True)
         return [
@@ -310,14 +317,19 @@ def _context(job: Job) -> int | None:
 
 def _fitting(job: Job, asked: Sequence[Asked], found: Sequence[Principle]) -> list[Asked]:
     """The prompts that with the longest requests, and texts as long as they may be, fit the model's context."""
-    context, sampling = _context(job), job.stage.sampling
-    if context is None or sampling is None:
+    context = _context(job)
+    if context is None:
         return list(asked)
+    return [one for one, length in zip(asked, _lengths(job, asked, found), strict=True) if length <= context]
+
+
+def _lengths(job: Job, asked: Sequence[Asked], found: Sequence[Principle]) -> list[int]:
+    """The tokens of each prompt with the longest requests, and with texts as long as they may be."""
+    assert job.stage.sampling is not None
     longest = max(found, key=lambda principle: len(principle.critique) + len(principle.revision))
     requests = encode_prompts(
         job.reader.tokenizer,
         job.stage.data.model_copy(update={"max_prompt_length": None}),
         [revision_request(one.prompt, "x", "x", longest) for one in asked],
     )
-    room = context - 3 * sampling.max_new_tokens
-    return [one for one, ids in zip(asked, requests, strict=True) if len(ids) <= room]
+    return [len(ids) + 3 * job.stage.sampling.max_new_tokens for ids in requests]

@@ -25,6 +25,7 @@ from rlhf_pipeline.ppo import numbers
 from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import Episodes, concatenate, diversity, sample
 from rlhf_pipeline.rewards import mixture
+from rlhf_pipeline.stages import engine
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.stages.rows import Asked, Made, columns_of, prompts_of, publish, with_columns
 
@@ -58,7 +59,7 @@ def run(job: Job) -> dict[str, Any]:
     """
     job.progress.tell("loading")
     inputs = prepare(job)
-    sampler = Sampler(job, inputs.tokenizer)
+    sampler = Sampler(job, inputs)
     asked, at_once = inputs.asked, max(1, sampler.sampling.batch_size // sampler.n)
     with Made(job, len(asked), "sampling") as made:
         while (done := len(made.items)) < len(asked):
@@ -73,7 +74,8 @@ def run(job: Job) -> dict[str, Any]:
 class Sampler:
     """The policies that reply, and the rewards that score what they say, all adapters on one base."""
 
-    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, job: Job, inputs: Inputs) -> None:
+        tokenizer, asked = inputs
         stage, recipe = job.stage, job.recipe
         assert stage.sampling is not None
         self.n, self.sampling, self.names = stage.n or 1, stage.sampling, stage.inits
@@ -90,6 +92,9 @@ class Sampler:
         models = [views_of[name] for name in scored_by]
         self.rewards = mixture.load(recipe, job.name, models, tokenizer) if stage.scored_by else None
         self.weighed = [reward.label for reward in stage.weighed]
+        longest = max(len(one.ids) for one in asked) + self.sampling.max_new_tokens
+        place, scores = f"stages.{job.name}.rollout", bool(stage.scored_by)
+        self.engine = engine.start(recipe, stage.rollout, place, self.names, longest, shares_gpu=scores)
 
     def answer(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
         """All replies to some prompts.
@@ -138,6 +143,7 @@ class Sampler:
             pad_token_id=self.tokenizer.pad_token_id,
             at_once=self.sampling.batch_size,
             seeds=[hash_of([self.seed, one.prompt, place, number]) for one, number in draws],
+            engine=self.engine,
         )
 
     def _scores(self, episodes: Episodes, rows: Sequence[str]) -> Scores | None:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.ppo.rollout import sample
+from rlhf_pipeline.ppo.rollout import Engine, sample
 
 MOST_LEAK = 0.1  # of what rows see of each other as one text
 ROWS, TOKENS = 3, 256  # at most; what is measured on
+SAMPLED = 16  # tokens of a reply
+LONGEST_TRIED = TOKENS + SAMPLED  # a prompt and its reply
 FIRST = 8  # tokens of a row, which the row before it changes most
 PROMPTS = 64  # of which the longest and the shortest are taken
 
@@ -35,16 +37,19 @@ class Leak(NamedTuple):
 
 
 @torch.no_grad()
-def generation_gap(policy: Any, prompts: Sequence[Sequence[int]], pad_token_id: int) -> float:
+def generation_gap(
+    policy: Any, prompts: Sequence[Sequence[int]], pad_token_id: int, engine: Engine | None = None
+) -> float:
     """How far the log-probabilities that generation samples with are from those of whole passes, in nats a token.
 
-    Generation pads prompts on the left and takes up a cache; a whole pass over one row alone does neither. In float32
-    they are equal but for rounding.
+    Generation pads prompts on the left and takes up a cache; a whole pass over one row alone does neither. Another
+    engine has kernels of its own. In float32 they are equal but for rounding.
 
     Args:
         policy: what has `generate` and gives logits: a causal LM in evaluation mode, or a view of one.
         prompts: token ids; a few of different length are made of them.
         pad_token_id: fills them up.
+        engine: what samples, if not the policy itself.
 
     Returns:
         The mean over sampled tokens of the absolute difference.
@@ -55,11 +60,12 @@ def generation_gap(policy: Any, prompts: Sequence[Sequence[int]], pad_token_id: 
         episodes = sample(
             policy,
             asked,
-            response_length=16,
+            response_length=SAMPLED,
             temperature=1.0,
             stop_token_id=None,
             pad_token_id=pad_token_id,
             at_once=len(asked),
+            engine=engine,
         )
     gaps = []
     for row, start in enumerate(episodes.prompt_lengths.tolist()):
@@ -127,19 +133,24 @@ def check_packing(
         )
 
 
-def check_generation(policy: Any, prompts: Sequence[Sequence[int]], pad_token_id: int, place: str) -> None:
+def check_generation(
+    policy: Any, prompts: Sequence[Sequence[int]], pad_token_id: int, place: str, engine: Engine | None = None
+) -> None:
     """See that replies are sampled with the log-probabilities that are trained on.
 
     Raises:
         InputError: they are not; see `generation_gap`.
     """
-    gap = generation_gap(policy, prompts, pad_token_id)
+    gap = generation_gap(policy, prompts, pad_token_id, engine)
     if not gap <= kinds.MOST_GAP:
+        why = "Its cache, or padding on the left, changes what it computes"
         raise InputError(
             f"this model samples with other log-probabilities than it is trained on: they are {gap:.2g} nats a token "
-            f"apart, and {kinds.MOST_GAP} is the most. Its cache, or padding on the left, changes what it computes",
+            f"apart, and {kinds.MOST_GAP} is the most. {why if engine is None else 'vLLM computes something else'}",
             place=place,
-            hint="PPO would learn from replies that its policy does not give: use another model, or `dpo`",
+            hint="PPO would learn from replies that its policy does not give: use another model, or `dpo`"
+            if engine is None
+            else "sample without it: `rollout: {engine: transformers}`",
         )
 
 
