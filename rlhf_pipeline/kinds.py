@@ -187,7 +187,7 @@ _ROWS_MADE_OF_ALL = {
 }
 _SAMPLED = "replies are sampled from the policy's whole distribution, of which the log-probabilities are"
 _ALIKE = "replies are sampled by one function for all kinds of stages"
-_NO_VLLM = "what samples is the stage's `rollout`, as `rollout: {engine: vllm}`"
+_NO_VLLM = "the stage's `rollout` says what samples: `rollout: {engine: vllm}`"
 _WRITTEN = "some replies are written to `samples.jsonl` in every stage that samples"
 _WHOLE_GROUPS = (
     "batches are made of whole groups: the prompts of an epoch that make no whole batch wait for a later one"

@@ -248,11 +248,12 @@ def _replace_adapter(worker: Any, old: int, new: int, weights: Weights) -> None:
         dtype=manager.lora_config.lora_dtype,
         weights_mapper=mapper and mapper.get_unstacked_mapper(),
     )
+    packed = {name for names in adapters.packed_modules.values() for name in names}  # as q, k and v, in one layer
+    if unplaced := sorted(lora.loras.keys() - adapters.modules.keys() - packed):
+        raise ValueError(f"vLLM puts no adapter on `{unplaced[0]}` of this model")
     if old:
         adapters.remove_adapter(old)
     adapters.add_adapter(lora)
-    if unplaced := sorted(lora.loras.keys() - adapters.modules.keys()):
-        raise ValueError(f"vLLM puts no adapter on `{unplaced[0]}` of this model")
     adapters.activate_adapter(new)
 
 

@@ -524,6 +524,14 @@ def _sampled_otherwise(stage: Stage) -> Iterator[Alarm]:
             "a token: with this model and these versions, the cache or padding on the left changes what it computes. "
             "Replies of other programs may be better or worse than those that were judged.",
         )  # fmt: skip
+    gap = stage.final("rollout/log_prob_gap_mean")
+    if gap is not None and gap > kinds.MOST_GAP:
+        yield Alarm(
+            "look", stage.name, "trained on replies that are not quite the policy's",
+            f"Replies were sampled with other log-probabilities than the policy has that is trained on them, by "
+            f"{short(gap)} nats a token: see whether it is so with another `rollout.engine`, or at a higher precision, "
+            "and with which the judge's mean rises further.",
+        )  # fmt: skip
 
 
 def _judged(stage: Stage) -> tuple[float, float] | None:

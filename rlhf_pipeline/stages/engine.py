@@ -7,20 +7,25 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.ppo.vllm_engine import RANKS, VLLMEngine
 from rlhf_pipeline.recipe import outside
-from rlhf_pipeline.recipe.resolve import FUNCTION_KEYS
 from rlhf_pipeline.recipe.schema import Evaluate, Recipe, Rollout
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.soundness import LONGEST_TRIED
 
-# PEFT's keys that make something else than two factors at each of some linear layers.
-NOT_PLAIN = (*FUNCTION_KEYS, "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication")
+# PEFT's keys that make something else of a linear layer than two factors do.
+NOT_PLAIN = (
+    "use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "velora_config", "monteclora_config",
+    "use_bdlora", "arrow_config", "target_parameters",
+)  # fmt: skip
 LEAST_TEMPERATURE = 0.01  # vLLM takes a lower one, but for 0, as this
 WITHOUT_IT = "`engine: transformers` samples without it"
 EVALUATE = "evaluate.rollout"
@@ -116,7 +121,6 @@ def check(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> lis
         temperatures[EVALUATE] = spec.temperature
     if not wanted:
         return []
-    first = next(iter(wanted))
     found = [
         InputError(
             f"vLLM samples at no temperature between 0 and {LEAST_TEMPERATURE}",
@@ -126,9 +130,11 @@ def check(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> lis
         for place, temperature in temperatures.items()
         if 0 < temperature < LEAST_TEMPERATURE
     ]
-    found += _unserved_adapters(recipe, wanted)
-    if problem := _missing() or _unserved_base(recipe, config):
-        found.append(InputError(problem[0], place=first, hint=problem[1]))
+    found += _unserved_adapters(recipe, wanted, config)
+    missing = _missing()
+    for problem in (_unserved_quantization(recipe), missing or _unserved_architecture(config)):
+        if problem is not None:
+            found.append(InputError(problem[0], place=next(iter(wanted)), hint=problem[1]))
     return found
 
 
@@ -156,14 +162,13 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
         return None
 
 
-def _unserved_adapters(recipe: Recipe, wanted: dict[str, list[str]]) -> list[InputError]:
+def _unserved_adapters(recipe: Recipe, wanted: dict[str, list[str]], config: PretrainedConfig) -> list[InputError]:
     """An error for each place with an adapter that is not two plain factors, of a rank that vLLM has room for."""
     found = []
     for place, policies in wanted.items():
         for name in policies:
             lora = lora_of(recipe, name)
             odd = next((key for key in NOT_PLAIN if lora.get(key)), None)
-            odd = odd or ("bias" if lora.get("bias", "none") != "none" else None)
             whose = f"the adapter of `{outside.said(name)}`"
             if odd is not None:
                 said = f"vLLM cannot serve {whose}, which has `{odd}`"
@@ -171,18 +176,41 @@ def _unserved_adapters(recipe: Recipe, wanted: dict[str, list[str]]) -> list[Inp
             elif largest_rank(lora) > RANKS[-1]:
                 said = f"vLLM cannot serve {whose}: its rank is {largest_rank(lora)}, and {RANKS[-1]} is the most"
                 found.append(InputError(said, place=place, hint=f"lower `lora.r`; or {WITHOUT_IT}"))
+            elif _is_on_embedding(recipe, lora, config):
+                said = f"vLLM cannot serve {whose}, which is on an embedding as well as on linear layers"
+                found.append(
+                    InputError(said, place=place, hint=f"`target_modules: all-linear` leaves it out; or {WITHOUT_IT}")
+                )
             else:
                 continue
             break
     return found
 
 
-def _unserved_base(recipe: Recipe, config: PretrainedConfig) -> tuple[str, str] | None:
-    """What is said, and advised, where vLLM does not load such a base, or puts no adapters on it."""
+def _is_on_embedding(recipe: Recipe, lora: dict[str, Any], config: PretrainedConfig) -> bool:
+    """Whether an adapter is on the input or the output embedding; tried on a model without weights."""
+    if not lora or lora.get("target_modules") == "all-linear":
+        return False
+    try:
+        with torch.device("meta"):
+            model = adapters.with_policy_adapter(without_weights(recipe.model, config=config), lora, None)
+    except (TypeError, ValueError):  # which the check of `lora` says
+        return False
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(isinstance(embedding, BaseTunerLayer) for embedding in embeddings)
+
+
+def _unserved_quantization(recipe: Recipe) -> tuple[str, str] | None:
+    """What is said, and advised, where vLLM cannot quantize its base as the recipe's is."""
     if recipe.model.quantization == "int8":
         return "vLLM does not quantize a base to int8", f"set `model.quantization` to nf4 or none; or {WITHOUT_IT}"
     if recipe.model.quantization == "nf4" and not torch.cuda.is_available():
         return "vLLM needs a GPU for a base in nf4", f"set `model.quantization: none`; or {WITHOUT_IT}"
+    return None
+
+
+def _unserved_architecture(config: PretrainedConfig) -> tuple[str, str] | None:
+    """What is said, and advised, where vLLM does not have a base's architecture, or puts no adapters on it."""
     from vllm.model_executor.models import ModelRegistry, supports_lora
 
     name = (config.architectures or [type(config).__name__])[0]

@@ -149,8 +149,8 @@ class GroupTrainer(Resumable):
       model, which counts the padding too, as generation does not: a model with learned positions would be trained on
       other log-probabilities than it samples with.
     * Every rollout is logged by PPO's names: `objective/scores`, `objective/kl`, `reply/length`, `reply/ended`,
-      `reply/distinct_2`, `reply/unique`, and `rollout/log_prob_gap_mean` and `_max` before the policy moves. KL is that of a whole reply in nats, the mean of log π/π_ref, also where
-      `beta` is 0, for one pass of the reference more.
+      `reply/distinct_2`, `reply/unique`, and before the policy moves `rollout/log_prob_gap_mean` and `_max`. KL is that
+      of a whole reply in nats, the mean of log π/π_ref, also where `beta` is 0, for one pass of the reference more.
     * A checkpoint between two steps of one batch of replies holds those replies.
     * The order of prompts follows from seed and epoch alone. TRL's follows from how many epochs a process has begun,
       so that one that resumes in a later epoch would see the first one's order.
