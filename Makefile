@@ -1,10 +1,11 @@
 # `make demo` trains all four stages on the tiny checkpoint; `make test` runs the tests. Both set up .venv first.
-# `make floor` tests with the oldest TRL that is supported, in an environment of its own.
+# `make floor` tests with the oldest TRL that is supported, and `make vllm` with vLLM, each in an environment of its own.
 PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
+VLLM := .venv-vllm/bin
 
-.PHONY: demo test quick floor smoke learning zoo soak check format clean
+.PHONY: demo test quick floor vllm smoke learning zoo soak check format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +18,14 @@ FLOOR := .venv-floor/bin
 	grep -vE '^(peft|transformers|trl)==' constraints.txt | cat - constraints-floor.txt > .venv-floor/constraints.txt
 	$(FLOOR)/pip install --quiet --constraint .venv-floor/constraints.txt torch
 	$(FLOOR)/pip install --quiet --constraint .venv-floor/constraints.txt --editable . pytest pytest-xdist
+	touch $@
+
+.venv-vllm/ready: pyproject.toml constraints.txt requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	grep -vE '^(fastapi|openai)==' constraints.txt > .venv-vllm/constraints.txt
+	$(VLLM)/pip install --quiet --constraint .venv-vllm/constraints.txt torch
+	$(VLLM)/pip install --quiet --constraint .venv-vllm/constraints.txt --editable . pytest
+	$(VLLM)/pip install --quiet --no-deps --requirement requirements-vllm.txt
 	touch $@
 
 demo: .venv/ready
@@ -36,6 +45,10 @@ floor: .venv-floor/ready
 	OMP_NUM_THREADS=1 $(FLOOR)/python -m pytest --numprocesses auto --dist worksteal \
 		tests/ppo/test_same_as_trl.py tests/ppo/test_config.py tests/ppo/test_former.py tests/ppo/test_keys.py \
 		tests/stages tests/recipe/test_library_keys.py
+
+# Replies that vLLM samples, on the CPU: that they are those of the same distribution, and runs that are made of them.
+vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m vllm tests/ppo/test_vllm_engine.py
 
 # Every shipped recipe for two steps a stage, on a tiny checkpoint of its model: docs/ci.md says what that shows.
 smoke: .venv/ready
@@ -64,4 +77,4 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-floor build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-vllm build dist runs .mypy_cache .pytest_cache .ruff_cache

