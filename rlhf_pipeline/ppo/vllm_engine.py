@@ -5,6 +5,7 @@ a new adapter each time they have changed, and the former one is dropped.
 """
 
 import contextlib
+import gc
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -150,9 +151,12 @@ class VLLMEngine:
         return _episodes(prompts, replies, log_probs, stops, pad_token_id, policy.device)
 
     def close(self) -> None:
-        """Give up all memory that the engine has."""
+        """Give up all memory that the engine has; it cannot sample after that."""
         with _as_it_was():
             self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _hold(self, weights: Weights) -> int:
         """See that vLLM has an adapter of these weights; returns its id, 0 for none."""
