@@ -3,6 +3,7 @@
 `make vllm` runs these, in an environment of their own.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -311,9 +312,11 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_one_that_was_not(folder, whole
         time.sleep(0.01)
     process.kill()
     said = process.communicate()[1]
-    time.sleep(1.0)
-    left = [one for one in Path("/proc").iterdir() if one.name.isdigit() and _of_session(one, process.pid)]
-    assert left == [] and not list(Path("/dev/shm").glob("*vllm*"))
+    deadline = time.monotonic() + 10
+    while left := _alive_in_session(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert not list(Path("/dev/shm").glob("*vllm*"))
     assert short_run.read(cut / "ppo" / "stage.json").get("state") != "done", said
     assert "resumes from step" in run(folder, "cut.yaml", "--no-reuse")
     ours, theirs = (load_file(of / "ppo" / "adapter" / WEIGHTS) for of in (cut, whole))
@@ -323,9 +326,13 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_one_that_was_not(folder, whole
     assert ours == theirs
 
 
-def _of_session(process: Path, leader: int) -> bool:
-    try:
-        state, *numbers = (process / "stat").read_text().rpartition(")")[2].split()[:4]
-    except OSError:
-        return False
-    return int(numbers[2]) == leader and state not in "ZX"
+def _alive_in_session(leader: int) -> list[str]:
+    """The command of each process of a session that is alive."""
+    alive = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, *numbers = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(numbers[2]) == leader and state not in "ZX":
+                    alive.append((process / "cmdline").read_text().replace("\0", " "))
+    return alive

@@ -194,6 +194,14 @@ def test_replies_that_generation_computes_otherwise_are_not_quite_the_models(run
     assert "by 0.4 nats" in texts(run)
 
 
+def test_replies_that_were_sampled_otherwise_are_not_quite_the_policys(run):
+    report_run.change(run, "ppo", metrics={"rollout/log_prob_gap_mean": 0.03})
+    assert texts(run) == ""
+    report_run.change(run, "ppo", metrics={"rollout/log_prob_gap_mean": 0.3})
+    assert "look ppo Replies were sampled with other log-probabilities than the policy has" in texts(run)
+    assert "by 0.3 nats a token" in texts(run)
+
+
 # Accuracy of few pairs
 
 

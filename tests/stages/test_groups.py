@@ -224,6 +224,34 @@ def test_every_reward_is_logged_by_its_name_and_a_policy_that_samples_by_those_o
 
 
 @pytest.mark.parametrize("kind", CLASSES)
+def test_the_gap_of_sampling_is_that_of_the_policy_that_sampled(make, kind):
+    """A step later, the policy is another one, and so are its log-probabilities."""
+    trainer = make(kind, num_iterations=2, max_steps=4, logging_steps=1)
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    gaps = [row.get("rollout/log_prob_gap_max") for row in steps]
+    assert gaps[1] is gaps[3] is None and 0 < gaps[0] < 1e-4 and 0 < gaps[2] < 1e-4
+    assert all(row["rollout/log_prob_gap_mean"] <= row["rollout/log_prob_gap_max"] for row in steps[::2])
+
+
+def test_the_gap_is_the_mean_over_tokens_of_the_difference_of_log_probabilities(make):
+    trainer = make("grpo")
+    roll_out = trainer.roll_out
+
+    def otherwise(prompts: Any) -> Episodes:
+        episodes = roll_out(prompts)
+        episodes.sampled_log_probs[0, :2] -= 0.5
+        return episodes
+
+    trainer.roll_out = otherwise
+    trainer.train()
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    tokens = trainer._episodes.reply_lengths.sum().item()
+    assert row["rollout/log_prob_gap_mean"] == pytest.approx(1.0 / tokens, rel=1e-3)
+    assert row["rollout/log_prob_gap_max"] == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 def test_evaluation_says_the_same_each_time_and_takes_no_random_number_of_training(make, prompts, kind):
     trainer = make(kind, held_out=prompts.select(range(5)), per_device_eval_batch_size=8)
     lengths = []
