@@ -1,11 +1,11 @@
-"""Tokens per second of both engines that sample, on prompts whose replies are of very unlike length.
+"""Tokens per second of processor time of both engines that sample, on prompts whose replies are of very unlike length.
 
 Each engine samples the same prompts in turn, once to warm up and then as often as asked; the stop tokens are such that
 half of the replies end by themselves within about 60 tokens, and the longest are cut. Run it where vLLM is installed:
 
     make vllm
-    OMP_NUM_THREADS=2 .venv-vllm/bin/python benchmarks/rollout_engines.py --model tiny
-    OMP_NUM_THREADS=2 .venv-vllm/bin/python benchmarks/rollout_engines.py --model 60m --prompts 64
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/rollout_engines.py --model tiny
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/rollout_engines.py --model 60m --prompts 64
 """
 
 import argparse
@@ -76,15 +76,16 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     found: dict[str, list[float]] = {"transformers": [], "vllm": []}
     for _ in range(options.times):
         for name, engine in (("transformers", None), ("vllm", vllm)):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             episodes = replies(engine, stops)
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             own = sorted(episodes.reply_lengths.tolist())
-            found[name].append(sum(own) / seconds)
+            found[name].append(sum(own) / cpu)
             shown = {
                 "model": options.model, "engine": name, "prompts": options.prompts, "tokens": sum(own),
                 "median": own[len(own) // 2], "95 %": own[int(0.95 * len(own))], "cut": own.count(options.longest),
-                "seconds": round(seconds, 2), "tokens_per_second": round(sum(own) / seconds),
+                "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2),
+                "tokens_per_cpu_second": round(sum(own) / cpu),
             }  # fmt: skip
             print(json.dumps(shown), flush=True)
     medians = {name: statistics.median(speeds) for name, speeds in found.items()}
