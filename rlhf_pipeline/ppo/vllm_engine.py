@@ -108,6 +108,10 @@ class VLLMEngine:
         """See `rollout.sample`, which this does for it; vLLM itself says how many replies are sampled together.
 
         Without `seeds`, they are drawn from torch's random numbers, which are the same whatever vLLM did before.
+
+        Raises:
+            ValueError: a prompt and its reply may outgrow the room that the engine was given.
+            RuntimeError: log-probabilities are not finite.
         """
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
@@ -148,6 +152,8 @@ class VLLMEngine:
             [found[token].logprob for token, found in zip(reply, output.outputs[0].logprobs, strict=True)]
             for reply, output in zip(replies, outputs, strict=True)
         ]
+        if not torch.tensor([value for row in log_probs for value in row]).isfinite().all():
+            raise RuntimeError("the policy computes numbers that are not finite, so that no reply can be sampled")
         return _episodes(prompts, replies, log_probs, stops, pad_token_id, policy.device)
 
     def close(self) -> None:
