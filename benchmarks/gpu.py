@@ -472,7 +472,8 @@ def start(name: str, folder: Path, shape: str, until: float) -> bool:
         return _end(folder, name, "left out: the time is over", 0.0)
     command = [sys.executable, __file__, "--phase", name, "--out", str(folder), "--shape", shape]
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
+    one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}  # trainers would take all
+    environment = os.environ | ENVIRONMENT | one_gpu | {"PYTHONPATH": os.pathsep.join(paths)}
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
         try:
