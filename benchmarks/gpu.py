@@ -28,6 +28,7 @@ from typing import Any, TextIO
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # where the package is not installed
 RESULTS, TABLE, PHASE = "results.jsonl", "results.md", "phase"
+PEAKS = ("memory", "update")  # the figures with the peak of a phase
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore",
@@ -302,7 +303,7 @@ def tiny(out: Out, shape: Shape) -> None:
 
 
 def forecast(out: Out, shape: Shape) -> None:
-    """What `rlhf-pipeline forecast` says of the three phases above, beside what was measured."""
+    """What `rlhf-pipeline forecast` says of the three phases above, beside what was measured; it needs no GPU."""
     try:
         from rlhf_pipeline.forecast import work
         from rlhf_pipeline.forecast.cards import ANY
@@ -314,34 +315,31 @@ def forecast(out: Out, shape: Shape) -> None:
 
     from rlhf_pipeline.recipe.schema import Recipe
 
-    measured = {
-        (line["phase"], line["name"]): line["numbers"]["peak_bytes"]
-        for line in lines(out.file)
-        if "peak_bytes" in line["numbers"]
-    }
-    whole = shape.prompt + shape.reply
+    peaks = {line["phase"]: line["numbers"] for line in lines(out.file) if line["name"] in PEAKS}
+    # What a GPU's allocator counts; of a CPU there is the whole process, with its libraries.
+    measured = {phase: numbers["peak_bytes"] for phase, numbers in peaks.items() if numbers["reserved_bytes"]}
     common = {"per_device_train_batch_size": shape.batch, "gradient_checkpointing": True}
+    of_ppo = {"total_episodes": shape.batch, "response_length": shape.reply, "num_sample_generations": 0}
     with tempfile.TemporaryDirectory(prefix="gpu-forecast-") as folder:
         llama_config(shape.model, shape.dtype).save_pretrained(folder)
         AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
         text = {"data": {"path": "rows.jsonl"}, "trainer": common | {"max_length": None}, "init": "base", "lora": LORA}
-        of_ppo = {"total_episodes": shape.batch, "response_length": shape.reply, "num_sample_generations": 0}
-        stages = {
-            "sft": text | {"kind": "sft"},
-            "reward": text | {"kind": "reward"},
-            "dpo": text | {"kind": "dpo"},
-            "ppo": text | {"kind": "ppo", "trainer": common | of_ppo, "reward": "reward"},
-        }
-        recipe = Recipe.model_validate(
-            {"name": "gpu", "output_dir": folder, "lora": LORA, "stages": stages,
-             "model": {"path": folder, "quantization": shape.quantization, "dtype": shape.dtype}}
-        )  # fmt: skip
-        rows = dict.fromkeys(stages, (shape.prompt, whole))
-        found = work.forecast(recipe, ANY, advise=False, rows=rows, on_gpu=True)
-    for stage in found.stages:
-        known = measured.get((stage.name, "memory")) or measured.get((stage.name, "update"))
-        beside = {"measured_bytes": known, "forecast_of_measured": stage.allocated / known} if known else {}
-        out.tell(stage.name, {"forecast_bytes": stage.allocated} | beside)
+        reward = text | {"kind": "reward"}
+        ppo_stage = text | {"kind": "ppo", "trainer": common | of_ppo, "reward": "reward"}
+        for name, stages in {
+            "sft": {"sft": text | {"kind": "sft"}},
+            "dpo": {"dpo": text | {"kind": "dpo"}},
+            "ppo": {"reward": reward, "ppo": ppo_stage},
+        }.items():
+            recipe = Recipe.model_validate(
+                {"name": "gpu", "output_dir": folder, "lora": LORA, "stages": stages,
+                 "model": {"path": folder, "quantization": shape.quantization, "dtype": shape.dtype}}
+            )  # fmt: skip
+            rows = dict.fromkeys(stages, (shape.prompt, shape.prompt + shape.reply))
+            stage = work.forecast(recipe, ANY, advise=False, rows=rows).stages[-1]
+            known = measured.get(name)
+            beside = {"measured_bytes": known, "forecast_of_measured": stage.allocated / known} if known else {}
+            out.tell(name, {"forecast_bytes": stage.allocated} | beside)
 
 
 # In the order of what they are worth, with the seconds that each may take.
@@ -353,7 +351,7 @@ PHASES: dict[str, tuple[Callable[[Out, Shape], None], int]] = {
     "dpo": (dpo, 75),
     "resume": (resume, 90),
     "tiny": (tiny, 180),
-    "forecast": (forecast, 60),
+    "forecast": (forecast, 120),
 }
 
 
@@ -436,7 +434,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for results.jsonl and results.md")
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="of the random models")
-    parser.add_argument("--only", help="some phases, with commas between them")
+    parser.add_argument("--only", help="some phases, with commas between them, added to what `--out` has")
     parser.add_argument("--seconds", type=int, default=ALL_SECONDS, help=f"for all phases together ({ALL_SECONDS})")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -449,7 +447,8 @@ def main() -> int:
         print(problem, file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / RESULTS).write_text("")
+    if not options.only:  # else they are added to what is there
+        (options.out / RESULTS).write_text("")
     until = time.monotonic() + options.seconds
     went = [start(name, options.out, options.shape, until) for name in PHASES if name in chosen]
     return int(not all(went))
