@@ -83,6 +83,8 @@ def check(recipe: Recipe, names: Sequence[str], current: Sequence[str] = ()) -> 
     readable = [name for name in names if not awaited(recipe, name, to_make)]  # the others' rows are made only then
     jobs = [Job(recipe, name, recipe.run, reader) for name in names]
     for job in jobs:
+        place = f"stages.{job.name}.trainer"
+        attempt(functools.partial(liger.require, job.stage.facts, job.stage.trainer, config, place))
         if job.name not in readable:
             attempt(functools.partial(check_settings, job))
         elif not job.stage.facts.trains:

@@ -180,7 +180,6 @@ class Job:
         for what in ("logging", "eval", "save"):
             if f"{what}_steps" in self.stage.trainer:
                 settings[f"{what}_strategy"] = "steps"
-        liger.require(self.stage.facts, self.stage.trainer, self.reader.config, f"stages.{self.name}.trainer")
         if self.stage.trainer.get(liger.KEY):
             settings[liger.OPTIONS] = liger.options(self.stage.facts, self.stage.trainer)
         if settings["save_strategy"] == "best":

@@ -29,6 +29,11 @@ def options(kind: Kind, given: dict[str, Any]) -> dict[str, Any] | None:
     return asked
 
 
+def is_here() -> bool:
+    """Whether this machine has a GPU for it, and the package."""
+    return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+
+
 def require(kind: Kind, given: dict[str, Any], config: PretrainedConfig, place: str) -> None:
     """See that a stage can have Liger's kernels where it asks for them.
 

@@ -24,6 +24,7 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.score_head import with_score_head
 from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import Episodes
+from rlhf_pipeline.stages import liger
 from rlhf_pipeline.stages.job import Inputs, Job
 
 # A row as a trainer gets it.
@@ -52,6 +53,7 @@ def try_trainer(job: Job, inputs: Inputs) -> None:
         args = copy.copy(inputs.args)
         args.output_dir, args.report_to, args.max_steps = folder, [], 1
         args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+        args.use_liger_kernel = args.use_liger_kernel and liger.is_here()  # `liger.require` says what is missing
         gc.freeze()  # training begins with a search for garbage, which takes longer than all else here
         try:
             trainer = _trainer(job, args, inputs)

@@ -1,7 +1,5 @@
 """What the libraries would refuse only when a stage trains is refused before the first one does, for every stage."""
 
-import importlib.util
-
 import pytest
 
 from rlhf_pipeline import recipe as recipes
@@ -67,14 +65,6 @@ def test_other_refusals_name_their_key(reader, stage, settings, said, key):
     with pytest.raises(InputError, match=said) as error:
         attempt(reader, stage, *settings)
     assert error.value.place == ".".join(filter(None, ["stages", stage, "trainer", key]))
-
-
-@pytest.mark.skipif(bool(importlib.util.find_spec("liger_kernel")), reason="Liger is installed, which is then taken")
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
-def test_a_kernel_that_is_not_installed(reader, stage):
-    with pytest.raises(InputError, match="liger") as error:
-        attempt(reader, stage, "use_liger_kernel=true")
-    assert error.value.place == f"stages.{stage}.trainer.use_liger_kernel"
 
 
 def test_the_check_finds_those_of_all_stages_at_once():
