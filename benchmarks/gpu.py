@@ -349,7 +349,7 @@ PHASES: dict[str, tuple[Callable[[Out, Shape], None], int]] = {
     "ppo": (ppo, 180),
     "sft": (sft, 75),
     "dpo": (dpo, 75),
-    "resume": (resume, 90),
+    "resume": (resume, 120),
     "tiny": (tiny, 180),
     "forecast": (forecast, 120),
 }

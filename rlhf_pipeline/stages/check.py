@@ -118,8 +118,6 @@ def check_addresses(recipe: Recipe, names: Sequence[str]) -> None:
     Raises:
         InputError: for each that does not answer.
     """
-    from rlhf_pipeline.judges.remote import RemoteJudge  # with the client for HTTP, which nothing else here needs
-
     judges = {f"stages.{name}.judge": judge for name in names if (judge := recipe.stages[name].judge)}
     if recipe.evaluate and recipe.evaluate.ai_judge and any(recipe.ai_judge_of(name) for name in names):
         judges[win_rates.PLACE] = recipe.evaluate.ai_judge
@@ -128,6 +126,8 @@ def check_addresses(recipe: Recipe, names: Sequence[str]) -> None:
     for place, judge in judges.items():
         same = judge.model_dump(include={"model", "served_model", "api_key_env", "template"})
         if judge.is_remote and same not in asked:
+            from rlhf_pipeline.judges.remote import RemoteJudge  # with the client for HTTP, which nothing else needs
+
             asked.append(same)
             try:
                 RemoteJudge(judge, recipe.run / ANSWERS, place).check()
