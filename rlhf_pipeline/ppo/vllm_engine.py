@@ -23,6 +23,7 @@ from rlhf_pipeline.recipe.schema import BASE, Model, Rollout
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for: `MaxLoRARanks` of its `config.lora`
 CACHE_ON_CPU = 2**32  # bytes, at most, for keys and values
+TOKENS_ON_CPU = 2048  # of prompts that are read in one pass
 BLOCK_ON_CPU = 128  # tokens: what a reply takes room by there
 Weights = dict[str, Tensor]
 
@@ -64,6 +65,14 @@ class VLLMEngine:
         options: dict[str, Any] = {"max_num_seqs": settings.max_num_seqs}
         if on_gpu:
             options |= {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
+        else:
+            options |= {
+                "kv_cache_memory_bytes": _cache_on_cpu(spec, settings, longest),
+                # A prompt is read in one pass: of one read in parts, vLLM turns the random numbers back, which those
+                # of a CPU cannot be.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(longest, TOKENS_ON_CPU),
+            }
         if spec.quantization == "nf4":
             options["quantization"] = "bitsandbytes"
         with _as_it_was(), _uncompiled():
@@ -83,7 +92,6 @@ class VLLMEngine:
                     max_model_len=longest,
                     enforce_eager=settings.enforce_eager or not on_gpu,
                     **options,
-                    **({} if on_gpu else {"kv_cache_memory_bytes": _cache_on_cpu(spec, settings, longest)}),
                 )
             except Exception as error:  # it checks settings and memory in many ways
                 raise InputError(

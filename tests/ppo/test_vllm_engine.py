@@ -274,6 +274,15 @@ def test_with_seeds_a_reply_is_the_same_beside_any_other(staged, ask):
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_more_prompts_than_one_pass_reads_are_sampled_all_the_same(staged, ask):
+    prompts = [[5 + (i + j) % 1000 for j in range(100)] for i in range(60)]
+    ours, theirs = (ask(staged.policy("sft"), prompts, temperature=0.0, **own) for own in ({}, {"engine": None}))
+    assert ours.tokens == theirs.tokens
+    sampled = ask(staged.policy("sft"), prompts, seeds=range(60))
+    alone = ask(staged.policy("sft"), prompts[40:41], seeds=[40])
+    assert sampled.tokens[40] == alone.tokens[0]
+
+
 def test_a_prompt_and_reply_over_the_room_are_refused(staged, ask):
     with pytest.raises(ValueError, match="may have 130 tokens, and vLLM has room for 128"):
         ask(staged.policy("sft"), [[5] * 30], response_length=100)
