@@ -288,18 +288,25 @@ def tiny(out: Out, shape: Shape) -> None:
         overrides += ["ppo.trainer.total_episodes=64", "evaluate.n=8", "evaluate.along=0"]
     with tempfile.TemporaryDirectory(prefix="gpu-tiny-") as folder:
         command = [sys.executable, "-m", "rlhf_pipeline", "run", "tiny", *overrides, f"output_dir={folder}"]
-        started = time.perf_counter()
-        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for name in ("sft", "reward", "ppo", "dpo"):
-            file = Path(folder) / "tiny" / name / "stage.json"
-            record = json.loads(file.read_text()) if file.is_file() else {}
-            metrics = record.get("metrics") or {}
-            kept = ("judge_mean", "judge_mean_se", "generation_gap", "loss", "eval_accuracy", "objective/kl")
-            numbers = {key: metrics[key] for key in kept if key in metrics}
-            out.tell(name, {"state": record.get("state"), "seconds": record.get("wall_s")} | numbers)
+        started, told = time.perf_counter(), set()
+        process = subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr)
+        while True:
+            over = process.poll() is not None
+            for name in ("sft", "reward", "ppo", "dpo"):
+                file = Path(folder) / "tiny" / name / "stage.json"  # replaced in one step
+                record = json.loads(file.read_text()) if file.is_file() else {}
+                if record.get("state") == "done" and name not in told:
+                    told.add(name)
+                    metrics = record.get("metrics") or {}
+                    kept = ("judge_mean", "judge_mean_se", "generation_gap", "loss", "eval_accuracy", "objective/kl")
+                    numbers = {key: metrics[key] for key in kept if key in metrics}
+                    out.tell(name, {"seconds": record.get("wall_s")} | numbers)
+            if over:
+                break
+            time.sleep(0.5)
         out.tell("run", {"exit_code": process.returncode, "seconds": time.perf_counter() - started})
     if process.returncode:
-        raise SystemExit("\n".join(process.stdout.splitlines()[-15:]))
+        raise SystemExit(process.returncode)
 
 
 def forecast(out: Out, shape: Shape) -> None:
