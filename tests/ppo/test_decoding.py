@@ -220,13 +220,14 @@ class TestRowsThatAreComputed:
     def test_prompts_take_the_places_of_replies_that_have_ended(self, model_of, prompts, ends, passes):
         """Never more than `at_once` rows, and fewer passes than batches one after the other would take."""
         model, some = model_of("llama"), [*prompts[:4], *prompts[5:9]]
-        lengths = [12, 1, 1, 1, 12, 1, 1, 12]  # of the prompts of 3, 9, 1, 16, 6, 2, 16, 12 tokens
+        # Of the prompts of 3, 9, 1, 16, 6, 2, 16, 12 tokens: of each two that follow each other one is long.
+        lengths = [12, 12, 12, 12, 1, 1, 1, 1]
         ends(lengths)
         seen = passes(model)
         check(model, drawn(model, some, at_once=2), some, lengths)
         assert max(seen.rows) == 2
         assert sum(seen.prompts) == 8
-        assert len(seen.rows) - len(seen.prompts) < 3 * 11  # three long replies, of which two overlap
+        assert len(seen.rows) - len(seen.prompts) < 3 * 11  # and not four times the eleven passes of a long one
         # The columns of a row that has left go with it.
         assert max(seen.columns) <= max(len(prompt) + length for prompt, length in zip(some, lengths, strict=True))
 
