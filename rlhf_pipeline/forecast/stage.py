@@ -1,6 +1,7 @@
 """A stage's own trainer, run on shapes for two steps, and what it held at the peak of each phase."""
 
 import contextlib
+import inspect
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -327,25 +329,34 @@ def _sample(policy: PolicyView, prompts: Sequence[list[int]], reply: int, temper
     if reply <= 2:
         return
     longest = max(len(prompt) for prompt in prompts) + reply - 1
-    sample(_Amid(policy, ledger), [[TOKEN] * (longest - row % 2) for row in range(len(prompts))], response_length=1,
-           **settings)  # fmt: skip
+    whole = [[TOKEN] * (longest - row % 2) for row in range(len(prompts))]
+    with policy.generating() as model:
+        if "past_key_values" in inspect.signature(model.forward).parameters:  # else its state does not grow
+            sample(_Amid(model, ledger), whole, response_length=1, **settings)
 
 
 class _Amid:
-    """A policy in the middle of its replies: all but the last token read, and in its cache."""
+    """A model in the middle of its replies: all but their last token is in its cache already."""
 
-    def __init__(self, policy: PolicyView, ledger: Ledger) -> None:
-        self.policy, self.ledger, self.device = policy, ledger, policy.device
+    def __init__(self, model: PreTrainedModel, ledger: Ledger) -> None:
+        self.model, self.ledger, self.device, self.forward = model, ledger, model.device, model.forward
+        self.prepare_inputs_for_generation = model.prepare_inputs_for_generation
+
+    def _read(self, ids: Tensor, mask: Tensor) -> Any:
+        """The cache of all columns but the last."""
+        before, self.ledger.phase, self.ledger.making = self.ledger.phase, UNCOUNTED, "cache"
+        output = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1)
+        self.ledger.phase, self.ledger.making = before, None
+        return output.past_key_values
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any, **inputs: Any) -> Any:
+        """What `ppo.decoding.decode` asks: the last column."""
+        past_key_values = past_key_values or self._read(input_ids, attention_mask)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, -1:]
+        last = input_ids[:, -1:]
+        return self.model(input_ids=last, attention_mask=attention_mask, past_key_values=past_key_values, **inputs)
 
     def generate(self, **inputs: Any) -> Any:
         """See `transformers.GenerationMixin.generate`."""
-        ids, mask = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
-        model, shared = self.policy.shared.causal_lm, self.policy.shared
-        before, self.ledger.phase, self.ledger.making = self.ledger.phase, UNCOUNTED, "cache"
-        was = model.training
-        model.eval()
-        with shared.acting_as(self.policy.role):
-            cache = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
-        model.train(was)
-        self.ledger.phase, self.ledger.making = before, None
-        return self.policy.generate(**inputs, past_key_values=cache)
+        return self.model.generate(**inputs, past_key_values=self._read(inputs["input_ids"], inputs["attention_mask"]))

@@ -183,7 +183,8 @@ def decode(
     """
     accepts = inspect.signature(model.forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in accepts), None)
-    if name is None or type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+    usual = GenerationMixin.prepare_inputs_for_generation
+    if name is None or model.prepare_inputs_for_generation.__func__ is not usual:
         return False
 
     def read(ids: Tensor, mask: Tensor, cache: Any) -> Any:
