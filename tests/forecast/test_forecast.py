@@ -1,0 +1,107 @@
+"""What is forecast, held against arithmetic and against what the allocator counts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.forecast import advice, cards, work
+from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+LLAMA = json.loads((Path(__file__).parent / "configs" / "llama-3.1-8b.json").read_text())
+SMALL = LLAMA | {"num_hidden_layers": 7, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8,
+                 "num_key_value_heads": 2, "vocab_size": 8192}  # fmt: skip
+RECIPE = """\
+name: foreseen
+model: {{path: tiny, quantization: {quantization}}}
+lora: {{r: 8, lora_alpha: 16, target_modules: all-linear}}
+stages:
+  sft: {{data: tiny:demonstrations, trainer: {{max_length: 64, per_device_train_batch_size: {batch}}}}}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A recipe of one stage over a small Llama of which there is a configuration and nothing else."""
+
+    def make(quantization: str = "nf4", batch: int = 2, layers: int = 7):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(RECIPE.format(quantization=quantization, batch=batch))
+        recipe = recipes.load(str(file), [])
+        (tmp_path / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": layers}))
+        recipe.model.path = str(tmp_path)
+        return recipe
+
+    return make
+
+
+@pytest.mark.parametrize(("quantization", "bytes_"), [("nf4", 0.5 + 1 / 64 + 4 / 64 / 256), ("int8", 1), ("none", 2)])
+def test_weights_are_those_of_the_configuration(small, quantization, bytes_):
+    stage = work.forecast(small(quantization), cards.ANY).stages[0]
+    linear = 7 * (512 * 512 * 2 + 512 * 128 * 2 + 3 * 512 * 1024)
+    rest = 2 * 8192 * 512 + 15 * 512
+    expected = bytes_ * linear + 2 * rest
+    assert stage.phase("load").parts["weights"] == pytest.approx(expected, rel=0.01)
+    lora = 7 * 8 * ((512 + 512) * 2 + (512 + 128) * 2 + 3 * (512 + 1024))
+    assert stage.phase("backward").parts["adapters"] == pytest.approx(4 * lora, rel=0.01)
+    assert stage.phase("optimizer").parts["optimizer"] == pytest.approx(
+        3 * 4 * lora, rel=0.02
+    )  # a gradient, two states
+
+
+def test_few_layers_tell_of_all(small, monkeypatch):
+    recipe = small("none")
+    by_few = work.forecast(recipe, cards.ANY).stages[0]
+    monkeypatch.setattr(work.layer_count, "of_every_kind", lambda _: 99)
+    assert work.forecast(recipe, cards.ANY).stages[0].peak == pytest.approx(by_few.peak, rel=1e-3)
+
+
+def test_what_does_not_fit_gets_the_cheapest_change_first_and_the_largest_batch():
+    """A stage that takes 1 GiB and 0.5 for each row, in the place of a real one."""
+    recipe = recipes.load("tiny", ["sft.trainer.per_device_train_batch_size=8"])
+
+    def look(changed, name):
+        batch = advice.batch_size(changed.stages[name])
+        return StageForecast(
+            name, "sft", (Phase("backward", {"weights": GIB, "logits": batch * GIB // 2}),), 2, 4, batch
+        )
+
+    found = advice.advised(recipe, look(recipe, "sft"), 3 * GIB + 1, look)
+    assert found.largest_batch == 4
+    assert [(change.overrides, change.peak, change.costs) for change in found.changes] == [
+        (
+            {"sft.trainer.per_device_train_batch_size": 4, "sft.trainer.gradient_accumulation_steps": 2},
+            3 * GIB,
+            advice.TIME,
+        )
+    ]
+    assert advice.advised(recipe, look(recipe, "sft"), 9 * GIB, look).changes == ()
+    assert advice.advised(recipe, look(recipe, "sft"), GIB, look).largest_batch == 0
+
+
+def test_a_forecast_is_read_back_as_it_was_written(small):
+    found = work.forecast(small(), cards.find("24GB"), advise=False)
+    assert Forecast.from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tiny", "--gpu", "24XB"], "no size and no card"),
+        (["tiny", "model.path=nobody/has-this"], "nobody/has-this"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_a_hint(arguments, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_pipeline", "forecast", *arguments], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "hint:" in done.stderr
+    assert "Traceback" not in done.stderr
