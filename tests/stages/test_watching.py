@@ -182,7 +182,7 @@ def test_a_judge_that_fails_leaves_a_gap_and_the_rest_is_measured(folder: Path) 
 
 def test_the_target_of_kl_is_where_the_forecast_has_its_peak(folder: Path) -> None:
     """β moves by Ziegler's rule from the first forecast with a peak on, and not before."""
-    auto = ["ppo.trainer.target_kl=auto", "ppo.trainer.kl_horizon=10", "ppo.trainer.learning_rate=2e-2"]
+    auto = ["ppo.trainer.target_kl=auto", "ppo.trainer.kl_horizon=10", "ppo.trainer.learning_rate=1e-1"]
     job, _ = train(folder, "ppo", *auto, "ppo.trainer.kl_coef=0.01")
     found = measured(job)
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
