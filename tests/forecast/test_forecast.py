@@ -61,6 +61,16 @@ def test_few_layers_tell_of_all(small, monkeypatch):
     assert work.forecast(recipe, cards.ANY).stages[0].peak == pytest.approx(by_few.peak, rel=1e-3)
 
 
+def test_a_real_training_holds_what_was_forecast(monkeypatch):
+    """PPO, which has most phases, by the allocator's own count; benchmarks/README.md has many more."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory_forecast
+
+    case = memory_forecast.Case("ppo", "llama", hidden=64, layers=3, vocabulary=1024, batch=2, prompt=16, reply=8, r=4)
+    forecast, measured, _ = memory_forecast.compare(case)
+    assert forecast == pytest.approx(measured, rel=0.05)  # so small, blocks of 512 bytes show
+
+
 def test_what_does_not_fit_gets_the_cheapest_change_first_and_the_largest_batch():
     """A stage that takes 1 GiB and 0.5 for each row, in the place of a real one."""
     recipe = recipes.load("tiny", ["sft.trainer.per_device_train_batch_size=8"])
