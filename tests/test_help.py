@@ -203,7 +203,7 @@ WRONG = {
     "show": ("gone.yaml",), "data": ("gone.yaml",), "smoke": ("gone.yaml",), "cp": ("gone",), "diff": ("a", "b"),
     "prune": ("gone",), "compare": ("gone",), "report": ("gone",), "shrink": ("./gone", "out"),
     "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),
-    "docs": ("gone",), "runs": ("gone",),
+    "docs": ("gone",), "runs": ("gone",), "forecast": ("gone.yaml",),
     "schema": ("too", "many"), "chat": ("gone",), "score": ("gone", "rows.jsonl"), "watch": ("gone",),
 }  # fmt: skip
 RIGHT = {

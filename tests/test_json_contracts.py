@@ -281,7 +281,8 @@ def test_compare(tiny_run, tmp_path):
     (run / "comparison.json").write_text(json.dumps(written | {"notes": ["no judge: it is gone"]}))
     some = output_here(run, "compare", str(run), "--stages", "sft,ppo")
     both = output_here(run, "compare", str(tiny_run), str(shutil.copytree(tiny_run, tmp_path / "copy")))
-    compare("compare", [output(run, "compare", str(tiny_run)), some, both])
+    by_vllm = some | {"settings": {**some["settings"], "engine": "vllm"}}
+    compare("compare", [output(run, "compare", str(tiny_run)), some, both, by_vllm])
     assert some["policies"] == ["sft", "ppo"]
 
 

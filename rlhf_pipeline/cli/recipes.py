@@ -118,9 +118,10 @@ def forecast(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how much GPU memory each stage will take, before anything is loaded; see `rlhf-pipeline docs forecast`.
+    """Say how much GPU memory each stage will take.
 
-    Of the model only its config.json is read. Exits with 1 where a stage does not fit on the card.
+    Nothing is loaded: of the model only its config.json is read. Exits with 1 where a stage does not fit on the card.
+    `rlhf-pipeline docs forecast` says how far to trust it.
     """
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.forecast import cards

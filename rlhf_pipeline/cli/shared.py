@@ -24,7 +24,7 @@ def examples(*examples: tuple[str, str]) -> str:
 # What the commands are for, in the order of the help.
 GROUPS = {
     "Start": ("ls", "cp", "schema", "docs", "env"),
-    "Check": ("plan", "validate", "show", "data", "smoke", "shrink"),
+    "Check": ("plan", "validate", "show", "data", "forecast", "smoke", "shrink"),
     "Run": ("run", "sweep", "watch", "status"),
     "Look": ("runs", "report", "diff", "compare", "chat", "score"),
     "Keep": ("export", "prune"),

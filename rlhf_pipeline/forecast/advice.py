@@ -70,7 +70,7 @@ def _largest(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> i
 
 def _of_groups(stage: Stage) -> int:
     """What a batch must be a multiple of."""
-    return 2 if stage.kind == "kto" else 1
+    return 2 if stage.facts.encoding == "replies" else 1
 
 
 def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> Iterator[Change]:

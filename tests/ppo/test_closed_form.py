@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "closed_form.py"
 BETA = 0.1  # far from the reference; tests/sweep has three larger ones
-UPDATES = 24  # the benchmark takes more; hence the wider tolerance
+UPDATES = 48  # the benchmark takes more; hence the wider tolerance
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def closed_form() -> Iterator[ModuleType]:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules[spec.name]
+    sys.modules.pop(spec.name, None)  # each of two folders has such a fixture
 
 
 @pytest.fixture(scope="module")

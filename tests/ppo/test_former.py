@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from rlhf_pipeline.models import base
 from rlhf_pipeline.models.roles import TRAINED, SharedBase
 from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.ppo import decoding
 from rlhf_pipeline.ppo.config import PPOConfig
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe import TINY
@@ -53,8 +54,18 @@ def trainer_of_then(folder: Path) -> PPOTrainer:
     )
 
 
-def test_a_checkpoint_of_the_version_before_is_resumed_to_the_same_end(tmp_path: Path) -> None:
-    """Within what another CPU rounds otherwise; on the machine that recorded it, to the bit."""
+def multinomial(self: decoding.Choice, logits: torch.Tensor, rows: torch.Tensor, _: torch.Tensor) -> Any:
+    """Tokens as they were drawn then: all rows together, in the order of their prompts."""
+    log_p = (logits.float() / self.temperature).log_softmax(1)
+    drawn, order = torch.empty_like(rows)[:, None], rows.argsort()
+    drawn[order] = torch.multinomial(log_p[order].exp(), 1)
+    return drawn[:, 0], log_p.gather(1, drawn)[:, 0]
+
+
+def test_a_checkpoint_of_the_version_before_is_resumed_to_the_same_end(tmp_path: Path, monkeypatch) -> None:
+    """Within what another CPU rounds otherwise, where tokens are drawn as then: today the same seed draws others."""
+    monkeypatch.setattr(decoding.Choice, "__call__", multinomial)
+    monkeypatch.setattr(decoding, "FREE", 2.0)  # rows that have ended stayed in the batch
     shutil.copytree(FORMER / "checkpoint-2", tmp_path / "checkpoint-2")
     trainer = trainer_of_then(tmp_path)
     torch.manual_seed(999)

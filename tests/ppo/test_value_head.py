@@ -96,7 +96,7 @@ def test_one_pass_gives_what_two_give(make, share, make_artifacts, dtype: str) -
         assert torch.equal(ours, theirs) and ours.any()
     for ours, theirs in zip(one, two, strict=True):
         # In bfloat16 two gradients are rounded before they are added, or after.
-        assert (ours - theirs).norm() <= (1e-5 if dtype == "float32" else 2e-2) * theirs.norm()
+        assert (ours - theirs).norm() <= (1e-5 if dtype == "float32" else 3e-2) * theirs.norm()
     hidden = shared.policy.hidden_states(episodes.ids)[0, episodes.prompt_lengths[0] - 1]
     assert_close(values[0, 0], hidden.float() @ shared.value.score.weight[0], rtol=1e-5, atol=1e-5)
 

@@ -174,7 +174,7 @@ def judge(prompts, completions, **_):
         copy = Path(shutil.copytree(folder, tmp_path / name))
         (copy / "counting.py").write_text(judge)
         more = [*evaluate, f"evaluate.along={along}", "evaluate.max_new_tokens=6"]
-        job, metrics = train(copy, "ppo", *more, "ppo.trainer.logging_steps=1")
+        job, metrics = train(copy, "ppo", *more, "ppo.trainer.logging_steps=1", "ppo.trainer.learning_rate=5e-3")
         assert not [key for key in metrics if key.startswith("gold/")]
         runs.append((load_file(job.folder / "adapter" / adapters.WEIGHTS), logged(job)))
     (quiet, rows), (watched, more_rows) = runs
@@ -389,9 +389,9 @@ def test_a_judge_of_chats_gets_texts_and_the_turns_under_messages(judged: Callab
         "    assert isinstance(completions[0], str)\n"
         "    turns = [{'role': 'user', 'content': prompts[0]}, {'role': 'assistant', 'content': completions[0]}]\n"
         "    assert messages == [turns]\n"
-        "    return [len(completions[0])]\n"
+        "    return [5.0]\n"
     )
-    assert metrics["judge_mean"] > 1
+    assert metrics["judge_mean"] == 5
 
 
 ROWS: list[tuple[Any, dict[str, Any]]] = [("a", {"weight": 1}), ("b", {"weight": 2, "messages": "of the data"})]

@@ -170,7 +170,7 @@ def test_a_comparison_goes_without_an_ai_that_does_not_answer(run: Path, recipe:
         return Response("<html>", 500)
 
     with serving(fails) as chat:
-        found = compare(run, use(recipe, chat), n=2)
+        found = compare(run, use(recipe, chat), n=8)  # so many that some replies differ, and it is asked
     assert found["ai_judge"] is None
     assert len(found["notes"]) == 1 and "500 Internal Server Error" in found["notes"][0]
     assert {one["by"] for one in found["win_rates"]} == {"reward", "judge"}
