@@ -477,6 +477,7 @@ def test_key_full_determinism(run: Run) -> None:
 # From scores to returns
 
 
+@pytest.mark.usefixtures("no_row_leaves")
 def test_key_missing_eos_penalty(run: Run) -> None:
     token = second_token(run)
     plain, penalized = run(stop_token_id=token), run(stop_token_id=token, missing_eos_penalty=2.0)
