@@ -256,7 +256,7 @@ def test_forecast():
     """The object alone: tests/forecast has the command make one, which takes its time."""
     phases = Phase("load", {"weights": 5, "overhead": 1}), Phase("backward", {"weights": 5, "logits": 7})
     change = forecasts.Change({"sft.trainer.max_length": 8}, 9, "shorter texts")
-    one = StageForecast("sft", "sft", phases, 2, 4, 8, 16, (change,), 1.5, ("a note",))
+    one = StageForecast("sft", "sft", phases, 2, 4, 8, 16, (change,), ("a note",))
     other = StageForecast("asked", "judge", phases, 2, 4, None)
     compare(
         "forecast",

@@ -6,25 +6,32 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from rlhf_pipeline.forecast.shapes import empty
 from rlhf_pipeline.models import base, experts, layer_count
 from rlhf_pipeline.models.layers import untouched
-from rlhf_pipeline.models.score_head import with_score_head
 from rlhf_pipeline.recipe.schema import Model
 
 BLOCK, BLOCK_OF_SCALES = 64, 256  # of NF4: weights under one scale, and scales under one of theirs (QLoRA, section 3)
 
 
-def build(spec: Model, config: PretrainedConfig, dtype: torch.dtype, layers: int, head: base.Head) -> PreTrainedModel:
+def build(
+    spec: Model,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    layers: int,
+    head: base.Head,
+) -> PreTrainedModel:
     """A base whose weights are shapes, quantized as the recipe has it, frozen and in evaluation mode.
 
     Args:
         spec: the recipe's `model`.
         config: of the model, which may say that it is stored in few bits.
+        tokenizer: any; only its special tokens are read.
         dtype: of what is not quantized, and of what is computed with.
         layers: how many of its layers there shall be; all by default.
         head: see `base.load_base`.
@@ -39,14 +46,7 @@ def build(spec: Model, config: PretrainedConfig, dtype: torch.dtype, layers: int
     _to_shapes(model, dtype)
     if spec.quantization != "none":
         _quantize(model, spec.quantization, dtype)
-    model.base_model_prefix = base.backbone_name(model)
-    if head == "score":
-        model = with_score_head(model)
-    model.requires_grad_(False)
-    base.hide_router_logits(model)
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = 0
-    model.generation_config = GenerationConfig(bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    return model.eval()
+    return base.frozen(model, tokenizer, head)
 
 
 def _to_shapes(model: nn.Module, dtype: torch.dtype) -> None:

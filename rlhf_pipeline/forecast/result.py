@@ -54,7 +54,6 @@ class StageForecast:
         batch_size: `per_device_train_batch_size`, or the `batch_size` of a stage that samples; None where it has none.
         largest_batch: the largest that fits on the card; 0 where none does, None where no card is asked about.
         changes: what to change where it does not fit, one after the other until it does, or nothing is left.
-        hours: to go, from a measured step; None where none was measured.
         notes: what the forecast does not know, or took for granted.
     """
 
@@ -66,7 +65,6 @@ class StageForecast:
     batch_size: int | None
     largest_batch: int | None = None
     changes: tuple[Change, ...] = ()
-    hours: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -132,7 +130,7 @@ class Forecast:
         for one in said["stages"]:
             phases = tuple(Phase(phase["name"], phase["parts"]) for phase in one["phases"])
             changes = tuple(Change(change["overrides"], change["peak"], change["costs"]) for change in one["changes"])
-            names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch", "hours")
+            names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch")
             own = {name: one[name] for name in names}
             stages.append(StageForecast(**own, phases=phases, changes=changes, notes=tuple(one["notes"])))
         return cls(said["card"], said["usable"], tuple(stages), tuple(said["notes"]))

@@ -60,7 +60,7 @@ def peaks(
     vocabulary = config.get_text_config().vocab_size
     ledger = Ledger(vocabulary)
     head: Head = "score" if job.stage.facts.makes == "reward" else "causal"
-    base = bases.build(recipe.model, config, getattr(torch, recipe.model.dtype), layers, head)
+    base = bases.build(recipe.model, config, tokenizer, getattr(torch, recipe.model.dtype), layers, head)
     with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as folder, ledger, _optimizer_steps(ledger):
         for tensor in (*base.parameters(), *base.buffers()):
             ledger.count(tensor, "weights")

@@ -4,17 +4,14 @@ import contextlib
 import dataclasses
 import platform
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rlhf_pipeline import kinds, plan
@@ -24,9 +21,9 @@ from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.result import Forecast
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
-from rlhf_pipeline.run import jobs, to_do, trackers
+from rlhf_pipeline.run import jobs, signals, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain
-from rlhf_pipeline.run.launch import STOP_SIGNAL, Launcher
+from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import durable, jsonl
 from rlhf_pipeline.rundir.headline import headline
@@ -112,7 +109,7 @@ def run(
         with (
             _scratch() as scratch,
             Launcher(scratch / "server.log") as launcher,
-            _stop_on_signals(launcher, say),
+            signals.stopping(lambda: launcher.at_work and not launcher.stopping, launcher.stop, say),
             directory.locked(),
         ):
             plans = make_plan(at_work=False)  # another run may have finished meanwhile; what it did counts
@@ -175,30 +172,6 @@ def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say
         say(f"{name:<7} gates ignored: {gates.describe(record.gates, record.metrics)}")
 
 
-@contextlib.contextmanager
-def _stop_on_signals(launcher: Launcher, say: Say) -> Iterator[None]:
-    """Have Ctrl-C, SIGTERM and a closed terminal stop the worker where it can resume, and a second one end it all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        if launcher.stopping or not launcher.at_work:
-            raise KeyboardInterrupt
-        say("stopping after this step, with a checkpoint; Ctrl-C once more stops at once")
-        launcher.stop()
-
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL):
-        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` wants it so
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def check(recipe: Recipe) -> list[str]:
     """Check settings and data of every stage of a recipe, in a worker.
 
@@ -217,13 +190,12 @@ def check(recipe: Recipe) -> list[str]:
         return _check(recipe, plan.make(recipe), launcher, scratch)
 
 
-def foresee(recipe: Recipe, card: Card, *, advise: bool = True) -> Forecast:
+def foresee(recipe: Recipe, card: Card) -> Forecast:
     """How much memory each stage of a recipe will take, worked out in a worker.
 
     Args:
         recipe: from `recipe.load`.
         card: the GPU that is asked about.
-        advise: also find the largest batches, and what to change where a stage does not fit.
 
     Raises:
         InputError: the configuration of the model cannot be had.
@@ -231,7 +203,7 @@ def foresee(recipe: Recipe, card: Card, *, advise: bool = True) -> Forecast:
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         result, _ = jobs.do(
             recipe, launcher, "forecast", scratch / "forecast.json", scratch / "forecast.log", "the forecast",
-            card=dataclasses.asdict(card), advise=advise, rows={}, on_gpu=True,
+            card=dataclasses.asdict(card),
         )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before the forecast was done")

@@ -50,9 +50,7 @@ def main(job_file: str) -> int:
         if job["task"] == "check":
             result, code = {"warnings": check.check(recipe, job["stages"], job["current"])}, 0
         elif job["task"] == "forecast":
-            card = Card(**job["card"])
-            made = forecast(recipe, card, advise=job["advise"], rows=job["rows"], on_gpu=job["on_gpu"])
-            result, code = {"forecast": made.as_json()}, 0
+            result, code = {"forecast": forecast(recipe, Card(**job["card"])).as_json()}, 0
         elif job["task"] == "compare":
             settings = job["settings"]
             asked, spec = measure.default_prompts(recipe, settings["n"])

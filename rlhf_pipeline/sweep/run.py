@@ -3,17 +3,14 @@
 import contextlib
 import dataclasses
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from rlhf_pipeline import plan, report
 from rlhf_pipeline.errors import InputError, Interrupted, RunError
-from rlhf_pipeline.run.launch import STOP_SIGNAL
+from rlhf_pipeline.run import signals
 from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.layout import COMPARISON, RECORD, REPORT
 from rlhf_pipeline.rundir.lock import Lock
@@ -193,7 +190,7 @@ class _Sweep:
             self.pruned |= {combination.name} if how == PRUNED else set()
         self.number = len(source.earlier())
         self.total = source.total
-        with _stop_on_signals(self):
+        with signals.stopping(lambda: bool(self.at_work) and not self.stopping, self.stop, self.say):
             try:
                 while not self.stopping or self.at_work:
                     while self.free and not self.stopping and (proposal := source.next()):
@@ -393,27 +390,3 @@ def _left_to_share(planned: Planned, stages: Sequence[str]) -> Iterator[tuple[st
 def _listed(names: Sequence[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} and {last} are" if others else f"{last} is"
-
-
-@contextlib.contextmanager
-def _stop_on_signals(sweeping: _Sweep) -> Iterator[None]:
-    """Have Ctrl-C, SIGTERM and a closed terminal stop all runs where they can resume, and a second one end them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        if sweeping.stopping or not sweeping.at_work:
-            raise KeyboardInterrupt
-        sweeping.say("stopping after this step, with a checkpoint; Ctrl-C once more stops at once")
-        sweeping.stop()
-
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL):
-        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` wants it so
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
