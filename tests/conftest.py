@@ -1,8 +1,10 @@
 """Random checkpoints of several architectures, and artifacts over them, small enough to build in the tests."""
 
 import fcntl
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 
@@ -13,6 +15,7 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import processes
@@ -134,6 +137,17 @@ def own_cache_home(tmp_path_factory) -> Iterator[None]:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)  # read when the library was imported
         yield
     shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def closed_form() -> ModuleType:
+    """`benchmarks/closed_form.py` as a module; its folder is no package."""
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / "closed_form.py"
+    spec = importlib.util.spec_from_file_location("closed_form", file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

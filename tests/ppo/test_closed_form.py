@@ -1,9 +1,5 @@
 """PPO beside the exact optimum of its objective, on the task of `benchmarks/closed_form.py` with shorter training."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,21 +7,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "closed_form.py"
 BETA = 0.1  # far from the reference; tests/sweep has three larger ones
 UPDATES = 48  # the benchmark takes more; hence the wider tolerance
-
-
-@pytest.fixture(scope="module")
-def closed_form() -> Iterator[ModuleType]:
-    """The benchmark as a module; its folder is no package."""
-    spec = importlib.util.spec_from_file_location("closed_form", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop(spec.name, None)  # each of two folders has such a fixture
 
 
 @pytest.fixture(scope="module")

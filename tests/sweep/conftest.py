@@ -1,29 +1,12 @@
 """The task of `benchmarks/closed_form.py` as a recipe."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from sweeping import RECIPE, REWARD
-
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "closed_form.py"
-
-
-@pytest.fixture(scope="package")
-def closed_form() -> Iterator[ModuleType]:
-    """`benchmarks/closed_form.py` as a module; its folder is no package."""
-    spec = importlib.util.spec_from_file_location("closed_form", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop(spec.name, None)  # each of two folders has such a fixture
 
 
 @pytest.fixture(scope="package")
