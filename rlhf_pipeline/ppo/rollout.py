@@ -98,14 +98,13 @@ class Engine(Protocol):
         self,
         policy: Any,
         prompts: Sequence[Sequence[int]],
-        *,
         response_length: int,
         temperature: float,
-        stop_token_id: int | list[int] | None,
+        stops: Sequence[int],
         pad_token_id: int,
         seeds: Sequence[int] | None,
     ) -> Episodes:
-        """See the function `sample`."""
+        """See the function `sample`; `stops` are none where nothing ends a reply."""
 
 
 @torch.no_grad()
@@ -149,27 +148,20 @@ def sample(
     Raises:
         RuntimeError: logits are not finite.
     """
-    if engine is not None:
-        return engine.sample(
-            policy,
-            prompts,
-            response_length=response_length,
-            temperature=temperature,
-            stop_token_id=stop_token_id,
-            pad_token_id=pad_token_id,
-            seeds=seeds,
-        )
     stops = [] if stop_token_id is None else [stop_token_id] if isinstance(stop_token_id, int) else stop_token_id
-    device = policy.device
-    choose = Choice(temperature, seeds, response_length, device)
-    replies = Replies(len(prompts), response_length, stops, device)
-    with _causal_lm(policy) as model:
-        how = (model, prompts, replies, choose, pad_token_id, at_once)
-        if not decode(*how):
-            generate(*how)
-    if not bool(replies.log_probs[: len(prompts)].isfinite().all()):
+    if engine is not None:
+        episodes = engine.sample(policy, prompts, response_length, temperature, stops, pad_token_id, seeds)
+    else:
+        choose = Choice(temperature, seeds, response_length, policy.device)
+        replies = Replies(len(prompts), response_length, stops, policy.device)
+        with _causal_lm(policy) as model:
+            how = (model, prompts, replies, choose, pad_token_id, at_once)
+            if not decode(*how):
+                generate(*how)
+        episodes = _episodes(prompts, replies, pad_token_id)
+    if not bool(episodes.sampled_log_probs.isfinite().all()):
         raise RuntimeError("the policy computes numbers that are not finite, so that no reply can be sampled")
-    return _episodes(prompts, replies, pad_token_id)
+    return episodes
 
 
 @contextlib.contextmanager

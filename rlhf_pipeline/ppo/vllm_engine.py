@@ -106,12 +106,11 @@ class VLLMEngine:
         self,
         policy: Any,
         prompts: Sequence[Sequence[int]],
-        *,
         response_length: int,
         temperature: float,
-        stop_token_id: int | list[int] | None,
+        stops: Sequence[int],
         pad_token_id: int,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int] | None,
     ) -> Episodes:
         """See `rollout.sample`, which this does for it; vLLM itself says how many replies are sampled together.
 
@@ -119,14 +118,12 @@ class VLLMEngine:
 
         Raises:
             ValueError: a prompt and its reply may outgrow the room that the engine was given.
-            RuntimeError: log-probabilities are not finite.
         """
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
         if seeds is None:
             seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
-        stops = [] if stop_token_id is None else [stop_token_id] if isinstance(stop_token_id, int) else stop_token_id
         longest = max(map(len, prompts)) + response_length
         if longest > self.longest:
             raise ValueError(f"prompt and reply may have {longest:,} tokens, and vLLM has room for {self.longest:,}")
@@ -135,7 +132,7 @@ class VLLMEngine:
                 temperature=temperature,
                 seed=seed % (2**63 - 1),
                 max_tokens=response_length,
-                stop_token_ids=stops,
+                stop_token_ids=list(stops),
                 ignore_eos=True,  # what ends a reply is said by `stops` alone
                 logprobs=0,  # of the sampled tokens
                 detokenize=False,
@@ -160,8 +157,6 @@ class VLLMEngine:
             [found[token].logprob for token, found in zip(reply, output.outputs[0].logprobs, strict=True)]
             for reply, output in zip(replies, outputs, strict=True)
         ]
-        if not torch.tensor([value for row in log_probs for value in row]).isfinite().all():
-            raise RuntimeError("the policy computes numbers that are not finite, so that no reply can be sampled")
         return _episodes(prompts, replies, log_probs, stops, pad_token_id, policy.device)
 
     def close(self) -> None:
