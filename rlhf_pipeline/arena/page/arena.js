@@ -13,6 +13,7 @@ const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", t: "tie",
 
 const at = (id) => document.getElementById(id);
 const percent = (share) => `${Math.round(100 * share)}%`;
+const decimal = (value) => value.toFixed(2).replace("-", "−");
 const seconds = () => performance.now() / 1000;
 
 let session = null;
@@ -43,10 +44,10 @@ async function call(path, body) {
   try {
     response = await fetch(path, { ...(body && post), cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
   } catch {
-    throw new Unreachable("The server does not answer.");
+    throw new Unreachable("the server does not answer.");
   }
   const answer = await response.json().catch(() => null);
-  if (response.status >= 500 || (response.ok && answer === null)) throw new Unreachable("The server has failed.");
+  if (response.status >= 500 || (response.ok && answer === null)) throw new Unreachable("the server has failed.");
   if (!response.ok) throw new Refused(response.status, answer?.error ?? `the server said ${response.status}`);
   return answer;
 }
@@ -135,7 +136,8 @@ async function send() {
     }
     keep(queue().filter((one) => one.id !== label.id));
     connected();
-    const why = error.status === 409 ? "That pair was no longer yours to label; here is the next." : `Not saved: ${error.message}`;
+    const why =
+      error.status === 409 ? "That pair was no longer yours to label; here is the next." : `Not saved: ${error.message}`;
     await refresh();
     say(why, "bad");
     if (queue().length) send();
@@ -144,7 +146,7 @@ async function send() {
 
 function waitAndSend(error) {
   offline = true;
-  showBanner(`${error.message} ${waitingWords()}`);
+  showBanner(`Offline: ${error.message} ${waitingWords()}`);
   say("Not saved yet");
   retry = setTimeout(queue().length ? send : start, RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)]);
 }
@@ -321,7 +323,7 @@ function makeDimensions() {
     }),
   );
   const last = Math.min(9, names.length);
-  at("more-keys").replaceChildren(...(last ? ["· ", make("kbd", {}, "1"), last > 1 ? "…" : "", last > 1 ? make("kbd", {}, String(last)) : "", " then an arrow"] : []));
+  at("more-keys").replaceChildren(...(last ? [make("kbd", {}, "1"), last > 1 ? "…" : "", last > 1 ? make("kbd", {}, String(last)) : "", " then an arrow"] : []));
   at("more-keys").hidden = !last;
   const help = at("help-dimensions");
   help.hidden = !last;
@@ -478,12 +480,9 @@ function showBelief(belief, choice) {
   if (!belief) return at("belief-text").replaceChildren();
   const side = belief.left >= 0.5 ? "left" : "right";
   const [share, low, high] = side === "left" ? [belief.left, belief.low, belief.high] : [1 - belief.left, 1 - belief.high, 1 - belief.low];
-  const agrees = choice === "left" || choice === "right" ? (choice === side ? " too" : " instead") : "";
-  const words = `${percent(low)} to ${percent(high)}`;
-  at("belief-text").replaceChildren(
-    choice ? `You said ${WORDS[choice] ?? choice}. ` : "",
-    `The model now thinks that ${LETTERS[side]} is better${agrees}: `, make("b", {}, percent(share)), ` (${words}).`,
-  );
+  const yours = choice === "skip" ? "You skipped it. " : choice ? `You said ${WORDS[choice]}. ` : "";
+  const its = choice === side ? "So does the model now: " : choice in LETTERS ? `The model still says ${LETTERS[side]}: ` : `The model says ${LETTERS[side]}: `;
+  at("belief-text").replaceChildren(yours + its, make("b", {}, percent(share)), ` (${percent(low)} to ${percent(high)}).`);
   const [wide, x] = [310, (value) => 24 + value * 262];
   const svg = draw("svg", { viewBox: `0 0 ${wide} 24`, role: "img", "aria-label": `Between A and B: ${percent(belief.left)} for A.` });
   const place = 1 - belief.left; // towards A is to the left
@@ -518,7 +517,7 @@ function showDrift(drift) {
   if (at("drift").hidden) return;
   if (beta === null) at("beta").value = String(Math.log10(drift.beta));
   showBeta(beta ?? drift.beta);
-  at("expected").replaceChildren(make("span", {}, `${drift.base_reward.toFixed(2)} → `), drift.expected_reward.toFixed(2));
+  at("expected").replaceChildren(make("span", {}, `${decimal(drift.base_reward)} → `), decimal(drift.expected_reward));
   const most = Math.max(...drift.candidates.map((one) => -Math.log(one.base_probability)));
   at("kl").replaceChildren(drift.kl.toFixed(2), make("span", {}, ` of at most ${most.toFixed(2)} nats`));
   meter(at("kl-meter"), Number(drift.kl.toFixed(3)), Number(most.toFixed(3)));
@@ -534,7 +533,7 @@ function showDrift(drift) {
     const [base, policy] = row.querySelectorAll(".bars i");
     base.style.width = `${(100 * one.base_probability) / largest}%`;
     policy.style.width = `${(100 * one.probability) / largest}%`;
-    row.querySelector("small").textContent = `reward ${one.reward.toFixed(2)}; ${percent(one.base_probability)} → ${percent(one.probability)}`;
+    row.querySelector("small").textContent = `reward ${decimal(one.reward)}; ${percent(one.base_probability)} → ${percent(one.probability)}`;
     if (!old && rows[i]) rows[i].replaceWith(row);
     else if (!old) at("candidates").append(row);
   });
@@ -563,7 +562,7 @@ async function showPeople() {
     at("people-note").textContent = error.message;
     return;
   }
-  const number = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
+  const number = (value) => (value === null || value === undefined ? "–" : decimal(value));
   const share = (right, of) => (of ? `${right} of ${of}` : "–");
   const alpha = found.alpha;
   at("people-note").textContent =
@@ -595,8 +594,10 @@ function showView() {
   const people = location.hash === "#people" && session.is_owner;
   at("label-view").hidden = people;
   at("people-view").hidden = !people;
-  at("to-people").toggleAttribute("aria-current", people);
-  at("to-label").toggleAttribute("aria-current", !people);
+  for (const [link, here] of [["to-people", people], ["to-label", !people]]) {
+    if (here) at(link).setAttribute("aria-current", "page");
+    else at(link).removeAttribute("aria-current");
+  }
   if (people) showPeople();
   else if (ask) measure();
 }
@@ -646,7 +647,6 @@ async function refresh() {
   at("title").textContent = title;
   at("kicker").replaceChildren(`rlhf-pipeline ${mode}`, ...(mode === "label" && stage ? [" · ", make("bdi", {}, stage)] : []), ...(person ? [" · ", make("bdi", {}, person)] : []));
   at("to-label").hidden = at("to-people").hidden = !session.is_owner;
-  at("live").hidden = false;
   makeDimensions();
   showView();
   showProgress(session.progress);
