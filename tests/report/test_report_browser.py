@@ -1,24 +1,18 @@
 """report.html in a real browser: what it loads, how it lies on a phone and a desk, and that its pictures are there."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report_run
-from playwright.sync_api import Browser, Page, sync_playwright
+from browsers import contrast, launched
+from playwright.sync_api import Browser, Page
 
 from rlhf_pipeline import report
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 WIDTHS = (390, 1440)
 # Of every element that prints text of its own: that text, its colour, and what it stands on.
 COLOURS = """() => {
@@ -47,16 +41,8 @@ TOO_WIDE = """() => [...document.querySelectorAll('body *')]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        why = f"no browser: none of {', '.join(NAMES)} is installed; on Debian, `apt-get install chromium`"
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail(why)
-        pytest.skip(why)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -153,14 +139,3 @@ def test_it_can_be_printed(browser, reports):
 
 def rgb(colour: str) -> list[float]:
     return [float(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3]]
-
-
-def contrast(one: list[float], other: list[float]) -> float:
-    """The ratio of WCAG 2."""
-
-    def light(colour: list[float]) -> float:
-        linear = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((light(one), light(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)

@@ -6,20 +6,19 @@
 
 const READ_MS = 250; // a choice sooner than this after a new pair is none: nobody has read it
 const TIMEOUT_MS = 15000;
-const RETRY_MS = [1000, 2000, 4000, 8000];
+const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 const LETTERS = { left: "A", right: "B" };
 const WORDS = { left: "A is better", right: "B is better", tie: "a tie", bad: "both bad", skip: "skipped" };
 const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", t: "tie", ArrowDown: "bad", b: "bad", s: "skip" };
 
 const at = (id) => document.getElementById(id);
 const percent = (share) => `${Math.round(100 * share)}%`;
-const decimal = (value) => value.toFixed(2).replace("-", "−");
+const decimal = (value) => value.toFixed(2).replace(/^-(?!0\.00$)/, "−").replace("-", "");
 const seconds = () => performance.now() / 1000;
 
 let session = null;
 let ask = null; // the pair on the screen
 let busy = false; // a choice or an undo is on its way
-let offline = false;
 let dimensions = {};
 let armed = null; // the dimension that the next arrow key answers
 let shownAt = 0;
@@ -44,10 +43,12 @@ async function call(path, body) {
   try {
     response = await fetch(path, { ...(body && post), cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
   } catch {
-    throw new Unreachable("the server does not answer.");
+    throw new Unreachable("Offline: the server does not answer.");
   }
-  const answer = await response.json().catch(() => null);
-  if (response.status >= 500 || (response.ok && answer === null)) throw new Unreachable("the server has failed.");
+  const answer = await response.json().catch(() => undefined);
+  if (response.status >= 500 || (response.ok && answer === undefined)) {
+    throw new Unreachable(`The server has failed: ${answer?.error ?? response.status}.`);
+  }
   if (!response.ok) throw new Refused(response.status, answer?.error ?? `the server said ${response.status}`);
   return answer;
 }
@@ -77,20 +78,12 @@ function prose(html, dir) {
 function setProse(element, html, dir) {
   element.innerHTML = html;
   element.dir = dir ?? "auto";
-  for (const link of element.querySelectorAll("a")) {
-    link.target = "_blank";
-    link.rel = "noopener noreferrer";
-  }
   if (!element.textContent.trim()) element.replaceChildren(make("span", { class: "muted" }, "(no visible text)"));
 }
 
 function say(text, kind = "", unseen = "") {
-  const [first, ...rest] = text.split("\n");
-  at("status").replaceChildren(
-    make("span", { class: kind }, (kind === "saved" ? "✓ " : "") + first),
-    rest.length ? ` ${rest.join(" ")}` : "",
-    unseen ? make("span", { class: "unseen" }, ` ${unseen}`) : "",
-  );
+  const shown = make("span", { class: kind }, (kind === "saved" ? "✓ " : "") + text);
+  at("status").replaceChildren(shown, unseen ? make("span", { class: "unseen" }, ` ${unseen}`) : "");
 }
 
 // ---- The queue
@@ -109,44 +102,65 @@ function newId() {
 }
 
 function choose(choice) {
-  if (!ask || busy || offline || seconds() < readAfter) return;
-  const label = { id: newId(), ask: ask.id, choice, dimensions, reason: at("reason").value.trim(), seconds: timeSeen() };
-  keep([...queue(), label]);
-  setBusy(true, choice);
-  say("Saving…");
+  if (!ask || busy || seconds() < readAfter) return;
+  const reason = at("reason").value.trim();
+  enqueue("/api/label", { id: newId(), ask: ask.id, choice, dimensions, reason, seconds: timeSeen() });
+}
+
+function undo() {
+  if (busy || at("undo").hidden) return;
+  // With its id, a request that is repeated takes back no second label; a new window does not know the id.
+  const [label] = made().slice(-1);
+  enqueue("/api/undo", label ? { label } : {});
+}
+
+const made = () => JSON.parse(sessionStorage.getItem(`made ${queueName()}`) ?? "[]"); // ids of labels, the last one last
+const setMade = (ids) => sessionStorage.setItem(`made ${queueName()}`, JSON.stringify(ids.slice(-500)));
+
+function enqueue(path, body) {
+  keep([...queue(), { path, body }]);
+  say(path === "/api/label" ? "Saving…" : "Taking it back…");
   send();
 }
 
 async function send() {
   clearTimeout(retry);
-  const [label] = queue();
-  if (!label) return;
-  setBusy(true, label.ask === ask?.id ? label.choice : null);
+  const [first] = queue();
+  if (!first) return;
+  const { path, body } = first;
+  setBusy(true, ask && body.ask === ask.id ? body.choice : null);
   try {
-    const answer = await call("/api/label", label);
-    keep(queue().filter((one) => one.id !== label.id));
-    connected();
-    after(answer, label);
-    if (queue().length) send();
-  } catch (error) {
-    if (error instanceof Unreachable) return waitAndSend(error);
-    if (!(error instanceof Refused)) throw error;
-    if (error.status === 401 || error.status === 403) {
-      return showBanner("This browser is no longer let in: open the link that the command printed. " + waitingWords());
+    const answer = await call(path, body);
+    settle(first);
+    setMade(path === "/api/undo" ? made().slice(0, -1) : [...made(), body.id]);
+    if (answer.saved) {
+      after(answer, body.choice ? body : null);
+      send();
+    } else {
+      setMade([]);
+      await start();
+      say(body.label ? "The last choice was made in another window: undo again to take that back." : "There is nothing to undo.");
     }
-    keep(queue().filter((one) => one.id !== label.id));
-    connected();
-    const why =
-      error.status === 409 ? "That pair was no longer yours to label; here is the next." : `Not saved: ${error.message}`;
-    await refresh();
-    say(why, "bad");
-    if (queue().length) send();
+  } catch (error) {
+    const repeatable = body.id || body.label;
+    if (error instanceof Unreachable && repeatable) return waitAndSend(error);
+    if (error instanceof Refused && [401, 403].includes(error.status)) {
+      return showBanner(`This browser is no longer let in: open the link that the command printed. ${waitingWords()}`);
+    }
+    settle(first);
+    await start();
+    say(error.status === 409 ? "That pair was answered in another window; here is the next." : `Not saved: ${error.message}`, "bad");
   }
 }
 
+// The server has answered: it is sent no more.
+function settle(first) {
+  keep(queue().filter((one) => JSON.stringify(one) !== JSON.stringify(first)));
+  connected();
+}
+
 function waitAndSend(error) {
-  offline = true;
-  showBanner(`Offline: ${error.message} ${waitingWords()}`);
+  showBanner(`${error.message} ${waitingWords()}`);
   say("Not saved yet");
   retry = setTimeout(queue().length ? send : start, RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)]);
 }
@@ -154,8 +168,7 @@ function waitAndSend(error) {
 function waitingWords() {
   const waiting = session ? queue().length : 0;
   if (!waiting) return "The page tries again by itself.";
-  const what = waiting === 1 ? "1 choice waits" : `${waiting} choices wait`;
-  return `${what} in this browser, and will be sent when the server is back.`;
+  return `${waiting === 1 ? "1 choice waits" : `${waiting} choices wait`} in this browser, and will be sent when the server is back.`;
 }
 
 function showBanner(text) {
@@ -164,33 +177,13 @@ function showBanner(text) {
 }
 
 function connected() {
-  offline = false;
   failures = 0;
   at("banner").hidden = true;
 }
 
-async function undo() {
-  if (busy || offline || !session) return;
-  setBusy(true);
-  try {
-    const answer = await call("/api/undo", {});
-    if (answer.saved) {
-      if (ask) sessionStorage.removeItem(`draft ${ask.id}`);
-      after(answer, null);
-    } else {
-      setBusy(false);
-      say("There is nothing to undo.");
-    }
-  } catch (error) {
-    setBusy(false);
-    say(`Not undone: ${error.message}`, "bad");
-    if (error instanceof Unreachable) waitAndSend(error);
-  }
-}
-
 // What a click has changed, in the order in which a person looks for it.
 function after(answer, label) {
-  session.progress = answer.progress;
+  Object.assign(session, { progress: answer.progress, learner: answer.learner });
   setBusy(false);
   showProgress(answer.progress);
   showLearner(answer.learner);
@@ -201,7 +194,7 @@ function after(answer, label) {
   const next = answer.ask ? `Pair ${answer.ask.number} is shown.` : "";
   if (label) {
     const saved = label.choice === "skip" ? "Skipped" : `Saved: ${WORDS[label.choice]}`;
-    say(saved, "saved", [answer.progress.text, label.choice === "skip" ? "" : at("belief-text").textContent, next].join(". "));
+    say(saved, "saved", `${answer.progress.text}. ${label.choice === "skip" ? "" : at("belief-text").textContent} ${next}`);
   } else {
     say("Taken back: choose again.", "", next);
   }
@@ -379,7 +372,10 @@ function closeReason() {
 
 function showProgress(progress) {
   const { per_item: items, wanted } = progress;
-  const [done, of] = items ? [items.done, items.of] : [progress.labels, wanted];
+  const parts = wanted ? [[progress.labels, wanted]] : [];
+  if (wantedAccuracy()) parts.push([session.learner?.accuracy ?? 0, wantedAccuracy()]);
+  if (items && (session.target?.per_item || !parts.length)) parts.push([items.done, items.of]);
+  const [done, of] = parts.sort((one, other) => one[0] / one[1] - other[0] / other[1])[0] ?? [0, 0];
   at("done-so-far").hidden = false;
   at("progress-text").textContent = progress.text;
   at("progress-mine").textContent = `yours ${progress.mine}` + (progress.skipped ? `, skipped ${progress.skipped}` : "");
@@ -408,8 +404,14 @@ function showLearner(learner) {
   at("accuracy").textContent = learner.accuracy.toFixed(2);
   at("accuracy-interval").textContent = `${learner.low.toFixed(2)} to ${learner.high.toFixed(2)} (95%), ${count(learner.tested, "label")}`;
   const points = remember(learner);
-  at("history").replaceChildren(historyChart(points, session.target?.reward_accuracy ?? null));
+  at("history").replaceChildren(historyChart(points, wantedAccuracy()));
   if (!at("calibration").hidden) at("calibration-chart").replaceChildren(calibrationChart(learner.calibration.filter((bin) => bin.n)));
+}
+
+// The number in a target as `>= 0.7`.
+function wantedAccuracy() {
+  const found = /[\d.]+/.exec(session.target?.reward_accuracy ?? "");
+  return found ? Number(found[0]) : null;
 }
 
 // The accuracy as this browser has seen it; an undo takes its point away again.
@@ -675,7 +677,7 @@ document.addEventListener("visibilitychange", () => {
   shownAt = document.hidden ? 0 : seconds();
 });
 window.addEventListener("hashchange", () => session && showView());
-window.addEventListener("online", () => offline && at("try-now").click());
+window.addEventListener("online", () => at("banner").hidden || at("try-now").click());
 new ResizeObserver(() => ask && !at("label-view").hidden && measure()).observe(at("replies"));
 for (const button of document.querySelectorAll("[data-choice]")) button.addEventListener("click", () => choose(button.dataset.choice));
 for (const button of document.querySelectorAll(".whole")) button.addEventListener("click", () => toggleWhole([button.closest(".reply")]));
