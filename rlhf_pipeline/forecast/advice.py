@@ -39,33 +39,38 @@ def advised(recipe: Recipe, found: StageForecast, usable: int | None, look: Look
     if usable is None:
         return found
     stage = recipe.stages[found.name]
-    changes = tuple(_changes(recipe, found, usable, look)) if found.peak > usable else ()
+    changes = tuple(_changes(recipe, found, usable, look))
     if not stage.facts.trains:
         return replace(found, changes=changes)
     return replace(found, changes=changes, largest_batch=_largest(recipe, found, usable, look))
 
 
 def _largest(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> int:
-    """The largest batch with which all fits: from two forecasts, since memory grows by the same for each row."""
-    name, now = found.name, batch_size(recipe.stages[found.name])
+    """The largest batch with which all fits: on the line between two forecasts, and then looked at itself.
+
+    Memory grows by the same for each row, but for where another phase takes over, or a buffer has its full size.
+    """
+    name, low = found.name, batch_size(recipe.stages[found.name])
     step = _of_groups(recipe.stages[name])
 
     def peak(batch: int) -> int:
         return look(_with(recipe, {f"{name}.trainer.{BATCH}": batch}), name).peak
 
-    least = step
-    if now == least and found.peak > usable:
-        return 0
-    low, high = (now, now * 2) if found.peak <= usable else (least, now)
-    at_low, at_high = (found.peak, peak(high)) if low == now else (peak(low), found.peak)
+    at_low = found.peak
     if at_low > usable:
-        return 0
-    slope = (at_high - at_low) / (high - low)
-    guess = MOST if slope <= 0 else int(low + (usable - at_low) / slope)
-    guess = max(low, min(guess, MOST) // step * step)
-    while guess > low and peak(guess) > usable:  # it is no straight line where another phase takes over
-        guess = max(low, (guess - max(1, guess // 8)) // step * step)
-    return guess
+        if low == step or (at_least := peak(step)) > usable:
+            return 0
+        low, high, at_low, at_high = step, low, at_least, at_low
+    else:
+        high = max(low, MOST // step * step)
+        at_high = peak(high) if high > low else at_low
+    while at_high > usable:  # `low` fits and `high` does not
+        guess = low + int((high - low) * (usable - at_low) / (at_high - at_low)) // step * step
+        guess = min(guess, high - step)
+        if guess <= low or (at_guess := peak(guess)) <= usable:
+            return max(low, guess)
+        high, at_high = guess, at_guess
+    return high
 
 
 def _of_groups(stage: Stage) -> int:
@@ -73,23 +78,26 @@ def _of_groups(stage: Stage) -> int:
     return 2 if stage.facts.encoding == "replies" else 1
 
 
-def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> Iterator[Change]:
+def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> list[Change]:
     """Changes, one on top of the other, the cheapest first, until the stage fits; without those that save nothing."""
-    peak, name = found.peak, found.name
-    tried = True
-    while peak > usable and tried:
-        tried = False
-        for overrides, costs in _candidates(recipe, look(recipe, name)):
+    name, changes = found.name, list[Change]()
+    while found.peak > usable:
+        for overrides, costs in _candidates(recipe, found):
             changed = _with(recipe, overrides)
-            after = look(changed, name).peak
-            if after < 0.99 * peak:
-                yield Change(overrides, after, costs)
-                recipe, peak, tried = changed, after, True
+            after = look(changed, name)
+            if after.peak < 0.99 * found.peak:
                 break
+        else:
+            return changes
+        if changes and changes[-1].overrides.keys() == overrides.keys():
+            changes.pop()  # the same once more: only the last value is to be set
+        changes.append(Change(overrides, after.peak, costs))
+        recipe, found = changed, after
+    return changes
 
 
 def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str, Any], str]]:
-    """What may save memory where the stage takes most, the cheapest first: see `run.explain.memory_hint`."""
+    """What may save memory where the stage takes most, the cheapest first: see also `run.explain`."""
     name, stage, phase = found.name, recipe.stages[found.name], found.highest.name
     own = f"{name}.trainer"
     batch, steps = batch_size(stage), setting(stage, "gradient_accumulation_steps") or 1

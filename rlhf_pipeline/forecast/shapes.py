@@ -12,7 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import zip_longest
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -96,13 +96,114 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in _INDEX:
         indices = [part for one in args[1] for part in (one.nonzero(as_tuple=True) if _is_real_mask(one) else (one,))]
         args = (args[0], indices, *args[2:])
+    key = (func, _described(args), _described(tuple(kwargs.items())))
+    made = _KNOWN.get(key)
+    if made is None:
+        return _first(key, func, args, kwargs)
+    tensors = _tensors((*args, *kwargs.values()))
+    outputs = [_again(one, tensors) for one in made.outputs]
+    return outputs[0] if made.several is None else made.several(outputs)
+
+
+class _View(NamedTuple):
+    """An output that shows what an input holds."""
+
+    of: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _New(NamedTuple):
+    """An output with memory of its own."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Known(NamedTuple):
+    """What an operation gives for inputs of some shapes.
+
+    Attributes:
+        outputs: each a new tensor, a view, the number of the input that was changed in place, or None for what is none.
+        several: tuple or list where there are several outputs, None where there is one.
+    """
+
+    outputs: list[_View | _New | int | None]
+    several: type | None
+
+
+# Torch works out the shapes of most operations in Python, which takes longer than all else in a forecast; the layers of
+# a model, and the batches of a pass, ask for the same ones again and again.
+_KNOWN: dict[Any, _Known] = {}
+
+
+def _described(value: Any) -> Any:
+    """All of an argument that decides the shapes of what comes out."""
+    if isinstance(value, Tensor):
+        inner = value.twin if isinstance(value, Shape) else value
+        return inner.shape, inner.stride(), inner.storage_offset(), inner.dtype, inner is value
+    if isinstance(value, tuple | list):
+        return tuple(map(_described, value))
+    return type(value), value
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """All tensors among arguments, in their order."""
+    found: list[Tensor] = []
+    for one in values:
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, tuple | list):
+            found.extend(_tensors(one))
+    return found
+
+
+def _first(key: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on `meta`, and keep what shapes come out where that says all about it."""
     ours: dict[int, Tensor] = {}
     on_meta = [_on_meta(one, ours) for one in args]
     meta_kwargs = {name: _on_meta(one, ours) for name, one in kwargs.items()}
+    inputs = _tensors((*on_meta, *meta_kwargs.values()))
+    shapes = [(one.shape, one.stride()) for one in inputs]
     found = func(*on_meta, **meta_kwargs)
-    if isinstance(found, tuple | list):
-        return type(found)(_off_meta(one, ours) for one in found)
-    return _off_meta(found, ours)
+    several = type(found) if isinstance(found, tuple | list) else None
+    results = found if several else (found,)
+    outputs = [_kept(one, inputs) for one in results]
+    if ... not in outputs and shapes == [(one.shape, one.stride()) for one in inputs]:
+        _KNOWN[key] = _Known(outputs, several)
+    off_meta = [_off_meta(one, ours) for one in results]
+    return several(off_meta) if several else off_meta[0]
+
+
+def _kept(output: Any, inputs: list[Tensor]) -> Any:
+    """What makes an output again; `...` where nothing does."""
+    if not isinstance(output, Tensor):
+        return None if output is None else ...
+    storage = output.untyped_storage()
+    for number, one in enumerate(inputs):
+        if output is one:
+            return number
+        if storage._cdata == one.untyped_storage()._cdata:
+            same = output.dtype == one.dtype
+            return _View(number, output.shape, output.stride(), output.storage_offset()) if same else ...
+    alone = torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device="meta")
+    whole = output.storage_offset() == 0 and storage.nbytes() == alone.untyped_storage().nbytes()
+    return _New(output.shape, output.stride(), output.dtype) if whole else ...
+
+
+def _again(made: _View | _New | int | None, inputs: list[Tensor]) -> Any:
+    """An output as `_first` gave it."""
+    if made is None:
+        return None
+    if isinstance(made, int):
+        return _changed(inputs[made])
+    if isinstance(made, _New):
+        return _as_shape(torch.empty_strided(made.size, made.stride, dtype=made.dtype, device="meta"))
+    of = inputs[made.of]
+    inner = of.twin if isinstance(of, Shape) else _on_meta(of, {})
+    return _as_shape(torch.as_strided(inner, made.size, made.stride, made.offset))
 
 
 def _spreads(args: Any) -> bool:
@@ -149,11 +250,18 @@ def _on_meta(one: Any, ours: dict[int, Tensor]) -> Any:
 def _off_meta(one: Any, ours: dict[int, Any]) -> Any:
     if not isinstance(one, Tensor):
         return one
-    if id(one) in ours:  # it was changed in place
-        before = ours[id(one)]
-        if not isinstance(before, Shape) and before.is_floating_point():
-            before.fill_(1.0)  # with numbers that are not known
-        return before
+    return _changed(ours[id(one)]) if id(one) in ours else _as_shape(one)
+
+
+def _changed(before: Tensor) -> Tensor:
+    """A tensor that an operation has written to."""
+    if not isinstance(before, Shape) and before.is_floating_point():
+        before.fill_(1.0)  # with numbers that are not known
+    return before
+
+
+def _as_shape(one: Tensor) -> Tensor:
+    """What is on `meta` as a shape; small whole numbers and truths as real ones."""
     if one.numel() >= _LARGE or one.is_floating_point() or one.dtype in (torch.uint8, torch.int8) or one.is_complex():
         return Shape(one)
     return (torch.ones if one.dtype == torch.bool else torch.zeros)(one.shape, dtype=one.dtype)

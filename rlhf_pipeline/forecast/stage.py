@@ -1,6 +1,8 @@
 """A stage's own trainer, run on shapes for two steps, and what it held at the peak of each phase."""
 
 import contextlib
+import importlib
+import importlib.util
 import inspect
 import tempfile
 from collections import defaultdict
@@ -27,7 +29,7 @@ from rlhf_pipeline.models.roles import PolicyView, Roles, SharedBase
 from rlhf_pipeline.models.score_head import new_head
 from rlhf_pipeline.ppo.forward import member_scores
 from rlhf_pipeline.ppo.numbers import Scores
-from rlhf_pipeline.ppo.rollout import Episodes, sample
+from rlhf_pipeline.ppo.rollout import TOKENS_AT_ONCE, Episodes, sample
 from rlhf_pipeline.ppo.trainer import PPOTrainer
 from rlhf_pipeline.recipe.schema import BASE, Recipe
 from rlhf_pipeline.stages.job import Job
@@ -80,6 +82,26 @@ def peaks(
                 _sample(policy, prompts, asked.max_new_tokens, asked.temperature, ledger)
     ledger.peaks.pop(UNCOUNTED, None)
     return ledger.peaks
+
+
+@contextlib.contextmanager
+def tiles_in_place() -> Iterator[None]:
+    """As on a GPU: there a kernel folds each tile of TRL's chunked logits where it is, which on a CPU takes copies."""
+    if importlib.util.find_spec("trl.kernels") is None:  # earlier versions have whole logits
+        yield
+        return
+    chunked: Any = importlib.import_module("trl.kernels.chunked_logprob")
+    usual = chunked._forward_tile, chunked._backward_tile
+
+    def fold(_tile: Tensor, _stride: int, _targets: Tensor, highest: Tensor, total: Tensor, *_: Any, **__: Any) -> None:
+        highest.zero_()
+        total.fill_(1.0)
+
+    chunked._forward_tile, chunked._backward_tile = fold, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        chunked._forward_tile, chunked._backward_tile = usual
 
 
 @contextlib.contextmanager
@@ -180,10 +202,12 @@ def _rows(job: Job, count: int, lengths: Lengths) -> Dataset:
 def _ppo(
     job: Job, args: Any, base: PreTrainedModel, tokenizer: Any, lengths: Lengths, ledger: Ledger, folder: Path
 ) -> PolicyView | None:
-    """PPO: one update of our own trainer, of as many episodes as are scored at once."""
+    """PPO: one update of our own trainer, of a few passes."""
     batch = args.per_device_train_batch_size * job.stage.trainer.get("gradient_accumulation_steps", 1)
     at_once = min(batch, args.local_rollout_forward_batch_size)
-    args.gradient_accumulation_steps = -(-at_once // args.per_device_train_batch_size)
+    read_together = min(at_once, max(1, TOKENS_AT_ONCE // (lengths.prompt + args.response_length)))
+    enough = max(2, -(-2 * read_together // args.per_device_train_batch_size))  # more would be the same again
+    args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, enough)
     args.num_mini_batches, args.num_ppo_epochs, args.max_steps = 1, 1, STEPS
     args.total_episodes, args.num_sample_generations = None, 0
     ledger.phase = UNCOUNTED
@@ -196,7 +220,7 @@ def _ppo(
 
     def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
         with ledger.during("sampling"), trainer._precision():
-            _sample(shared.policy, prompts[:at_once], args.response_length, args.temperature, ledger)
+            _sample(shared.policy, [[TOKEN] * lengths.prompt] * at_once, args.response_length, args.temperature, ledger)
         return _episodes(len(prompts), lengths.prompt, args.response_length)
 
     usual = trainer.score
@@ -216,7 +240,6 @@ def _groups(
 ) -> PolicyView | None:
     """GRPO and RLOO: TRL's trainers, as `stages.groups` has them."""
     rows = _rows(job, max(2, args.generation_batch_size), lengths)
-    args.gradient_accumulation_steps = job.stage.trainer.get("gradient_accumulation_steps", 1)
     ledger.phase = UNCOUNTED
     stored = _reward_artifacts(job, base, folder)
     ledger.phase = "load"
@@ -286,8 +309,8 @@ class _Rewards:
     def __call__(
         self, episodes: Episodes, rows: Any = None, *, at_once: int, step: int = 0, max_steps: int = 0
     ) -> Scores:
-        for part in episodes.by_length().split(at_once):
-            for members in self.roles.rewards:
+        for members in self.roles.rewards:
+            for part in episodes.parts(at_once):
                 member_scores(members, episodes.select(part))
         none = torch.zeros(len(episodes))
         return Scores(none, defaultdict(lambda: none), {})
@@ -308,10 +331,19 @@ def _reward_artifacts(job: Job, base: PreTrainedModel, folder: Path) -> list[tup
     return stored
 
 
+class _Alike(Episodes):
+    """Episodes of like lengths."""
+
+    def parts(self, at_once: int) -> list[Tensor]:
+        """The first two and the last of those that would be read; between them all are the same."""
+        parts = super().parts(at_once)
+        return [*parts[:2], *parts[2:][-1:]]
+
+
 def _episodes(count: int, prompt: int, reply: int) -> Episodes:
     """Prompts with replies of full length, but every second a token shorter."""
     lengths = torch.full((count,), reply) - torch.arange(count) % 2 * (reply > 1)
-    return Episodes(
+    return _Alike(
         torch.full((count, prompt + reply), TOKEN),
         torch.full((count,), prompt),
         lengths,

@@ -64,10 +64,17 @@ class _Work:
 
     def __init__(self, config: PretrainedConfig, rows: Known, overhead: int) -> None:
         self.config, self.rows, self.overhead = config, rows, overhead
+        self.done: dict[tuple[str, str], StageForecast] = {}
         self.tokenizer = load_tokenizer(Model(path=str(TINY / "checkpoint")))
 
     def stage(self, recipe: Recipe, name: str) -> StageForecast:
         """One stage as the recipe has it."""
+        key = name, recipe.model_dump_json()
+        if key not in self.done:
+            self.done[key] = self._stage(recipe, name)
+        return self.done[key]
+
+    def _stage(self, recipe: Recipe, name: str) -> StageForecast:
         one = recipe.stages[name]
         found = lengths.of_stage(one, *self.rows.get(name, (None, None)))
         notes = [f"{found.assumed} are taken for granted: nothing limits them"] if found.assumed else []
@@ -86,7 +93,7 @@ class _Work:
         return {part: value for part in PARTS if (value := split.get(part, 0) or (part == "overhead") * self.overhead)}
 
     def _peaks(self, recipe: Recipe, name: str, found: lengths.Lengths, layers: int) -> dict[str, dict[str, int]]:
-        with _quietly():
+        with _quietly(), stage.tiles_in_place() if self.overhead else contextlib.nullcontext():
             return stage.peaks(recipe, name, self.config, self.tokenizer, found, layers)
 
     def _all_layers(self, peaks: Callable[[int], dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
