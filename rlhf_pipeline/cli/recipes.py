@@ -130,7 +130,7 @@ def forecast(
     from rlhf_pipeline.terminal.console import Console
 
     card = cards.find(gpu)
-    loaded = recipes.load(recipe, overrides or [])
+    loaded = recipes.load(recipe, overrides or [], weights=False)
     found = runner.foresee(loaded, card)
     if as_json:
         typer.echo(strict_json.dumps(found.as_json(), indent=2))

@@ -1,6 +1,7 @@
 """The largest batch that fits on a card, and what to change where a stage does not fit. No torch."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -64,11 +65,14 @@ def _largest(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> i
     else:
         high = max(low, MOST // step * step)
         at_high = peak(high) if high > low else at_low
+    slope = (at_high - at_low) / max(high - low, 1)
     while at_high > usable:  # `low` fits and `high` does not
-        guess = low + int((high - low) * (usable - at_low) / (at_high - at_low)) // step * step
-        guess = min(guess, high - step)
-        if guess <= low or (at_guess := peak(guess)) <= usable:
-            return max(low, guess)
+        too_many = math.ceil((at_high - usable) / slope / step) * step if slope > 0 else step
+        guess = max(low, high - max(too_many, step))
+        if guess == low:
+            return low
+        at_guess = peak(guess)
+        slope = (at_high - at_guess) / (high - guess)
         high, at_high = guess, at_guess
     return high
 
@@ -80,20 +84,23 @@ def _of_groups(stage: Stage) -> int:
 
 def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> list[Change]:
     """Changes, one on top of the other, the cheapest first, until the stage fits; without those that save nothing."""
-    name, changes = found.name, list[Change]()
-    while found.peak > usable:
-        for overrides, costs in _candidates(recipe, found):
-            changed = _with(recipe, overrides)
-            after = look(changed, name)
-            if after.peak < 0.99 * found.peak:
-                break
-        else:
-            return changes
-        if changes and changes[-1].overrides.keys() == overrides.keys():
+    changes: list[Change] = []
+    while found.peak > usable and (saving := _first_saving(recipe, found, look)):
+        change, recipe, found = saving
+        if changes and changes[-1].overrides.keys() == change.overrides.keys():
             changes.pop()  # the same once more: only the last value is to be set
-        changes.append(Change(overrides, after.peak, costs))
-        recipe, found = changed, after
+        changes.append(change)
     return changes
+
+
+def _first_saving(recipe: Recipe, found: StageForecast, look: Look) -> tuple[Change, Recipe, StageForecast] | None:
+    """The cheapest change that saves a hundredth, and the recipe and forecast with it; None where there is none."""
+    for overrides, costs in _candidates(recipe, found):
+        changed = _with(recipe, overrides)
+        after = look(changed, found.name)
+        if after.peak < 0.99 * found.peak:
+            return Change(overrides, after.peak, costs), changed, after
+    return None
 
 
 def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str, Any], str]]:

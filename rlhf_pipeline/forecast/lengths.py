@@ -1,11 +1,16 @@
 """How long the texts of a stage are: as its rows are, or else as long as the recipe lets them be. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf_pipeline.recipe.library_keys import keys
-from rlhf_pipeline.recipe.schema import Data, Stage
+from rlhf_pipeline.recipe.schema import Data, Recipe, Stage
 
 PROMPT, REPLY = 512, 512  # tokens, where neither rows nor recipe say it
+QUESTION = 128  # tokens around what a judge, or a policy that criticises, is asked about
+EVALUATE = "evaluate"  # among the names of stages: the prompts on which policies are judged
+# Of a stage's rows the longest prompt, and the longest prompt with its reply, where they have one, in tokens.
+Known = Mapping[str, tuple[int | None, int | None]]
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,15 @@ def of_stage(stage: Stage, prompt: int | None = None, whole: int | None = None) 
         whole: the same of a prompt with its reply.
     """
     data, trainer = stage.data, stage.trainer
-    if stage.facts.reply_limit or not stage.facts.trains:  # it reads prompts
+    if stage.facts.reply_limit or stage.sampling is not None:  # it reads prompts
         longest, assumed = _prompt(data, prompt)
+        if "passes" in stage.facts.takes:  # then replies with their critiques
+            longest += 2 * reply_limit(stage) + QUESTION
         return Lengths(longest, longest + reply_limit(stage), assumed)
+    if not stage.facts.trains:  # it judges two replies
+        longest, assumed = _prompt(data, prompt)
+        reply = data.max_completion_length or (whole - longest if whole is not None and whole > longest else REPLY)
+        return Lengths(longest, longest + 2 * reply + QUESTION, assumed)
     limit = trainer.get("max_length", keys(stage.kind)["max_length"].default)
     if whole is None and data.max_prompt_length and data.max_completion_length:
         whole = data.max_prompt_length + data.max_completion_length
@@ -53,6 +64,18 @@ def of_stage(stage: Stage, prompt: int | None = None, whole: int | None = None) 
     reply = data.max_completion_length or 0
     of_prompt = of_prompt if of_prompt is not None else longest - reply if reply < longest and reply else longest // 2
     return Lengths(max(1, min(of_prompt, longest - 1)), max(2, longest), assumed)
+
+
+def of_made_rows(recipe: Recipe, stage: Stage) -> tuple[int | None, int | None]:
+    """The same as `Known` of rows that another stage makes, as far as the recipe limits them."""
+    makers = [recipe.stages[source.stage] for source in stage.data.sources if source.stage is not None]
+    if len(makers) != 1 or len(makers) < len(stage.data.sources):
+        return None, None
+    prompt, whole = of_made_rows(recipe, makers[0])
+    prompt = makers[0].data.max_prompt_length or prompt
+    if makers[0].sampling is not None:
+        whole = (prompt or PROMPT) + reply_limit(makers[0])
+    return prompt, whole
 
 
 def of_prompts(data: Data, reply: int, prompt: int | None = None) -> Lengths:

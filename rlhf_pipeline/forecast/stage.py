@@ -47,6 +47,7 @@ def peaks(
     tokenizer: PreTrainedTokenizerBase,
     lengths: Lengths,
     layers: int,
+    asked_prompt: int | None = None,
 ) -> dict[str, Split]:
     """What a stage holds at the peak of each phase, by what it is for, in bytes.
 
@@ -57,6 +58,7 @@ def peaks(
         tokenizer: any; only its special tokens are read.
         lengths: of its texts.
         layers: how many layers the model shall have.
+        asked_prompt: tokens of the longest prompt of `evaluate`, where that is known.
     """
     job = Job(recipe, name, recipe.run)
     vocabulary = config.get_text_config().vocab_size
@@ -76,7 +78,7 @@ def peaks(
         policy = run(job, args, base, tokenizer, lengths, ledger, Path(folder))
         if policy is not None and recipe.evaluate is not None:
             asked = recipe.evaluate
-            lengths = longest.of_prompts(asked.data, asked.max_new_tokens)
+            lengths = longest.of_prompts(asked.data, asked.max_new_tokens, asked_prompt)
             prompts = [[TOKEN] * lengths.prompt] * min(asked.batch_size, asked.n * asked.samples)
             with ledger.during("judging"), job_precision(recipe):
                 _sample(policy, prompts, asked.max_new_tokens, asked.temperature, ledger)

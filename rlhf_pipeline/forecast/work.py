@@ -5,21 +5,20 @@ import copy
 import gc
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from rlhf_pipeline.forecast import advice, lengths, stage
 from rlhf_pipeline.forecast.cards import CONTEXT, Card
+from rlhf_pipeline.forecast.lengths import EVALUATE, Known
 from rlhf_pipeline.forecast.result import PARTS, PHASES, Forecast, Part, Phase, StageForecast
 from rlhf_pipeline.models import layer_count
 from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.recipe.schema import Model, Recipe
-
-Known = Mapping[str, tuple[int, int]]  # of a stage's rows the longest prompt, and the longest prompt with its reply
 
 
 def forecast(
@@ -31,7 +30,7 @@ def forecast(
         recipe: from `recipe.load`.
         card: the GPU; without `usable`, nothing is said of what fits.
         advise: also find the largest batch that fits, and what to change where it does not fit.
-        rows: how long the rows of stages are, where that is known.
+        rows: how long the rows of stages are, where that is known; see `rows.longest`.
         on_gpu: count what CUDA itself takes; and `dtype: auto` is bfloat16.
 
     Raises:
@@ -49,7 +48,9 @@ def forecast(
             if advise:
                 found = advice.advised(recipe, found, card.usable, work.stage)
             stages.append(found)
-    notes = ["lengths are those of the recipe's limits, not of its rows"] if not rows else []
+    unread = [one.name for one in stages if one.name not in work.rows]
+    whose = "all stages" if len(unread) == len(stages) else ", ".join(f"`{name}`" for name in unread)
+    notes = [f"of {whose}, lengths are those of the recipe's limits, not of rows"] if unread else []
     return Forecast(card.name, card.usable, tuple(stages), tuple(notes))
 
 
@@ -76,7 +77,7 @@ class _Work:
 
     def _stage(self, recipe: Recipe, name: str) -> StageForecast:
         one = recipe.stages[name]
-        found = lengths.of_stage(one, *self.rows.get(name, (None, None)))
+        found = lengths.of_stage(one, *self.rows.get(name, lengths.of_made_rows(recipe, one)))
         notes = [f"{found.assumed} are taken for granted: nothing limits them"] if found.assumed else []
         notes += [
             f"`rewards.{place}.model` is loaded beside the base, and is not counted"
@@ -94,7 +95,8 @@ class _Work:
 
     def _peaks(self, recipe: Recipe, name: str, found: lengths.Lengths, layers: int) -> dict[str, dict[str, int]]:
         with _quietly(), stage.tiles_in_place() if self.overhead else contextlib.nullcontext():
-            return stage.peaks(recipe, name, self.config, self.tokenizer, found, layers)
+            asked, _ = self.rows.get(EVALUATE, (None, None))
+            return stage.peaks(recipe, name, self.config, self.tokenizer, found, layers, asked)
 
     def _all_layers(self, peaks: Callable[[int], dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
         """The peaks of the whole model, from those of it with few layers and with some more.

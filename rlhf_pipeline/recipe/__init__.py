@@ -49,12 +49,13 @@ __all__ = [
 ]
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(recipe: str, overrides: Sequence[str] = (), *, weights: bool = True) -> Recipe:
     """Read, override, resolve and check a recipe.
 
     Args:
         recipe: a path, or the name of a shipped recipe, or a run directory, for the recipe that `run` has left there.
         overrides: `key=value` strings; a key may start at the top (`model.dtype`) or with a stage (`ppo.trainer.lam`).
+        weights: whether the model's folder must have weights; else `config.json` is enough.
 
     Returns:
         The recipe with absolute paths and every default filled in.
@@ -63,10 +64,10 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: with place and hint, for all that the recipe alone, or a look at the files it names, shows to be
             wrong; of several problems, as `InputErrors`, in the order in which they are written.
     """
-    return load_with_origins(recipe, overrides)[0]
+    return load_with_origins(recipe, overrides, weights=weights)[0]
 
 
-def load_with_origins(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Origins]:
+def load_with_origins(recipe: str, overrides: Sequence[str] = (), *, weights: bool = True) -> tuple[Recipe, Origins]:
     """As `load`, with the origin of each value."""
     run = Path(recipe) if recipe not in shipped() and is_run(Path(recipe)) else None
     file, folder = _file_of_run(run) if run else find(recipe)
@@ -81,7 +82,7 @@ def load_with_origins(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recip
     check_library_keys(loaded, content, problems)
     resolve_stages(loaded, problems)
     gates.check(loaded, problems)
-    resolve_paths(loaded, problems)
+    resolve_paths(loaded, problems, weights)
     problems.raise_if_any()
     loaded._place, loaded._as_written = origins.place, origins.as_written
     loaded.locate_rows()

@@ -22,8 +22,14 @@ OF_FURTHER_ROWS = dict.fromkeys(OF_HELD_OUT, NOT_EVALUATED) | {"part": NOT_SHARE
 RELATIVE = "relative paths start from the folder of the file that they are written in"
 
 
-def resolve_paths(recipe: Recipe, problems: Problems) -> None:
-    """Make paths absolute, and see that what is named is there; what is wrong is noted."""
+def resolve_paths(recipe: Recipe, problems: Problems, weights: bool = True) -> None:
+    """Make paths absolute, and see that what is named is there; what is wrong is noted.
+
+    Args:
+        recipe: the recipe.
+        problems: takes what is wrong.
+        weights: whether the model's folder must have weights.
+    """
     origins = problems.origins
     functions: list[KeyPath] = [
         ("stages", name, "rewards", place, "function")
@@ -42,7 +48,7 @@ def resolve_paths(recipe: Recipe, problems: Problems) -> None:
         problems.add(("output_dir",), f"there is no home folder `{whose}`", "name a folder, or set HOME for `~`")
     recipe.output_dir = str(resolved(origins.folder(("output_dir",)) / expanded(recipe.output_dir)))
     model = recipe.model
-    model.path = str(TINY / "checkpoint") if model.path == "tiny" else _model_path(model.path, MODEL, problems)
+    model.path = str(TINY / "checkpoint") if model.path == "tiny" else _model_path(model.path, MODEL, problems, weights)
     _refuse_revision_of_folder(model.path, model.revision, ("model", "revision"), problems)
     if model.chat_template is not None and not problems.is_broken(("model", "chat_template")):
         model.chat_template = _template_path(model.chat_template, ("model", "chat_template"), problems)
@@ -198,13 +204,15 @@ def _refuse_revision_of_folder(path: str, revision: str | None, key: KeyPath, pr
         problems.add(key, "`revision` has no effect: a model folder has no revisions", "remove it", of_key=True)
 
 
-def _model_path(path: str, key: KeyPath, problems: Problems) -> str:
+def _model_path(path: str, key: KeyPath, problems: Problems, weights: bool = True) -> str:
     """What a model's path means: an absolute folder, or a hub id; what is wrong is noted."""
     local = problems.origins.folder(key) / expanded(path)
     if not local.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             problems.add(key, _not_there("model folder", local), RELATIVE)
         return path  # a hub id
+    if not weights and (local / "config.json").is_file():
+        return str(resolved(local))
     if found := model_files.no_model(local) or model_files.problem(local):
         hint = found.hint
         if key != MODEL and (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():

@@ -21,6 +21,7 @@ from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.comparison import measure
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.forecast.cards import Card
+from rlhf_pipeline.forecast.rows import longest
 from rlhf_pipeline.forecast.work import forecast
 from rlhf_pipeline.models.tokenizer import pinned_day
 from rlhf_pipeline.recipe import Recipe
@@ -50,7 +51,8 @@ def main(job_file: str) -> int:
         if job["task"] == "check":
             result, code = {"warnings": check.check(recipe, job["stages"], job["current"])}, 0
         elif job["task"] == "forecast":
-            result, code = {"forecast": forecast(recipe, Card(**job["card"])).as_json()}, 0
+            found = forecast(recipe, Card(**job["card"]), rows=longest(recipe))
+            result, code = {"forecast": found.as_json()}, 0
         elif job["task"] == "compare":
             settings = job["settings"]
             asked, spec = measure.default_prompts(recipe, settings["n"])

@@ -94,6 +94,34 @@ def test_what_does_not_fit_gets_the_cheapest_change_first_and_the_largest_batch(
     assert advice.advised(recipe, look(recipe, "sft"), GIB, look).largest_batch == 0
 
 
+def test_a_batch_is_looked_for_beyond_a_bend_with_few_looks():
+    """Rows take less each once a buffer of 2 GiB is full; a line from the first forecast alone would miss by far."""
+    recipe, looks = recipes.load("tiny", ["sft.trainer.per_device_train_batch_size=2"]), []
+
+    def look(changed, name):
+        batch = advice.batch_size(changed.stages[name])
+        looks.append(batch)
+        held = GIB + min(batch * GIB // 4, 2 * GIB) + batch * GIB // 16
+        return StageForecast(name, "sft", (Phase("backward", {"weights": held}),), 2, 4, batch)
+
+    found = advice.advised(recipe, look(recipe, "sft"), 10 * GIB + 1, look)
+    assert found.largest_batch == 112
+    assert len(looks) <= 4
+
+
+def test_the_same_key_is_named_once_with_the_value_that_is_enough():
+    recipe = recipes.load("tiny", ["sft.trainer.per_device_train_batch_size=16"])
+
+    def look(changed, name):
+        batch = advice.batch_size(changed.stages[name])
+        return StageForecast(name, "sft", (Phase("backward", {"weights": GIB, "logits": batch * GIB}),), 2, 4, batch)
+
+    changes = advice.advised(recipe, look(recipe, "sft"), 3 * GIB, look).changes
+    key = "sft.trainer.per_device_train_batch_size"
+    assert [(change.overrides[key], change.peak) for change in changes] == [(2, 3 * GIB)]
+    assert changes[0].overrides["sft.trainer.gradient_accumulation_steps"] == 8
+
+
 def test_a_forecast_is_read_back_as_it_was_written(small):
     found = work.forecast(small(), cards.find("24GB"), advise=False)
     assert Forecast.from_json(json.loads(json.dumps(found.as_json()))) == found
