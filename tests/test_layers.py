@@ -14,6 +14,7 @@ LAYERS = [
     ["terminal"],
     ["sweep"],
     ["report"],
+    ["arena"],
     ["use"],
     ["run"],
     ["comparison"],

@@ -1,0 +1,1 @@
+"""The arena: people choose between replies in the browser, and a reward model learns as they click."""

@@ -1,0 +1,38 @@
+"""Which pair to ask about next: the one of whose answer most is to be learned. numpy alone."""
+
+import numpy as np
+
+from rlhf_pipeline.arena.laplace import Floats, sigmoid
+
+# Where a normal distribution is looked at, in standard deviations, and how much each place weighs.
+PLACES = np.linspace(-5.0, 5.0, 61)
+WEIGHTS = np.exp(-0.5 * PLACES**2) / np.exp(-0.5 * PLACES**2).sum()
+
+
+def information(mean: Floats, variance: Floats) -> Floats:
+    """The mutual information between the answer about a pair and the weights, in nats: BALD's score.
+
+    How unsure the answer is, less how unsure it would be if the weights were known. It is high where the model does not
+    know, and low where two replies are about equally good, however often one asks. Houlsby et al. 2011, "Bayesian
+    Active Learning for Classification and Preference Learning", equation 2. Their closed form (equation 4) is for a
+    probit likelihood; for a logistic one it is off by up to 0.06 nats, most where an answer is all but known. The sum
+    over 61 places here is within 0.001 of the integral up to a standard deviation of 16.
+
+    Args:
+        mean: `[m]`: of the log-odds of each pair.
+        variance: `[m]`: theirs.
+
+    Returns:
+        `[m]`, from 0 to log 2.
+    """
+    log_odds = mean[:, None] + np.sqrt(variance)[:, None] * PLACES
+    share = sigmoid(log_odds)
+    known = (np.logaddexp(0.0, log_odds) - share * log_odds) @ WEIGHTS
+    return np.maximum(entropy(share @ WEIGHTS) - known, 0.0)
+
+
+def entropy(share: Floats) -> Floats:
+    """Of an answer that is one of two with this probability, in nats."""
+    share = np.clip(share, 1e-300, 1.0)
+    rest = np.clip(1.0 - share, 1e-300, 1.0)
+    return -(share * np.log(share) + rest * np.log(rest))
