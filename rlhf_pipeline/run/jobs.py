@@ -30,14 +30,14 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     Args:
         recipe: the recipe.
         launcher: starts the worker.
-        task: `check`, `forecast`, `train`, `judge` or `compare`.
+        task: `check`, `forecast`, `train`, `judge`, `compare` or `features`.
         job_file: where to write the job down; the result comes to be beside it.
         log: takes what the worker prints.
         what: the job in words, as the subject of `… failed`.
         details: what else the task needs; see `rlhf_pipeline.run.worker`.
 
     Raises:
-        InputError: the check, or the forecast, found something wrong.
+        InputError: the check, the forecast or the reading of features found something wrong.
         CheckpointError: the checkpoint that it should resume from cannot be.
         RunError: the job failed, or its worker ended without a result, with whatever exit code.
         OSError: the job cannot be written down.
@@ -50,7 +50,7 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     result = read_json(file)
     if code == 0 and result is not None:
         return Ended(result, stopped=False)
-    if code == 2 and task in ("check", "forecast") and result is not None:
+    if code == 2 and task in ("check", "forecast", "features") and result is not None:
         raise InputErrors([InputError(**_as_written(recipe, problem)) for problem in result["problems"]])
     if code == 1 and result is not None and "unusable" in result:
         raise durable.CheckpointError(Path(result["unusable"]["checkpoint"]), redact(result["unusable"]["why"]))

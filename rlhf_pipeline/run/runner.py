@@ -210,6 +210,29 @@ def foresee(recipe: Recipe, card: Card) -> Forecast:
     return Forecast.from_json(result["forecast"])
 
 
+def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:
+    """Have a worker read the features of replies; see `stages.features`.
+
+    Args:
+        recipe: from `recipe.of_run`.
+        init: whose model reads them: a stage that is done, or `base`.
+        items: a file of `rundir.items`.
+        folder: which gets `features.safetensors`; with the items themselves in it, too, both fit each other.
+
+    Raises:
+        InputError: the model or the items cannot be read.
+        RunError: the worker failed.
+        Interrupted: it was stopped.
+    """
+    with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
+        jobs.do(
+            recipe, launcher, "features", scratch / "features.json", scratch / "features.log", "reading features",
+            init=init, items=str(items.absolute()), folder=str(folder.absolute()),
+        )  # fmt: skip
+    if launcher.stopping:
+        raise Interrupted("stopped before all features were read")
+
+
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
     """A folder for jobs that belong to no stage, gone afterwards."""

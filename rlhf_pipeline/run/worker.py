@@ -1,4 +1,4 @@
-"""One job in one process: check or forecast a recipe, train a stage, judge one that is done, or compare all.
+"""One job in one process: check or forecast a recipe, train a stage, judge or compare what is done, read features.
 
 Here torch lives.
 
@@ -28,10 +28,10 @@ from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.explain import explain, recognise
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
-from rlhf_pipeline.rundir import durable, strict_json
+from rlhf_pipeline.rundir import durable, items, strict_json
 from rlhf_pipeline.rundir.layout import RESULT, TRAINED, read_json
 from rlhf_pipeline.rundir.secrets import redact
-from rlhf_pipeline.stages import check, evaluate, win_rates
+from rlhf_pipeline.stages import check, evaluate, features, win_rates
 from rlhf_pipeline.stages.job import Job
 
 
@@ -57,6 +57,10 @@ def main(job_file: str) -> int:
             settings = job["settings"]
             asked, spec = measure.default_prompts(recipe, settings["n"])
             result, code = {"comparison": measure.compare(recipe, recipe.run, asked, spec, settings)}, 0
+        elif job["task"] == "features":
+            made = features.features(recipe, recipe.run, job["init"], items.read(Path(job["items"])))
+            features.write(Path(job["folder"]), made)
+            result, code = {"replies": len(made)}, 0
         else:
             stage = Job(recipe, job["stage"], recipe.run)
             if job["task"] == "train":
