@@ -89,7 +89,7 @@ function say(text, kind = "", unseen = "") {
 // ---- The queue
 
 const queueName = () => `arena ${session.title} ${session.stage} ${session.person}`;
-const queue = () => JSON.parse(localStorage.getItem(queueName()) ?? "[]");
+const queue = () => (session ? JSON.parse(localStorage.getItem(queueName()) ?? "[]") : []);
 const keep = (waiting) => localStorage.setItem(queueName(), JSON.stringify(waiting));
 
 function newId() {
@@ -166,7 +166,7 @@ function waitAndSend(error) {
 }
 
 function waitingWords() {
-  const waiting = session ? queue().length : 0;
+  const waiting = queue().length;
   if (!waiting) return "The page tries again by itself.";
   return `${waiting === 1 ? "1 choice waits" : `${waiting} choices wait`} in this browser, and will be sent when the server is back.`;
 }
@@ -317,7 +317,7 @@ function makeDimensions() {
   );
   const last = Math.min(9, names.length);
   at("more-keys").replaceChildren(...(last ? [make("kbd", {}, "1"), last > 1 ? "…" : "", last > 1 ? make("kbd", {}, String(last)) : "", " then an arrow"] : []));
-  at("more-keys").hidden = !last;
+  at("more-title").parentElement.hidden = !last;
   const help = at("help-dimensions");
   help.hidden = !last;
   help.cells[0].replaceChildren(...(last > 1 ? [make("kbd", {}, "1"), " … ", make("kbd", {}, String(last))] : [make("kbd", {}, "1")]));
