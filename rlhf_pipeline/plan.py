@@ -61,6 +61,7 @@ class StagePlan(StageState):
             "gates": record.gates,
             "wall_s": record.wall_s,
             "peak_memory_bytes": record.peak_memory_bytes,
+            "forecast_memory_bytes": record.forecast_memory_bytes,
             "metrics": record.metrics,
             "artifact": record.artifact,
             "taken_from": self.earlier.name if self.earlier else record.taken_from,

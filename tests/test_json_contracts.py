@@ -16,6 +16,8 @@ import short_run
 import typer
 
 from rlhf_pipeline import cli
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.forecast import known
 from rlhf_pipeline.forecast import result as forecasts
 from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
 from rlhf_pipeline.smoke.run import Report, Smoked
@@ -189,6 +191,8 @@ def test_every_command_with_json_is_documented_and_no_other():
 
 @pytest.mark.parametrize("command", ["plan", "status"])
 def test_plan_and_status(command, folder):
+    phases = (Phase("backward", {"weights": 5}),)
+    known.keep(recipes.load("tiny"), Forecast("a GPU", None, (StageForecast("sft", "sft", phases, 2, 4, 8),)))
     compare(command, [output(folder, command, "one.yaml"), output(folder, command, "tiny")])
 
 

@@ -13,6 +13,7 @@ from rlhf_pipeline import __version__
 from rlhf_pipeline.cli.shared import (
     AsJson,
     Force,
+    Gpu,
     IgnoreGates,
     NoReuse,
     Only,
@@ -47,15 +48,21 @@ def plan(
     trust_versions: TrustVersions = False,
     ignore_gates: IgnoreGates = False,
     no_reuse: NoReuse = False,
+    gpu: Gpu = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which stages would run, and why; takes what `run` takes."""
+    """Show which stages would run, and why; takes what `run` takes.
+
+    How much GPU memory they will take is said where `forecast`, `validate` or `run` has found it out before.
+    """
     from rlhf_pipeline import plan as plans
     from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.forecast import cards, known
     from rlhf_pipeline.run import to_do
-    from rlhf_pipeline.terminal import tables
+    from rlhf_pipeline.terminal import forecasts, tables
     from rlhf_pipeline.terminal.console import Console
 
+    card = cards.find(gpu)
     loaded = recipes.load(recipe, overrides or [])
     shapes, weights = plans.shapes(loaded), plans.class_weights(loaded)
     stages = plans.make(loaded, trust_versions=trust_versions, ignore_gates=ignore_gates, reuse=not no_reuse)
@@ -68,7 +75,9 @@ def plan(
         trust_versions=trust_versions,
         ignore_gates=ignore_gates,
     )
+    forecast = known.find(loaded, card)
     if as_json:
+        takes = {stage.name: stage for stage in forecast.stages} if forecast else {}
         object_ = tables.as_json(loaded.run, stages)
         object_ |= {"trust_remote_code": loaded.model.trust_remote_code, "will_compare": wanted.compares}
         for stage in object_["stages"]:
@@ -76,10 +85,12 @@ def plan(
             stage["will_run"] = stage["will"] in to_do.RUNS
             stage["data"] = shapes[stage["name"]]
             stage["class_weights"] = weights.get(stage["name"])
+            stage["memory"] = takes[stage["name"]].in_short(card.usable) if stage["name"] in takes else None
         typer.echo(strict_json.dumps(object_, indent=2))
     else:
         remote_code = loaded.model.path if loaded.model.trust_remote_code else None
-        tables.intentions(stages, wanted, shapes, weights, remote_code, Console())
+        said = forecasts.in_short(forecast) if forecast else f"`rlhf-pipeline forecast {recipe}` says how much"
+        tables.intentions(stages, wanted, shapes, weights, remote_code, said, Console())
 
 
 @app.command(
@@ -88,15 +99,24 @@ def plan(
         ("validate my-recipe.yaml model.path=tiny", "the same with a model that is at hand"),
     )
 )
-def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check a recipe, its settings and all its data, without training."""
-    from rlhf_pipeline import recipe as recipes
-    from rlhf_pipeline.run import runner
+def validate(recipe: RecipeArgument, overrides: Overrides = None, gpu: Gpu = None) -> None:
+    """Check a recipe, its settings and all its data, without training.
 
+    It also says how much GPU memory each stage will take; `forecast` says more of that.
+    """
+    from rlhf_pipeline import recipe as recipes
+    from rlhf_pipeline.forecast import cards
+    from rlhf_pipeline.run import runner
+    from rlhf_pipeline.terminal import forecasts
+
+    card = cards.find(gpu)
     loaded = recipes.load(recipe, overrides or [])
-    warnings = runner.check(loaded)
+    warnings, forecast = runner.check(loaded, card)
+    warnings += forecast.doubts if forecast else []
     for warning in warnings:
         say(f"warning: {warning}")
+    if forecast:
+        say(f"GPU memory: {forecasts.in_short(forecast)}")
     count = f"{len(warnings) or 'no'} warning{'s' * (len(warnings) != 1)}"
     typer.echo(f"{recipe}: {len(loaded.stages)} stages, no errors, {count}")
 
@@ -112,10 +132,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def forecast(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE|NAME", help="The card, as `24GB` or `RTX 4090`; by default the one that is here."),
-    ] = None,
+    gpu: Gpu = None,
     as_json: AsJson = False,
 ) -> None:
     """Say how much GPU memory each stage will take.

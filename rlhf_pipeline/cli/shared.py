@@ -89,6 +89,10 @@ TrustVersions = Annotated[
 IgnoreGates = Annotated[bool, typer.Option("--ignore-gates", help="Continue past closed gates.")]
 NoReuse = Annotated[bool, typer.Option("--no-reuse", help="Train even what another run, or this one formerly, made.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Stream the log of the stage at work.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE|NAME", help="The card, as `24GB` or `RTX 4090`; by default the one that is here."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -1,8 +1,10 @@
 """What a forecast says: stages, their phases, and the parts of each phase, in bytes. No torch."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
+
+from rlhf_pipeline.rundir.words import memory
 
 Part = Literal["weights", "adapters", "optimizer", "activations", "logits", "cache", "overhead"]
 PARTS: tuple[Part, ...] = ("weights", "adapters", "optimizer", "activations", "logits", "cache", "overhead")
@@ -82,6 +84,15 @@ class StageForecast:
         """The same as `torch.cuda.max_memory_allocated` counts it: without what CUDA itself takes."""
         return max(phase.total - phase.parts.get("overhead", 0) for phase in self.phases)
 
+    def in_short(self, usable: int | None) -> dict[str, Any]:
+        """What `plan --json` says of it, with a card's bytes."""
+        fits = None if usable is None else self.peak <= usable
+        return {"peak": self.peak, "phase": self.highest.name, "fits": fits}
+
+    def without_advice(self) -> "StageForecast":
+        """The same for any card."""
+        return replace(self, largest_batch=None, changes=())
+
     def phase(self, name: str) -> Phase | None:
         """One phase; None where the stage has no such."""
         return next((phase for phase in self.phases if phase.name == name), None)
@@ -96,12 +107,14 @@ class Forecast:
         usable: its bytes for a process; None where none is asked about.
         stages: of the recipe, in its order, those that hold a model.
         notes: what concerns all of them.
+        advised: whether the largest batches, and changes where a stage does not fit, were looked for.
     """
 
     card: str
     usable: int | None
     stages: tuple[StageForecast, ...]
     notes: tuple[str, ...] = field(default=())
+    advised: bool = False
 
     @property
     def fits(self) -> bool | None:
@@ -112,6 +125,16 @@ class Forecast:
     def highest(self) -> StageForecast | None:
         """The stage that takes most."""
         return max(self.stages, key=lambda stage: stage.peak, default=None)
+
+    @property
+    def doubts(self) -> list[str]:
+        """A sentence on each stage that does not fit."""
+        return [
+            f"stages.{stage.name} is forecast to take {memory(stage.peak)} in {stage.highest.name}, and {self.card} "
+            f"has {memory(self.usable)}: `rlhf-pipeline forecast` says what to change"
+            for stage in self.stages
+            if self.usable is not None and stage.peak > self.usable
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """For scripts; docs/json.md has its keys."""
@@ -133,4 +156,4 @@ class Forecast:
             names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch")
             own = {name: one[name] for name in names}
             stages.append(StageForecast(**own, phases=phases, changes=changes, notes=tuple(one["notes"])))
-        return cls(said["card"], said["usable"], tuple(stages), tuple(said["notes"]))
+        return cls(said["card"], said["usable"], tuple(stages), tuple(said["notes"]), said["advised"])

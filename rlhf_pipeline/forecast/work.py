@@ -51,7 +51,7 @@ def forecast(
     unread = [one.name for one in stages if one.name not in work.rows]
     whose = "all stages" if len(unread) == len(stages) else ", ".join(f"`{name}`" for name in unread)
     notes = [f"of {whose}, lengths are those of the recipe's limits, not of rows"] if unread else []
-    return Forecast(card.name, card.usable, tuple(stages), tuple(notes))
+    return Forecast(card.name, card.usable, tuple(stages), tuple(notes), advised=advise)
 
 
 class _Work:

@@ -19,7 +19,7 @@ from rlhf_pipeline.rundir import diff, durable
 from rlhf_pipeline.rundir.headline import Headline, headline, order
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.state import DONE
-from rlhf_pipeline.rundir.words import duration, memory, printable, short
+from rlhf_pipeline.rundir.words import duration, memory, memory_beside, printable, short
 
 MOST_PROMPTS = 50  # samples side by side
 FIRST_PROMPTS = 12  # of them those that show at once
@@ -228,7 +228,7 @@ def _summary(run: Run, stage: Stage) -> dict[str, Any]:
         "state": stage.state,
         "progress": _progress(stage) if stage.state == "running" else "",
         "wall": duration(stage.wall_s),
-        "memory": memory(stage.record.peak_memory_bytes),
+        "memory": memory_beside(stage.record.peak_memory_bytes, stage.record.forecast_memory_bytes),
         "numbers": numbers,
         "gates": gates,
     }

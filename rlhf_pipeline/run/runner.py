@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
 from rlhf_pipeline.errors import Interrupted, RunError
+from rlhf_pipeline.fingerprint import pin
+from rlhf_pipeline.forecast import cards, known
 from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.result import Forecast
 from rlhf_pipeline.plan import StagePlan
@@ -118,10 +120,12 @@ def run(
             if to_check:
                 directory.note("checking settings and data")
                 say("check   settings and data of every stage")
-                warnings = _check(recipe, to_check, launcher, scratch)
+                card = cards.find(None)
+                found = _check(recipe, to_check, launcher, scratch, card if card.usable else None)
+                warnings = found.warnings
                 if also_check is not None:
-                    warnings = _check(also_check, to_check, launcher, scratch)
-                for warning in warnings:
+                    warnings = _check(also_check, to_check, launcher, scratch, None).warnings
+                for warning in [*warnings, *(found.forecast.doubts if found.forecast else ())]:
                     say(f"warning: {warning}")
             durable.write_text(directory.path / RECIPE, redact(to_yaml(recipe)))
             trained: set[str | None] = set()
@@ -172,14 +176,24 @@ def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say
         say(f"{name:<7} gates ignored: {gates.describe(record.gates, record.metrics)}")
 
 
-def check(recipe: Recipe) -> list[str]:
-    """Check settings and data of every stage of a recipe, in a worker.
+class Checked(NamedTuple):
+    """What the check of a recipe found that is no error.
+
+    Attributes:
+        warnings: a sentence each.
+        forecast: how much memory its stages will take; None where that was not asked for, or cannot be said.
+    """
+
+    warnings: list[str]
+    forecast: Forecast | None
+
+
+def check(recipe: Recipe, card: Card) -> Checked:
+    """Check settings and data of every stage of a recipe, in a worker, and forecast its memory.
 
     Args:
         recipe: from `recipe.load`.
-
-    Returns:
-        Warnings, a sentence each.
+        card: the GPU that is asked about.
 
     Raises:
         InputError: for all that was found wrong.
@@ -187,19 +201,25 @@ def check(recipe: Recipe) -> list[str]:
     trackers.require(recipe.report_to)
     plan.shapes(recipe)
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
-        return _check(recipe, plan.make(recipe), launcher, scratch)
+        return _check(recipe, plan.make(recipe), launcher, scratch, card)
 
 
 def foresee(recipe: Recipe, card: Card) -> Forecast:
-    """How much memory each stage of a recipe will take, worked out in a worker.
+    """How much memory each stage of a recipe will take, and what to change where it does not fit.
+
+    It is worked out in a worker, and remembered.
 
     Args:
-        recipe: from `recipe.load`.
+        recipe: from `recipe.load`; its hub models and datasets are pinned to the commits that count.
         card: the GPU that is asked about.
 
     Raises:
         InputError: the configuration of the model cannot be had.
     """
+    pin(recipe)
+    before = known.find(recipe, card)
+    if before is not None and (before.advised or card.usable is None):
+        return before
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         result, _ = jobs.do(
             recipe, launcher, "forecast", scratch / "forecast.json", scratch / "forecast.log", "the forecast",
@@ -207,7 +227,9 @@ def foresee(recipe: Recipe, card: Card) -> Forecast:
         )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before the forecast was done")
-    return Forecast.from_json(result["forecast"])
+    found = Forecast.from_json(result["forecast"])
+    known.keep(recipe, found)
+    return found
 
 
 def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:
@@ -240,14 +262,20 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path) -> list[str]:
+def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, card: Card | None) -> Checked:
+    """Check the stages; with a card, forecast the recipe's memory, too, unless that is known."""
+    forecast = known.find(recipe, card) if card else None
     result, _ = jobs.do(
         recipe, launcher, "check", scratch / "check.json", scratch / "check.log", "the check of settings and data",
         stages=[stage.name for stage in stages], current=[stage.name for stage in stages if stage.is_current],
+        card=dataclasses.asdict(card) if card and forecast is None else None,
     )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before anything was trained")
-    return list(dict.fromkeys(map(recipe.as_written, result["warnings"])))
+    if result["forecast"] is not None:
+        forecast = Forecast.from_json(result["forecast"])
+        known.keep(recipe, forecast)
+    return Checked(list(dict.fromkeys(map(recipe.as_written, result["warnings"]))), forecast)
 
 
 def _train(
@@ -307,6 +335,7 @@ def _train(
             wall_s=(took := so_far()),
             peak_memory_bytes=max(begun.peak_memory_bytes or 0, answer["peak_memory_bytes"]),
             machine=record.machine | {"device": answer["device"]},
+            **_foreseen(recipe, stage.name, answer["allocator"]),
         )
         directory.write_record(stage.name, done)
     except BaseException as error:
@@ -326,6 +355,15 @@ def _train(
     for line in _watched(recipe.stages[stage.name], answer["metrics"]):
         say(f"{stage.name:<7} {line}")
     return done
+
+
+def _foreseen(recipe: Recipe, name: str, allocator: bool) -> dict[str, int]:
+    """What was forecast of a stage, for its record, where its peak was counted by a GPU's allocator: else they do not
+    compare.
+    """
+    forecast = known.find(recipe, cards.ANY) if allocator else None
+    found = next((one for one in forecast.stages if one.name == name), None) if forecast else None
+    return {"forecast_memory_bytes": found.allocated} if found else {}
 
 
 def _watched(stage: Stage, metrics: dict[str, Any]) -> Iterator[str]:

@@ -49,7 +49,8 @@ def main(job_file: str) -> int:
     result: dict[str, Any]
     try:
         if job["task"] == "check":
-            result, code = {"warnings": check.check(recipe, job["stages"], job["current"])}, 0
+            warnings = check.check(recipe, job["stages"], job["current"])
+            result, code = {"warnings": warnings, "forecast": foresee(recipe, job["card"])}, 0
         elif job["task"] == "forecast":
             found = forecast(recipe, Card(**job["card"]), rows=longest(recipe))
             result, code = {"forecast": found.as_json()}, 0
@@ -70,7 +71,7 @@ def main(job_file: str) -> int:
                 metrics = evaluate.judge_artifact(stage, stage.published) | win_rates.against_start(stage)
             day = pinned_day(stage.reader.tokenizer.chat_template)
             result = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}
-            result, code = result | {"template_day": day}, 0
+            result, code = result | {"allocator": torch.cuda.is_available(), "template_day": day}, 0
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED
     except durable.CheckpointError as error:
@@ -97,6 +98,20 @@ def main(job_file: str) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def foresee(recipe: Recipe, card: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The forecast of a recipe that was found to be right, as JSON; None where none is asked for.
+
+    It also is None where a library does not run on shapes: that is no fault of the recipe.
+    """
+    if card is None:
+        return None
+    try:
+        return forecast(recipe, Card(**card), advise=False, rows=longest(recipe)).as_json()
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 def train(job: Job) -> dict[str, Any]:

@@ -101,6 +101,11 @@ class Record(BaseModel):
     """Final numbers under TRL's names; None where one is not finite."""
 
     peak_memory_bytes: int | None = None
+    """The most that it held: by a GPU's allocator, else the resident set of its process."""
+
+    forecast_memory_bytes: int | None = None
+    """What the allocator was forecast to count; None where none counted, or there was no forecast."""
+
     gates: dict[str, dict[str, Any]] = {}
     """Of each gate its `bound`, the metric's `value`, and whether it `passed`."""
 

@@ -68,6 +68,14 @@ def memory(size: float | None) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+def memory_beside(measured: int | None, forecast: int | None) -> str:
+    """A measured peak, and behind it the forecast of the same with its error, where there is one."""
+    if not measured or forecast is None:
+        return memory(measured or None)
+    error = f"{forecast / measured - 1:+.0%}".replace("%", " %").replace("-", "\N{MINUS SIGN}")
+    return f"{memory(measured)} (forecast {memory(forecast)}, {error})"
+
+
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """Where a row of logged values began and where it ended: means over a twentieth of it, for one batch is noise.
 

@@ -60,6 +60,16 @@ def verdict(stage: StageForecast, forecast: Forecast) -> str:
     return f"{said}: does not fit; {'change' if enough else 'not even this is enough'}, in this order:"
 
 
+def in_short(forecast: Forecast) -> str:
+    """What each stage takes, and whether it fits, in one line."""
+    sizes = ", ".join(f"{stage.name} {memory(stage.peak)}" for stage in forecast.stages)
+    if forecast.usable is None or not sizes:
+        return sizes or "no stage holds a model"
+    room = f"the {memory(forecast.usable)} of {forecast.card}"
+    too_large = [stage.name for stage in forecast.stages if stage.peak > forecast.usable]
+    return f"{sizes}; " + (f"too much for {room}: {', '.join(too_large)}" if too_large else f"all fit in {room}")
+
+
 def line(forecast: Forecast) -> str:
     """The whole forecast in one line."""
     highest = forecast.highest

@@ -19,7 +19,7 @@ from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
-from rlhf_pipeline.rundir.words import duration, memory, short
+from rlhf_pipeline.rundir.words import duration, memory_beside, short
 
 STYLES = {
     "done": "green", GATE_CLOSED: "red", "done, to be judged again": "yellow",
@@ -52,6 +52,10 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         time = "" if wall_s is None else duration(wall_s)
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
     console.print(table)
+    for plan in plans:
+        if plan.record.forecast_memory_bytes is not None:
+            said = memory_beside(plan.record.peak_memory_bytes, plan.record.forecast_memory_bytes)
+            console.print(Text(f"memory of {plan.name}: {said}"), highlight=False, soft_wrap=True)
     console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
 
 
@@ -78,12 +82,12 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
             about = "\n".join([*changes, escape(plan.reason)])
         if record.taken_from:
             about = "\n".join([about, escape(f"taken from {record.taken_from}: time and memory are of that training")])
-        wall_s, peak = record.wall_s, record.peak_memory_bytes
+        wall_s = record.wall_s
         table.add_row(
             plan.name,
             f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]",
             "" if wall_s is None else duration(wall_s),
-            "" if not peak else memory(peak),
+            memory_beside(record.peak_memory_bytes, record.forecast_memory_bytes),
             about,
         )
     console.print(table)
@@ -138,6 +142,7 @@ def intentions(
     shapes: dict[str, list[dict[str, Any]]],
     weights: dict[str, dict[str, Any]],
     remote_code: str | None,
+    takes: str,
     console: Console,
 ) -> None:
     """Print what a run would do and why, and how its data are read.
@@ -148,6 +153,7 @@ def intentions(
         shapes: from `plan.shapes`.
         weights: from `plan.class_weights`.
         remote_code: the model whose own code would be run; None where none would.
+        takes: how much memory the stages will take, in words.
         console: where to.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -181,6 +187,7 @@ def intentions(
     console.print(read)
     for name, found in weights.items():
         console.print(Text(_balance(name, found)), soft_wrap=True)
+    console.print(Text(f"GPU memory: {takes}"), highlight=False, soft_wrap=True)
     if remote_code:
         console.print(
             f"trust_remote_code: code that comes with {remote_code} will be run", style="bold", soft_wrap=True
