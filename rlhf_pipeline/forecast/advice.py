@@ -85,7 +85,7 @@ def _of_groups(stage: Stage) -> int:
 def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> list[Change]:
     """Changes, one on top of the other, the cheapest first, until the stage fits; without those that save nothing."""
     changes: list[Change] = []
-    while found.peak > usable and (saving := _first_saving(recipe, found, look)):
+    while found.peak > usable and (saving := first_saving(recipe, found, look)):
         change, recipe, found = saving
         if changes and changes[-1].overrides.keys() == change.overrides.keys():
             changes.pop()  # the same once more: only the last value is to be set
@@ -93,7 +93,7 @@ def _changes(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> l
     return changes
 
 
-def _first_saving(recipe: Recipe, found: StageForecast, look: Look) -> tuple[Change, Recipe, StageForecast] | None:
+def first_saving(recipe: Recipe, found: StageForecast, look: Look) -> tuple[Change, Recipe, StageForecast] | None:
     """The cheapest change that saves a hundredth, and the recipe and forecast with it; None where there is none."""
     for overrides, costs in _candidates(recipe, found):
         changed = _with(recipe, overrides)

@@ -131,7 +131,7 @@ def _settings(job: Job, folder: Path) -> Any:
     args: Any = job.trainer_config(stages.BY_KIND[job.stage.kind].CONFIG)
     args.output_dir, args.report_to, args.max_steps = str(folder), [], STEPS
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
-    args.eval_on_start = False
+    args.eval_on_start = args.dataloader_pin_memory = False
     args.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
     return args
 

@@ -7,13 +7,15 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from rlhf_pipeline.forecast import advice, lengths, stage
 from rlhf_pipeline.forecast.cards import CONTEXT, Card
 from rlhf_pipeline.forecast.lengths import EVALUATE, Known
-from rlhf_pipeline.forecast.result import PARTS, PHASES, Forecast, Part, Phase, StageForecast
+from rlhf_pipeline.forecast.result import PARTS, PHASES, Change, Forecast, Part, Phase, StageForecast
 from rlhf_pipeline.models import layer_count
 from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -36,11 +38,7 @@ def forecast(
     Raises:
         InputError: the configuration of the model cannot be had.
     """
-    recipe = copy.deepcopy(recipe)
-    if recipe.model.dtype == "auto":
-        recipe.model.dtype = "bfloat16" if on_gpu else "float32"
-    work = _Work(load_config(recipe.model), rows or {}, CONTEXT if on_gpu else 0)
-    gc.freeze()  # trainers look for garbage, which takes longer than all else here
+    recipe, work = _begin(recipe, rows or {}, on_gpu)
     stages = []
     for name, one in recipe.stages.items():
         if one.facts.trains or one.sampling is not None or (one.judge is not None and one.judge.is_local):
@@ -52,6 +50,31 @@ def forecast(
     whose = "all stages" if len(unread) == len(stages) else ", ".join(f"`{name}`" for name in unread)
     notes = [f"of {whose}, lengths are those of the recipe's limits, not of rows"] if unread else []
     return Forecast(card.name, card.usable, tuple(stages), tuple(notes), advised=advise)
+
+
+def first_change(recipe: Recipe, name: str, rows: Known) -> tuple[StageForecast, Change | None]:
+    """A stage's forecast, and the cheapest change that makes it take less, whether it fits or not.
+
+    Args:
+        recipe: from `recipe.load`.
+        name: the stage.
+        rows: see `forecast`.
+
+    Raises:
+        InputError: the configuration of the model cannot be had.
+    """
+    recipe, work = _begin(recipe, rows, on_gpu=True)
+    found = work.stage(recipe, name)
+    saving = advice.first_saving(recipe, found, work.stage)
+    return found, saving[0] if saving else None
+
+
+def _begin(recipe: Recipe, rows: Known, on_gpu: bool) -> tuple[Recipe, "_Work"]:
+    recipe = copy.deepcopy(recipe)
+    if recipe.model.dtype == "auto":
+        recipe.model.dtype = "bfloat16" if on_gpu else "float32"
+    gc.freeze()  # trainers look for garbage, which takes longer than all else here
+    return recipe, _Work(load_config(recipe.model), rows, CONTEXT if on_gpu else 0)
 
 
 class _Work:
@@ -94,7 +117,7 @@ class _Work:
         return {part: value for part in PARTS if (value := split.get(part, 0) or (part == "overhead") * self.overhead)}
 
     def _peaks(self, recipe: Recipe, name: str, found: lengths.Lengths, layers: int) -> dict[str, dict[str, int]]:
-        with _quietly(), stage.tiles_in_place() if self.overhead else contextlib.nullcontext():
+        with _quietly(), _without_gpu(), stage.tiles_in_place() if self.overhead else contextlib.nullcontext():
             asked, _ = self.rows.get(EVALUATE, (None, None))
             return stage.peaks(recipe, name, self.config, self.tokenizer, found, layers, asked)
 
@@ -118,6 +141,23 @@ class _Work:
             }
             for phase, split in some.items()
         }
+
+
+@contextlib.contextmanager
+def _without_gpu() -> Iterator[None]:
+    """As on a machine without a GPU, whatever this process has used: tensors without numbers can be on none."""
+    states = PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state
+    before = [dict(state) for state in states]
+    usual, torch.cuda.is_available = torch.cuda.is_available, lambda: False
+    for state in states:
+        state.clear()
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = usual
+        for state, content in zip(states, before, strict=True):
+            state.clear()
+            state.update(content)
 
 
 @contextlib.contextmanager

@@ -24,13 +24,17 @@ _FAILED_WRITERS = ("PytorchStreamWriter", "inline_container", "Error while seria
 _ROOM = 2**20  # less free space than this, in bytes, is a full disk
 
 
-def explain(error: BaseException, recipe: Recipe, name: str | None, folder: Path) -> tuple[str, str]:
+def explain(
+    error: BaseException, recipe: Recipe, name: str | None, folder: Path, saving: str | None = None
+) -> tuple[str, str]:
     """A message and a hint for what ended a stage; see `recognise`."""
     safe = TRAINING_IS_KEPT if _is_trained(recipe, name) else SAFE
-    return recognise(error, recipe, name, folder) or (f"{type(error).__name__}: {_first_line(error)}", safe)
+    return recognise(error, recipe, name, folder, saving) or (f"{type(error).__name__}: {_first_line(error)}", safe)
 
 
-def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Path) -> tuple[str, str] | None:
+def recognise(
+    error: BaseException, recipe: Recipe, name: str | None, folder: Path, saving: str | None = None
+) -> tuple[str, str] | None:
     """A message and a hint for something that is known to happen to runs; None for anything else.
 
     Args:
@@ -38,14 +42,14 @@ def recognise(error: BaseException, recipe: Recipe, name: str | None, folder: Pa
         recipe: the recipe.
         name: the stage; None where none was at work.
         folder: where it was at work, on the disk that may be full.
+        saving: what saves memory by the forecast, in words; see `memory_hint`.
     """
     safe = TRAINING_IS_KEPT if _is_trained(recipe, name) else SAFE
     text, kind = _first_line(error), type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     if _is_of_memory(error):
-        on_gpu = kind == "OutOfMemoryError" or "CUDA" in text or "CUBLAS" in text
-        where = "the GPU's memory" if on_gpu else "the machine's memory"
-        return f"{where} ran out ({text})", memory_hint(recipe, name) if name else SAFE
+        where = "the GPU's memory" if is_of_gpu_memory(error) else "the machine's memory"
+        return f"{where} ran out ({text})", memory_hint(recipe, name, saving) if name else SAFE
     if kind == "DivergedError":
         return text, f"lower `learning_rate`, set `max_grad_norm`, or look for odd rows in the data; {RETRAINS}"
     if isinstance(error, RunError):
@@ -137,11 +141,16 @@ def full_disk(folder: Path) -> Path | None:
         return None
 
 
-def memory_hint(recipe: Recipe, name: str) -> str:
+def memory_hint(recipe: Recipe, name: str, saving: str | None = None) -> str:
     """Which settings to lower, the cheapest first: those that cost only time, then precision, then training text.
 
     Those that cannot be lowered any more are left out; so is what training takes, once the stage is trained and only
     its judging is to be done.
+
+    Args:
+        recipe: the recipe.
+        name: the stage.
+        saving: the change that the forecast would make first, with what it saves; None where nobody knows.
     """
     stage = recipe.stages[name]
     trainer, kind = stage.trainer, stage.facts
@@ -175,7 +184,7 @@ def memory_hint(recipe: Recipe, name: str) -> str:
     if trainer.get("steps_per_generation", 1) > 1 or trainer.get("generation_batch_size", 1) > 1:
         steps.append("fewer replies at once by `steps_per_generation` or `generation_batch_size`")
     steps.append(f"shorter texts by `{kind.reply_limit or 'max_length'}`")
-    tried = f"try, in this order, {', '.join(steps)}"
+    tried = f"{f'set {saving}; or ' if saving else ''}try, in this order, {', '.join(steps)}"
     return f"{tried}; a change of any other setting retrains the stages that use it, and the rest stays usable"
 
 
@@ -196,6 +205,12 @@ def _is_trained(recipe: Recipe, name: str | None) -> bool:
     if name is None:
         return False
     return (recipe.run / name / WORK / TRAINED).exists() or (recipe.run / name / ADAPTER).exists()
+
+
+def is_of_gpu_memory(error: BaseException) -> bool:
+    """Whether the memory of a GPU ran out."""
+    text = _first_line(error)
+    return _is_of_memory(error) and (type(error).__name__ == "OutOfMemoryError" or "CUDA" in text or "CUBLAS" in text)
 
 
 def _is_of_memory(error: BaseException) -> bool:

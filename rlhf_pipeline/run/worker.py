@@ -22,15 +22,16 @@ from rlhf_pipeline.comparison import measure
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.rows import longest
-from rlhf_pipeline.forecast.work import forecast
+from rlhf_pipeline.forecast.work import first_change, forecast
 from rlhf_pipeline.models.tokenizer import pinned_day
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import trackers
-from rlhf_pipeline.run.explain import explain, recognise
+from rlhf_pipeline.run.explain import explain, is_of_gpu_memory, recognise
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
 from rlhf_pipeline.rundir import durable, items, strict_json
 from rlhf_pipeline.rundir.layout import RESULT, TRAINED, read_json
 from rlhf_pipeline.rundir.secrets import redact
+from rlhf_pipeline.rundir.words import memory
 from rlhf_pipeline.stages import check, evaluate, features, win_rates
 from rlhf_pipeline.stages.job import Job
 
@@ -86,7 +87,8 @@ def main(job_file: str) -> int:
         traceback.print_exc()
         name = job.get("stage")
         place = recipe.run / (name or "")
-        message, hint = explain(error, recipe, name, place)
+        saving = first_saving(recipe, name) if is_of_gpu_memory(error) and name else None
+        message, hint = explain(error, recipe, name, place, saving)
         known = recognise(error, recipe, name, place) is not None
         result, code = {"message": redact(message), "hint": hint, "known": known}, 1
     try:
@@ -112,6 +114,19 @@ def foresee(recipe: Recipe, card: dict[str, Any] | None) -> dict[str, Any] | Non
     except Exception:
         traceback.print_exc()
         return None
+
+
+def first_saving(recipe: Recipe, name: str) -> str | None:
+    """What the forecast would change first in a stage whose memory ran out, with what it saves, in words."""
+    try:
+        found, change = first_change(recipe, name, longest(recipe))
+    except Exception:
+        traceback.print_exc()
+        return None
+    if change is None:
+        return None
+    keys = " ".join(f"{key}={value}" for key, value in change.overrides.items())
+    return f"`{keys}` (by the forecast {memory(change.peak)} in place of {memory(found.peak)}; costs {change.costs})"
 
 
 def train(job: Job) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """What is forecast, held against arithmetic and against what the allocator counts."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import PartialState
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.forecast import advice, cards, work
 from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
+from rlhf_pipeline.rundir.words import memory
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -143,3 +147,32 @@ def test_bad_input_is_one_sentence_with_a_hint(arguments, said, tmp_path):
     assert said in done.stderr
     assert "hint:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_when_memory_runs_out_the_forecast_names_the_first_change(small, monkeypatch):
+    from rlhf_pipeline.run import worker
+
+    monkeypatch.setattr(worker, "longest", lambda _: {})
+    recipe = small(batch=32)
+    recipe.stages["sft"].trainer["gradient_checkpointing"] = False
+    said = worker.first_saving(recipe, "sft")
+    pattern = r"`sft\.trainer\.gradient_checkpointing=True` \(by the forecast (.+) in place of (.+); costs time alone\)"
+    after, before = re.fullmatch(pattern, said).groups()
+    change = work.first_change(recipe, "sft", {})[1]
+    assert (after, change.overrides) == (memory(change.peak), {"sft.trainer.gradient_checkpointing": True})
+    assert before == memory(work.forecast(recipe, cards.ANY, advise=False).stages[0].peak)
+    assert before != after
+    recipe.model.path = "/nowhere"
+    assert worker.first_saving(recipe, "sft") is None
+
+
+def test_a_forecast_leaves_the_gpu_alone(small, monkeypatch):
+    """On a machine that has one, in a process that has used it: nothing may be put there, nor forgotten of it."""
+    recipe, state = small(), PartialState._shared_state
+    expected = work.forecast(recipe, cards.ANY, advise=False)
+    kept = dict(state)
+    monkeypatch.setitem(state, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert work.forecast(recipe, cards.ANY, advise=False) == expected
+    assert torch.cuda.is_available()
+    assert state == kept | {"device": torch.device("cuda", 0)}

@@ -64,6 +64,13 @@ def test_the_cheapest_savings_of_memory_are_named_first(tmp_path: Path) -> None:
     named(memory_hint(recipe, "ppo"), "`local_rollout_forward_batch_size`", *batch, *of_model, "`response_length`")
 
 
+def test_what_the_forecast_would_change_is_named_before_all_else(tmp_path: Path) -> None:
+    recipe, saving = load(tmp_path), "`sft.trainer.gradient_checkpointing=True` (1 GiB in place of 2)"
+    error = OutOfMemoryError("Tried to allocate 2.00 GiB.")
+    hint = explain(error, recipe, "sft", recipe.run / "sft", saving)[1]
+    assert hint == f"set {saving}; or {memory_hint(recipe, 'sft')}"
+
+
 def test_a_divided_batch_costs_only_time_unless_pairs_are_sorted_within_its_parts(tmp_path: Path) -> None:
     half = "half the `per_device_train_batch_size` with twice the `gradient_accumulation_steps` "
     for losses, note in (("[sigmoid, sft]", "(costs time only)"), ("[aot]", "(changes what `aot` sorts)")):
