@@ -32,6 +32,8 @@ LONG = {
     "score": "imports torch",
     "compare": "imports torch",
     "export": "imports torch",
+    "label": "waits for people",
+    "arena": "waits for people",
 }
 RECIPE = """\
 name: {name}
@@ -205,6 +207,7 @@ WRONG = {
     "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),
     "docs": ("gone",), "runs": ("gone",), "forecast": ("gone.yaml",),
     "schema": ("too", "many"), "chat": ("gone",), "score": ("gone", "rows.jsonl"), "watch": ("gone",),
+    "label": ("gone",), "arena": ("gone",),
 }  # fmt: skip
 RIGHT = {
     "plan": ("first.yaml",), "status": ("first.yaml",), "show": ("first.yaml",), "ls": (), "cp": ("tiny",), "env": (),

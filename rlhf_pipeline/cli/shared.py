@@ -25,8 +25,8 @@ def examples(*examples: tuple[str, str]) -> str:
 GROUPS = {
     "Start": ("ls", "cp", "schema", "docs", "env"),
     "Check": ("plan", "validate", "show", "data", "forecast", "smoke", "shrink"),
-    "Run": ("run", "sweep", "watch", "status"),
-    "Look": ("runs", "report", "diff", "compare", "chat", "score"),
+    "Run": ("run", "label", "sweep", "watch", "status"),
+    "Look": ("runs", "report", "diff", "compare", "chat", "arena", "score"),
     "Keep": ("export", "prune"),
 }
 

@@ -1,0 +1,203 @@
+"""The commands `label` and `arena` as people type them: links, several people, a clean end, a sentence for a fault."""
+
+import json
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arena_server import Browser, serving, together
+
+from rlhf_pipeline import cli
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.arena import serving as serving_page
+from rlhf_pipeline.arena import sources
+from rlhf_pipeline.cli import arena as commands
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.rundir.labels import Label, Labels
+
+ROWS = [{"prompt": f"p {number}", "replies": ["a", "b", "a"]} for number in range(40)]
+Say = Callable[..., tuple[int, str, str]]
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch, capfd) -> Say:
+    """The command itself, in this process."""
+
+    def main(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["rlhf-pipeline", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capfd.readouterr()
+
+    return main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_page_is_shown_to_several_people_until_it_is_stopped(tmp_path: Path, stop: signal.Signals) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    with serving("arena", "--data", "rows.jsonl", "--people", "alice, bob", folder=tmp_path) as server:
+        assert list(server.links) == ["", "alice", "bob"]
+        browsers = [Browser(server.links[name]) for name in server.links]
+        assert "</html>" in browsers[1].client.get("/").text
+        states = [browser.client.get("/api/session").json() for browser in browsers]
+        assert [state["person"] for state in states] == [serving_page.owner_name([]), "alice", "bob"]
+        assert [state["is_owner"] for state in states] == [True, False, False]
+        together(browsers, lambda browser: [browser.click() for _ in range(5)])
+        assert browsers[0].client.get("/api/people").json()["people"][0]["labels"] == 5
+        code, said = server.end(stop)
+    assert code == 0
+    assert said.splitlines() == ["0 labels; Ctrl-C ends, and every label is saved as it is made", "stopped: 15 labels"]
+    with Labels(tmp_path / "rows.jsonl.labels.db") as labels:
+        assert labels.count("arena") == 15
+
+
+@pytest.mark.slow
+def test_all_addresses_are_opened_aloud_and_who_is_not_asked_any_more_stays_out(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    with serving("arena", "--data", "rows.jsonl", "--people", "alice", folder=tmp_path) as server:
+        before = server.links["alice"].partition("?")[2]
+    arguments = ("arena", "--data", "rows.jsonl", "--host", "0.0.0.0", "--people", "bob")
+    with serving(*arguments, folder=tmp_path) as server:
+        browser = Browser(server.links["bob"])
+        assert browser.client.get(f"/?{before}").status_code == 401
+        assert browser.client.get("/", headers={"host": "evil.example"}).status_code == 403
+        code, said = server.end(signal.SIGINT)
+    assert code == 0 and said.startswith("warning: this opens the page for every machine that reaches ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["arena"], "error: name a run, or a file with --data"),
+        (["arena", "runs/x", "--data", "rows.jsonl"], "error: name a run, or a file with --data"),
+        (["arena", "--data", "none.jsonl"], "error: --data none.jsonl: there is no such file"),
+        (["arena", "--data", "same.jsonl"], "error: same.jsonl: no row has two replies that differ"),
+        (["arena", "--data", "odd.jsonl"], "error: odd.jsonl: the columns (x) are not candidates; those need "),
+        (["arena", "--data", "rows.jsonl", "--columns", "x"], "error: --columns: `x` names no columns"),
+        (["arena", "--data", "rows.jsonl", "--people", "a,a"], "error: --people: a stands there twice"),
+        (["arena", "--data", "rows.jsonl", "--people", "a,"], "error: --people: '' is no name for a person"),
+        (["arena", "--data", "rows.jsonl", "--people", "<b>"], "error: --people: '<b>' is no name for a person"),
+        (["arena", "--data", "rows.jsonl", "--host", "no.such.invalid"], "error: --host no.such.invalid: there is no "),
+        (["arena", "--data", "rows.jsonl", "--host", "192.0.2.77"], "error: --port 0: port 0 of 192.0.2.77 cannot be "),
+        (
+            ["arena", "--data", "rows.jsonl", "--import", "none.json"],
+            "error: --import none.json: there is no such file",
+        ),
+        (["label", "none"], "error: none: "),
+    ],
+)
+def test_a_fault_is_one_sentence(say: Say, tmp_path: Path, arguments: list[str], says: str) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    write(tmp_path / "same.jsonl", [{"prompt": "p", "replies": ["a", "a"]}])
+    write(tmp_path / "odd.jsonl", [{"x": "p"}])
+    code, out, err = say(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(says) and "Traceback" not in err and len(err.splitlines()) <= 2
+
+
+def test_a_port_that_is_taken_is_said(say: Say, tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, _, err = say("arena", "--data", "rows.jsonl", "--port", port)
+    assert code == 2
+    assert err == f"error: --port {port}: port {port} is taken\nhint: `--port 0` takes one that is free\n"
+
+
+def test_labels_that_are_damaged_are_said_and_stay(say: Say, tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "rows.jsonl.labels.db").write_bytes(b"no labels " * 100)
+    code, _, err = say("arena", "--data", "rows.jsonl")
+    assert code == 2 and err.startswith("error: rows.jsonl.labels.db: these labels are damaged")
+    assert (tmp_path / "rows.jsonl.labels.db").read_bytes() == b"no labels " * 100
+
+
+def test_what_is_not_installed_is_said(say: Say, tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    find = commands.importlib.util.find_spec
+    absent = ("starlette", "markdown_it")
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    code, _, err = say("arena", "--data", "rows.jsonl")
+    assert (code, err) == (
+        2,
+        "error: the page needs starlette and markdown-it-py, which are not installed\n"
+        'hint: pip install "rlhf-pipeline[arena]"\n',
+    )
+
+
+def test_labels_are_written_and_read_without_a_page(say: Say, tmp_path: Path, monkeypatch) -> None:
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    with Labels(tmp_path / "rows.jsonl.labels.db") as labels:
+        setup = sources.of_file(str(file), {})
+        pair = sources_pair(setup)
+        labels.add(Label("12345678", pair.key, "arena", "anna", "first"), pair)
+    # Who only writes and reads files needs none of the page's libraries.
+    for name in ("starlette", "uvicorn", "markdown_it", "pygments"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, out, err = say("arena", "--data", "rows.jsonl", "--export", "clicks.jsonl", "--as", "labels")
+    assert (code, out, err) == (0, "", "1 row of labels in clicks.jsonl\n")
+    (tmp_path / "rows.jsonl.labels.db").unlink()
+    code, _, err = say("arena", "--data", "rows.jsonl", "--import", "clicks.jsonl", "--export", "pairs.jsonl")
+    assert (code, err) == (0, "1 of 1 labels are new\n1 row of preferences in pairs.jsonl\n")
+
+
+def sources_pair(setup: sources.Setup) -> Any:
+    from rlhf_pipeline.rundir.labels import Pair
+
+    first = setup.items[0]
+    return Pair.of(first.key, first.prompt, *first.replies[:2])
+
+
+# What a run has to show
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with a recipe, and nothing made yet."""
+    folder = tmp_path / "runs" / "tiny-sample"
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()
+    loaded = recipes.load("tiny-best-of-n", [f"output_dir={folder.parent}", f"name={folder.name}"])
+    (folder / "recipe.yaml").write_text(recipes.to_yaml(loaded), encoding="utf-8")
+    return folder
+
+
+def test_a_run_shows_the_replies_of_its_sample_stage(run: Path) -> None:
+    loaded = recipes.of_run(run)
+    (stage,) = [name for name, one in loaded.stages.items() if one.kind == "sample"][-1:]
+    (run / stage).mkdir()
+    write(run / stage / "rows.jsonl", [*ROWS, {"prompt": "alone", "replies": ["a", "a"], "sampled": {}}])
+    setup = sources.of_run(run, loaded)
+    assert (setup.title, setup.stage, setup.mode, setup.target) == ("tiny-sample", "arena", "arena", None)
+    assert len(setup.items) == 40 and setup.items[0].replies == ["a", "b"]
+
+
+def test_a_run_without_one_shows_what_its_policies_said(run: Path) -> None:
+    replies = {"base": {"text": "a"}, "sft": {"text": "b"}, "dpo": {"text": "b"}}
+    rows = [{"prompt": "p", "replies": replies}, {"prompt": "q", "replies": {"base": {"text": "a"}}}, "odd"]
+    (run / "comparison.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    setup = sources.of_run(run, recipes.of_run(run))
+    assert [(one.prompt, one.replies) for one in setup.items] == [("p", ["a", "b"])]
+
+
+def test_a_run_with_nothing_to_show_says_so(run: Path) -> None:
+    with pytest.raises(InputError, match="no prompt with two replies that differ"):
+        sources.of_run(run, recipes.of_run(run))
+    with pytest.raises(InputError, match="no stage of this run is labelled by people"):
+        sources.of_stage(run, recipes.of_run(run), None)
+    with pytest.raises(InputError, match="there is no `nothing`"):
+        sources.of_stage(run, recipes.of_run(run), "nothing")
