@@ -117,6 +117,8 @@ def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str
         yield {f"{own}.{EVAL}": of_evaluation // 2}, TIME
     if phase == "judging" and recipe.evaluate is not None and recipe.evaluate.batch_size > 1:
         yield {"evaluate.batch_size": recipe.evaluate.batch_size // 2}, TIME
+    if phase == "sampling" and found.engine_share > 0.2:
+        yield {f"{name}.rollout.gpu_memory_utilization": round(found.engine_share - 0.1, 2)}, TIME
     if phase == "sampling" and stage.sampling is not None and stage.sampling.batch_size > 1:
         yield {f"{name}.sampling.batch_size": stage.sampling.batch_size // 2}, TIME
     if phase in ("backward", "scoring", "sampling") and stage.facts.trains and batch >= 2 * _of_groups(stage):

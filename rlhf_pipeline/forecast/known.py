@@ -28,7 +28,9 @@ def find(recipe: Recipe, card: Card) -> Forecast | None:
     digest = _digest(recipe)
     for file in (_file(digest, card.usable), _file(digest, None)):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or one that was cut short
-            return replace(Forecast.from_json(json.loads(file.read_text())), card=card.name, usable=card.usable)
+            found = Forecast.from_json(json.loads(file.read_text()))
+            stages = tuple(one.on(card.usable) for one in found.stages)
+            return replace(found, card=card.name, usable=card.usable, stages=stages)
     return None
 
 

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from rlhf_pipeline.rundir.words import memory
 
-Part = Literal["weights", "adapters", "optimizer", "activations", "logits", "cache", "overhead"]
-PARTS: tuple[Part, ...] = ("weights", "adapters", "optimizer", "activations", "logits", "cache", "overhead")
+Part = Literal["weights", "adapters", "optimizer", "activations", "logits", "cache", "engine", "overhead"]
+PARTS: tuple[Part, ...] = ("weights", "adapters", "optimizer", "activations", "logits", "cache", "engine", "overhead")
 # In the order in which a stage comes to them.
 PHASES = ("load", "sampling", "scoring", "backward", "optimizer", "evaluation", "judging")
 
@@ -57,6 +57,7 @@ class StageForecast:
         largest_batch: the largest that fits on the card; 0 where none does, None where no card is asked about.
         changes: what to change where it does not fit, one after the other until it does, or nothing is left.
         notes: what the forecast does not know, or took for granted.
+        engine_share: the share of the card that an engine of its own takes while it samples; see `on`.
     """
 
     name: str
@@ -68,6 +69,15 @@ class StageForecast:
     largest_batch: int | None = None
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
+    engine_share: float = 0.0
+
+    def on(self, usable: int | None) -> "StageForecast":
+        """The same on a card, where an engine takes its share of that while it samples."""
+        if usable is None or not self.engine_share:
+            return self
+        taken: dict[Part, int] = {"engine": round(self.engine_share * usable)}
+        phases = [replace(one, parts=one.parts | taken) if one.name == "sampling" else one for one in self.phases]
+        return replace(self, phases=tuple(phases))
 
     @property
     def highest(self) -> Phase:
@@ -91,7 +101,10 @@ class StageForecast:
 
     def without_advice(self) -> "StageForecast":
         """The same for any card."""
-        return replace(self, largest_batch=None, changes=())
+        phases = [
+            replace(one, parts={part: n for part, n in one.parts.items() if part != "engine"}) for one in self.phases
+        ]
+        return replace(self, phases=tuple(phases), largest_batch=None, changes=())
 
     def phase(self, name: str) -> Phase | None:
         """One phase; None where the stage has no such."""
@@ -153,7 +166,7 @@ class Forecast:
         for one in said["stages"]:
             phases = tuple(Phase(phase["name"], phase["parts"]) for phase in one["phases"])
             changes = tuple(Change(change["overrides"], change["peak"], change["costs"]) for change in one["changes"])
-            names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch")
+            names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch", "engine_share")
             own = {name: one[name] for name in names}
             stages.append(StageForecast(**own, phases=phases, changes=changes, notes=tuple(one["notes"])))
         return cls(said["card"], said["usable"], tuple(stages), tuple(said["notes"]), said["advised"])

@@ -319,6 +319,10 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._free, storage._cdata, entry).atexit = False
         self.held[part] += size
         self.total += size
+        self.note()
+
+    def note(self) -> None:
+        """Take what is held now as the peak of the phase, if it is."""
         if self.total > self.highest[self.phase]:
             self.highest[self.phase] = self.total
             self.peaks[self.phase] = {name: bytes_ for name, bytes_ in self.held.items() if bytes_}

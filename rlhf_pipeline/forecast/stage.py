@@ -31,7 +31,7 @@ from rlhf_pipeline.ppo.forward import member_scores
 from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import TOKENS_AT_ONCE, Episodes, sample
 from rlhf_pipeline.ppo.trainer import PPOTrainer
-from rlhf_pipeline.recipe.schema import BASE, Recipe
+from rlhf_pipeline.recipe.schema import BASE, Recipe, Rollout
 from rlhf_pipeline.stages.job import Job
 
 TOKEN = 5  # any token that is no special one
@@ -132,6 +132,9 @@ def _settings(job: Job, folder: Path) -> Any:
     args.output_dir, args.report_to, args.max_steps = str(folder), [], STEPS
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
     args.eval_on_start = args.dataloader_pin_memory = False
+    if job.recipe.model.needs_kernel:  # rows without padding are as many tokens; no kernel reads shapes
+        for key in ("packing", "padding_free"):
+            setattr(args, key, False)
     args.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
     return args
 
@@ -222,7 +225,8 @@ def _ppo(
 
     def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
         with ledger.during("sampling"), trainer._precision():
-            _sample(shared.policy, [[TOKEN] * lengths.prompt] * at_once, args.response_length, args.temperature, ledger)
+            together = [[TOKEN] * lengths.prompt] * at_once
+            _sample(shared.policy, together, args.response_length, args.temperature, ledger, job.stage.rollout)
         return _episodes(len(prompts), lengths.prompt, args.response_length)
 
     usual = trainer.score
@@ -254,7 +258,8 @@ def _groups(
 
     def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
         with ledger.during("sampling"), trainer.accelerator.autocast():
-            _sample(trainer.policy, prompts, args.max_completion_length, args.temperature, ledger)
+            rollout = job.stage.rollout
+            _sample(trainer.policy, prompts, args.max_completion_length, args.temperature, ledger, rollout)
         return _episodes(len(prompts), lengths.prompt, args.max_completion_length)
 
     usual = trainer._generate_and_score_completions
@@ -287,7 +292,8 @@ def _rows_of_replies(job: Job, base: PreTrainedModel, lengths: Lengths, ledger: 
     if stage.sampling is not None:
         prompts = [[TOKEN] * lengths.prompt] * stage.sampling.batch_size
         with ledger.during("sampling"), job_precision(job.recipe):
-            _sample(view, prompts, stage.sampling.max_new_tokens, stage.sampling.temperature, ledger)
+            sampling = stage.sampling
+            _sample(view, prompts, sampling.max_new_tokens, sampling.temperature, ledger, stage.rollout)
     readers = stage.judge.batch_size if stage.judge is not None and stage.judge.is_local else 0
     readers = readers or (stage.sampling.batch_size if stage.sampling and stage.scored_by else 0)
     if readers:
@@ -354,8 +360,21 @@ def _episodes(count: int, prompt: int, reply: int) -> Episodes:
     )
 
 
-def _sample(policy: PolicyView, prompts: Sequence[list[int]], reply: int, temperature: float, ledger: Ledger) -> None:
-    """The two moments that sampling may need most in: reading the prompts, and the last token of the replies."""
+def _sample(
+    policy: PolicyView,
+    prompts: Sequence[list[int]],
+    reply: int,
+    temperature: float,
+    ledger: Ledger,
+    rollout: Rollout | None = None,
+) -> None:
+    """The two moments that sampling may need most in: reading the prompts, and the last token of the replies.
+
+    An engine that is not the model itself takes what `result.StageForecast.on` says, beside what is held here.
+    """
+    if rollout is not None and rollout.is_vllm:
+        ledger.note()
+        return
     settings: dict[str, Any] = {
         "temperature": temperature, "stop_token_id": None, "pad_token_id": 0, "at_once": len(prompts),
     }  # fmt: skip

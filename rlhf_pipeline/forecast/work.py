@@ -38,7 +38,7 @@ def forecast(
     Raises:
         InputError: the configuration of the model cannot be had.
     """
-    recipe, work = _begin(recipe, rows or {}, on_gpu)
+    recipe, work = _begin(recipe, rows or {}, on_gpu, card.usable)
     stages = []
     for name, one in recipe.stages.items():
         if one.facts.trains or one.sampling is not None or (one.judge is not None and one.judge.is_local):
@@ -69,12 +69,12 @@ def first_change(recipe: Recipe, name: str, rows: Known) -> tuple[StageForecast,
     return found, saving[0] if saving else None
 
 
-def _begin(recipe: Recipe, rows: Known, on_gpu: bool) -> tuple[Recipe, "_Work"]:
+def _begin(recipe: Recipe, rows: Known, on_gpu: bool, usable: int | None = None) -> tuple[Recipe, "_Work"]:
     recipe = copy.deepcopy(recipe)
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if on_gpu else "float32"
     gc.freeze()  # trainers look for garbage, which takes longer than all else here
-    return recipe, _Work(load_config(recipe.model), rows, CONTEXT if on_gpu else 0)
+    return recipe, _Work(load_config(recipe.model), rows, CONTEXT if on_gpu else 0, usable)
 
 
 class _Work:
@@ -84,10 +84,11 @@ class _Work:
         config: of the model.
         rows: see `forecast`.
         overhead: bytes that CUDA itself takes.
+        usable: bytes of the card; None where there is none.
     """
 
-    def __init__(self, config: PretrainedConfig, rows: Known, overhead: int) -> None:
-        self.config, self.rows, self.overhead = config, rows, overhead
+    def __init__(self, config: PretrainedConfig, rows: Known, overhead: int, usable: int | None = None) -> None:
+        self.config, self.rows, self.overhead, self.usable = config, rows, overhead, usable
         self.done: dict[tuple[str, str], StageForecast] = {}
         self.tokenizer = load_tokenizer(Model(path=str(TINY / "checkpoint")))
 
@@ -111,7 +112,14 @@ class _Work:
         phases = tuple(Phase(phase, self._with_overhead(split[phase])) for phase in PHASES if phase in split)
         sampled = one.sampling.batch_size if one.sampling else one.judge.batch_size if one.judge else None
         batch = advice.batch_size(one) if one.facts.trains else sampled
-        return StageForecast(name, one.kind, phases, found.prompt, found.whole, batch, notes=tuple(notes))
+        share = one.rollout.gpu_memory_utilization if one.rollout is not None and one.rollout.is_vllm else 0.0
+        if share and self.usable is None:
+            notes.append(
+                f"vLLM takes {share:.0%} of the card while it samples, which is not counted: name one with `--gpu`"
+            )
+        texts = found.prompt, found.whole
+        made = StageForecast(name, one.kind, phases, *texts, batch, notes=tuple(notes), engine_share=share)
+        return made.on(self.usable)
 
     def _with_overhead(self, split: dict[str, int]) -> dict[Part, int]:
         return {part: value for part in PARTS if (value := split.get(part, 0) or (part == "overhead") * self.overhead)}

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,34 @@ def test_a_forecast_leaves_the_gpu_alone(small, monkeypatch):
     assert work.forecast(recipe, cards.ANY, advise=False) == expected
     assert torch.cuda.is_available()
     assert state == kept | {"device": torch.device("cuda", 0)}
+
+
+def test_an_engine_takes_its_share_of_the_card_while_it_samples_and_no_cache_of_ours():
+    recipe = recipes.load("tiny", ["ppo.rollout.engine=vllm", "ppo.rollout.gpu_memory_utilization=0.25"])
+    recipe.evaluate = None
+    recipe.stages = {name: recipe.stages[name] for name in ("sft", "reward", "ppo")}
+    known = work.forecast(recipe, cards.Card("8 GiB", 8 * GIB), advise=False).stages[-1]
+    sampling, load = known.phase("sampling"), known.phase("load")
+    assert sampling.parts["engine"] == 2 * GIB
+    assert "cache" not in sampling.parts
+    assert sampling.total == pytest.approx(load.total + 2 * GIB, rel=0.01)
+    assert known.highest is sampling
+    assert known.without_advice().on(16 * GIB).phase("sampling").parts["engine"] == 4 * GIB
+    without = work.forecast(recipe, cards.ANY, advise=False).stages[-1]
+    assert "engine" not in without.phase("sampling").parts
+    assert "25% of the card" in " ".join(without.notes)
+    alone = [StageForecast("ppo", "ppo", (Phase("sampling", {"weights": 2 * GIB}),), 2, 4, 8, engine_share=0.5)]
+    changes = advice.advised(
+        recipes.load("tiny", ["ppo.rollout.engine=vllm"]), alone[0].on(3 * GIB), 3 * GIB,
+        lambda changed, name: replace(
+            alone[0], engine_share=changed.stages[name].rollout.gpu_memory_utilization
+        ).on(3 * GIB),
+    ).changes  # fmt: skip
+    assert changes[0].overrides == {"ppo.rollout.gpu_memory_utilization": 0.3}
+
+
+def test_rows_without_padding_are_as_many_tokens(small):
+    recipe = small("none")
+    padded = work.forecast(recipe, cards.ANY, advise=False).stages[0]
+    recipe.model.attention, recipe.stages["sft"].trainer["packing"] = "flash_attention_2", True
+    assert work.forecast(recipe, cards.ANY, advise=False).stages[0].peak == padded.peak
