@@ -1,33 +1,50 @@
-"""Takes the pictures of README.md again: a run on a terminal in the middle of PPO, and the top of its report.
+"""Takes the pictures of the documentation again, into docs/images. Needs Chromium.
 
-Runs `rlhf-pipeline run tiny` in a temporary folder, and writes docs/images/run.svg and docs/images/report.png. Needs
-Chromium for the second.
+run.svg, report.png: `rlhf-pipeline run tiny` in the middle of PPO, and the top of its report.
+arena.png, arena-dark.png, arena-phone.png: the page of `rlhf-pipeline label` on the run of `tiny-label`, after its gold
+judge has chosen. With `arena` as the only argument, these alone.
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from rich.console import Console
 from rich.text import Text
 
 from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.models.tiny import world
 from rlhf_pipeline.terminal.live import Display
 from rlhf_pipeline.terminal.watching import RunView
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 COLUMNS, LINES = 84, 40
 REPORT = {"width": 1320, "height": 1890}
+ARENA = {"width": 1360, "height": 1080}
+PHONE = {"width": 390, "height": 844}
+CHOICES = 40  # before the pictures of the arena are taken
+WAITING = 3  # the exit code of `run` where a stage waits for people
+READ_S = 0.3  # a choice sooner after a pair is shown is none
 
 
 def main() -> None:
-    """Run it, and take both pictures."""
+    """Run both recipes, and take the pictures."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if sys.argv[1:] != ["arena"]:
+        _of_tiny()
+    _of_the_arena()
+
+
+def _of_tiny() -> None:
+    """A run on a terminal, and its report."""
     with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
         command = [sys.executable, "-m", "rlhf_pipeline", "run", "tiny"]
         with (Path(folder) / "said").open("w") as said:
@@ -65,12 +82,58 @@ def _terminal(view: RunView, lines: list[str]) -> None:
 
 
 def _report(page: Path) -> None:
-    with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+    with _browser() as browser:
         tab = browser.new_page(viewport=REPORT)
         tab.goto(page.as_uri())
         tab.screenshot(path=IMAGES / "report.png")
+
+
+def _of_the_arena() -> None:
+    """A run that waits for people, and its page: choose as the gold judge would, then look."""
+    with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
+        command = [sys.executable, "-m", "rlhf_pipeline"]
+        waits = subprocess.run([*command, "run", "tiny-label"], cwd=folder)
+        if waits.returncode != WAITING:
+            sys.exit(f"the run should wait for people: exit code {waits.returncode}")
+        run = str(next(Path(folder, "runs").iterdir()))
+        label = [*command, "label", run, "--people", "alice,bob"]
+        serving = subprocess.Popen(label, stdout=subprocess.PIPE, text=True)
+        assert serving.stdout is not None
+        link = next(line.strip() for line in serving.stdout if "?token=" in line).split()[-1]
+        try:
+            with _browser() as browser:
+                tab = browser.new_page(viewport=ARENA)
+                tab.goto(link)
+                for _ in range(CHOICES):
+                    _choose(tab)
+                tab.wait_for_timeout(600)
+                tab.screenshot(path=IMAGES / "arena.png")
+                tab.emulate_media(color_scheme="dark")
+                tab.screenshot(path=IMAGES / "arena-dark.png")
+                tab.emulate_media(color_scheme="light")
+                tab.set_viewport_size(PHONE)
+                tab.screenshot(path=IMAGES / "arena-phone.png")
+        finally:
+            serving.send_signal(signal.SIGINT)
+            serving.wait()
+
+
+def _choose(tab: Page) -> None:
+    """Press the key of the better reply, and wait for the next pair."""
+    number = tab.locator("#number").inner_text()
+    prompt, left, right = (tab.locator(f"#{name}").inner_text().strip() for name in ("prompt", "left", "right"))
+    first, second = world.judge([prompt, prompt], [left, right])
+    time.sleep(READ_S)
+    tab.keyboard.press("t" if first == second else "ArrowLeft" if first > second else "ArrowRight")
+    tab.wait_for_function("before => document.querySelector('#number').textContent !== before", arg=number)
+
+
+@contextmanager
+def _browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
         browser.close()
 
 

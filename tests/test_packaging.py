@@ -63,15 +63,20 @@ def test_the_wheel_holds_the_documentation_and_prints_it(unpacked: Path, tmp_pat
     assert done.stdout == (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
 
 
-def test_the_wheel_holds_every_template(unpacked: Path) -> None:
-    templates = {str(file.relative_to(ROOT)): file.read_bytes() for file in (ROOT / "rlhf_pipeline").rglob("*.jinja")}
-    assert {Path(name).name for name in templates} == {
+def test_the_wheel_holds_every_template_and_page(unpacked: Path) -> None:
+    package = ROOT / "rlhf_pipeline"
+    files = [*package.rglob("*.jinja"), *(package / "arena" / "page").iterdir()]
+    assert {file.name for file in files} == {
+        "arena.css",
+        "arena.js",
         "card.md.jinja",
         "chat_template.jinja",
+        "index.html",
         "page.html.jinja",
         "question.jinja",
     }
-    assert templates == {name: (unpacked / name).read_bytes() for name in templates}
+    for file in files:
+        assert (unpacked / file.relative_to(ROOT)).read_bytes() == file.read_bytes()
 
 
 def test_pins_lie_within_the_declared_ranges_and_serve_everywhere() -> None:
