@@ -142,7 +142,7 @@ def as_json(lesson: Lesson) -> dict[str, Any]:
         return found | {"text": text}
     accuracy = lesson.accuracy
     bins = [
-        {"from": one.start, "to": one.end, "n": one.count, "said": one.said, "true": one.true} for one in accuracy.bins
+        {"from": one.start, "to": one.end, "n": one.labels, "said": one.said, "true": one.true} for one in accuracy.bins
     ]
     found |= {"accuracy": accuracy.accuracy, "low": accuracy.low, "high": accuracy.high, "tested": accuracy.tested}
     text = (

@@ -282,6 +282,7 @@ def _note(text: str, refresh: bool = False) -> str:
     head = '<meta http-equiv="refresh" content="0; url=/">' if refresh else ""
     body = f"<p>{text}</p>{'<p><a href=/>rlhf-pipeline</a></p>' if refresh else ''}"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}<title>rlhf-pipeline</title></head>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}<link rel="icon" href="data:,">'
+        "<title>rlhf-pipeline</title></head>"
         f"<body>{body}</body></html>"
     )
