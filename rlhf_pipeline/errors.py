@@ -96,3 +96,17 @@ class Interrupted(Exception):  # noqa: N818  it is no error
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class Waiting(Exception):  # noqa: N818  it is no error
+    """The run has come to a stage that people do, who are not done; the command exits with 3.
+
+    Args:
+        message: how far they are, in one sentence.
+        hint: how they go on.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint

@@ -104,6 +104,7 @@ class Kind:
         keeps_reference: it keeps a reference, by default what it starts from.
         samples: it samples replies while it trains.
         own_loop: the training loop is ours, not TRL's.
+        by_people: people choose, and a run waits for them.
         takes: the keys of a stage that have an effect, beside `kind`, `data` and `gates`, which have one in all.
         further_data: keys of the stage with more rows, each with the kind that reads such rows.
         unread: keys of `data:` that have no effect, each with the reason.
@@ -134,6 +135,7 @@ class Kind:
     keeps_reference: bool
     samples: bool
     own_loop: bool
+    by_people: bool
     takes: frozenset[str]
     further_data: Mapping[str, str]
     unread: Mapping[str, str]
@@ -259,6 +261,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=False,
         samples=False,
         own_loop=False,
+        by_people=False,
         takes=_TRAINED,
         further_data={},
         unread={},
@@ -299,6 +302,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=False,
         samples=False,
         own_loop=False,
+        by_people=False,
         takes=_TRAINED | {"members", "bootstrap"},
         further_data={},
         unread={},
@@ -341,6 +345,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=True,
+        by_people=False,
         takes=_COMPARED | {"reward", "rewards", "value_model", "ptx_data", "rollout", "watch"},
         further_data={"ptx_data": "sft"},
         unread={"max_completion_length": _PROMPTS_ONLY},
@@ -402,6 +407,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=False,
         own_loop=False,
+        by_people=False,
         takes=_COMPARED,
         further_data={},
         unread={},
@@ -450,6 +456,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=False,
         own_loop=False,
+        by_people=False,
         takes=_COMPARED,
         further_data={},
         unread={},
@@ -499,6 +506,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=False,
+        by_people=False,
         takes=_COMPARED | {"reward", "rewards", "rollout", "watch"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
@@ -531,6 +539,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=True,
         samples=True,
         own_loop=False,
+        by_people=False,
         takes=_COMPARED | {"reward", "rewards", "rollout", "watch"},
         further_data={},
         unread={"max_completion_length": _PROMPTS_ONLY},
@@ -565,6 +574,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=False,
         samples=False,
         own_loop=False,
+        by_people=False,
         takes=frozenset({"init", "n", "sampling", "reward", "rewards", "rollout"}),
         further_data={},
         unread=_ROWS_MADE_OF_ALL,
@@ -601,6 +611,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=False,
         samples=False,
         own_loop=False,
+        by_people=False,
         takes=frozenset({"judge", "pairs", "ties", "human"}),
         further_data={"human": "dpo"},
         unread=_ROWS_MADE_OF_ALL,
@@ -634,6 +645,7 @@ KINDS: tuple[Kind, ...] = (
         keeps_reference=False,
         samples=False,
         own_loop=False,
+        by_people=False,
         takes=frozenset({"init", "sampling", "principles", "passes", "rollout"}),
         further_data={},
         unread=_ROWS_MADE_OF_ALL,
@@ -651,6 +663,44 @@ KINDS: tuple[Kind, ...] = (
         ),
         example="the first prompt, and where the policy goes on",
         color=3,
+    ),
+    Kind(
+        name="label",
+        title="People's choices",
+        method="people choosing the better of two replies",
+        reads="candidates",
+        encoding="prompts",
+        makes="rows",
+        artifact="rows.jsonl",
+        doing="waiting for labels",
+        gives=_ALL_ROWS,
+        gives_scored=_ALL_ROWS,
+        parents=(_INIT,),
+        begins=False,
+        keeps_reference=False,
+        samples=False,
+        own_loop=False,
+        by_people=True,
+        takes=frozenset({"init", "until", "dimensions", "check", "people"}),
+        further_data={"check": "dpo"},
+        unread=_ROWS_MADE_OF_ALL,
+        reply_limit=None,
+        held_back_by=None,
+        learning_rate="",
+        config=_NO_TRAINER,
+        batch_metrics={},
+        accuracy=None,
+        numbers=(
+            Number("labels", "label/labels", logged=None, changes=False),
+            Number("people", "label/people", logged=None, changes=False),
+            Number("pairs", "rows", logged=None, changes=False),
+            Number("agreement", "label/alpha", logged=None, changes=False),  # of two people or more
+            Number("consistency", "label/consistency", logged=None, changes=False),
+            Number("checks right", "label/checks", logged=None, changes=False),
+            Number("reward accuracy", "label/reward_accuracy", logged=None, changes=False),
+        ),
+        example="the first prompt",
+        color=1,
     ),
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, 
 from rlhf_pipeline.recipe import Data, Recipe, gates
 from rlhf_pipeline.recipe.rewards import uses_of_columns
 from rlhf_pipeline.recipe.schema import Source
-from rlhf_pipeline.rundir import state
+from rlhf_pipeline.rundir import state, waiting
 from rlhf_pipeline.rundir.earlier import Earlier, EarlierResults
 from rlhf_pipeline.rundir.layout import LOG, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
@@ -100,7 +100,8 @@ def make(
     there: dict[str, StagePlan] = {}  # the same, once earlier results have been taken
     for name, stage in recipe.stages.items():
         record = directory.record(name) or Record()
-        plan = StagePlan(name, stage.kind, stage.parents, record=record)
+        until = stage.until.says if stage.until else None
+        plan = StagePlan(name, stage.kind, stage.parents, record=record, until=until)
         earlier = {other: plans[other].fingerprint for other in plans}
         plan.inputs = stage_inputs(recipe, name, earlier, digests)
         plan.fingerprint = short_hash(json.dumps(plan.inputs, sort_keys=True).encode())
@@ -112,7 +113,12 @@ def make(
         find_state(plan, parents, directory, digests, running, changed)
         _look_at_judging_and_gates(plan, stage.gates, ignore_gates)
         plans[name] = there[name] = plan
-        if reuse and not plan.is_current and plan.state != "running":
+        if (
+            reuse
+            and not plan.is_current
+            and plan.state != "running"
+            and not (stage.until and waiting.has_labels(directory, name))
+        ):
             plan.earlier = _earlier(plan, recipe, parents, results, installed)
         if plan.earlier:
             record = plan.earlier.record
@@ -295,7 +301,8 @@ def _shown(value: Any) -> str:
 
 
 def select(plans: list[StagePlan], until: str | None, only: str | None, force: list[str]) -> list[StagePlan]:
-    """The stages that a run shall train or take, in order; none after one whose gate is closed, itself not among them.
+    """The stages that a run shall train or take, in order; none after one that waits for people, nor
+    after one whose gate is closed, itself not among them.
 
     An `earlier` result of a stage that is forced, or that starts from one which is trained, is dropped from its plan.
 
@@ -321,7 +328,8 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
             plan.earlier = None
         if plan.state not in DONE or fresh:
             chosen.append(plan)
-        if plan.name == until or (plan.state == GATE_CLOSED and plan not in chosen and only is None):
+        waits = plan.state == "waiting" and plan.earlier is None and not fresh and only is None
+        if plan.name == until or waits or (plan.state == GATE_CLOSED and plan not in chosen and only is None):
             break
     if only is None:
         return chosen

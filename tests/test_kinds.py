@@ -26,7 +26,7 @@ from rlhf_pipeline.use import card
 
 PACKAGE = Path(rlhf_pipeline.__file__).parent
 NAMES = set(kinds.NAMES)
-OF_OTHERS = {"reward", "judge"}  # they are roles, keys and numbers of a reply, too
+OF_OTHERS = {"reward", "judge", "label"}  # they are roles, keys, columns and numbers of a reply, too
 
 
 def words(nodes: list[ast.expr | None]) -> set[str]:

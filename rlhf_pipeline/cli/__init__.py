@@ -5,7 +5,7 @@ import traceback
 
 from rlhf_pipeline.cli import runs, recipes, results, sweeps, arena  # isort: skip  the order of their commands in the help
 from rlhf_pipeline.cli.shared import app, say
-from rlhf_pipeline.errors import InputError, Interrupted, RunError
+from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 
 __all__ = ["app", "arena", "main", "recipes", "results", "runs", "sweeps"]
 
@@ -42,6 +42,11 @@ def main() -> None:
         say(stop.message)
         say("the same command resumes from here")
         sys.exit(130)
+    except Waiting as waiting:
+        say(waiting.message)
+        if waiting.hint:
+            say(f"hint: {waiting.hint}")
+        sys.exit(3)
     except Exception:
         _show_fault()
         sys.exit(1)

@@ -23,7 +23,7 @@ from rlhf_pipeline.cli.shared import (
     examples,
     say,
 )
-from rlhf_pipeline.errors import InputError, Interrupted, RunError
+from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 from rlhf_pipeline.rundir import strict_json
 
 
@@ -75,7 +75,7 @@ def run(
             )
     except KeyboardInterrupt:  # typer has an answer of its own to it
         raise Interrupted("interrupted") from None
-    except (RunError, Interrupted):
+    except (RunError, Interrupted, Waiting):
         _report(loaded.run)
         _show_alarms(loaded.run, on_stderr=True)
         raise

@@ -62,11 +62,11 @@ class Mark(NamedTuple):
     """The column that says how good a row's reply is.
 
     Attributes:
-        kind: "label", good or bad; or "score".
+        says: "label", good or bad; or "score".
         column: its name.
     """
 
-    kind: Literal["label", "score"]
+    says: Literal["label", "score"]
     column: str
 
 

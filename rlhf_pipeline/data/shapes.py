@@ -259,7 +259,7 @@ def _text_alone(seen: Seen) -> Shape:
             ({UNUSED: "role"}, "learns every `text` on its own"),
         )
     marked = _mark(seen, None, "demonstrations")
-    if marked and marked.kind == "label":
+    if marked and marked.says == "label":
         raise UnclearError(
             f"`{marked.column}` may say that some of the texts are bad, and all of them would be learned",
             ({UNUSED: marked.column}, "learns them all"),
@@ -442,8 +442,8 @@ def _of_marked(
 ) -> Shape:
     """Replies of which each row says how good they are; the rows of a prompt belong together."""
     column = marked.column
-    used: dict[str, str | None] = {**uses, column: marked.kind}
-    if marked.kind == "score":
+    used: dict[str, str | None] = {**uses, column: marked.says}
+    if marked.says == "score":
         taken, choose = {
             "preferences": ("every better with every worse reply to a prompt", pairs_of),
             "feedback": ("the best reply to a prompt is good, the worst bad", best_and_worst),

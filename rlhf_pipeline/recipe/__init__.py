@@ -198,11 +198,17 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         own["rewards"] = [reward.model_dump(exclude_defaults=True) for reward in stage.rewards]
         if stage.judge:
             own["judge"] = _content_of_ai_judge(stage.judge)
+        if stage.until:
+            own["until"] = stage.until.says
+        if stage.people:
+            own["people"] = stage.people.model_dump(exclude_defaults=True)
         for key, data in stage.tables.items():
             own[key] = _content_of_data(data, stage.reads(key) == "demonstrations")
         unsaid = {key for key in kinds.KEYS if key not in stage.facts.takes}
         unsaid |= {
-            key for key in ("rewards", "value_model", "members", "pairs", "human", "watch") if not getattr(stage, key)
+            key
+            for key in ("rewards", "value_model", "members", "pairs", "human", "watch", "check", "people")
+            if not getattr(stage, key)
         }
         unsaid |= {"bootstrap"} if stage.members is None else set()
         unsaid |= {"reference"} if stage.reference is None else set()

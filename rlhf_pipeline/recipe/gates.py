@@ -63,6 +63,10 @@ OF_REVISIONS = {
     "revised", "reply/length", "reply/ended", "first/length", "first/ended", "critique/length", "critique/ended",
     "critique/empty", "revision/empty", "revision/announced", "prompts/empty_reply", "prompts/too_long",
 }  # fmt: skip
+OF_LABELS = {"label/labels", "label/people", "label/ties", "label/bad"}
+OF_SEVERAL_PEOPLE = {  # or of checks, of pairs that came again, and of the reward that learns along
+    "label/alpha", "label/consistency", "label/checks", "label/reward_accuracy", "label/left_out",
+}  # fmt: skip
 OF_ENSEMBLE = {"eval_disagreement", "eval_margin_disagreement"}
 # What GRPO logs of each loss: how much of it was clipped.
 CLIPPED = {f"clip_ratio/{of}" for of in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
@@ -261,6 +265,8 @@ def _of_rows(stage: Stage) -> tuple[set[str], set[str]]:
         scored = OF_SCORED_SAMPLING if stage.weighed else set()
         best = OF_BEST if stage.gold and len(stage.inits) == 1 and (stage.n or 1) > 1 else set()
         return OF_SAMPLING | always | (set() if by_function else scored), at_times | scored | best
+    if stage.facts.by_people:
+        return {"rows"} | OF_LABELS, OF_SEVERAL_PEOPLE
     certain = {"rows", *(number.metric for number in stage.facts.numbers)}
     if "passes" in stage.facts.takes:
         certain |= OF_REVISIONS

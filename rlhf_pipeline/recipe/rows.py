@@ -2,13 +2,17 @@
 
 import re
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_pipeline import kinds
+from rlhf_pipeline.recipe import gates
 from rlhf_pipeline.recipe.origins import Problems
-from rlhf_pipeline.recipe.schema import BASE, OF_STAGE, AIJudge, Evaluate, Recipe, Sampling, Source, Stage
+from rlhf_pipeline.recipe.schema import BASE, OF_STAGE, AIJudge, Evaluate, Recipe, Sampling, Source, Stage, Until
 from rlhf_pipeline.recipe.yaml import KeyPath
 
+LONGEST_DIMENSION = 40
+DIMENSION = re.compile(rf"[^\W_][\w -]{{0,{LONGEST_DIMENSION - 1}}}")
+DIMENSIONS = ("helpfulness", "honesty", "harmlessness", "conciseness")
 FUNCTION = re.compile(r"[\w.]+:\w+")
 OF_ADDRESS = ("served_model", "api_key_env", "concurrency", "timeout", "retries")
 # Looks a stage's name up, at the place where it is written, among the earlier ones of some kinds; notes what is wrong.
@@ -28,6 +32,11 @@ def resolve_row_stage(recipe: Recipe, name: str, require: Require, problems: Pro
         stage.principles = stage.principles or "default"
     if "ties" in takes:
         stage.ties = stage.ties or "drop"
+    if stage.facts.by_people:
+        stage.until = stage.until if stage.until and stage.until.says else Until(per_item=1)
+        stage.dimensions = list(DIMENSIONS) if stage.dimensions is None else stage.dimensions
+        _require_bound(stage.until, (*path, "until"), problems)
+        _require_dimensions(stage.dimensions, (*path, "dimensions"), problems)
     if "judge" in takes:
         if stage.judge is not None:
             _resolve_judge(stage.judge, (*path, "judge"), require, problems)
@@ -39,6 +48,28 @@ def resolve_row_stage(recipe: Recipe, name: str, require: Require, problems: Pro
             (*path, "n"), "at temperature 0 all replies of a policy to a prompt are the same",
             "set `sampling.temperature`, or `n: 1`",
         )  # fmt: skip
+
+
+def _require_dimensions(dimensions: Sequence[str], path: KeyPath, problems: Problems) -> None:
+    """See that each dimension has a name of its own, which the page has room for."""
+    for place, name in enumerate(dimensions):
+        if not DIMENSION.fullmatch(name):
+            said = f"a dimension is a word or a few, of up to {LONGEST_DIMENSION} characters, got {name!r}"
+            problems.add((*path, place), said, "for example `dimensions: [helpfulness, honesty]`")
+        elif name in dimensions[:place]:
+            problems.add((*path, place), f"the dimension `{name}` is named twice", "remove one")
+
+
+def _require_bound(until: Until, path: KeyPath, problems: Problems) -> None:
+    """See that the bound on the reward's accuracy is one: an operator and a number."""
+    bound = until.reward_accuracy
+    try:
+        fits = bound is None or not gates.parse("reward_accuracy", bound).needs_error
+    except ValueError:
+        fits = False
+    if not fits:
+        said = f"expected an operator and a number, got {bound!r}"
+        problems.add((*path, "reward_accuracy"), said, "for example `reward_accuracy: '>= 0.7'`")
 
 
 def resolve_ai_judge(evaluate: Evaluate, require: Require, problems: Problems) -> None:

@@ -401,6 +401,37 @@ class Watch(_Strict):
         return bool(self.stop) or self.keep == "best"
 
 
+class Until(_Strict):
+    """When people have labelled enough; all that is set must hold."""
+
+    labels: int | None = Field(default=None, ge=1)
+    """So many labels in all."""
+
+    per_item: int | None = Field(default=None, ge=1)
+    """So many labels of each prompt, each by another person where there are several."""
+
+    reward_accuracy: str | None = None
+    """A bound, as `">= 0.7"`, on the accuracy of the reward that learns along, on pairs that were drawn at random."""
+
+    @property
+    def says(self) -> dict[str, Any]:
+        """What is set."""
+        return self.model_dump(exclude_none=True)
+
+
+class People(_Strict):
+    """Whose labels count: those of a person who is below a bound are left out."""
+
+    min_agreement: float | None = Field(default=None, ge=0.0, le=1.0)
+    """On pairs that others labelled too: the share of the others' labels that say the same."""
+
+    min_checks: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Of the rows of `check`: the share that was answered right."""
+
+    leave_out: list[str] = []
+    """Names of people."""
+
+
 class Stage(_Strict):
     """One step of a recipe."""
 
@@ -465,6 +496,19 @@ class Stage(_Strict):
 
     human: DataField | None = None
     """Kind `judge`: pairs that people have judged, on which the judge is compared with them."""
+
+    until: Until | None = None
+    """Kind `label`: when there are labels enough; by default one of each prompt."""
+
+    dimensions: list[str] | None = Field(default=None, max_length=9)
+    """Kind `label`: in what else the replies may be compared; by default helpfulness, honesty, harmlessness and
+    conciseness. `[]` asks for nothing else."""
+
+    check: DataField | None = None
+    """Kind `label`: pairs whose better reply is known, which people are shown among the others."""
+
+    people: People | None = None
+    """Kind `label`: whose labels count; by default everybody's."""
 
     principles: str | None = Field(default=None, min_length=1)
     """Kind `revise`: a file of principles, of which each revision draws one; `default`, the default, ships with the

@@ -18,12 +18,14 @@ from rlhf_pipeline.recipe.schema import (
     Evaluate,
     MixedSource,
     Model,
+    People,
     Recipe,
     Reward,
     Rollout,
     Rounds,
     Sampling,
     Stage,
+    Until,
     Watch,
 )  # fmt: skip
 from rlhf_pipeline.recipe.yaml import KeyPath, dump_inline, parse_value, shown
@@ -292,7 +294,9 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
         return schema.Source
     if isinstance(path[-1], int):
         return Reward if path[-2] == "rewards" else MixedSource
-    of_stage: dict[Any, type[BaseModel]] = {"judge": AIJudge, "sampling": Sampling, "rollout": Rollout, "watch": Watch}
+    of_stage: dict[Any, type[BaseModel]] = {
+        "judge": AIJudge, "sampling": Sampling, "rollout": Rollout, "watch": Watch, "until": Until, "people": People,
+    }  # fmt: skip
     if path[0] == "stages":
         return Stage if len(path) == 2 else of_stage.get(path[2])
     sections: dict[KeyPath, type[BaseModel]] = {

@@ -123,6 +123,8 @@ def _of_record(stage: Stage) -> Iterator[Alarm]:
         yield Alarm(
             "look", name, "a partial result", f"Partial: {stage.reason}. The same command resumes it.", is_state=True
         )
+    if stage.state == "waiting":
+        yield Alarm("look", name, "a stage that waits", f"Waits for people: {stage.reason}.", is_state=True)
     if stage.state == "stale":
         yield Alarm(
             "look", name, "a stale result", f"Stale: {stage.reason}. The same command trains it again.", is_state=True

@@ -20,6 +20,7 @@ from rlhf_pipeline.rundir.layout import (
     COMPARISON,
     METRICS,
     PAIRS,
+    PEOPLE,
     PROGRESS,
     RECIPE,
     RECORD,
@@ -85,6 +86,7 @@ class Stage:
         samples: rows of samples.jsonl.
         pairs: held-out pairs with their scores.
         rows: the first rows that it made, of a stage that makes some.
+        people: of a stage that people do, what is known of them: `agreement.figures` says what.
         measurements: of a policy that was watched while it trained.
         progress: of a stage at work, where it is.
         notes: what could not be read, one sentence each.
@@ -101,6 +103,7 @@ class Stage:
     samples: list[dict[str, Any]] = field(default_factory=list)
     pairs: Pairs | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    people: dict[str, Any] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
     progress: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -269,6 +272,7 @@ def _stage(directory: RunDirectory, found: StageState) -> Stage:
         stage.notes.append(f"{METRICS} has no rows, so there are no curves.")
     stage.samples = _rows(folder / SAMPLES, stage.notes, MOST_SAMPLES)
     stage.measurements = _measurements(_rows(folder / WATCH, stage.notes))
+    stage.people = read_json(folder / PEOPLE) or {}
     stage.pairs = _pairs(_rows(folder / PAIRS, stage.notes))
     if stage.state == "running":
         stage.progress = read_json(directory.work(found.name) / PROGRESS) or {}

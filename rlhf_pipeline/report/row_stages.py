@@ -69,6 +69,31 @@ def _bias(chosen: Sequence[tuple[int, Run, Stage]], name: str, several: bool) ->
     return [Picture("The judge's bias", caption, charts.intervals(f"{name}: bias of the judge", shares, "share"))]
 
 
+def people(stage: Stage) -> tuple[list[str], list[list[str]]]:
+    """What is known of those who labelled, as the heads of a table and its rows; no rows of other stages."""
+    head = ["labels", "seconds a label", "checks right", "agrees with others", "the same in the other order"]
+    found = stage.people.get("people")
+    return head, [_person(one) for one in map(mapping, found if isinstance(found, list) else [])]
+
+
+def _person(one: dict[str, Any]) -> list[str]:
+    right, same = mapping(one.get("checks")), mapping(one.get("consistency"))
+    share, seconds, labels = (number(one.get(name)) for name in ("agreement", "seconds_median", "labels"))
+    return [
+        content(one.get("name")),
+        "" if labels is None else f"{labels:.0f}",
+        "" if seconds is None else short(seconds),
+        _part(right.get("right"), right.get("of")),
+        "" if share is None else f"{share:.0%}",
+        _part(same.get("same"), same.get("of")),
+    ]
+
+
+def _part(some: Any, of: Any) -> str:
+    known, all_ = number(some), number(of)
+    return f"{known:.0f} of {all_:.0f}" if known is not None and all_ else ""
+
+
 def samples(stage: Stage) -> list[dict[str, Any]]:
     """Some rows: of each the prompt as turns, and the replies with their names, texts and numbers."""
     return [

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rlhf_pipeline.errors import InputError, InputErrors, RunError
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run.explain import SAFE, explain_no_room, explain_signal, explain_vanished, full_disk, oom_kills
-from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, Launcher
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, WAITING, Launcher
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import RESULT, read_json
 from rlhf_pipeline.rundir.secrets import redact, scrub
@@ -18,10 +18,12 @@ class Ended(NamedTuple):
     Attributes:
         result: what the worker handed back.
         stopped: it was asked to stop and has, so that the result has no more than the `step` of a checkpoint.
+        waits: what it waits for people to do, in one sentence; None where it does not.
     """
 
     result: dict[str, Any]
     stopped: bool
+    waits: str | None = None
 
 
 def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path, what: str, **details: Any) -> Ended:
@@ -50,6 +52,8 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     result = read_json(file)
     if code == 0 and result is not None:
         return Ended(result, stopped=False)
+    if code == WAITING and result is not None:
+        return Ended({}, stopped=False, waits=str(result["waits"]))
     if code == 2 and task in ("check", "forecast", "features") and result is not None:
         raise InputErrors([InputError(**_as_written(recipe, problem)) for problem in result["problems"]])
     if code == 1 and result is not None and "unusable" in result:

@@ -39,6 +39,7 @@ DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK
 
 STOP_SIGNAL = signal.SIGUSR1  # asks a worker to stop where it can be resumed from
 STOPPED = 3  # the exit code of a worker that has
+WAITING = 4  # and of one whose stage waits for people
 END_SIGNAL = signal.SIGUSR2  # ends the server with its worker and all that this has started
 
 

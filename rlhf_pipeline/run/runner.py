@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
-from rlhf_pipeline.errors import Interrupted, RunError
+from rlhf_pipeline.errors import Interrupted, RunError, Waiting
 from rlhf_pipeline.fingerprint import pin
 from rlhf_pipeline.forecast import cards, known
 from rlhf_pipeline.forecast.cards import Card
@@ -83,6 +83,7 @@ def run(
         Interrupted: it was asked to stop, by SIGINT, SIGTERM, SIGHUP or SIGUSR1, and has.
         KeyboardInterrupt: it was asked twice, and has stopped at once.
         RunError: a stage failed or does not pass its gates, or another process holds the run directory.
+        Waiting: people have to label first.
     """
     directory = RunDirectory(recipe.run)
 
@@ -105,6 +106,8 @@ def run(
     if not wanted.stages and not (compare and wanted.compares):
         return plans
     directory.refuse_if_locked()
+    if to_do.WAIT in list(wanted.stages.values())[:1]:
+        raise _waits(next(stage for stage in plans if stage.name in wanted.stages), directory)
     trackers.require(recipe.report_to)
     plan.shapes(recipe)  # what the first rows show needs no worker
     try:
@@ -136,6 +139,8 @@ def run(
                 taken = None if fresh else _take(stage, directory, say)
                 if taken:
                     stage = dataclasses.replace(stage, record=taken, is_current=True)
+                if stage.state == "waiting" and not fresh and not taken:
+                    raise _waits(stage, directory)
                 if not stage.is_current or fresh:
                     record = _train(recipe, stage, directory, launcher, say, fresh)
                     trained.add(stage.name)
@@ -158,6 +163,14 @@ def run(
         message, hint = explain(error, recipe, None, directory.path)
         raise RunError(message, hint=hint) from None
     return make_plan()
+
+
+def _waits(stage: StagePlan, directory: RunDirectory) -> Waiting:
+    """What ends a run where people have to label."""
+    return Waiting(
+        f"stage `{stage.name}` waits for people: {stage.reason}",
+        hint=f"`rlhf-pipeline label {directory.path} {stage.name} --open` opens the page; then the same `run` goes on",
+    )
 
 
 def _refuse_closed_gates(name: str, record: Record, directory: RunDirectory, say: Say) -> None:
@@ -221,18 +234,18 @@ def foresee(recipe: Recipe, card: Card) -> Forecast:
     if before is not None and (before.advised or card.usable is None):
         return before
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
-        result, _ = jobs.do(
+        done = jobs.do(
             recipe, launcher, "forecast", scratch / "forecast.json", scratch / "forecast.log", "the forecast",
             card=dataclasses.asdict(card),
         )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before the forecast was done")
-    found = Forecast.from_json(result["forecast"])
+    found = Forecast.from_json(done.result["forecast"])
     known.keep(recipe, found)
     return found
 
 
-def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:
+def read_features(recipe: Recipe, init: str, items: Path, folder: Path, chat: bool | None = None) -> None:
     """Have a worker read the features of replies; see `stages.features`.
 
     Args:
@@ -240,6 +253,7 @@ def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:
         init: whose model reads them: a stage that is done, or `base`.
         items: a file of `rundir.items`.
         folder: which gets `features.safetensors`; with the items themselves in it, too, both fit each other.
+        chat: whether prompts that are text go through the chat template, as `data.chat` of a stage says it.
 
     Raises:
         InputError: the model or the items cannot be read.
@@ -249,7 +263,7 @@ def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         jobs.do(
             recipe, launcher, "features", scratch / "features.json", scratch / "features.log", "reading features",
-            init=init, items=str(items.absolute()), folder=str(folder.absolute()),
+            init=init, items=str(items.absolute()), folder=str(folder.absolute()), chat=chat,
         )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before all features were read")
@@ -265,17 +279,17 @@ def _scratch() -> Iterator[Path]:
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, card: Card | None) -> Checked:
     """Check the stages; with a card, forecast the recipe's memory, too, unless that is known."""
     forecast = known.find(recipe, card) if card else None
-    result, _ = jobs.do(
+    done = jobs.do(
         recipe, launcher, "check", scratch / "check.json", scratch / "check.log", "the check of settings and data",
         stages=[stage.name for stage in stages], current=[stage.name for stage in stages if stage.is_current],
         card=dataclasses.asdict(card) if card and forecast is None else None,
     )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before anything was trained")
-    if result["forecast"] is not None:
-        forecast = Forecast.from_json(result["forecast"])
+    if done.result["forecast"] is not None:
+        forecast = Forecast.from_json(done.result["forecast"])
         known.keep(recipe, forecast)
-    return Checked(list(dict.fromkeys(map(recipe.as_written, result["warnings"]))), forecast)
+    return Checked(list(dict.fromkeys(map(recipe.as_written, done.result["warnings"]))), forecast)
 
 
 def _train(
@@ -319,8 +333,10 @@ def _train(
                 except durable.CheckpointError as error:
                     record = record.updated(resumed_from_step=_step_before(stage.name, error, directory, say))
                     directory.write_record(stage.name, record)
-            answer, stopped = outcome
-            if stopped:
+            answer = outcome.result
+            if outcome.waits:
+                raise _waits(dataclasses.replace(stage, reason=outcome.waits), directory)
+            if outcome.stopped:
                 raise Interrupted(_stopped_at(stage.name, answer.get("step"), directory))
         else:
             answer = read_json(work / RESULT) or {}
@@ -342,7 +358,9 @@ def _train(
         written = directory.record(stage.name)
         if written is None or written.state != "done":  # a signal may come just after that was written
             ended = {"state": "failed", "finished_at": _now(), "wall_s": so_far()}
-            if isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit)):
+            if isinstance(error, Waiting):
+                ended = {"state": "waiting", "wall_s": so_far()}
+            elif isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit)):
                 ended["stopped"] = True
             elif isinstance(error, RunError):
                 ended["error"] = redact(error.message.splitlines()[0])
@@ -523,15 +541,15 @@ def _stopped_at(name: str, step: int | None, directory: RunDirectory) -> str:
 
 def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, say: Say) -> Record:
     """Judge a stage that is done by the recipe's new `evaluate`; returns its record."""
-    result, stopped = jobs.do(
+    done = jobs.do(
         recipe, launcher, "judge", scratch / "judge.json", scratch / "judge.log", f"judging stage `{stage.name}`",
         stage=stage.name,
     )  # fmt: skip
-    if stopped:
+    if done.stopped:
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")
     trained = {name: value for name, value in stage.record.metrics.items() if not name.startswith(OF_JUDGING)}
-    metrics = trained | result["metrics"]
-    say(f"{stage.name:<7} judged again" + _judged(stage, result["metrics"]))
+    metrics = trained | done.result["metrics"]
+    say(f"{stage.name:<7} judged again" + _judged(stage, done.result["metrics"]))
     return stage.record.updated(metrics=metrics, judging=stage.judging)
 
 
@@ -547,11 +565,11 @@ def _compare(recipe: Recipe, directory: RunDirectory, launcher: Launcher, scratc
         settings, policies = wanted
         say(f"compare {settings['n']} prompts through {', '.join(policies[:-1])} and {policies[-1]}")
         file, log = scratch / "compare.json", scratch / "compare.log"
-        result, stopped = jobs.do(recipe, launcher, "compare", file, log, "making it", settings=settings)
-        if stopped:
+        done = jobs.do(recipe, launcher, "compare", file, log, "making it", settings=settings)
+        if done.stopped:
             raise KeyboardInterrupt
-        comparison.write(directory.path, result["comparison"])
-        for note in result["comparison"]["notes"]:
+        comparison.write(directory.path, done.result["comparison"])
+        for note in done.result["comparison"]["notes"]:
             say(f"compare {note}")
     except KeyboardInterrupt:
         say("warning: there is no new comparison: it was stopped; the next `run` or `compare` makes it")

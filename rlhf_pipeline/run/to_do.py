@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from rlhf_pipeline import kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
@@ -21,7 +21,9 @@ Task = Literal[
     "update record",
     "remove checkpoints",
     "stop: gate closed",
+    "wait for people",
 ]
+WAIT: Final = "wait for people"
 RUNS = ("train", "make rows", "resume", "take, judge again", "judge again")  # those that need a worker
 
 
@@ -30,7 +32,8 @@ class ToDo:
     """What a run has to do.
 
     Attributes:
-        stages: the task of each stage that has one, in order; at a closed gate the run ends.
+        stages: the task of each stage that has one, in order; it ends at a closed gate, and where it waits for
+            people.
         compares: whether it sends prompts through all policies afterwards.
     """
 
@@ -71,6 +74,9 @@ def find(
         if only in (None, stage.name):
             fresh = stage.name in force or trained.intersection(stage.parents.values())
             if stage.name in trained:
+                if stage.state == "waiting" and not fresh:
+                    found[stage.name] = WAIT
+                    break
                 anew: Task = "train" if kinds.get(stage.kind).trains else "make rows"
                 found[stage.name] = "resume" if stage.state == "partial" and not fresh else anew
             elif stage.earlier and stage.name in taken:
@@ -89,7 +95,7 @@ def find(
                 found[stage.name] = "remove checkpoints"  # it was killed between its end and theirs
         if stage.name == until:
             break
-    stops = "stop: gate closed" in found.values()
+    stops = not {"stop: gate closed", WAIT}.isdisjoint(found.values())
     has_policy = any(kinds.get(stage.kind).is_policy for stage in plans if stage.is_current or stage in chosen)
     compares = not stops and has_policy and (bool(chosen) or comparison.due(recipe.run, recipe) is not None)
     return ToDo(found, compares)

@@ -19,7 +19,7 @@ import torch
 from rlhf_pipeline import stages
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.comparison import measure
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.errors import InputError, Waiting
 from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.rows import longest
 from rlhf_pipeline.forecast.work import first_change, forecast
@@ -27,7 +27,7 @@ from rlhf_pipeline.models.tokenizer import pinned_day
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import trackers
 from rlhf_pipeline.run.explain import explain, is_of_gpu_memory, recognise
-from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, WAITING, die_with
 from rlhf_pipeline.rundir import durable, items, strict_json
 from rlhf_pipeline.rundir.layout import RESULT, TRAINED, read_json
 from rlhf_pipeline.rundir.secrets import redact
@@ -40,8 +40,8 @@ def main(job_file: str) -> int:
     """Do the job and write its result.
 
     Returns:
-        0, or 2 for a fault of the recipe or its data, 3 if it was asked to stop, or 1 for any other fault, whose
-        traceback is in the log.
+        0, or 2 for a fault of the recipe or its data, 3 if it was asked to stop, 4 if it waits for people, or 1 for any
+        other fault, whose traceback is in the log.
     """
     job = json.loads(Path(job_file).read_text())
     recipe = Recipe.model_validate(job["recipe"])
@@ -60,7 +60,8 @@ def main(job_file: str) -> int:
             asked, spec = measure.default_prompts(recipe, settings["n"])
             result, code = {"comparison": measure.compare(recipe, recipe.run, asked, spec, settings)}, 0
         elif job["task"] == "features":
-            made = features.features(recipe, recipe.run, job["init"], items.read(Path(job["items"])))
+            to_read = items.read(Path(job["items"]))
+            made = features.features(recipe, recipe.run, job["init"], to_read, job["chat"])
             features.write(Path(job["folder"]), made)
             result, code = {"replies": len(made)}, 0
         else:
@@ -73,6 +74,8 @@ def main(job_file: str) -> int:
             day = pinned_day(stage.reader.tokenizer.chat_template)
             result = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}
             result, code = result | {"allocator": torch.cuda.is_available(), "template_day": day}, 0
+    except Waiting as waiting:
+        result, code = {"waits": waiting.message}, WAITING
     except Stopped as stopped:
         result, code = {"step": stopped.step}, STOPPED
     except durable.CheckpointError as error:

@@ -65,7 +65,7 @@ def remove(run: Path, names: list[str]) -> None:
 
 def _state(record: Record) -> str:
     """A stage's state, now that no run resumes it any more."""
-    return record.state if record.state in DONE else "failed"
+    return record.state if record.state in (*DONE, "waiting") else "failed"
 
 
 def _moved_at(run: Path, name: str) -> float | None:

@@ -14,6 +14,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.rundir import durable, jsonl, strict_json
 from rlhf_pipeline.rundir.durable import MEMBER as MEMBER
 from rlhf_pipeline.rundir.file_digests import FileDigests
+from rlhf_pipeline.rundir.items import FEATURES, ITEMS
 from rlhf_pipeline.rundir.lock import Lock
 from rlhf_pipeline.rundir.record import ROWS, WEIGHTS, Record
 
@@ -30,6 +31,8 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 WATCH = "watch.jsonl"  # what was measured of a policy while it trained, one line a measurement
 JUDGEMENTS = "judgements.jsonl"  # all that an AI judge was asked, and its answers
+CHOICES = "choices.jsonl"  # the labels of people that a stage's rows were made of; what they chose from is in ITEMS
+PEOPLE = "people.json"  # how far they agree, as `rundir/agreement.figures` has it
 PAIRS = "pairs.jsonl"  # held-out pairs with their scores
 LOG = "log.txt"
 WORK = "work"  # where a stage is made until it is done
@@ -49,8 +52,8 @@ class Progress:
     """How far a stage that was interrupted has come.
 
     Attributes:
-        point: it resumes from a `checkpoint`; or it was `trained` and is to be judged; or it was `finished` and is
-            to be published.
+        point: it resumes from a `checkpoint`; or people have `labelled` what it makes rows of; or it was `trained` and
+            is to be judged; or it was `finished` and is to be published.
         step: of the checkpoint; None where a member of an ensemble has none yet, or all members are trained.
         of: how many steps there are.
         damaged: later checkpoints that cannot be trusted, by their paths inside `work/`, with what is wrong.
@@ -60,7 +63,7 @@ class Progress:
         makes_rows: whether it makes rows; then `step` and `of` count what they are made from.
     """
 
-    point: Literal["checkpoint", "trained", "finished"]
+    point: Literal["checkpoint", "labelled", "trained", "finished"]
     step: int | None = None
     of: int | None = None
     damaged: dict[str, str] = field(default_factory=dict)
@@ -69,6 +72,8 @@ class Progress:
     makes_rows: bool = False
 
     def __str__(self) -> str:
+        if self.point == "labelled":
+            return "makes rows of its labels"
         if self.makes_rows:
             of = f" of {self.of}" if self.of else ""
             return f"resumes after {self.step}{of}" if self.point == "checkpoint" else "its rows are to be published"
@@ -88,6 +93,8 @@ class Progress:
     @property
     def left(self) -> str:
         """The path inside `work/` of what it goes on from."""
+        if self.point == "labelled":
+            return ITEMS
         if self.point != "checkpoint":
             return TRAINED if self.point == "trained" else RESULT
         if self.makes_rows:
@@ -175,6 +182,8 @@ class RunDirectory:
             folders = [self.staged(name), *([self.artifact(name)] if done else [])]  # each file is in one of them
             if all(any(durable.difference(at, {file: it}) is None for at in folders) for file, it in files.items()):
                 return Progress("finished" if done else "trained", makes_rows=makes_rows)
+        if (work / ITEMS).is_file() and (work / FEATURES).is_file():
+            return Progress("labelled", makes_rows=True)
         if makes_rows:
             made = sum(1 for _ in jsonl.sound_lines(work / MADE))
             of = (read_json(work / PROGRESS) or {}).get("of")
@@ -206,7 +215,7 @@ class RunDirectory:
         if progress is None or progress.point == "finished":
             return
         (work / RESULT).unlink(missing_ok=True)
-        if progress.point == "checkpoint":
+        if progress.point in ("checkpoint", "labelled"):
             self._remove_unpublished(name)
             (work / TRAINED).unlink(missing_ok=True)
             for damaged in progress.damaged:

@@ -36,7 +36,7 @@ class Record(BaseModel):
     name: str = ""
     kind: str = ""
 
-    state: Literal["running", "done", "done, gate closed", "failed"] | None = None
+    state: Literal["running", "done", "done, gate closed", "failed", "waiting"] | None = None
     """As it was written; what it means now, `rundir.state` says."""
 
     stopped: bool = False

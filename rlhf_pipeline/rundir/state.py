@@ -10,13 +10,14 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.rounds import sources_of
 from rlhf_pipeline.recipe.schema import OF_STAGE
 from rlhf_pipeline.recipe.yaml import parse_document
+from rlhf_pipeline.rundir import waiting
 from rlhf_pipeline.rundir.file_digests import FileDigests
-from rlhf_pipeline.rundir.layout import RECIPE, RECORD, Progress, RunDirectory
+from rlhf_pipeline.rundir.layout import CHOICES, RECIPE, RECORD, Progress, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 
 State = Literal[
     "done", "done, gate closed", "done, to be judged again",
-    "stale", "partial", "failed", "missing", "blocked", "running",
+    "stale", "partial", "failed", "missing", "blocked", "running", "waiting",
 ]  # fmt: skip
 DONE = ("done", GATE_CLOSED, "done, to be judged again")  # those in which nothing is to be trained
 
@@ -33,12 +34,13 @@ class StageState:
             `done, to be judged again` was judged by other settings than the recipe's, which only a plan knows; `stale`
             was made, or begun, with other inputs; `partial` was interrupted and can be resumed; `failed` was
             interrupted and has to be retrained from the start; `missing` never ran; `blocked` waits for a stage that is
-            partial or failed, or whose gate is closed; `running` is at work now.
+            partial, failed or waiting, or whose gate is closed; `running` is at work now; `waiting` waits for people.
         reason: why it is in that state, as old → new values where something changed.
         record: its record; an empty one where there is none.
         is_current: its artifact is whole and was built on the weights that are there now, whatever its gates, and those
             of the stages that it needs, say.
         progress: from where it can be resumed, if it is partial.
+        until: of a stage that people do, when they have labelled enough, as the recipe's `until` has it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class StageState:
     record: Record = field(default_factory=Record)
     is_current: bool = False
     progress: Progress | None = None
+    until: dict[str, Any] | None = None
 
 
 @dataclass
@@ -70,7 +73,7 @@ class RunState:
     recipe_problem: str | None
 
     @property
-    def state(self) -> Literal["running", "failed", "gate closed", "done", "unfinished"]:
+    def state(self) -> Literal["running", "failed", "gate closed", "waiting", "done", "unfinished"]:
         """The state of the run as a whole."""
         states = {stage.state for stage in self.stages}
         if self.is_locked:
@@ -79,6 +82,8 @@ class RunState:
             return "failed"
         if GATE_CLOSED in states:
             return "gate closed"
+        if "waiting" in states:
+            return "waiting"
         return "done" if states == {"done"} else "unfinished"
 
     def stage(self, name: str) -> StageState | None:
@@ -176,8 +181,9 @@ def read_stages(
 def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> StageState:
     """A stage with its record, or what the recipe plans of it."""
     record = directory.record(name)
+    until = planned.get("until") if isinstance(planned.get("until"), dict) else None
     if record is not None:
-        return StageState(name, record.kind or name, record.parents, record=record)
+        return StageState(name, record.kind or name, record.parents, record=record, until=until)
     inits = planned.get("init") or []
     named: dict[str, list[Any]] = {"init": inits if isinstance(inits, list) else [inits], kinds.ROWS: _rows_of(planned)}
     judge = planned.get("judge")
@@ -189,7 +195,7 @@ def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> S
     rewards = planned.get("rewards")
     stages = [one["stage"] for one in rewards if isinstance(one, dict) and one.get("stage")] if rewards else []
     parents |= {kinds.numbered("reward", number): str(stage) for number, stage in enumerate(stages, 1)}
-    return StageState(name, str(planned.get("kind") or name), parents)
+    return StageState(name, str(planned.get("kind") or name), parents, until=until)
 
 
 def _rows_of(planned: dict[str, Any]) -> list[str]:
@@ -222,6 +228,7 @@ def find_state(
     if stage.name == at_work:
         stage.state, stage.reason = "running", "at work now"
     elif stage.record.is_finished:
+        changes = [*changes, *_new_labels(stage, directory)]
         stage.state, stage.reason = _of_finished(stage, parents, directory, digests, changes)
         stage.is_current = stage.state == "done"
     else:
@@ -239,9 +246,9 @@ def _of_finished(
     changes: Sequence[str],
 ) -> tuple[State, str]:
     """The state of a stage that was trained to its end."""
-    waiting = _waiting_for(parents)
-    if waiting:
-        return "blocked", waiting
+    waits_for = _waiting_for(parents)
+    if waits_for:
+        return "blocked", waits_for
     problem = directory.artifact_problem(stage.name, stage.record, digests)
     if problem:
         return "missing" if problem.endswith("is gone") else "stale", problem
@@ -264,19 +271,46 @@ def _of_unfinished(
     unreadable = directory.unreadable(stage.name)
     if unreadable:
         return "failed", unreadable
-    waiting = _waiting_for(parents)
+    waits_for = _waiting_for(parents)
     if not record.model_fields_set:
-        return ("blocked", waiting) if waiting else ("missing", "has not run yet")
-    happened = "stopped" if record.stopped else record.error or "the run ended before the stage did"
+        return ("blocked", waits_for) if waits_for else ("missing", "has not run yet")
+    waited = record.state == "waiting"
+    happened = (
+        "it waited for labels"
+        if waited
+        else "stopped"
+        if record.stopped
+        else record.error or "the run ended before the stage did"
+    )
     changes = [*changes, *(f"{parent.name} will run again" for parent in parents if not parent.is_current)]
     changes += [f"{name} ran again" for name in _ran_again(record, parents)]
     if changes:
         return "stale", "; ".join([*changes, f"before that, {happened}"])
     stage.progress = directory.progress(stage.name)
+    if waited and stage.progress:
+        made = waiting.of_stage(directory, stage.name, stage.until or {}).progress
+        if not made.reached:
+            stage.progress = None
+            return "waiting", made.text
+        happened = made.text
     if stage.progress:
         return "partial", f"{happened}; {stage.progress}"
     damaged = directory.damaged(stage.name)
     return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
+
+
+def _new_labels(stage: StageState, directory: RunDirectory) -> list[str]:
+    """How the labels differ from those that a stage's rows were made of, or what its `until` misses now."""
+    if stage.until is None:
+        return []
+    labelled = waiting.of_stage(directory, stage.name, stage.until)
+    if not labelled.labels:  # it was taken from another run, whose people made them
+        return []
+    _, digest = stage.record.artifact_files.get(CHOICES, (0, ""))
+    if digest == labelled.digest:
+        return [] if labelled.progress.reached else [labelled.progress.text]
+    before, now = stage.record.metrics.get("label/labels"), labelled.progress.labels
+    return ["labels have changed" if before == now else f"labels {before} → {now}"]
 
 
 def _ran_again(record: Record, parents: Sequence[StageState]) -> list[str]:
@@ -292,7 +326,7 @@ def _waiting_for(parents: Sequence[StageState]) -> str | None:
     names = [
         parent.name
         for parent in parents
-        if parent.state in ("partial", "failed") or (parent.state == "blocked" and not parent.is_current)
+        if parent.state in ("partial", "failed", "waiting") or (parent.state == "blocked" and not parent.is_current)
     ]
     return f"waits for {' and '.join(names)}" if names else None
 

@@ -15,7 +15,7 @@ from rlhf_pipeline.data.peek import first_rows
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.recipe import BASE, TINY, Data, Recipe, Stage, outside
 from rlhf_pipeline.recipe.data_files import matching
-from rlhf_pipeline.recipe.schema import AIJudge, Source
+from rlhf_pipeline.recipe.schema import AIJudge, Source, Until
 from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.run.launch import environment
 from rlhf_pipeline.rundir.layout import JOB, LOG, RESULT, read_json
@@ -129,6 +129,8 @@ def _replace_what_is_outside(recipe: Recipe, notes: list[str]) -> None:
             setattr(holder, key, judge.model_copy(update=of_base))
     stages: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():
+        if stage.facts.by_people:
+            notes.append(f"nobody is asked for the labels of `{name}`: they are drawn at random")
         for init in filter(outside.is_one, stage.inits):
             notes.append(f"`{outside.label(init)}` is of another base: `{name}` starts from the bare one")
             others = [one for one in stage.inits if one not in (init, BASE)]
@@ -327,6 +329,8 @@ def _cut_rows(stage: Stage) -> None:
         stage.sampling.max_new_tokens = min(stage.sampling.max_new_tokens, REPLY)
     stage.n = stage.n and min(stage.n, 2)
     stage.passes = stage.passes and 1
+    if stage.facts.by_people:
+        stage.until, stage.people = Until(per_item=1), None
     if stage.judge:
         stage.pairs, stage.ties = 1, "keep"
         if stage.judge.is_local:

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import random
 import re
 import signal
 import tempfile
@@ -17,11 +18,13 @@ from typing import Any
 
 from rlhf_pipeline import local, plan
 from rlhf_pipeline.data.peek import first_rows
-from rlhf_pipeline.errors import InputError, InputErrors, RunError
+from rlhf_pipeline.errors import InputError, InputErrors, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import runner
-from rlhf_pipeline.rundir import jsonl
+from rlhf_pipeline.rundir import items, jsonl
 from rlhf_pipeline.rundir.headline import headline, series
+from rlhf_pipeline.rundir.items import ITEMS
+from rlhf_pipeline.rundir.labels import LABELS, Choice, Label, Labels, Pair
 from rlhf_pipeline.rundir.layout import METRICS, RunDirectory
 from rlhf_pipeline.rundir.words import duration
 from rlhf_pipeline.smoke.cut import ROWS, cut_recipe
@@ -121,7 +124,7 @@ def smoke(recipe: Recipe, *, tokenizer: str | None = None, keep: Path | None = N
             say(line)
 
         try:
-            runner.run(cut, ignore_gates=True, reuse=False, compare=False, also_check=uncut, say=pass_on)
+            _run(cut, uncut, pass_on)
         except InputError as error:
             raise _in_their_words(error, origins) from None
         except RunError as error:
@@ -133,6 +136,28 @@ def smoke(recipe: Recipe, *, tokenizer: str | None = None, keep: Path | None = N
             _see(stage, RunDirectory(cut.run), origins)
     report.seconds = round(time.perf_counter() - began, 1)
     return report
+
+
+def _run(cut: Recipe, uncut: Recipe, say: Say) -> None:
+    """Run all stages, with choices that are drawn wherever people would be asked."""
+    asks = [name for name, stage in cut.stages.items() if stage.facts.by_people]
+    while True:
+        try:
+            runner.run(cut, ignore_gates=True, reuse=False, compare=False, also_check=uncut, say=say)
+            return
+        except Waiting:
+            _choose(RunDirectory(cut.run), asks.pop(0))
+
+
+def _choose(directory: RunDirectory, stage: str) -> None:
+    """Label every pair of a stage that waits for people."""
+    draw = random.Random(0)
+    with Labels(directory.path / LABELS) as labels:
+        for item in items.read(directory.work(stage) / ITEMS):
+            for first, second in item.pairs:
+                pair = Pair.of(item.key, item.prompt, item.replies[first], item.replies[second])
+                choice: Choice = draw.choice(("first", "second"))
+                labels.add(Label(f"{stage}-{pair.key}", pair.key, stage, "nobody", choice), pair)
 
 
 def _of_few_rows(line: str, uncut: Recipe) -> bool:

@@ -188,6 +188,7 @@ def check(loader: Loader, planned: Sequence[Planned], say: Say) -> None:
     Raises:
         InputError: for all that is wrong with any of them, each fault once.
     """
+    _raise([error for one in planned for error in _asks_people(one.recipe)])
     problems: list[InputError] = []
     warnings: dict[str, None] = {}
     checked: set[str] = set()
@@ -215,6 +216,20 @@ def check(loader: Loader, planned: Sequence[Planned], say: Say) -> None:
         say(f"warning: {warning}")
 
 
+def _asks_people(recipe: Recipe) -> list[InputError]:
+    """What is wrong with stages that wait for people: each run would ask them again."""
+    return [
+        InputError(
+            f"each run of a sweep would ask people again for the labels of `{name}`",
+            place=f"stages.{name}",
+            hint=f"in one run, `rlhf-pipeline label RUN {name} --export labels.jsonl` writes them to a file: name that "
+            f"in place of `stage:{name}`, and remove the stage",
+        )
+        for name, stage in recipe.stages.items()
+        if stage.facts.by_people
+    ]
+
+
 def _ask(
     recipe: Recipe, names: Sequence[str], plans: Sequence[StagePlan], launcher: Launcher, folder: Path
 ) -> list[str]:
@@ -222,8 +237,8 @@ def _ask(
     current = [stage.name for stage in plans if stage.is_current and stage.name in names]
     what = "the check of settings and data"
     job, log = folder / "check.json", folder / "check.log"
-    result, _ = jobs.do(recipe, launcher, "check", job, log, what, stages=list(names), current=current)
-    return result["warnings"]
+    done = jobs.do(recipe, launcher, "check", job, log, what, stages=list(names), current=current)
+    return list(done.result["warnings"])
 
 
 def _with_rows(recipe: Recipe, names: Sequence[str]) -> list[str]:

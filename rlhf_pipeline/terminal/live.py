@@ -345,7 +345,7 @@ class _Signs:
     def of_state(self, state: str, current: bool) -> str:
         """One character for a stage's state."""
         done, waits = ("+", ".") if self.plain else ("✓", "·")
-        signs = {"done": done, "missing": waits, "blocked": waits}
+        signs = {"done": done, "missing": waits, "blocked": waits, "waiting": waits}
         at_work, other = (">", "x") if self.plain else ("▸", "✗")
         return at_work if current else signs.get(state, other)
 

@@ -24,6 +24,7 @@ from rlhf_pipeline.rundir.words import duration, memory_beside, short
 STYLES = {
     "done": "green", GATE_CLOSED: "red", "done, to be judged again": "yellow",
     "stale": "yellow", "partial": "yellow", "failed": "red", "blocked": "red", "running": "cyan",
+    "waiting": "yellow",
 }  # fmt: skip
 
 

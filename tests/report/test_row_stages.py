@@ -128,3 +128,31 @@ def test_a_line_goes_over_the_nodes_that_it_does_not_lead_to() -> None:
     (line,) = re.findall(r'class="edge reference" d="M[\d.]+ ([\d.]+)C\S+ ([\d.]+) [^"]*H', arched)
     top = min(float(y) for y in re.findall(r'<rect x="\d+" y="(\d+)"', arched))
     assert float(line[1]) < top < float(line[0])
+
+
+def of_person(name: str, **known: Any) -> dict[str, Any]:
+    nothing = {"right": 0, "of": 0}, {"same": 0, "of": 0}
+    none = {"labels": 3, "seconds_median": None, "checks": nothing[0], "agreement": None, "consistency": nothing[1]}
+    return {"name": name} | none | known
+
+
+def test_people_are_shown_with_what_is_known_of_them(run: Path) -> None:
+    add(run, "chosen", "label", [{"prompt": "q", "chosen": "a", "rejected": "b"}], {"rows": 1, "label/alpha": 0.5})
+    ann = of_person(
+        "<b>ann</b>", labels=41, seconds_median=4.25, checks={"right": 3, "of": 4}, agreement=0.875,
+        consistency={"same": 5, "of": 6},
+    )  # fmt: skip
+    (run / "chosen" / "people.json").write_text(json.dumps({"people": [ann, of_person("bob")]}))
+    text = page.render(gather.read_runs([run]))
+    own = section(text, "chosen")
+    rows = re.findall(r'<tr><th scope="row"><bdi>(.*?)</bdi></th>(.*?)</tr>', own)
+    cells = {html.unescape(name): re.findall(r'<td class="n">(.*?)</td>', line) for name, line in rows}
+    assert cells == {"<b>ann</b>": ["41", "4.25", "3 of 4", "88%", "5 of 6"], "bob": ["3", "", "", "", ""]}
+    assert "People (2)" not in section(text, "feedback")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"people": 3}', '{"people": [3, {"name": [], "checks": "x"}]}', "{"])
+def test_odd_people_do_not_keep_the_report_from_being_written(run: Path, content: str) -> None:
+    add(run, "chosen", "label", [{"prompt": "q", "chosen": "a", "rejected": "b"}], {"rows": 1})
+    (run / "chosen" / "people.json").write_text(content)
+    assert 'aria-label="People"' not in section(page.render(gather.read_runs([run])), "feedback")

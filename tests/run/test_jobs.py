@@ -10,7 +10,7 @@ from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import jobs
-from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED
+from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, WAITING
 
 TASKS = ("check", "train", "judge", "compare")
 
@@ -46,7 +46,7 @@ def do(tmp_path: Path, recipe: Recipe) -> Any:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("code", [0, 1, 2, STOPPED, 113])
+@pytest.mark.parametrize("code", [0, 1, 2, STOPPED, WAITING, 113])
 def test_a_worker_that_ends_without_a_result_is_one_sentence_whatever_its_exit_code(
     do: Any, task: str, code: int
 ) -> None:
@@ -63,10 +63,14 @@ def test_a_worker_that_ends_without_a_result_is_one_sentence_whatever_its_exit_c
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_result_is_the_one_of_this_job_and_a_stop_is_no_failure(do: Any, task: str) -> None:
-    assert do(task, Played(0, {"warnings": []})) == ({"warnings": []}, False)
-    assert do(task, Played(STOPPED, {"step": 4})) == ({"step": 4}, True)
-    assert do(task, Played(STOPPED, stopping=True)) == ({}, True)  # asked before its job began
-    assert do(task, Played(-STOP_SIGNAL, stopping=True)) == ({}, True)  # or before it listened
+    assert do(task, Played(0, {"warnings": []})) == ({"warnings": []}, False, None)
+    assert do(task, Played(STOPPED, {"step": 4})) == ({"step": 4}, True, None)
+    assert do(task, Played(STOPPED, stopping=True)) == ({}, True, None)  # asked before its job began
+    assert do(task, Played(-STOP_SIGNAL, stopping=True)) == ({}, True, None)  # or before it listened
+
+
+def test_a_stage_that_waits_for_people_is_no_failure(do: Any) -> None:
+    assert do("train", Played(WAITING, {"waits": "1 of 2 labels"})) == ({}, False, "1 of 2 labels")
 
 
 def test_a_worker_that_says_what_is_wrong_is_believed(do: Any) -> None:
