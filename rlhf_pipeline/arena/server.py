@@ -5,7 +5,7 @@
     GET  /api/session  all that the page shows; GET /api/next the pair alone
     POST /api/label    {id, ask, choice, dimensions, reason, seconds}: answered when it is on the disk
     POST /api/undo     {} or {label}
-    GET  /api/drift    ?beta=0.1
+    GET  /api/drift    ?beta=0.5
     GET  /api/people   for the owner
 
 What is refused is {error: sentence}: 400 it is no such request, 401 without a link, 403 from elsewhere, 404, 409 the

@@ -20,7 +20,7 @@ from rlhf_pipeline.rundir.labels import OTHER, Asked, Choice, Label, Labels, Lea
 LONGEST_REASON = 2000  # characters
 LONGEST_LOOK = 86_400.0  # seconds; somebody went home
 WAIT_S = 0.5  # for what was learned of a click; it is saved already
-BETA = 0.1  # of the policy that is worked out, where nobody says another
+BETA = 0.5  # of the policy that is worked out, where nobody says another; rewards are log-odds
 SMALLEST_BETA, LARGEST_BETA = 1e-3, 1e3
 ID = re.compile(r"[0-9A-Za-z-]{8,64}")
 

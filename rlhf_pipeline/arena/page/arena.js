@@ -5,6 +5,7 @@
 // renders Markdown without raw HTML; everything else is set as text.
 
 const READ_MS = 250; // a choice sooner than this after a new pair is none: nobody has read it
+const MEASURED = 5; // labels that an accuracy has to rest on before it is shown
 const TIMEOUT_MS = 15000;
 const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 const LETTERS = { left: "A", right: "B" };
@@ -392,13 +393,12 @@ function meter(track, value, most) {
 }
 
 function showLearner(learner) {
-  const measured = learner && learner.accuracy !== null && learner.accuracy !== undefined;
+  const measured = Boolean(learner) && learner.accuracy !== null && learner.tested >= MEASURED;
   at("learnt").hidden = !measured;
   at("learnt-note").textContent = !session.has_features
     ? "The replies have no features here, so no reward model learns while you choose. Labels are kept all the same."
-    : measured
-      ? "A small Bayesian reward model over the frozen model's features, fitted again after each label."
-      : (learner?.text || "A small Bayesian reward model learns with each label. Its accuracy is shown once there are labels to measure it on.");
+    : "A small Bayesian reward model over the frozen model's features, fitted again after each label." +
+      (measured ? "" : ` Its accuracy is measured on pairs that were drawn at random: ${learner?.tested ?? 0} labels so far, and shown from ${MEASURED}.`);
   at("calibration").hidden = !measured || !learner.calibration?.some((bin) => bin.n);
   if (!measured) return;
   at("accuracy").textContent = learner.accuracy.toFixed(2);
