@@ -31,6 +31,7 @@ MEANS = (
 )  # fmt: skip
 USES_OF_DATA = {
     "data": "training", "data.eval_data": "held out", "ptx_data": "mixed in", "human": "judged by people",
+    "check": "checks of people",
 }  # fmt: skip
 DIGEST = re.compile(r"(.*)@([0-9a-f]{7,})")
 
