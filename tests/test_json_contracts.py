@@ -20,10 +20,13 @@ from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.forecast import known
 from rlhf_pipeline.forecast import result as forecasts
 from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
+from rlhf_pipeline.plan import StagePlan
+from rlhf_pipeline.rundir.layout import Progress
 from rlhf_pipeline.smoke.run import Report, Smoked
 from rlhf_pipeline.sweep.goal import Goal
 from rlhf_pipeline.sweep.keys import Combination
 from rlhf_pipeline.sweep.results import Change, Result, Results
+from rlhf_pipeline.terminal import tables
 
 COMMANDS = typer.main.get_command(cli.app).commands
 WITH_JSON = sorted(name for name, command in COMMANDS.items() if any("--json" in one.opts for one in command.params))
@@ -190,10 +193,16 @@ def test_every_command_with_json_is_documented_and_no_other():
 
 
 @pytest.mark.parametrize("command", ["plan", "status"])
-def test_plan_and_status(command, folder):
+def test_plan_and_status(command, folder, tmp_path):
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n{"step": 2, "time": 3.5}\n')
+    begun = StagePlan("ppo", "ppo", {"init": "base"}, state="partial", progress=Progress("checkpoint", step=2, of=9))
     phases = (Phase("backward", {"weights": 5}),)
     known.keep(recipes.load("tiny"), Forecast("a GPU", None, (StageForecast("sft", "sft", phases, 2, 4, 8),)))
-    compare(command, [output(folder, command, "one.yaml"), output(folder, command, "tiny")])
+    compare(
+        command,
+        [output(folder, command, "one.yaml"), output(folder, command, "tiny"), tables.as_json(tmp_path, [begun])],
+    )
 
 
 def test_runs(folder, tiny_run):

@@ -90,7 +90,10 @@ def plan(
     else:
         remote_code = loaded.model.path if loaded.model.trust_remote_code else None
         said = forecasts.in_short(forecast) if forecast else f"`rlhf-pipeline forecast {recipe}` says how much"
-        tables.intentions(stages, wanted, shapes, weights, remote_code, said, Console())
+        console = Console()
+        tables.intentions(stages, wanted, shapes, weights, remote_code, console)
+        console.print(f"GPU memory: {said}", markup=False, highlight=False, soft_wrap=True)
+        tables.say_what_is_left(loaded.run, stages, console)
 
 
 @app.command(

@@ -17,7 +17,8 @@ from rlhf_pipeline.recipe import outside
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
-from rlhf_pipeline.rundir.layout import METRICS
+from rlhf_pipeline.rundir.layout import METRICS, RunDirectory
+from rlhf_pipeline.rundir.pace import ToGo, to_go
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 from rlhf_pipeline.rundir.words import duration, memory_beside, short
 
@@ -31,10 +32,31 @@ STYLES = {
 def as_json(run: Path, plans: list[StagePlan]) -> dict[str, Any]:
     """The object that `plan --json` and `status --json` print: `{"run": …, "stages": [{…}, …]}`."""
     run = run.absolute()
-    stages = [plan.summary() for plan in plans]
+    stages = [plan.summary() | {"to_go": None} for plan in plans]
+    for plan, stage in zip(plans, stages, strict=True):
+        if left := _to_go(run, plan):
+            stage["to_go"] = left.as_json()
     for stage in stages:
         stage["log"] = stage["log"] and str(run / stage["log"])  # the record has it from the run directory
     return {"run": str(run), "stages": stages}
+
+
+def _to_go(run: Path, plan: StagePlan) -> ToGo | None:
+    """What is left of a stage that has begun and is not done."""
+    begun = plan.state in ("partial", "running")
+    return to_go(RunDirectory(run), plan.name, None if plan.state == "running" else plan.progress) if begun else None
+
+
+def say_what_is_left(run: Path, plans: list[StagePlan], console: Console) -> None:
+    """Print a line for each stage that has begun and is not done."""
+    for plan in plans:
+        if left := _to_go(run, plan):
+            console.print(Text(f"{plan.name}: {in_words(left)}"), highlight=False, soft_wrap=True)
+
+
+def in_words(left: ToGo) -> str:
+    """How long a training will take yet, and how that is known."""
+    return f"{duration(left.seconds)} to go, {left.steps:,} steps at {duration(left.step_s)} each"
 
 
 def results(run: Path, plans: list[StagePlan], console: Console) -> None:
@@ -57,6 +79,7 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         if plan.record.forecast_memory_bytes is not None:
             said = memory_beside(plan.record.peak_memory_bytes, plan.record.forecast_memory_bytes)
             console.print(Text(f"memory of {plan.name}: {said}"), highlight=False, soft_wrap=True)
+    say_what_is_left(run, plans, console)
     console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
 
 
@@ -143,7 +166,6 @@ def intentions(
     shapes: dict[str, list[dict[str, Any]]],
     weights: dict[str, dict[str, Any]],
     remote_code: str | None,
-    takes: str,
     console: Console,
 ) -> None:
     """Print what a run would do and why, and how its data are read.
@@ -154,7 +176,6 @@ def intentions(
         shapes: from `plan.shapes`.
         weights: from `plan.class_weights`.
         remote_code: the model whose own code would be run; None where none would.
-        takes: how much memory the stages will take, in words.
         console: where to.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -188,7 +209,6 @@ def intentions(
     console.print(read)
     for name, found in weights.items():
         console.print(Text(_balance(name, found)), soft_wrap=True)
-    console.print(Text(f"GPU memory: {takes}"), highlight=False, soft_wrap=True)
     if remote_code:
         console.print(
             f"trust_remote_code: code that comes with {remote_code} will be run", style="bold", soft_wrap=True

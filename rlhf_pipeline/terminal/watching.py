@@ -13,6 +13,7 @@ from rlhf_pipeline.report import alarms
 from rlhf_pipeline.rundir.headline import headline
 from rlhf_pipeline.rundir.jsonl import parse
 from rlhf_pipeline.rundir.layout import JOB, METRICS, PROGRESS, RECIPE, RECORD, SAMPLES, RunDirectory, read_json
+from rlhf_pipeline.rundir.pace import Pace
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.state import State, read_recipe, read_stages, stage_at_work, stage_names
 from rlhf_pipeline.rundir.strict_json import is_number
@@ -20,7 +21,6 @@ from rlhf_pipeline.rundir.strict_json import is_number
 MOST_BYTES = 2**18  # read at once: of a file that is longer, its end
 VALUES = 60  # kept of each number, for its trend
 Written = tuple[int, int]  # mtime in ns and inode: a file that is replaced has another inode
-PACE_S, PACE_STEPS = 60.0, 5  # how far back the pace is measured: the longer of the two
 
 
 class Growing:
@@ -62,30 +62,6 @@ class Growing:
             del lines[0]  # of which the beginning is missing
         self._offset, self._mark = start + len(whole), whole[-64:]
         return [row for row in map(parse, lines) if row is not None], is_new_file
-
-
-class Pace:
-    """How fast steps follow one another just now."""
-
-    def __init__(self) -> None:
-        self.marks: deque[tuple[float, int]] = deque()
-
-    def note(self, at: float, step: int) -> None:
-        """Note that a step was reached, in Unix seconds; a step that is not later than the last one is ignored."""
-        if self.marks and (step <= self.marks[-1][1] or at < self.marks[-1][0]):
-            return
-        self.marks.append((at, step))
-        while len(self.marks) > 2 and self.marks[1][0] <= at - PACE_S and self.marks[1][1] <= step - PACE_STEPS:
-            self.marks.popleft()
-
-    def seconds_left(self, of: int | None, now: float) -> float | None:
-        """How long the rest will take at this pace; None where that cannot be known yet."""
-        if of is None or len(self.marks) < 2:
-            return None
-        (first, first_step), (last, last_step) = self.marks[0], self.marks[-1]
-        of_one = (last - first) / (last_step - first_step)
-        begun = min(max(now - last, 0.0), of_one)  # the step that is at work
-        return max((of - last_step) * of_one - begun, 0.0)
 
 
 class StageView:

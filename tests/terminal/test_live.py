@@ -25,8 +25,9 @@ from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.pace import Pace
 from rlhf_pipeline.terminal import live
-from rlhf_pipeline.terminal.watching import MOST_BYTES, Growing, Pace, RunView
+from rlhf_pipeline.terminal.watching import MOST_BYTES, Growing, RunView
 
 NOW = 1_800_000_000.0
 UPDATE_S = 5.0

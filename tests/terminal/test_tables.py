@@ -13,6 +13,7 @@ from rich.console import Console
 from rlhf_pipeline import cli
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.run.to_do import ToDo
+from rlhf_pipeline.rundir.layout import Progress
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.words import duration
 from rlhf_pipeline.terminal import tables
@@ -244,3 +245,20 @@ def test_the_commands_that_are_named_exist(plans, tmp_path):
     group = typer.main.get_command(cli.app)
     for name, arguments in re.findall(r"rlhf-pipeline (\w+) (.*?)\s+#", text):
         group.commands[name].make_context(name, shlex.split(arguments))
+
+
+def test_a_stage_that_has_begun_says_how_long_it_will_take_yet(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "metrics.jsonl").write_text('{"step": 1, "time": 0.0}\n{"step": 3, "time": 20.0}\n')
+    begun = stage("sft", state="partial", progress=Progress("checkpoint", step=3, of=1203))
+    text = printed(tables.say_what_is_left, tmp_path, [begun, stage("reward")])
+    assert text == "sft: 3 h 20 min to go, 1,200 steps at 10 s each\n"
+    assert text in printed(tables.results, tmp_path, [begun])
+
+
+def test_measured_memory_stands_beside_its_forecast_where_there_is_one():
+    on_gpu = stage("sft", record={"peak_memory_bytes": 10 * 2**30, "forecast_memory_bytes": 9 * 2**30})
+    on_cpu = stage("dpo", record={"peak_memory_bytes": 2**30})
+    text = printed(tables.results, Path("runs/t"), [on_gpu, on_cpu])
+    assert "memory of sft: 10.0 GiB (forecast 9.0 GiB, \N{MINUS SIGN}10 %)" in text
+    assert "memory of dpo" not in text
