@@ -4,6 +4,7 @@ import copy
 import random
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,12 +26,14 @@ class Lesson(NamedTuple):
         model: the learner, which changes no more.
         labels: how many it has learned from.
         accuracy: on labels that it has not seen; None where there are none.
+        seconds: how long it took.
     """
 
     number: int
     model: Learner
     labels: int
     accuracy: Accuracy | None
+    seconds: float = 0.0
 
 
 class Learning:
@@ -123,11 +126,12 @@ class Learning:
             for label in labels
             if label.pair in self._replies and label.choice in OUTCOME and label.how != "again"
         ]
+        began = time.monotonic()
         model = copy.copy(self.lesson.model)  # those who ask meanwhile are answered by the one before
         firsts, seconds = np.array([self._replies[label.pair] for label in learned], np.intp).reshape(-1, 2).T
         outcome = np.array([OUTCOME[label.choice] for label in learned])
         model.fit(firsts, seconds, outcome, np.array([label.how == "random" for label in learned], bool))
-        lesson = Lesson(number, model, len(learned), model.accuracy())
+        lesson = Lesson(number, model, len(learned), model.accuracy(), time.monotonic() - began)
         self._learned(lesson)
         return lesson
 

@@ -20,6 +20,7 @@ from rlhf_pipeline.rundir.labels import OTHER, Asked, Choice, Label, Labels, Lea
 LONGEST_REASON = 2000  # characters
 LONGEST_LOOK = 86_400.0  # seconds; somebody went home
 WAIT_S = 0.5  # for what was learned of a click; it is saved already
+SLOW_S = 0.05  # a lesson that takes longer goes on beside the search for the next pair
 BETA = 0.5  # of the policy that is worked out, where nobody says another; rewards are log-odds
 SMALLEST_BETA, LARGEST_BETA = 1e-3, 1e3
 ID = re.compile(r"[0-9A-Za-z-]{8,64}")
@@ -265,8 +266,11 @@ class Session:
 
     def _answer(self, person: str, label: Label | None) -> dict[str, Any]:
         """What the page shows after a click, or after one was taken back."""
-        labels = self._read()
-        in_time = self._learning is not None and self._learning.wait(self._learning.learn(labels), WAIT_S)
+        labels, ask = self._read(), None
+        number = self._learning.learn(labels) if self._learning else 0
+        if self._learning and self._learning.lesson.seconds > SLOW_S:
+            ask = self.next(person)  # meanwhile; of one label less than there are, the best pair is hardly another one
+        in_time = self._learning is not None and self._learning.wait(number, WAIT_S)
         belief = None
         if self._learning and in_time and label is not None and label.pair in self._places:
             first, low, high = self._learning.belief(label.pair)
@@ -278,7 +282,7 @@ class Session:
             "learner": self._learner(),
             "belief": belief,
             "drift": self.drift(person) if label is not None else None,
-            "ask": self.next(person),
+            "ask": ask or self.next(person),
         }
 
     def _progress(self, person: str, labels: Sequence[Label]) -> dict[str, Any]:

@@ -79,15 +79,13 @@ def of_stage(run: Path, recipe: Recipe, stage: str | None) -> Setup:
             place=str(run),
             hint=f"`rlhf-pipeline run {shlex.quote(str(run))}` goes as far as that",
         )
-    asked, of_stage = files.read(found[chosen] / ITEMS), recipe.stages[chosen]
-    until: Any = getattr(of_stage, "until", None)
-    dimensions = getattr(of_stage, "dimensions", None)
+    asked, wanted = files.read(found[chosen] / ITEMS), recipe.stages[chosen]
     return Setup(
         recipe.name,
         chosen,
         asked,
-        dimensions=DIMENSIONS if dimensions is None else dimensions,
-        target=Target(**until.model_dump()) if until else Target(per_item=1),
+        dimensions=DIMENSIONS if wanted.dimensions is None else wanted.dimensions,
+        target=Target(**wanted.until.says) if wanted.until else Target(per_item=1),
         features=_features(found[chosen], asked),
         command=f"rlhf-pipeline run {shlex.quote(str(run))}",
     )

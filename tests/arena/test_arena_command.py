@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from arena_server import Browser, serving, together
+from safetensors.numpy import save_file
 
 from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
@@ -17,7 +19,9 @@ from rlhf_pipeline.arena import serving as serving_page
 from rlhf_pipeline.arena import sources
 from rlhf_pipeline.cli import arena as commands
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.rundir.labels import Label, Labels
+from rlhf_pipeline.rundir import items
+from rlhf_pipeline.rundir.choices import Target
+from rlhf_pipeline.rundir.labels import Label, Labels, Pair
 
 ROWS = [{"prompt": f"p {number}", "replies": ["a", "b", "a"]} for number in range(40)]
 Say = Callable[..., tuple[int, str, str]]
@@ -156,13 +160,103 @@ def test_labels_are_written_and_read_without_a_page(say: Say, tmp_path: Path, mo
 
 
 def sources_pair(setup: sources.Setup) -> Any:
-    from rlhf_pipeline.rundir.labels import Pair
-
     first = setup.items[0]
     return Pair.of(first.key, first.prompt, *first.replies[:2])
 
 
 # What a run has to show
+
+LABELLED = """\
+name: t
+model: {path: tiny, quantization: none, dtype: float32}
+stages:
+  first: {kind: label, data: rows.jsonl}
+  second: {kind: label, data: rows.jsonl, until: {labels: 5, reward_accuracy: ">= 0.7"}, dimensions: [tone]}
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Path:
+    """The directory of a run in which the first stage is done, and the second one waits."""
+    write(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "t.yaml").write_text(LABELLED, encoding="utf-8")
+    run = tmp_path / "runs" / "t"
+    for stage, folder in (("first", run / "first"), ("second", run / "second" / "work")):
+        folder.mkdir(parents=True)
+        items.write(folder / "items.jsonl", [items.item(f"{stage} {number}", ["a", "b"]) for number in range(6)])
+        save_file({"features": np.eye(12, dtype=np.float32)}, folder / "features.safetensors")
+    (run / ".lock").touch()
+    (run / "recipe.yaml").write_text(recipes.to_yaml(recipes.load(str(tmp_path / "t.yaml"))), encoding="utf-8")
+    return run
+
+
+def test_the_stage_that_waits_is_labelled(waiting: Path) -> None:
+    setup = sources.of_stage(waiting, recipes.of_run(waiting), None)
+    assert (setup.title, setup.stage, setup.mode, setup.dimensions) == ("t", "second", "label", ["tone"])
+    assert setup.target == Target(labels=5, reward_accuracy=">= 0.7")
+    assert [one.prompt for one in setup.items] == [f"second {number}" for number in range(6)]
+    assert setup.features is not None and setup.features.shape == (12, 12) and setup.features.dtype == np.float32
+    assert setup.command == f"rlhf-pipeline run {waiting}"
+
+
+def test_a_stage_is_labelled_by_its_name_also_when_it_is_done(waiting: Path) -> None:
+    setup = sources.of_stage(waiting, recipes.of_run(waiting), "first")
+    assert (setup.stage, setup.target) == ("first", Target(per_item=1))
+    assert tuple(setup.dimensions) == sources.DIMENSIONS and setup.items[0].prompt == "first 0"
+
+
+def test_a_finished_run_shows_the_items_of_its_label_stage_apart(waiting: Path) -> None:
+    setup = sources.of_run(waiting, recipes.of_run(waiting))
+    assert (setup.stage, setup.mode, setup.target) == ("arena", "arena", None)
+    assert setup.items[0].prompt == "second 0" and setup.features is not None
+
+
+def test_a_stage_with_nothing_to_label_yet_says_so(say: Say, waiting: Path) -> None:
+    (waiting / "second" / "work" / "items.jsonl").unlink()
+    code, _, err = say("label", "t.yaml", "second")
+    assert code == 2
+    assert err == (
+        f"error: {waiting}: stage `second` has nothing to label yet\n"
+        f"hint: `rlhf-pipeline run {waiting}` goes as far as that\n"
+    )
+    assert sources.of_stage(waiting, recipes.of_run(waiting), None).stage == "first"
+
+
+@pytest.mark.parametrize(
+    ("features", "says"),
+    [
+        (np.eye(11, dtype=np.float32), "these are not finite features of the 12 replies in items.jsonl"),
+        (np.full((12, 2), np.nan, np.float32), "these are not finite features"),
+        (np.zeros(12, np.float32), "these are not finite features"),
+        (None, "the features cannot be read"),
+    ],
+)
+def test_features_of_something_else_are_said(waiting: Path, features: Any, says: str) -> None:
+    file = waiting / "second" / "work" / "features.safetensors"
+    if features is None:
+        file.write_bytes(b"torn")
+    else:
+        save_file({"features": features}, file)
+    with pytest.raises(InputError, match=says):
+        sources.of_stage(waiting, recipes.of_run(waiting), None)
+
+
+def test_without_features_people_label_all_the_same(waiting: Path) -> None:
+    (waiting / "second" / "work" / "features.safetensors").unlink()
+    assert sources.of_stage(waiting, recipes.of_run(waiting), None).features is None
+
+
+@pytest.mark.slow
+def test_the_same_labels_in_the_page_and_in_the_run(waiting: Path) -> None:
+    with serving("label", str(waiting), folder=waiting) as server:
+        browser = Browser(server.links[""])
+        state = browser.client.get("/api/session").json()
+        assert (state["title"], state["stage"], state["has_features"]) == ("t", "second", True)
+        together([browser], lambda browser: [browser.click() for _ in range(5)])
+        code, said = server.end(signal.SIGINT)
+    assert code == 0 and said.splitlines()[-1].startswith("stopped: 5 of 5 labels, accuracy of the reward ")
+    with Labels(waiting / "labels.db") as labels:
+        assert labels.count("second") == 5 and labels.stages() == ["second"]
 
 
 @pytest.fixture

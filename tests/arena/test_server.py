@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from rlhf_pipeline.arena import server
+from rlhf_pipeline.arena import session as sessions
 from rlhf_pipeline.arena.session import Session
 from rlhf_pipeline.arena.sources import Setup
 from rlhf_pipeline.rundir.items import item
@@ -76,6 +78,25 @@ def test_the_link_opens_the_page_and_all_it_needs(anna: TestClient) -> None:
     assert answer["saved"] and answer["ask"]["number"] == 2
     assert anna.post("/api/undo", json={}).json()["saved"]
     assert anna.get("/api/drift").json() is None
+
+
+def test_all_that_is_learned_can_be_sent(labels: Labels, monkeypatch) -> None:
+    monkeypatch.setattr(sessions, "WAIT_S", 30)
+    features = np.array([[float(len(reply) + number)] for number in range(20) for reply in "ab"], np.float32)
+    session = Session(Setup("t", "label", ITEMS, features=features), labels, ["anna"])
+    try:
+        anna = client(session, labels, "anna's token")
+        for _ in range(12):
+            answer = click(anna)
+            assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert found["learner"]["accuracy"] is not None and found["learner"]["calibration"]
+        assert set(found["learner"]["calibration"][0]) == {"from", "to", "n", "said", "true"}
+        assert found["drift"]["candidates"] and found["belief"]
+        assert anna.get("/api/session").json()["learner"] == found["learner"]
+        assert anna.get("/api/drift?beta=2").json()["beta"] == 2
+    finally:
+        session.close()
 
 
 def test_the_cookie_is_for_this_page_alone(session: Session, labels: Labels) -> None:

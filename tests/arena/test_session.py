@@ -22,6 +22,12 @@ CHECKS = [item(f"check {number}", ["right", "wrong"], better=0) for number in ra
 Start = Callable[..., Session]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch) -> None:
+    """A busy machine may take longer to learn than a person waits."""
+    monkeypatch.setattr(sessions, "WAIT_S", 30)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Labels]:
     with Labels(tmp_path / "labels.db") as labels:
@@ -295,8 +301,34 @@ def test_a_click_is_saved_and_answered_however_slow_the_learning_is(start: Start
     assert file.count("label") == 4
     assert [answer["belief"] for answer in answers] == [None] * 3 and answers[-1]["ask"] is not None
     blocked.set()
-    monkeypatch.setattr(sessions, "WAIT_S", 10)
+    monkeypatch.setattr(sessions, "WAIT_S", 30)
     assert click(session)["learner"]["labels"] == 5
+
+
+def test_the_next_pair_is_sought_beside_a_slow_lesson(start: Start, monkeypatch) -> None:
+    session = start(features=FEATURES)
+    click(session)
+    monkeypatch.setattr(sessions, "SLOW_S", 0.0)
+    asked: list[int] = []
+    find = sessions.choosing.choose
+
+    def choose(*arguments, **more):
+        asked.append(session._learning.lesson.labels)  # type: ignore[union-attr]
+        return find(*arguments, **more)
+
+    blocked = threading.Event()
+    fit = sessions.learning.Learner.fit
+
+    def slow(self, *arguments) -> None:
+        blocked.wait(20)
+        fit(self, *arguments)
+
+    monkeypatch.setattr(sessions.choosing, "choose", choose)
+    monkeypatch.setattr(sessions.learning.Learner, "fit", slow)
+    threading.Timer(0.2, blocked.set).start()
+    answer = click(session, choice="tie")
+    assert asked == [1] and answer["learner"]["labels"] == 2 and answer["belief"] is not None
+    assert answer["ask"] == session.next("anna")
 
 
 def test_labels_go_on_where_learning_fails(start: Start, file: Labels, monkeypatch, capsys) -> None:
