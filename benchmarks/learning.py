@@ -14,8 +14,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import labeller
+
 from rlhf_pipeline.recipe import TINY
 
+WAITS = 3  # the exit code of a run that waits for people
 GOLD_SFT = (0.3, 0.65)  # what is outside has learned too little, or leaves nothing to learn
 FIRST_ZERO = {"objective/kl": 1e-3, "rewards/margins": 1e-4, "kl": 1e-4}  # 0 where the policy is its reference
 
@@ -54,6 +57,7 @@ CASES = {
     "best-of-n": Case("tiny-best-of-n", gain=0.15),
     "rlaif": Case("tiny-rlaif", of=("dpo",)),  # its critic answers no questions
     "rounds": Case("tiny-rounds", of=("dpo-3",)),
+    "label": Case("tiny-label"),  # a labeller with the gold judge's mind clicks 200 times
     "constitution": Case("tiny-constitution", sft=(0.4, 0.75)),  # its SFT sees right and polite revisions, too
 }
 
@@ -72,6 +76,16 @@ def base_digest() -> str:
     return hashlib.sha256((TINY / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
 
 
+def choose(command: list[str], folder: str, seed: int) -> None:
+    """Open the page of a run that waits, and have it labelled."""
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            labeller.label(server.stdout.readline().split()[-1], seed=seed)
+        finally:
+            server.terminate()
+
+
 def measure(case: Case, seed: int, overrides: list[str]) -> dict[str, float]:
     """One fresh run; its numbers."""
     settings = [f"seed={seed}", *case.overrides, *overrides]
@@ -80,7 +94,10 @@ def measure(case: Case, seed: int, overrides: list[str]) -> dict[str, float]:
         until = ["--until", case.until] if case.until else []
         before = base_digest()
         run = [*command, "run", case.recipe, *settings, *until]
-        subprocess.run(run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        while (code := subprocess.run(run, cwd=folder, stdout=subprocess.DEVNULL, check=False).returncode) == WAITS:
+            choose([*command, "label", f"runs/{case.recipe}"], folder, seed)
+        if code:
+            raise SystemExit(f"{case.recipe} ended with {code}")
         if base_digest() != before:
             raise SystemExit("the base's weights changed")
         status = [*command, "status", case.recipe, *settings, "--json"]

@@ -139,15 +139,26 @@ def own_cache_home(tmp_path_factory) -> Iterator[None]:
     shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def closed_form() -> ModuleType:
-    """`benchmarks/closed_form.py` as a module; its folder is no package."""
-    file = Path(__file__).resolve().parents[1] / "benchmarks" / "closed_form.py"
-    spec = importlib.util.spec_from_file_location("closed_form", file)
+def benchmark(name: str) -> ModuleType:
+    """A script in `benchmarks/` as a module; its folder is no package."""
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def closed_form() -> ModuleType:
+    """`benchmarks/closed_form.py`."""
+    return benchmark("closed_form")
+
+
+@pytest.fixture(scope="session")
+def labeller() -> ModuleType:
+    """`benchmarks/labeller.py`."""
+    return benchmark("labeller")
 
 
 @pytest.fixture(autouse=True)
