@@ -41,7 +41,7 @@ GROUP = typer.main.get_command(cli.app)
 TUTORIAL = "docs/tutorial.md"
 # Of these, outside the tutorial, options, overrides and recipes are checked: they train, read or draw much, or want a
 # model from the hub.
-NOT_RUN = {"run", "sweep", "smoke", "validate", "forecast", "data", "shrink", "plan", "report"}
+NOT_RUN = {"run", "sweep", "smoke", "validate", "forecast", "data", "shrink", "plan", "report", "serve"}
 KINDS = ("sft", "reward", "ppo", "dpo")
 
 

@@ -30,6 +30,7 @@ LONG = {
     "shrink": "imports torch",
     "chat": "imports torch",
     "score": "imports torch",
+    "serve": "imports torch",
     "compare": "imports torch",
     "export": "imports torch",
     "label": "waits for people",
@@ -206,7 +207,8 @@ WRONG = {
     "prune": ("gone",), "compare": ("gone",), "report": ("gone",), "shrink": ("./gone", "out"),
     "export": ("gone", "ppo", "out"), "ls": ("too", "many"), "env": ("too", "many"),
     "docs": ("gone",), "runs": ("gone",), "forecast": ("gone.yaml",),
-    "schema": ("too", "many"), "chat": ("gone",), "score": ("gone", "rows.jsonl"), "watch": ("gone",),
+    "schema": ("too", "many"), "chat": ("gone",), "score": ("gone", "rows.jsonl"), "serve": ("gone",),
+    "watch": ("gone",),
     "label": ("gone",), "arena": ("gone",),
 }  # fmt: skip
 RIGHT = {

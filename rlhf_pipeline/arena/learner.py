@@ -154,6 +154,11 @@ class Learner:
         mean, variance = self._posterior(products, norms.astype(np.float64))
         return mean, np.sqrt(variance)
 
+    def means(self) -> Floats:
+        """The means of all rewards, `[replies]`, in log-odds; `rewards` says more, and takes longer."""
+        dual = self._signs() * self._mode.dual
+        return self.scale**2 * (dual @ self._with_replies[self._pair_rows()])
+
     def informative(self, first: ArrayLike, second: ArrayLike) -> Floats:
         """How much is to be learned from people's answer about pairs, `[m]`, in nats; see `asking.information`."""
         return asking.information(*self._log_odds(np.asarray(first, np.intp), np.asarray(second, np.intp)))

@@ -3,11 +3,11 @@
 import sys
 import traceback
 
-from rlhf_pipeline.cli import runs, recipes, results, sweeps, arena  # isort: skip  the order of their commands in the help
+from rlhf_pipeline.cli import runs, recipes, results, sweeps, arena, serving  # isort: skip  the order of their commands in the help
 from rlhf_pipeline.cli.shared import app, say
 from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 
-__all__ = ["app", "arena", "main", "recipes", "results", "runs", "sweeps"]
+__all__ = ["app", "arena", "main", "recipes", "results", "runs", "serving", "sweeps"]
 
 
 def _complain(message: str, hint: str | None) -> None:

@@ -26,7 +26,7 @@ GROUPS = {
     "Start": ("ls", "cp", "schema", "docs", "env"),
     "Check": ("plan", "validate", "show", "data", "forecast", "smoke", "shrink"),
     "Run": ("run", "label", "sweep", "watch", "status"),
-    "Look": ("runs", "report", "diff", "compare", "chat", "arena", "score"),
+    "Look": ("runs", "report", "diff", "compare", "chat", "arena", "score", "serve"),
     "Keep": ("export", "prune"),
 }
 
