@@ -2,7 +2,7 @@
 
 run.svg, report.png: `rlhf-pipeline run tiny` in the middle of PPO, and the top of its report.
 arena.png, arena-dark.png, arena-phone.png: the page of `rlhf-pipeline label` on the run of `tiny-label`, after its gold
-judge has chosen. With `arena` as the only argument, these alone.
+judge has chosen for a while. With `arena` as the only argument, these alone.
 """
 
 import os
@@ -30,7 +30,8 @@ COLUMNS, LINES = 84, 40
 REPORT = {"width": 1320, "height": 1890}
 ARENA = {"width": 1360, "height": 1080}
 PHONE = {"width": 390, "height": 844}
-CHOICES = 40  # before the pictures of the arena are taken
+CHOICES = 110  # before the pictures of the arena are taken
+DIMENSIONS = "feedback.dimensions=[helpfulness, honesty, harmlessness, conciseness]"
 WAITING = 3  # the exit code of `run` where a stage waits for people
 READ_S = 0.3  # a choice sooner after a pair is shown is none
 
@@ -92,7 +93,7 @@ def _of_the_arena() -> None:
     """A run that waits for people, and its page: choose as the gold judge would, then look."""
     with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
         command = [sys.executable, "-m", "rlhf_pipeline"]
-        waits = subprocess.run([*command, "run", "tiny-label"], cwd=folder)
+        waits = subprocess.run([*command, "run", "tiny-label", DIMENSIONS], cwd=folder)
         if waits.returncode != WAITING:
             sys.exit(f"the run should wait for people: exit code {waits.returncode}")
         run = str(next(Path(folder, "runs").iterdir()))
@@ -104,8 +105,10 @@ def _of_the_arena() -> None:
             with _browser() as browser:
                 tab = browser.new_page(viewport=ARENA)
                 tab.goto(link)
-                for _ in range(CHOICES):
-                    _choose(tab)
+                tab.wait_for_selector("#pair")
+                chosen = [_choose(tab) for _ in range(CHOICES)]
+                while chosen[-1] == "t":
+                    chosen.append(_choose(tab))
                 tab.wait_for_timeout(600)
                 tab.screenshot(path=IMAGES / "arena.png")
                 tab.emulate_media(color_scheme="dark")
@@ -118,14 +121,20 @@ def _of_the_arena() -> None:
             serving.wait()
 
 
-def _choose(tab: Page) -> None:
-    """Press the key of the better reply, and wait for the next pair."""
+def _choose(tab: Page) -> str:
+    """Press the key of the better reply, wait for the next pair, and say which key it was.
+
+    Better is what the gold judge says, and between equal ones the polite one.
+    """
     number = tab.locator("#number").inner_text()
     prompt, left, right = (tab.locator(f"#{name}").inner_text().strip() for name in ("prompt", "left", "right"))
-    first, second = world.judge([prompt, prompt], [left, right])
+    golds = world.judge([prompt, prompt], [left, right])
+    first, second = ((gold, world.is_polite(reply)) for gold, reply in zip(golds, (left, right), strict=True))
+    key = "t" if first == second else "ArrowLeft" if first > second else "ArrowRight"
     time.sleep(READ_S)
-    tab.keyboard.press("t" if first == second else "ArrowLeft" if first > second else "ArrowRight")
+    tab.keyboard.press(key)
     tab.wait_for_function("before => document.querySelector('#number').textContent !== before", arg=number)
+    return key
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def test_a_whole_session_by_keyboard(browser, arena):
     answer("ArrowDown", means="bad")
     answer("b", means="bad")
     answer("s", means="skip")
-    for key in ("1", better(page), "2", "t", "4", worse(page), "3", "Escape", "r"):
+    for key in ("1", better(page), "2", "t", "4", worse(page), "3", "ArrowDown", "Escape", "r"):
         page.keyboard.press(key)
     page.keyboard.type("b and s are letters here: ← too")
     page.keyboard.press("Escape")

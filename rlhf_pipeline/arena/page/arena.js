@@ -10,11 +10,23 @@ const TIMEOUT_MS = 15000;
 const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 const LETTERS = { left: "A", right: "B" };
 const WORDS = { left: "A is better", right: "B is better", tie: "a tie", bad: "both bad", skip: "skipped" };
-const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", t: "tie", ArrowDown: "bad", b: "bad", s: "skip" };
+const KEYS = {
+  ArrowLeft: "left",
+  ArrowRight: "right",
+  ArrowUp: "tie",
+  t: "tie",
+  ArrowDown: "bad",
+  b: "bad",
+  s: "skip",
+};
 
 const at = (id) => document.getElementById(id);
 const percent = (share) => `${Math.round(100 * share)}%`;
-const decimal = (value) => value.toFixed(2).replace(/^-(?!0\.00$)/, "−").replace("-", "");
+const decimal = (value) =>
+  value
+    .toFixed(2)
+    .replace(/^-(?!0\.00$)/, "−")
+    .replace("-", "");
 const seconds = () => performance.now() / 1000;
 
 let session = null;
@@ -140,7 +152,11 @@ async function send() {
     } else {
       setMade([]);
       await start();
-      say(body.label ? "The last choice was made in another window: undo again to take that back." : "There is nothing to undo.");
+      say(
+        body.label
+          ? "The last choice was made in another window: undo again to take that back."
+          : "There is nothing to undo.",
+      );
     }
   } catch (error) {
     const repeatable = body.id || body.label;
@@ -150,7 +166,12 @@ async function send() {
     }
     settle(first);
     await start();
-    say(error.status === 409 ? "That pair was answered in another window; here is the next." : `Not saved: ${error.message}`, "bad");
+    say(
+      error.status === 409
+        ? "That pair was answered in another window; here is the next."
+        : `Not saved: ${error.message}`,
+      "bad",
+    );
   }
 }
 
@@ -195,7 +216,11 @@ function after(answer, label) {
   const next = answer.ask ? `Pair ${answer.ask.number} is shown.` : "";
   if (label) {
     const saved = label.choice === "skip" ? "Skipped" : `Saved: ${WORDS[label.choice]}`;
-    say(saved, "saved", `${answer.progress.text}. ${label.choice === "skip" ? "" : at("belief-text").textContent} ${next}`);
+    say(
+      saved,
+      "saved",
+      `${answer.progress.text}. ${label.choice === "skip" ? "" : at("belief-text").textContent} ${next}`,
+    );
   } else {
     say("Taken back: choose again.", "", next);
   }
@@ -278,14 +303,20 @@ function setBusy(now, choice = null) {
     button.setAttribute("aria-disabled", String(now));
     button.classList.toggle("pressed", now && button.dataset.choice === choice);
   }
-  for (const reply of document.querySelectorAll(".reply")) reply.classList.toggle("chosen", now && reply.dataset.side === choice);
+  for (const reply of document.querySelectorAll(".reply"))
+    reply.classList.toggle("chosen", now && reply.dataset.side === choice);
 }
 
 function showEnd() {
   const { progress, mode } = session;
   at("reached").hidden = !progress.reached || mode !== "label";
   const go = make("code", {}, session.command ?? "rlhf-pipeline run RECIPE");
-  at("reached-text").replaceChildren(`${progress.text}. `, go, " goes on from here with these labels. ", ask ? "More labels are welcome until then." : "");
+  at("reached-text").replaceChildren(
+    `${progress.text}. `,
+    go,
+    " goes on from here with these labels. ",
+    ask ? "More labels are welcome until then." : "",
+  );
   at("nothing").hidden = Boolean(ask);
   if (ask) return;
   const empty = !progress.labels && !progress.mine && !progress.skipped;
@@ -305,23 +336,42 @@ function makeDimensions() {
   at("dimensions").replaceChildren(
     ...names.map((name, i) => {
       const key = i < 9 ? make("kbd", { "aria-hidden": "true" }, String(i + 1)) : null;
-      const three = [["left", "A"], ["tie", "="], ["right", "B"]].map(([side, letter]) => {
+      const three = [
+        ["left", "A"],
+        ["tie", "="],
+        ["right", "B"],
+      ].map(([side, letter]) => {
         const words = `${name}: ${WORDS[side]}`;
         const kind = side === "left" ? "a" : side === "right" ? "b" : "";
-        const button = make("button", { type: "button", class: kind, "aria-pressed": "false", "aria-label": words, "data-side": side }, letter);
+        const button = make(
+          "button",
+          { type: "button", class: kind, "aria-pressed": "false", "aria-label": words, "data-side": side },
+          letter,
+        );
         button.addEventListener("click", () => answerDimension(name, side));
         return button;
       });
       const label = make("span", {}, key, key ? " " : "", name);
-      return make("div", { class: "dimension", role: "group", "aria-label": name, "data-name": name }, label, make("div", { class: "three" }, ...three));
+      return make(
+        "div",
+        { class: "dimension", role: "group", "aria-label": name, "data-name": name },
+        label,
+        make("div", { class: "three" }, ...three),
+      );
     }),
   );
   const last = Math.min(9, names.length);
-  at("more-keys").replaceChildren(...(last ? [make("kbd", {}, "1"), last > 1 ? "…" : "", last > 1 ? make("kbd", {}, String(last)) : "", " then an arrow"] : []));
+  at("more-keys").replaceChildren(
+    ...(last
+      ? [make("kbd", {}, "1"), last > 1 ? "…" : "", last > 1 ? make("kbd", {}, String(last)) : "", " then an arrow"]
+      : []),
+  );
   at("more-title").parentElement.hidden = !last;
   const help = at("help-dimensions");
   help.hidden = !last;
-  help.cells[0].replaceChildren(...(last > 1 ? [make("kbd", {}, "1"), " … ", make("kbd", {}, String(last))] : [make("kbd", {}, "1")]));
+  help.cells[0].replaceChildren(
+    ...(last > 1 ? [make("kbd", {}, "1"), " … ", make("kbd", {}, String(last))] : [make("kbd", {}, "1")]),
+  );
   help.cells[1].textContent = `${names.slice(0, 9).join(", ")}: then ←, → or ↑ says which reply is better in this; the same again takes it back`;
 }
 
@@ -379,7 +429,8 @@ function showProgress(progress) {
   const [done, of] = parts.sort((one, other) => one[0] / one[1] - other[0] / other[1])[0] ?? [0, 0];
   at("done-so-far").hidden = false;
   at("progress-text").textContent = progress.text;
-  at("progress-mine").textContent = `yours ${progress.mine}` + (progress.skipped ? `, skipped ${progress.skipped}` : "");
+  at("progress-mine").textContent =
+    `yours ${progress.mine}` + (progress.skipped ? `, skipped ${progress.skipped}` : "");
   at("progress").hidden = !of;
   meter(at("progress"), done, of || 1);
   at("progress").classList.toggle("full", progress.reached);
@@ -398,14 +449,18 @@ function showLearner(learner) {
   at("learnt-note").textContent = !session.has_features
     ? "The replies have no features here, so no reward model learns while you choose. Labels are kept all the same."
     : "A small Bayesian reward model over the frozen model's features, fitted again after each label." +
-      (measured ? "" : ` Its accuracy is measured on pairs that were drawn at random: ${learner?.tested ?? 0} labels so far, and shown from ${MEASURED}.`);
+      (measured
+        ? ""
+        : ` Its accuracy is measured on pairs that were drawn at random: ${learner?.tested ?? 0} labels so far, and shown from ${MEASURED}.`);
   at("calibration").hidden = !measured || !learner.calibration?.some((bin) => bin.n);
   if (!measured) return;
   at("accuracy").textContent = learner.accuracy.toFixed(2);
-  at("accuracy-interval").textContent = `${learner.low.toFixed(2)} to ${learner.high.toFixed(2)} (95%), ${count(learner.tested, "label")}`;
+  at("accuracy-interval").textContent =
+    `${learner.low.toFixed(2)} to ${learner.high.toFixed(2)} (95%), ${count(learner.tested, "label")}`;
   const points = remember(learner);
   at("history").replaceChildren(historyChart(points, wantedAccuracy()));
-  if (!at("calibration").hidden) at("calibration-chart").replaceChildren(calibrationChart(learner.calibration.filter((bin) => bin.n)));
+  if (!at("calibration").hidden)
+    at("calibration-chart").replaceChildren(calibrationChart(learner.calibration.filter((bin) => bin.n)));
 }
 
 // The number in a target as `>= 0.7`.
@@ -430,23 +485,36 @@ function historyChart(points, wanted) {
   const last = Math.max(points.at(-1).labels, first + 1);
   const lowest = Math.min(0.4, ...points.map((point) => point.low));
   const floor = Math.max(0, Math.floor(10 * lowest) / 10);
-  const x = (labels) => (points.length === 1 ? wide - right - 6 : left + ((labels - first) / (last - first)) * (wide - left - right));
+  const x = (labels) =>
+    points.length === 1 ? wide - right - 6 : left + ((labels - first) / (last - first)) * (wide - left - right);
   const y = (value) => top + ((1 - value) / (1 - floor)) * (high - top - bottom);
   const end = points.at(-1);
-  const words = `Held-out accuracy by labels: ${points.length > 1 ? `${points[0].accuracy.toFixed(2)} at ${count(first, "label")}, now ` : ""}` +
+  const words =
+    `Held-out accuracy by labels: ${points.length > 1 ? `${points[0].accuracy.toFixed(2)} at ${count(first, "label")}, now ` : ""}` +
     `${end.accuracy.toFixed(2)} at ${count(end.labels, "label")}${wanted ? `; ${wanted} is wanted` : ""}.`;
   const svg = draw("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": words });
   for (const value of [0.5, 1]) {
-    svg.append(draw("line", { class: "rule", x1: left, x2: wide - right, y1: y(value), y2: y(value) }), draw("text", { class: "end", x: left - 6, y: y(value) + 4 }, String(value)));
+    svg.append(
+      draw("line", { class: "rule", x1: left, x2: wide - right, y1: y(value), y2: y(value) }),
+      draw("text", { class: "end", x: left - 6, y: y(value) + 4 }, String(value)),
+    );
   }
   if (wanted) {
-    svg.append(draw("line", { class: "wanted", x1: left, x2: wide - right, y1: y(wanted), y2: y(wanted) }), draw("text", { class: "wanted", x: left + 4, y: y(wanted) - 4 }, `${wanted} wanted`));
+    svg.append(
+      draw("line", { class: "wanted", x1: left, x2: wide - right, y1: y(wanted), y2: y(wanted) }),
+      draw("text", { class: "wanted", x: left + 4, y: y(wanted) - 4 }, `${wanted} wanted`),
+    );
   }
   if (points.length > 1) {
     const up = points.map((point) => `${x(point.labels)},${y(point.high)}`);
     const down = points.map((point) => `${x(point.labels)},${y(point.low)}`).reverse();
     svg.append(draw("polygon", { class: "band", points: [...up, ...down].join(" ") }));
-    svg.append(draw("polyline", { class: "line", points: points.map((point) => `${x(point.labels)},${y(point.accuracy)}`).join(" ") }));
+    svg.append(
+      draw("polyline", {
+        class: "line",
+        points: points.map((point) => `${x(point.labels)},${y(point.accuracy)}`).join(" "),
+      }),
+    );
     svg.append(draw("text", { x: left, y: high - 3 }, count(first, "label")));
   }
   svg.append(draw("line", { class: "whisker", x1: x(end.labels), x2: x(end.labels), y1: y(end.low), y2: y(end.high) }));
@@ -472,7 +540,9 @@ function calibrationChart(bins) {
   svg.append(draw("line", { class: "diagonal", x1: x(low), y1: y(low), x2: x(1), y2: y(1) }));
   const most = Math.max(...bins.map((bin) => bin.n));
   for (const bin of bins) {
-    svg.append(draw("circle", { class: "dot", cx: x(bin.said), cy: y(bin.true), r: 3 + 4.5 * Math.sqrt(bin.n / most) }));
+    svg.append(
+      draw("circle", { class: "dot", cx: x(bin.said), cy: y(bin.true), r: 3 + 4.5 * Math.sqrt(bin.n / most) }),
+    );
   }
   return svg;
 }
@@ -481,12 +551,26 @@ function showBelief(belief, choice) {
   at("belief").hidden = !belief;
   if (!belief) return at("belief-text").replaceChildren();
   const side = belief.left >= 0.5 ? "left" : "right";
-  const [share, low, high] = side === "left" ? [belief.left, belief.low, belief.high] : [1 - belief.left, 1 - belief.high, 1 - belief.low];
+  const [share, low, high] =
+    side === "left" ? [belief.left, belief.low, belief.high] : [1 - belief.left, 1 - belief.high, 1 - belief.low];
   const yours = choice === "skip" ? "You skipped it. " : choice ? `You said ${WORDS[choice]}. ` : "";
-  const its = choice === side ? "So does the model now: " : choice in LETTERS ? `The model still says ${LETTERS[side]}: ` : `The model says ${LETTERS[side]}: `;
-  at("belief-text").replaceChildren(yours + its, make("b", {}, percent(share)), ` (${percent(low)} to ${percent(high)}).`);
+  const its =
+    choice === side
+      ? "So does the model now: "
+      : choice in LETTERS
+        ? `The model still says ${LETTERS[side]}: `
+        : `The model says ${LETTERS[side]}: `;
+  at("belief-text").replaceChildren(
+    yours + its,
+    make("b", {}, percent(share)),
+    ` (${percent(low)} to ${percent(high)}).`,
+  );
   const [wide, x] = [310, (value) => 24 + value * 262];
-  const svg = draw("svg", { viewBox: `0 0 ${wide} 24`, role: "img", "aria-label": `Between A and B: ${percent(belief.left)} for A.` });
+  const svg = draw("svg", {
+    viewBox: `0 0 ${wide} 24`,
+    role: "img",
+    "aria-label": `Between A and B: ${percent(belief.left)} for A.`,
+  });
   const place = 1 - belief.left; // towards A is to the left
   svg.append(draw("rect", { class: "side-a", x: x(0), y: 9, width: x(0.5) - x(0), height: 6, rx: 3, opacity: 0.45 }));
   svg.append(draw("rect", { class: "side-b", x: x(0.5), y: 9, width: x(1) - x(0.5), height: 6, rx: 3, opacity: 0.45 }));
@@ -524,34 +608,39 @@ function showDrift(drift) {
   at("kl").replaceChildren(drift.kl.toFixed(2), make("span", {}, ` of at most ${most.toFixed(2)} nats`));
   meter(at("kl-meter"), Number(drift.kl.toFixed(3)), Number(most.toFixed(3)));
   at("kl-meter").setAttribute("aria-valuetext", at("kl").textContent);
-  const open = new Set([...at("candidates").querySelectorAll("details[open]")].map((one) => one.dataset.html));
   const largest = Math.max(...drift.candidates.flatMap((one) => [one.probability, one.base_probability]));
   const sorted = [...drift.candidates].sort((one, other) => other.reward - one.reward);
   const rows = at("candidates").children;
   sorted.forEach((one, i) => {
-    const old = rows[i]?.querySelector("details")?.dataset.html === one.html ? rows[i] : null;
-    const row = old ?? candidate(one, open.has(one.html));
+    const name = JSON.stringify([one.html, one.was]);
+    const old = rows[i]?.dataset.name === name ? rows[i] : null; // it stays open where it is open
+    const row = old ?? candidate(one, name);
     row.querySelector(".share").textContent = percent(one.probability);
     const [base, policy] = row.querySelectorAll(".bars i");
     base.style.width = `${(100 * one.base_probability) / largest}%`;
     policy.style.width = `${(100 * one.probability) / largest}%`;
-    row.querySelector("small").textContent = `reward ${decimal(one.reward)}; ${percent(one.base_probability)} → ${percent(one.probability)}`;
+    row.querySelector("small").textContent =
+      `reward ${decimal(one.reward)}; ${percent(one.base_probability)} → ${percent(one.probability)}`;
     if (!old && rows[i]) rows[i].replaceWith(row);
     else if (!old) at("candidates").append(row);
   });
   while (rows.length > sorted.length) rows[sorted.length].remove();
 }
 
-function candidate(one, open) {
+function candidate(one, name) {
   const text = prose(one.html);
   const snippet = make("bdi", { class: "snippet" }, text.textContent.trim().replace(/\s+/g, " ").slice(0, 160));
   const letter = LETTERS[one.was] ?? null;
   const badge = letter
     ? make("span", { class: `letter ${letter.toLowerCase()}` }, make("span", { class: "unseen" }, "Reply "), letter)
     : make("span", { class: "letter none", "aria-hidden": "true" });
-  const details = make("details", { "data-html": one.html }, make("summary", {}, badge, snippet, make("span", { class: "share" })), text);
-  details.open = open;
-  return make("li", {}, details, make("div", { class: "bars" }, make("i", { class: "base" }), make("i", { class: "policy" }), make("small")));
+  const details = make("details", {}, make("summary", {}, badge, snippet, make("span", { class: "share" })), text);
+  return make(
+    "li",
+    { "data-name": name },
+    details,
+    make("div", { class: "bars" }, make("i", { class: "base" }), make("i", { class: "policy" }), make("small")),
+  );
 }
 
 // ---- People
@@ -571,8 +660,15 @@ async function showPeople() {
     alpha === null || alpha === undefined
       ? "Krippendorff's α compares what several people chose on the same pairs; so far no pair has been labelled by two."
       : "Krippendorff's α is 1 where all agree and 0 where they agree as often as by chance. Krippendorff asks for 0.8, and for 0.667 at the least.";
-  const facts = [["all choices, α", number(alpha)], ...Object.entries(found.dimensions ?? {}).map(([name, value]) => [`${name}, α`, number(value)])];
-  at("alphas").replaceChildren(...facts.map(([name, value], i) => make("div", { class: i ? "" : "first" }, make("dt", {}, name), make("dd", {}, value))));
+  const facts = [
+    ["all choices, α", number(alpha)],
+    ...Object.entries(found.dimensions ?? {}).map(([name, value]) => [`${name}, α`, number(value)]),
+  ];
+  at("alphas").replaceChildren(
+    ...facts.map(([name, value], i) =>
+      make("div", { class: i ? "" : "first" }, make("dt", {}, name), make("dd", {}, value)),
+    ),
+  );
   const row = (name, cells) => {
     const named = cells.map(([column, value]) => make("td", { class: "n", "data-name": column }, value));
     return make("tr", {}, make("th", { scope: "row" }, make("bdi", {}, name)), ...named);
@@ -589,14 +685,24 @@ async function showPeople() {
     ),
   );
   at("between").hidden = !found.pairs.length;
-  at("between-rows").replaceChildren(...found.pairs.map((one) => row(`${one.a} and ${one.b}`, [["Cohen's κ", number(one.kappa)], ["pairs", String(one.n)]])));
+  at("between-rows").replaceChildren(
+    ...found.pairs.map((one) =>
+      row(`${one.a} and ${one.b}`, [
+        ["Cohen's κ", number(one.kappa)],
+        ["pairs", String(one.n)],
+      ]),
+    ),
+  );
 }
 
 function showView() {
   const people = location.hash === "#people" && session.is_owner;
   at("label-view").hidden = people;
   at("people-view").hidden = !people;
-  for (const [link, here] of [["to-people", people], ["to-label", !people]]) {
+  for (const [link, here] of [
+    ["to-people", people],
+    ["to-label", !people],
+  ]) {
     if (here) at(link).setAttribute("aria-current", "page");
     else at(link).removeAttribute("aria-current");
   }
@@ -613,7 +719,8 @@ function onKey(event) {
     return;
   }
   // On a keyboard of another script the place of the key decides.
-  const key = event.key.length === 1 && event.key > "~" ? event.code.replace(/^(Key|Digit)/, "").toLowerCase() : event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const typed = event.key.length === 1 && event.key > "~" ? event.code.replace(/^(Key|Digit)/, "") : event.key;
+  const key = typed.length === 1 ? typed.toLowerCase() : typed;
   if (key === "?") return take(event, openHelp);
   if (!at("keys-on").checked || at("label-view").hidden) return;
   if (key === "u") return take(event, undo);
@@ -623,7 +730,8 @@ function onKey(event) {
   if (scrolled && vertical && scrolled.scrollHeight > scrolled.clientHeight + 4) return; // it scrolls
   const choice = KEYS[key];
   if (armed && key === "Escape") return take(event, () => arm(armed));
-  if (armed && ["left", "right", "tie"].includes(choice)) return take(event, () => answerDimension(armed, choice));
+  if (armed && choice)
+    return take(event, () => ["left", "right", "tie"].includes(choice) && answerDimension(armed, choice));
   if (choice) return take(event, () => choose(choice));
   if (key === "r") return take(event, () => openReason(true, true));
   if (key === "x") return take(event, () => toggleWhole([...document.querySelectorAll(".reply")]));
@@ -647,8 +755,13 @@ async function refresh() {
   const { title, stage, mode, person } = session;
   document.title = `${title} · ${mode}`;
   at("title").textContent = title;
-  at("kicker").replaceChildren(`rlhf-pipeline ${mode}`, ...(mode === "label" && stage ? [" · ", make("bdi", {}, stage)] : []), ...(person ? [" · ", make("bdi", {}, person)] : []));
+  at("kicker").replaceChildren(
+    `rlhf-pipeline ${mode}`,
+    ...(mode === "label" && stage ? [" · ", make("bdi", {}, stage)] : []),
+    ...(person ? [" · ", make("bdi", {}, person)] : []),
+  );
   at("to-label").hidden = at("to-people").hidden = !session.is_owner;
+  at("label-view").classList.toggle("alone", !session.has_features);
   makeDimensions();
   showView();
   showProgress(session.progress);
@@ -679,8 +792,10 @@ document.addEventListener("visibilitychange", () => {
 window.addEventListener("hashchange", () => session && showView());
 window.addEventListener("online", () => at("banner").hidden || at("try-now").click());
 new ResizeObserver(() => ask && !at("label-view").hidden && measure()).observe(at("replies"));
-for (const button of document.querySelectorAll("[data-choice]")) button.addEventListener("click", () => choose(button.dataset.choice));
-for (const button of document.querySelectorAll(".whole")) button.addEventListener("click", () => toggleWhole([button.closest(".reply")]));
+for (const button of document.querySelectorAll("[data-choice]"))
+  button.addEventListener("click", () => choose(button.dataset.choice));
+for (const button of document.querySelectorAll(".whole"))
+  button.addEventListener("click", () => toggleWhole([button.closest(".reply")]));
 at("undo").addEventListener("click", undo);
 at("try-now").addEventListener("click", () => (session && queue().length ? send() : start()));
 at("look-again").addEventListener("click", start);
@@ -689,7 +804,9 @@ at("reason").addEventListener("input", keepDraft);
 at("open-help").addEventListener("click", openHelp);
 at("close-help").addEventListener("click", () => at("help").close());
 at("keys-on").checked = localStorage.getItem("arena keys") !== "off";
-at("keys-on").addEventListener("change", () => localStorage.setItem("arena keys", at("keys-on").checked ? "on" : "off"));
+at("keys-on").addEventListener("change", () =>
+  localStorage.setItem("arena keys", at("keys-on").checked ? "on" : "off"),
+);
 at("beta").addEventListener("input", () => {
   beta = 10 ** Number(at("beta").value);
   showBeta(beta);
