@@ -39,9 +39,22 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 GROUP = typer.main.get_command(cli.app)
 TUTORIAL = "docs/tutorial.md"
-# Of these, outside the tutorial, options, overrides and recipes are checked: they train, read or draw much, or want a
-# model from the hub.
-NOT_RUN = {"run", "sweep", "smoke", "validate", "forecast", "data", "shrink", "plan", "report", "serve"}
+# Of these, outside the tutorial, options, overrides and recipes are checked: they train, wait for people, read or draw
+# much, or want a model from the hub.
+NOT_RUN = {
+    "run",
+    "sweep",
+    "label",
+    "arena",
+    "serve",
+    "smoke",
+    "validate",
+    "forecast",
+    "data",
+    "shrink",
+    "plan",
+    "report",
+}
 KINDS = ("sft", "reward", "ppo", "dpo")
 
 
