@@ -22,6 +22,7 @@ from rlhf_pipeline.forecast import result as forecasts
 from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.rundir.layout import Progress
+from rlhf_pipeline.rundir.pace import ToGo
 from rlhf_pipeline.smoke.run import Report, Smoked
 from rlhf_pipeline.sweep.goal import Goal
 from rlhf_pipeline.sweep.keys import Combination
@@ -271,10 +272,11 @@ def test_forecast():
     change = forecasts.Change({"sft.trainer.max_length": 8}, 9, "shorter texts")
     one = StageForecast("sft", "sft", phases, 2, 4, 8, 16, (change,), ("a note",))
     other = StageForecast("asked", "judge", phases, 2, 4, None)
-    compare(
-        "forecast",
-        [Forecast("24 GB", 10, (one, other), ("a note",)).as_json(), Forecast("a GPU", None, (one,)).as_json()],
-    )
+    outputs = [Forecast("24 GB", 10, (one, other), ("a note",)).as_json(), Forecast("a GPU", None, (one,)).as_json()]
+    for output in outputs:
+        for stage, left in zip(output["stages"], (ToGo(1.5, 9), None), strict=False):
+            stage["to_go"] = left and left.as_json()
+    compare("forecast", outputs)
 
 
 def test_sweep(tmp_path):

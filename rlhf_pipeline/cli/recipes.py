@@ -127,8 +127,8 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, gpu: Gpu = Non
 @app.command(
     epilog=examples(
         ("forecast my-recipe.yaml --gpu 24GB", "whether it fits on such a card, and what to change if not"),
-        ('forecast my-recipe.yaml --gpu "RTX 4090"', "the same by the card's name"),
         ("forecast my-recipe.yaml ppo.trainer.response_length=1024", "what a setting would take"),
+        ("forecast my-recipe.yaml --measure", "how long it will take here, by a step or two of each stage"),
         ("forecast my-recipe.yaml --json", "the same for scripts; see `rlhf-pipeline docs json`"),
     )
 )
@@ -136,6 +136,9 @@ def forecast(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     gpu: Gpu = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time a step of each stage here, with the model itself.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say how much GPU memory each stage will take.
@@ -146,16 +149,22 @@ def forecast(
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.forecast import cards
     from rlhf_pipeline.run import runner
-    from rlhf_pipeline.terminal import forecasts
+    from rlhf_pipeline.terminal import forecasts, tables
     from rlhf_pipeline.terminal.console import Console
 
     card = cards.find(gpu)
-    loaded = recipes.load(recipe, overrides or [], weights=False)
+    loaded = recipes.load(recipe, overrides or [], weights=measure)
     found = runner.foresee(loaded, card)
+    times = runner.measure(loaded) if measure else {}
     if as_json:
-        typer.echo(strict_json.dumps(found.as_json(), indent=2))
+        object_ = found.as_json()
+        for stage in object_["stages"]:
+            stage["to_go"] = times[stage["name"]].as_json() if stage["name"] in times else None
+        typer.echo(strict_json.dumps(object_, indent=2))
     else:
         forecasts.show(found, Console())
+        for name, left in times.items():
+            typer.echo(f"{name}: {tables.in_words(left)}")
     raise typer.Exit(int(found.fits is False))
 
 

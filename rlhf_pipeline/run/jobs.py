@@ -32,14 +32,14 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     Args:
         recipe: the recipe.
         launcher: starts the worker.
-        task: `check`, `forecast`, `train`, `judge`, `compare` or `features`.
+        task: `check`, `forecast`, `measure`, `train`, `judge`, `compare` or `features`.
         job_file: where to write the job down; the result comes to be beside it.
         log: takes what the worker prints.
         what: the job in words, as the subject of `… failed`.
         details: what else the task needs; see `rlhf_pipeline.run.worker`.
 
     Raises:
-        InputError: the check, the forecast or the reading of features found something wrong.
+        InputError: the check, a forecast, a measured step or the reading of features found something wrong.
         CheckpointError: the checkpoint that it should resume from cannot be.
         RunError: the job failed, or its worker ended without a result, with whatever exit code.
         OSError: the job cannot be written down.
@@ -54,7 +54,7 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
         return Ended(result, stopped=False)
     if code == WAITING and result is not None:
         return Ended({}, stopped=False, waits=str(result["waits"]))
-    if code == 2 and task in ("check", "forecast", "features") and result is not None:
+    if code == 2 and task in ("check", "forecast", "measure", "features") and result is not None:
         raise InputErrors([InputError(**_as_written(recipe, problem)) for problem in result["problems"]])
     if code == 1 and result is not None and "unusable" in result:
         raise durable.CheckpointError(Path(result["unusable"]["checkpoint"]), redact(result["unusable"]["why"]))

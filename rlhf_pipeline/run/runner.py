@@ -40,6 +40,7 @@ from rlhf_pipeline.rundir.layout import (
     RunDirectory,
     read_json,
 )
+from rlhf_pipeline.rundir.pace import ToGo
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact, scrub
 from rlhf_pipeline.rundir.words import duration
@@ -267,6 +268,30 @@ def read_features(recipe: Recipe, init: str, items: Path, folder: Path, chat: bo
         )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before all features were read")
+
+
+def measure(recipe: Recipe) -> dict[str, ToGo]:
+    """How long the stages that train take on this machine, by a step or two of each, in a worker.
+
+    Args:
+        recipe: from `recipe.load`; its hub models and datasets are pinned to the commits that count.
+
+    Raises:
+        InputError: the model cannot be loaded.
+        RunError: a step failed, as for lack of memory.
+    """
+    pin(recipe)
+    found: dict[str, ToGo] = {}
+    with _scratch() as scratch, Launcher(scratch / "server.log") as launcher:
+        for name in (name for name, stage in recipe.stages.items() if stage.facts.trains):
+            done = jobs.do(
+                recipe, launcher, "measure", scratch / "measure.json", scratch / "measure.log",
+                f"the measured step of stage `{name}`", stage=name,
+            )  # fmt: skip
+            if launcher.stopping:
+                raise Interrupted("stopped before all steps were measured")
+            found[name] = ToGo(**done.result["to_go"])
+    return found
 
 
 @contextlib.contextmanager

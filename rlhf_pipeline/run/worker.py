@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhf_pipeline import stages
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.comparison import measure
 from rlhf_pipeline.errors import InputError, Waiting
+from rlhf_pipeline.forecast import measured
 from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.rows import longest
 from rlhf_pipeline.forecast.work import first_change, forecast
@@ -55,6 +57,8 @@ def main(job_file: str) -> int:
         elif job["task"] == "forecast":
             found = forecast(recipe, Card(**job["card"]), rows=longest(recipe))
             result, code = {"forecast": found.as_json()}, 0
+        elif job["task"] == "measure":
+            result, code = {"to_go": asdict(measured.step(recipe, job["stage"], longest(recipe)))}, 0
         elif job["task"] == "compare":
             settings = job["settings"]
             asked, spec = measure.default_prompts(recipe, settings["n"])

@@ -43,20 +43,21 @@ class ToGo:
 
     Attributes:
         step_s: seconds of one optimizer step, or of one update.
-        steps: how many there are to go.
+        steps: how many there are to go; None where that is not known.
     """
 
     step_s: float
-    steps: int
+    steps: int | None
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> float | None:
         """How long they will take."""
-        return self.step_s * self.steps
+        return None if self.steps is None else self.step_s * self.steps
 
-    def as_json(self) -> dict[str, float | int]:
+    def as_json(self) -> dict[str, float | int | None]:
         """For scripts; docs/json.md has its keys."""
-        return {"step_s": round(self.step_s, 3), "steps": self.steps, "seconds": round(self.seconds, 1)}
+        seconds = None if self.seconds is None else round(self.seconds, 1)
+        return {"step_s": round(self.step_s, 4), "steps": self.steps, "seconds": seconds}
 
 
 def to_go(directory: RunDirectory, name: str, progress: Progress | None) -> ToGo | None:

@@ -56,6 +56,8 @@ def say_what_is_left(run: Path, plans: list[StagePlan], console: Console) -> Non
 
 def in_words(left: ToGo) -> str:
     """How long a training will take yet, and how that is known."""
+    if left.steps is None:
+        return f"{duration(left.step_s)} a step"
     return f"{duration(left.seconds)} to go, {left.steps:,} steps at {duration(left.step_s)} each"
 
 
