@@ -1,8 +1,8 @@
 """Takes the pictures of the documentation again, into docs/images. Needs Chromium.
 
 run.svg, report.png: `rlhf-pipeline run tiny` in the middle of PPO, and the top of its report.
-arena.png, arena-dark.png, arena-phone.png: the page of `rlhf-pipeline label` on the run of `tiny-label`, after its gold
-judge has chosen for a while. With `arena` as the only argument, these alone.
+arena.png, arena-dark.png, arena-phone.png: the page of `rlhf-pipeline label` on the run of `tiny-label`, after somebody
+who knows its answers has chosen for a while. With `arena` as the only argument, these alone.
 """
 
 import os
@@ -124,12 +124,12 @@ def _of_the_arena() -> None:
 def _choose(tab: Page) -> str:
     """Press the key of the better reply, wait for the next pair, and say which key it was.
 
-    Better is what the gold judge says, and between equal ones the polite one.
+    Truth comes first, and manners second.
     """
     number = tab.locator("#number").inner_text()
     prompt, left, right = (tab.locator(f"#{name}").inner_text().strip() for name in ("prompt", "left", "right"))
-    golds = world.judge([prompt, prompt], [left, right])
-    first, second = ((gold, world.is_polite(reply)) for gold, reply in zip(golds, (left, right), strict=True))
+    fact = next(question.fact for question in world.questions() if question.prompt == prompt)
+    first, second = ((world.is_right(fact, reply), world.is_polite(reply)) for reply in (left, right))
     key = "t" if first == second else "ArrowLeft" if first > second else "ArrowRight"
     time.sleep(READ_S)
     tab.keyboard.press(key)
