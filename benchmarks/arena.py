@@ -222,7 +222,7 @@ def main() -> int:
         folder = (chosen.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         recipe, found = candidates(folder)
-        states = features(recipe, folder / "arena", chosen.features, found, 64).numpy()
+        states = features(recipe, folder / "arena", chosen.features, found, batch_size=64).numpy()
     ways = {"random": 1.0, "informative": 0.0, "four in five": 0.2}
     wanted: dict[str, list[int | None]] = {name: [] for name in ways}
     curves: dict[str, list[list[float]]] = {name: [] for name in ways}

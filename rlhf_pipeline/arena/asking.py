@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from rlhf_pipeline.arena.laplace import Floats, sigmoid
+from rlhf_pipeline.arena.laplace import Floats, answers
 
 # Where a normal distribution is looked at, in standard deviations, and how much each place weighs.
 PLACES = np.linspace(-5.0, 5.0, 61)
 WEIGHTS = np.exp(-0.5 * PLACES**2) / np.exp(-0.5 * PLACES**2).sum()
 
 
-def information(mean: Floats, variance: Floats) -> Floats:
+def information(mean: Floats, variance: Floats, tie: float = 0.0) -> Floats:
     """The mutual information between the answer about a pair and the weights, in nats: BALD's score.
 
     How unsure the answer is, less how unsure it would be if the weights were known. It is high where the model does not
@@ -21,18 +21,15 @@ def information(mean: Floats, variance: Floats) -> Floats:
     Args:
         mean: `[m]`: of the log-odds of each pair.
         variance: `[m]`: theirs.
+        tie: how likely ties are, see `laplace.answers`: then there are three answers.
 
     Returns:
-        `[m]`, from 0 to log 2.
+        `[m]`, at least 0.
     """
     log_odds = mean[:, None] + np.sqrt(variance)[:, None] * PLACES
-    share = sigmoid(log_odds)
-    known = (np.logaddexp(0.0, log_odds) - share * log_odds) @ WEIGHTS
-    return np.maximum(entropy(share @ WEIGHTS) - known, 0.0)
-
-
-def entropy(share: Floats) -> Floats:
-    """Of an answer that is one of two with this probability, in nats."""
-    share = np.clip(share, 1e-300, 1.0)
-    rest = np.clip(1.0 - share, 1e-300, 1.0)
-    return -(share * np.log(share) + rest * np.log(rest))
+    found = np.zeros(len(mean))
+    for share in answers(log_odds, tie)[: 3 if tie else 2]:
+        share = np.maximum(share, 1e-300)
+        mixed = share @ WEIGHTS
+        found += (share * np.log(share)) @ WEIGHTS - mixed * np.log(mixed)
+    return np.maximum(found, 0.0)

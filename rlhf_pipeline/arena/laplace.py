@@ -42,29 +42,52 @@ def sigmoid(x: Floats) -> Floats:
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
-def log_likelihood(log_odds: Floats, outcome: Floats) -> float:
-    """The sum of y log p + (1 - y) log (1 - p); y may be 0.5, see `find_mode`."""
-    return float(np.sum(outcome * log_odds - np.logaddexp(0.0, log_odds)))
+def answers(log_odds: Floats, tie: float) -> tuple[Floats, Floats, Floats]:
+    """The probabilities of the first, the second and a tie (Davidson 1970, "On extending the Bradley-Terry model to
+    accommodate ties"): they are as exp(f/2), exp(-f/2) and `tie`, which is 0 where there are none.
+    """
+    small = np.exp(-0.5 * np.abs(log_odds))
+    total = 1.0 + small * small + tie * small
+    larger, smaller = 1.0 / total, small * small / total
+    first = log_odds > 0
+    return np.where(first, larger, smaller), np.where(first, smaller, larger), tie * small / total
 
 
-def find_mode(gram: Floats, outcome: Floats, start: Floats) -> Mode:
+def log_likelihood(log_odds: Floats, outcome: Floats, tie: float) -> float:
+    """Of answers: the sum of the logarithms of their probabilities."""
+    small = np.exp(-0.5 * np.abs(log_odds))
+    found = (outcome - 0.5) * log_odds - 0.5 * np.abs(log_odds) - np.log1p(small * small + tie * small)
+    return float(np.sum(found)) + (float(np.sum(outcome == 0.5)) * float(np.log(tie)) if tie else 0.0)
+
+
+def likely_tie(log_odds: Floats, outcome: Floats) -> float:
+    """The `tie` under which as many ties are expected as there are, which is the most probable one; at most 100."""
+    ties, tie = float(np.sum(outcome == 0.5)), 1.0
+    if not ties:
+        return 0.0
+    for _ in range(MOST_STEPS):
+        tie = min(tie * ties / float(np.sum(answers(log_odds, tie)[2])), 100.0)
+    return tie
+
+
+def find_mode(gram: Floats, outcome: Floats, start: Floats, tie: float = 0.0) -> Mode:
     """Find the mode of the posterior by Newton's method, and the normal distribution around it.
 
     Steps that would lower the posterior are halved, so that it is found from any start.
 
     Args:
         gram: `[n, n]`: the prior covariance of the log-odds.
-        outcome: `[n]`: 1, 0, or 0.5 for a tie: half an observation of each. It is the likelihood of Davidson 1970 ("On
-            extending the Bradley-Terry model to accommodate ties") in the limit of few ties, its constant left out: a
-            tie says that the two are close, and nothing of how often people cannot choose.
+        outcome: `[n]`: 1, 0, or 0.5 for a tie.
         start: `[n]`: a `dual` to begin from: zeros, or that of fewer observations with zeros behind.
+        tie: how likely ties are, see `answers`; above 0 where there are any.
     """
     identity = np.eye(len(outcome))
     dual, log_odds = start, gram @ start
-    posterior = log_likelihood(log_odds, outcome) - 0.5 * float(dual @ log_odds)
+    posterior = log_likelihood(log_odds, outcome, tie) - 0.5 * float(dual @ log_odds)
     for _ in range(MOST_STEPS):
-        share = sigmoid(log_odds)
-        slope, curvature = outcome - share, share * (1.0 - share) + LEAST_CURVATURE
+        first, second, _ = answers(log_odds, tie)
+        slope = outcome - 0.5 - 0.5 * (first - second)
+        curvature = 0.25 * (first + second - (first - second) ** 2) + LEAST_CURVATURE
         root = np.sqrt(curvature)
         factor = Triangle(np.linalg.cholesky(identity + root[:, None] * gram * root))
         target = curvature * log_odds + slope
@@ -73,7 +96,7 @@ def find_mode(gram: Floats, outcome: Floats, start: Floats) -> Mode:
         moved = gram @ step
         for _ in range(MOST_STEPS):
             better, there = dual + length * step, log_odds + length * moved
-            found = log_likelihood(there, outcome) - 0.5 * float(better @ there)
+            found = log_likelihood(there, outcome, tie) - 0.5 * float(better @ there)
             if found >= posterior - 1e-9:
                 break
             length *= 0.5
@@ -81,7 +104,8 @@ def find_mode(gram: Floats, outcome: Floats, start: Floats) -> Mode:
         if np.max(np.abs(length * moved), initial=0.0) <= CLOSE:
             break
     evidence = posterior - float(np.sum(np.log(np.diag(factor.lower))))
-    return Mode(dual, log_odds, outcome - sigmoid(log_odds), root, factor, evidence)
+    first, second, _ = answers(log_odds, tie)
+    return Mode(dual, log_odds, outcome - 0.5 - 0.5 * (first - second), root, factor, evidence)
 
 
 class Triangle:

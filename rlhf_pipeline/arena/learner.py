@@ -1,12 +1,13 @@
 """The reward model that learns as people click: a Bayesian Bradley-Terry head over frozen features. numpy alone.
 
 A reply's reward is a linear function of its features, and the log-odds that one of two replies is better are the
-difference of their rewards (Bradley and Terry 1952). The weights have a normal prior, and Laplace's approximation gives
-their posterior, which is somewhat too unsure where all labels about something agree (Nickisch and Rasmussen 2008,
-"Approximations for Binary Gaussian Process Classification"). All is worked out in the space of labels,
-see `laplace`: with 4,000 features and 1,000 labels a click takes a fraction of a second.
+difference of their rewards (Bradley and Terry 1952), with ties as Davidson 1970 has them. The weights have a normal
+prior, and Laplace's approximation gives their posterior, which is somewhat too unsure where all labels about something
+agree (Nickisch and Rasmussen 2008, "Approximations for Binary Gaussian Process Classification"). All is worked out in
+the space of labels, see `laplace`: with 4,000 features and 1,000 labels a click takes a fraction of a second.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,9 @@ Integers = NDArray[np.intp]
 # normal around that of TYPICAL, with a standard deviation of 1.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 TYPICAL = 2.0
-CHOOSING = 256  # labels at most by which it is chosen: more would hardly choose otherwise, and would take time
+# It is chosen by the first 256 labels at most: more would hardly choose otherwise, and would take time. From 64 on it
+# is chosen again with each sixteenth one.
+CHOOSING, EACH, STEP = 256, 64, 16
 NINETY = 1.6448536  # of a normal distribution, 90 % lies within so many standard deviations
 UNDECIDED = 1e-6  # in log-odds: replies that differ by less are equal but for rounding
 BINS = 5  # of calibration, between one half and 1
@@ -89,7 +92,7 @@ class Learner:
         self._items = None if items is None else np.unique(np.asarray(items), return_inverse=True)[1]
         self._features = _scaled(np.asarray(features, dtype=np.float32), self._items)
         self._fixed_scale = prior_scale
-        self.scale = prior_scale or TYPICAL
+        self.scale, self.tie = prior_scale or TYPICAL, 0.0
         # Each pair that was labelled once has a row: its products with all replies, and with all such pairs.
         self._rows: dict[tuple[int, int], int] = {}
         self._with_replies = np.empty((0, len(self._features)), np.float32)
@@ -116,11 +119,14 @@ class Learner:
         same = min(before.shape[1], labels.shape[1])
         differ = np.flatnonzero((before[:, :same] != labels[:, :same]).any(0))
         kept = int(differ[0]) if len(differ) else same  # the first labels, which are those of the last time
-        gram, choosing = self._gram(), min(labels.shape[1], CHOOSING)
-        if self._fixed_scale is None and not (kept >= choosing == min(before.shape[1], CHOOSING)):
-            self.scale = _likely_scale(gram[:choosing, :choosing], self._outcome[:choosing])
+        gram, choosing = self._gram(), _choosing(labels.shape[1])
+        if not kept >= choosing == _choosing(before.shape[1]):
+            scales = SCALES if self._fixed_scale is None else (self._fixed_scale,)
+            self.scale, self.tie = _likely(gram[:choosing, :choosing], self._outcome[:choosing], scales)
+        if not self.tie and (self._outcome == 0.5).any():  # the first one came after those
+            self.tie = laplace.likely_tie(np.zeros(labels.shape[1]), self._outcome)
         start = np.append(self._mode.dual[:kept], np.zeros(labels.shape[1] - kept))
-        self._mode = laplace.find_mode(self.scale**2 * gram, self._outcome, start)
+        self._mode = laplace.find_mode(self.scale**2 * gram, self._outcome, start, self.tie)
         self._factor = Triangle(self._mode.factor.lower.astype(np.float32))  # for many pairs, in half the time
 
     def belief(self, first: ArrayLike, second: ArrayLike) -> tuple[Floats, Floats, Floats]:
@@ -131,9 +137,9 @@ class Learner:
             second: `[m]`: of those they are compared with.
 
         Returns:
-            Three `[m]`: the probability that people choose the first one, by MacKay's approximation (1992, "The
-            Evidence Framework Applied to Classification Networks", equation 12); and the 90 % interval of that
-            probability, were the weights known.
+            Three `[m]`: the probability that people choose the first one if they choose one, by MacKay's approximation
+            (1992, "The Evidence Framework Applied to Classification Networks", equation 12); and the 90 % interval of
+            that probability, were the weights known.
         """
         mean, variance = self._log_odds(np.asarray(first, np.intp), np.asarray(second, np.intp))
         within = NINETY * np.sqrt(variance)
@@ -161,7 +167,8 @@ class Learner:
 
     def informative(self, first: ArrayLike, second: ArrayLike) -> Floats:
         """How much is to be learned from people's answer about pairs, `[m]`, in nats; see `asking.information`."""
-        return asking.information(*self._log_odds(np.asarray(first, np.intp), np.asarray(second, np.intp)))
+        mean, variance = self._log_odds(np.asarray(first, np.intp), np.asarray(second, np.intp))
+        return asking.information(mean, variance, self.tie)
 
     def accuracy(self) -> Accuracy | None:
         """Its accuracy and calibration on labels of pairs that were asked at random, each predicted from the others.
@@ -309,15 +316,23 @@ def _scaled(features: NDArray[np.float32], items: Integers | None) -> NDArray[np
     return features[:, varies] / (deviation[varies] * np.float32(np.sqrt(max(varies.sum(), 1))))
 
 
-def _likely_scale(gram: Floats, outcome: Floats) -> float:
-    """The prior scale under which labels are most probable; see `SCALES`."""
-    best, chosen, start = -np.inf, TYPICAL, np.zeros(len(outcome))
-    for scale in SCALES:
-        mode = laplace.find_mode(scale**2 * gram, outcome, start)
+def _choosing(labels: int) -> int:
+    """How many of so many labels choose the prior."""
+    return labels if labels <= EACH else min(labels // STEP * STEP, CHOOSING)
+
+
+def _likely(gram: Floats, outcome: Floats, scales: Sequence[float]) -> tuple[float, float]:
+    """The prior scale, and the likelihood of ties, under which labels are most probable; see `SCALES`."""
+    best, chosen, start = -np.inf, (TYPICAL if len(scales) > 1 else scales[0], 0.0), np.zeros(len(outcome))
+    tie = laplace.likely_tie(start, outcome)
+    for scale in scales:
+        for _ in range(2 if tie else 1):
+            mode = laplace.find_mode(scale**2 * gram, outcome, start, tie)
+            start, used = mode.dual, tie
+            tie = laplace.likely_tie(mode.log_odds, outcome)
         found = mode.evidence - 0.5 * np.log(scale / TYPICAL) ** 2
         if found > best:
-            best, chosen = found, scale
-        start = mode.dual
+            best, chosen = found, (scale, used)
     return chosen
 
 
