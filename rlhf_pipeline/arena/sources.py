@@ -2,20 +2,23 @@
 
 import itertools
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_pipeline import kinds
 from rlhf_pipeline.data.files import local_files, rows_of_file
 from rlhf_pipeline.data.peek import SAMPLE, renamed
 from rlhf_pipeline.data.shapes import recognise
 from rlhf_pipeline.data.turns import RowError
-from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.recipe.schema import Recipe, Source
+from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.recipe.schema import BASE, Recipe, Source
+from rlhf_pipeline.run import runner
 from rlhf_pipeline.rundir import items as files
+from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.choices import Target
 from rlhf_pipeline.rundir.items import FEATURES, ITEMS, Item, Prompt, Reply, item
 from rlhf_pipeline.rundir.layout import COMPARISON, RunDirectory, read_json
@@ -24,6 +27,7 @@ from rlhf_pipeline.rundir.record import ROWS
 DIMENSIONS = ("helpfulness", "honesty", "harmlessness", "conciseness")
 ARENA = "arena"  # the name under which labels of a finished run, or of a file, are kept
 STAGE = "label"  # the kind
+READ = ".arena"  # the folder in a run directory with what was read of its replies
 
 
 class Setup(NamedTuple):
@@ -116,6 +120,41 @@ def of_run(run: Path, recipe: Recipe) -> Setup:
             hint="a sample stage makes some, and so does `evaluate` with two policies",
         )
     return Setup(recipe.name, ARENA, asked, "arena")
+
+
+def with_features(setup: Setup, run: Path, recipe: Recipe, say: Callable[[str], None]) -> Setup:
+    """The same with features, which a worker reads once and leaves in the run directory; without where it cannot.
+
+    They are of the run's last reward stage, else of its last policy: what such a model has learned to tell apart, a
+    head over its states learns from few labels.
+
+    Raises:
+        Interrupted: it was stopped.
+    """
+    folder, model = run / READ, _reader(run)
+    try:
+        known = (folder / FEATURES).is_file() and files.read(folder / ITEMS) == list(setup.items)
+        if not known:
+            say(f"reading the replies with `{model}`, so that a reward can learn along; the next time they are known")
+            folder.mkdir(exist_ok=True)
+            (folder / FEATURES).unlink(missing_ok=True)
+            files.write(folder / ITEMS, setup.items)
+            runner.read_features(recipe, model, folder / ITEMS, folder)
+        return setup._replace(features=_features(folder, setup.items))
+    except (InputError, RunError) as error:
+        say(f"note: nothing learns along, since the replies cannot be read: {error.message.splitlines()[0]}")
+        return setup
+
+
+def _reader(run: Path) -> str:
+    """The stage whose model reads the replies of a finished run, or `base`."""
+    done = [stage for stage in state.read(run, by_size=True).stages if stage.is_current]
+    for makes in ("reward", "policy"):
+        for stage in reversed(done):
+            kind = kinds.find(stage.kind)
+            if kind and kind.makes == makes:
+                return stage.name
+    return BASE
 
 
 def of_file(file: str, columns: dict[str, str]) -> Setup:

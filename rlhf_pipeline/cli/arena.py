@@ -129,6 +129,8 @@ def arena(
 
     if directory and loaded:
         setup, file = sources.of_run(directory, loaded), directory / LABELS
+        if setup.features is None and not (export or import_):
+            setup = sources.with_features(setup, directory, loaded, say)
     else:
         setup, file = sources.of_file(str(data), _renamed(columns)), Path(f"{data}.{LABELS}")
     _go(setup, file, open_, host, port, people, export, shape, import_)

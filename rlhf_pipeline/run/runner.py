@@ -246,7 +246,7 @@ def foresee(recipe: Recipe, card: Card) -> Forecast:
     return found
 
 
-def read_features(recipe: Recipe, init: str, items: Path, folder: Path, chat: bool | None = None) -> None:
+def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:
     """Have a worker read the features of replies; see `stages.features`.
 
     Args:
@@ -254,7 +254,6 @@ def read_features(recipe: Recipe, init: str, items: Path, folder: Path, chat: bo
         init: whose model reads them: a stage that is done, or `base`.
         items: a file of `rundir.items`.
         folder: which gets `features.safetensors`; with the items themselves in it, too, both fit each other.
-        chat: whether prompts that are text go through the chat template, as `data.chat` of a stage says it.
 
     Raises:
         InputError: the model or the items cannot be read.
@@ -264,7 +263,7 @@ def read_features(recipe: Recipe, init: str, items: Path, folder: Path, chat: bo
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         jobs.do(
             recipe, launcher, "features", scratch / "features.json", scratch / "features.log", "reading features",
-            init=init, items=str(items.absolute()), folder=str(folder.absolute()), chat=chat,
+            init=init, items=str(items.absolute()), folder=str(folder.absolute()),
         )  # fmt: skip
     if launcher.stopping:
         raise Interrupted("stopped before all features were read")

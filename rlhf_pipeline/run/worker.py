@@ -64,8 +64,7 @@ def main(job_file: str) -> int:
             asked, spec = measure.default_prompts(recipe, settings["n"])
             result, code = {"comparison": measure.compare(recipe, recipe.run, asked, spec, settings)}, 0
         elif job["task"] == "features":
-            to_read = items.read(Path(job["items"]))
-            made = features.features(recipe, recipe.run, job["init"], to_read, job["chat"])
+            made = features.features(recipe, recipe.run, job["init"], items.read(Path(job["items"])))
             features.write(Path(job["folder"]), made)
             result, code = {"replies": len(made)}, 0
         else:

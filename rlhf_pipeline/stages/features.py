@@ -21,9 +21,7 @@ from rlhf_pipeline.rundir.items import FEATURES, Item
 BATCH = 16
 
 
-def features(
-    recipe: Recipe, run: Path, init: str, items: Sequence[Item], chat: bool | None = None, batch_size: int = BATCH
-) -> Tensor:
+def features(recipe: Recipe, run: Path, init: str, items: Sequence[Item], batch_size: int = BATCH) -> Tensor:
     """The features of all replies, read where a reward model reads its score: at the one EOS that closes a reply.
 
     A reward stage's score is its head times these, as they are under its own adapter; of an ensemble, that of its first
@@ -35,7 +33,6 @@ def features(
         init: whose model: a stage that is done and has made a policy or a reward model, an adapter from outside, or
             `base`.
         items: prompts with their replies.
-        chat: whether prompts that are text go through the chat template, as `data.chat` of a stage says it.
         batch_size: how many replies go through the model at once; those of like length together.
 
     Returns:
@@ -52,7 +49,7 @@ def features(
         raise InputError(f"`{init}` has no adapter", place=str(run), hint="`rlhf-pipeline status` says what is done")
     staged = StagedBase(spec, adapters)
     records = [(item.prompt, *item.replies) for item in items]
-    encoded = encode_records(staged.tokenizer, Data(path=init, chat=chat), records)
+    encoded = encode_records(staged.tokenizer, Data(path=init), records)
     longest = getattr(staged.causal_lm.config.get_text_config(), "max_position_embeddings", None)
     rows = [[*prompt, *reply] for prompt, *replies in encoded for reply in replies]
     rows = [row[-longest:] if longest else row for row in rows]

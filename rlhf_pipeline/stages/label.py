@@ -58,7 +58,7 @@ def run(job: Job) -> dict[str, Any]:
     if not (job.work / ITEMS).is_file():
         job.progress.tell("loading")
         asked = prepare(job)
-        write(job.work, features(job.recipe, job.run, job.stage.start, asked, job.stage.data.chat))
+        write(job.work, features(job.recipe, job.run, job.stage.start, asked))
         items.write(job.work / ITEMS, asked)  # the last one: where it is, both are whole
     assert job.stage.until is not None
     labelled = waiting.of_stage(RunDirectory(job.run), job.name, job.stage.until.says)

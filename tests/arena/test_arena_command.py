@@ -1,6 +1,8 @@
 """The commands `label` and `arena` as people type them: links, several people, a clean end, a sentence for a fault."""
 
+import contextlib
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -19,6 +21,8 @@ from rlhf_pipeline.arena import serving as serving_page
 from rlhf_pipeline.arena import sources
 from rlhf_pipeline.cli import arena as commands
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.run import runner
+from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir import items
 from rlhf_pipeline.rundir.choices import Target
 from rlhf_pipeline.rundir.labels import Label, Labels, Pair
@@ -295,3 +299,34 @@ def test_a_run_with_nothing_to_show_says_so(run: Path) -> None:
         sources.of_stage(run, recipes.of_run(run), None)
     with pytest.raises(InputError, match="there is no `nothing`"):
         sources.of_stage(run, recipes.of_run(run), "nothing")
+
+
+def test_what_a_finished_run_shows_is_read_once_by_its_reward_model(
+    tiny_run: Path, warm_server: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = tmp_path / "tiny", list[str]()
+    shutil.copytree(tiny_run, run)
+    monkeypatch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(warm_server))
+    loaded = recipes.of_run(run)
+    setup = sources.of_run(run, loaded)
+    assert setup.features is None
+    first = sources.with_features(setup, run, loaded, said.append)
+    assert [line.partition(",")[0] for line in said] == ["reading the replies with `reward`"]
+    assert first.features is not None and len(first.features) == sum(len(one.replies) for one in setup.items)
+    again = sources.with_features(setup, run, loaded, said.append)
+    assert len(said) == 1 and np.array_equal(again.features, first.features)
+    other = sources.with_features(setup._replace(items=setup.items[:2]), run, loaded, said.append)
+    assert len(said) == 2 and len(other.features) == sum(len(one.replies) for one in setup.items[:2])
+
+
+def test_replies_that_cannot_be_read_are_labelled_all_the_same(
+    tiny_run: Path, warm_server: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = tmp_path / "tiny", list[str]()
+    shutil.copytree(tiny_run, run)
+    monkeypatch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(warm_server))
+    loaded = recipes.of_run(run)
+    loaded.model.path = str(tmp_path / "gone")
+    setup = sources.with_features(sources.of_run(run, loaded), run, loaded, said.append)
+    assert setup.features is None
+    assert said[-1].startswith("note: nothing learns along, since the replies cannot be read: ")

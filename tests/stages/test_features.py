@@ -75,7 +75,7 @@ def test_a_stage_without_an_adapter_is_an_error(tiny_run) -> None:
 def test_a_worker_writes_them_beside_the_items(tiny_run, features, warm_server, tmp_path) -> None:
     recipe = recipes.of_run(tiny_run)
     items.write(tmp_path / items.ITEMS, ITEMS)
-    details = {"init": "dpo", "items": str(tmp_path / items.ITEMS), "folder": str(tmp_path), "chat": None}
+    details = {"init": "dpo", "items": str(tmp_path / items.ITEMS), "folder": str(tmp_path)}
     ended = jobs.do(recipe, warm_server, "features", tmp_path / "job.json", tmp_path / "log.txt", "it", **details)
     assert ended.result == {"replies": 5}
     found = load_file(tmp_path / items.FEATURES)["features"]
@@ -83,12 +83,3 @@ def test_a_worker_writes_them_beside_the_items(tiny_run, features, warm_server, 
     (tmp_path / items.ITEMS).write_text("{}\n")
     with pytest.raises(InputError, match="this is no item"):
         jobs.do(recipe, warm_server, "features", tmp_path / "job.json", tmp_path / "log.txt", "it", **details)
-
-
-def test_text_is_read_as_its_stage_reads_it(tiny_run, features) -> None:
-    recipe = recipes.of_run(tiny_run)
-    as_text, by_template, default = (
-        features(recipe, tiny_run, "base", ITEMS, chat=chat) for chat in (False, True, None)
-    )
-    assert not torch.allclose(as_text, by_template)
-    assert torch.equal(default, by_template)
