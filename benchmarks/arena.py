@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.arena.choosing import AT_MOST
 from rlhf_pipeline.arena.learner import Learner
 from rlhf_pipeline.models.tiny import world
 from rlhf_pipeline.run.launch import command
@@ -177,7 +178,7 @@ def needed(accuracies: Sequence[float], goal: float) -> int | None:
 
 
 def time_a_click() -> None:
-    """A click with 4,000 features, 1,000 labels and 2,000 pairs to choose from, on one thread."""
+    """A click with 4,000 features, up to 1,000 labels, and as many pairs to choose from as the page scores, on one thread."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((4000, 4000), dtype=np.float32)
     weights = rng.standard_normal(4000) / 20
@@ -185,7 +186,7 @@ def time_a_click() -> None:
     second = (first + rng.integers(1, 4000, 1000)) % 4000
     outcome = ((features[first] - features[second]) @ weights + rng.logistic(size=1000) > 0).astype(float)
     honest = rng.random(1000) < 0.2
-    asked = rng.integers(0, 4000, 2000)
+    asked = rng.integers(0, 4000, AT_MOST)
     others = (asked + 1) % 4000
     for labels in (100, 255, 1000):
         learner = Learner(features)

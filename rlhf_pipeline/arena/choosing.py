@@ -15,7 +15,7 @@ CHECK = 1 / 10  # checks, until they have seen all
 RANDOM = 1 / 5  # any pair, so that the accuracy of what learns can be measured
 SHARED = 1 / 6  # where there are several people: what another one has labelled, so that agreement can be measured
 AGAIN_AFTER = 6  # labels later at the earliest
-AT_MOST = 2000  # pairs are scored by what can be learned of them
+AT_MOST = 1000  # pairs are scored by what can be learned of them: drawn where there are more
 
 Informative = Callable[[Sequence[str]], str]  # of the keys of some pairs, the one of which most is to be learned
 
