@@ -175,3 +175,22 @@ def test_replies_that_are_all_the_same_leave_nothing_to_choose(make_job) -> None
 
 def test_a_prompt_that_comes_twice_with_the_same_replies_is_asked_about_once(make_job) -> None:
     assert len(label.prepare(make_job([*ROWS, *ROWS[:2]]))) == 4
+
+
+def test_labels_of_what_is_not_asked_any_more_stay_and_make_no_rows(make_job) -> None:
+    job = make_job()
+    with pytest.raises(Waiting):
+        label.run(job)
+    choose(job, "ann", ["first", "first", "first"])
+    (job.work / "items.jsonl").unlink()
+    job = make_job([*ROWS[2:], {"prompt": "new:", "replies": [" a", " b"]}])
+    with pytest.raises(Waiting, match=r"^1 of 3 labels$"):  # of the prompt that came again
+        label.run(job)
+    choose(job, "bob", [None, "second", "first"])
+    label.run(job)
+    assert [(row["prompt"], row["chosen"]) for row in written(job)] == [
+        ("Q2:", " yes"), ("Q3:", " no"), ("new:", " a"),
+    ]  # fmt: skip
+    assert len(written(job, "choices.jsonl")) == 3
+    with Labels(job.run / "labels.db") as labels:
+        assert labels.count("f") == 5
