@@ -178,7 +178,7 @@ def needed(accuracies: Sequence[float], goal: float) -> int | None:
 
 
 def time_a_click() -> None:
-    """A click with 4,000 features, up to 1,000 labels, and as many pairs to choose from as the page scores, on one thread."""
+    """A click with 4,000 features and up to 1,000 labels, and as many pairs to choose from as the page scores."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((4000, 4000), dtype=np.float32)
     weights = rng.standard_normal(4000) / 20
