@@ -236,7 +236,7 @@ def _row_inputs(recipe: Recipe, stage: Stage, digests: Digests) -> dict[str, Any
     """What decides the rows that a stage makes, beside its policies, rewards and data; nothing where it trains."""
     inputs = {key: value for key in ("n", "pairs", "ties", "passes") if (value := getattr(stage, key)) is not None}
     if stage.people:
-        inputs |= {f"people.{key}": value for key, value in stage.people.model_dump(exclude_defaults=True).items()}
+        inputs |= {f"people.{key}": value for key, value in stage.people.says.items()}
     if stage.dimensions:
         inputs["dimensions"] = stage.dimensions
     if stage.principles:

@@ -100,8 +100,8 @@ def make(
     there: dict[str, StagePlan] = {}  # the same, once earlier results have been taken
     for name, stage in recipe.stages.items():
         record = directory.record(name) or Record()
-        until = stage.until.says if stage.until else None
-        plan = StagePlan(name, stage.kind, stage.parents, record=record, until=until)
+        until, people = (value.says if value else None for value in (stage.until, stage.people))
+        plan = StagePlan(name, stage.kind, stage.parents, record=record, until=until, people=people)
         earlier = {other: plans[other].fingerprint for other in plans}
         plan.inputs = stage_inputs(recipe, name, earlier, digests)
         plan.fingerprint = short_hash(json.dumps(plan.inputs, sort_keys=True).encode())

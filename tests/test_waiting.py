@@ -9,6 +9,7 @@ import pytest
 import short_run
 
 from rlhf_pipeline import cli, plan, recipe
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.run import to_do
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir import durable, items, state, waiting
@@ -116,6 +117,22 @@ def test_with_labels_enough_it_goes_on(folder):
     assert (stage.state, stage.reason) == told(folder)
 
 
+def test_labels_of_people_who_do_not_count_are_not_waited_for_in_vain(folder):
+    directory = wait(folder)
+    choose(directory, range(3))
+    assert told(folder)[0] == "partial"
+    people = "feedback.people={leave_out: [ann, eve]}"
+    directory.write_record(
+        "feedback", directory.record("feedback").updated(inputs=make(folder, people)["feedback"].inputs)
+    )
+    assert told(folder, people) == ("waiting", "0 of 2 labels; those of ann do not count")
+
+
+def test_a_bound_on_checks_without_checks_is_refused(folder):
+    with pytest.raises(InputError, match="`min_checks` has no effect without `check`"):
+        make(folder, "feedback.people={min_checks: 0.5}")
+
+
 def test_run_ends_where_it_waits_and_goes_past_nothing(folder):
     wait(folder)
     loaded = recipe.load(str(folder / "r.yaml"), [])
@@ -146,7 +163,7 @@ def test_labels_that_come_when_it_is_done_make_it_stale(folder):
     choose(directory, range(2))
     publish(directory)
     assert told(folder) == ("done", "up to date")
-    assert told(folder, "feedback.until={labels: 3}") == ("stale", "2 of 3 labels")
+    assert told(folder, "feedback.until={labels: 3}") == ("stale", "2 of 3 labels, so it waits again")
     choose(directory, range(3))
     assert told(folder) == ("stale", "labels 2 → 3")
     choose(directory, range(0), undo=True)

@@ -14,6 +14,7 @@ CHECK = 1 / 10  # checks, until they have seen all
 # Of the rest:
 RANDOM = 1 / 5  # any pair, so that the accuracy of what learns can be measured
 SHARED = 1 / 6  # where there are several people: what another one has labelled, so that agreement can be measured
+FIRST_CHECK, CHECK_AT_LATEST = 5, 20  # after so many labels the first one comes at the latest, and the next ones
 AGAIN_AFTER = 6  # labels later at the earliest
 AT_MOST = 1000  # pairs are scored by what can be learned of them: drawn where there are more
 
@@ -74,7 +75,9 @@ def choose(
         return Next(before.pair, 1 - before.left, "again")
     unseen_checks = [key for key in checks if key not in seen]
     unseen = [key for key in items if key not in seen and key not in checks]
-    if unseen_checks and (kind < AGAIN + CHECK or not unseen):
+    since = next((place for place, label in enumerate(reversed(own)) if label.how == "check"), None)
+    late = len(own) >= FIRST_CHECK if since is None else since >= CHECK_AT_LATEST
+    if unseen_checks and (late or kind < AGAIN + CHECK or not unseen):
         return Next(draw.choice(unseen_checks), side, "check")
     if not unseen:
         return None

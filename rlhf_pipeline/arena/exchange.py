@@ -21,7 +21,7 @@ from rlhf_pipeline.data.columns import ASKED, is_turns
 from rlhf_pipeline.data.files import Located, rows_of_file
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.data_files import file_type
-from rlhf_pipeline.rundir import choices, durable, strict_json
+from rlhf_pipeline.rundir import agreement, choices, durable, strict_json
 from rlhf_pipeline.rundir.choices import Choice, item_of_pairs
 from rlhf_pipeline.rundir.items import Prompt, Reply, item
 from rlhf_pipeline.rundir.labels import Label, Labels, Pair
@@ -64,7 +64,7 @@ class Said(NamedTuple):
 # To files
 
 
-def give(out: Path, file: Path, stage: str, shape: Shape) -> str:
+def give(out: Path, file: Path, stage: str, shape: Shape, people: Mapping[str, Any] | None = None) -> str:
     """Write what people chose of a stage's pairs.
 
     Args:
@@ -72,6 +72,7 @@ def give(out: Path, file: Path, stage: str, shape: Shape) -> str:
         file: the file of labels.
         stage: whose labels.
         shape: what each row shall be.
+        people: whose labels count, as the recipe's `people` has it; every click is written all the same.
 
     Returns:
         What to say of it.
@@ -91,7 +92,8 @@ def give(out: Path, file: Path, stage: str, shape: Shape) -> str:
     if shape == "labels":
         rows = every_click(pairs, made)
     else:
-        found = choices.choices(pairs, made)
+        out_of_it = agreement.left_out(people, agreement.figures(pairs, made)["people"]) if people else ()
+        found = choices.choices(pairs, [label for label in made if label.person not in out_of_it])
         rows = preferences(found) if shape == "preferences" else feedback(found)
     if not rows:
         raise InputError(
@@ -109,31 +111,18 @@ def give(out: Path, file: Path, stage: str, shape: Shape) -> str:
 def preferences(found: Iterable[Choice]) -> list[dict[str, Any]]:
     """Rows of `prompt`, `chosen` and `rejected`, one for each pair of which people preferred a reply.
 
-    Beside them `people`, who said so or otherwise; `agreement`, the share that chose the winner; `confidence`, the
-    probability that another person would, (n + 1) / (m + 2) for n of m who preferred one (Laplace's rule of
-    succession); and `dimensions`, where people judged some.
+    `confidence` and `dimensions` are those of `choices.preference`, as in the rows of a label stage. Beside them
+    `people`, who said so or otherwise, and `agreement`, the share of them who chose the winner.
     """
     rows = []
     for one in found:
-        if one.winner not in ("first", "second"):
-            continue
-        chosen, rejected = one.pair.first, one.pair.second
-        if one.winner == "second":
-            chosen, rejected = rejected, chosen
-        preferred = one.counts.get("first", 0) + one.counts.get("second", 0)
-        row = _columns(one.pair.prompt) | {
-            "chosen": _as_row(chosen, one.pair.prompt),
-            "rejected": _as_row(rejected, one.pair.prompt),
-            "people": one.people,
-            "agreement": round(one.agreement, 6),
-            "confidence": round((one.counts[one.winner] + 1) / (preferred + 2), 6),
-        }
-        if one.dimensions:
-            turned = {"first": "chosen", "second": "rejected"}
-            if one.winner == "second":
-                turned = {"first": "rejected", "second": "chosen"}
-            row["dimensions"] = {name: turned.get(value, value) for name, value in one.dimensions.items()}
-        rows.append(row)
+        made = choices.preference(one)
+        if made is not None:
+            replies = {side: _as_row(made[side], one.pair.prompt) for side in ("chosen", "rejected")}
+            beside = {"people": one.people, "agreement": round(one.agreement, 6)}
+            beside |= {"confidence": round(made["confidence"], 6)}
+            beside |= {"dimensions": made["dimensions"]} if made["dimensions"] else {}
+            rows.append(_columns(one.pair.prompt) | replies | beside)
     return rows
 
 

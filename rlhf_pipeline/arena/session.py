@@ -288,7 +288,8 @@ class Session:
     def _progress(self, person: str, labels: Sequence[Label]) -> dict[str, Any]:
         setup = self.setup
         target = setup.target or Target()
-        found = choices.count(target, setup.items, self._item_of, labels, self._accuracy())
+        out = self._left_out(labels) if setup.people else ()
+        found = choices.count(target, setup.items, self._item_of, labels, self._accuracy(), out)
         own = [label.choice for label in labels if label.person == person]
         return {
             "labels": found.labels,
@@ -299,6 +300,11 @@ class Session:
             "reached": found.reached,
             "text": found.text,
         }
+
+    def _left_out(self, labels: Sequence[Label]) -> set[str]:
+        """The names of those whose labels do not count."""
+        pairs = {key: place.pair for key, place in self._places.items()}
+        return agreement.left_out(self.setup.people or {}, agreement.figures(pairs, labels)["people"])
 
     def _accuracy(self) -> float | None:
         if self._learning:

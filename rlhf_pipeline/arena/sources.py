@@ -42,6 +42,7 @@ class Setup(NamedTuple):
         target: when there are labels enough; None where nobody waits for them.
         features: float32 `[replies in the order of items, d]`; None where nothing can learn.
         command: what to type when the target is reached; None where there is nothing.
+        people: whose labels count, as the recipe's `people` has it.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Setup(NamedTuple):
     target: Target | None = None
     features: NDArray[np.float32] | None = None
     command: str | None = None
+    people: dict[str, Any] | None = None
 
 
 def of_stage(run: Path, recipe: Recipe, stage: str | None) -> Setup:
@@ -92,6 +94,7 @@ def of_stage(run: Path, recipe: Recipe, stage: str | None) -> Setup:
         target=Target(**wanted.until.says) if wanted.until else Target(per_item=1),
         features=_features(found[chosen], asked),
         command=f"rlhf-pipeline run {shlex.quote(str(run))}",
+        people=wanted.people.says if wanted.people else None,
     )
 
 

@@ -156,7 +156,7 @@ def _go(
         if import_:
             say(exchange.take(import_, file, setup))
         if export:
-            say(exchange.give(export, file, setup.stage, shape))
+            say(exchange.give(export, file, setup.stage, shape, setup.people))
         return
     from rlhf_pipeline.arena import serving
 

@@ -201,7 +201,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         if stage.until:
             own["until"] = stage.until.says
         if stage.people:
-            own["people"] = stage.people.model_dump(exclude_defaults=True)
+            own["people"] = stage.people.says
         for key, data in stage.tables.items():
             own[key] = _content_of_data(data, stage.reads(key) == "demonstrations")
         unsaid = {key for key in kinds.KEYS if key not in stage.facts.takes}

@@ -36,6 +36,9 @@ def resolve_row_stage(recipe: Recipe, name: str, require: Require, problems: Pro
         stage.until = stage.until if stage.until and stage.until.says else Until(per_item=1)
         stage.dimensions = list(DIMENSIONS) if stage.dimensions is None else stage.dimensions
         _require_bound(stage.until, (*path, "until"), problems)
+        if stage.people and stage.people.min_checks is not None and stage.check is None:
+            said = "`min_checks` has no effect without `check`, which has the pairs whose answer is known"
+            problems.add((*path, "people", "min_checks"), said, "name such pairs in `check`, or remove it", of_key=True)
         _require_dimensions(stage.dimensions, (*path, "dimensions"), problems)
     if "judge" in takes:
         if stage.judge is not None:

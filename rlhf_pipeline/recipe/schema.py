@@ -431,6 +431,11 @@ class People(_Strict):
     leave_out: list[str] = []
     """Names of people."""
 
+    @property
+    def says(self) -> dict[str, Any]:
+        """What is set."""
+        return self.model_dump(exclude_defaults=True)
+
 
 class Stage(_Strict):
     """One step of a recipe."""

@@ -126,3 +126,21 @@ def _of_person(
         "agreement": fmean(shared) if shared else None,
         "consistency": {"same": sum(label.choice == chosen[name, label.pair] for label in again), "of": len(again)},
     }
+
+
+def left_out(people: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The names of those whose labels do not count.
+
+    Args:
+        people: whose do, as the recipe's `people` has it. A bound leaves out nobody of whom the number is not known.
+        known: the `people` of `figures`.
+    """
+    least, right_least = people.get("min_agreement"), people.get("min_checks")
+    out = set(people.get("leave_out") or ())
+    for one in known:
+        agrees, (right, of) = one["agreement"], one["checks"].values()
+        if least is not None and agrees is not None and agrees < least:
+            out.add(one["name"])
+        if right_least is not None and of and right / of < right_least:
+            out.add(one["name"])
+    return out & {one["name"] for one in known}

@@ -5,13 +5,14 @@ The label stage, the export and the page all count here, so they count alike.
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf_pipeline.recipe import gates
 from rlhf_pipeline.rundir.items import Item, pair_key
-from rlhf_pipeline.rundir.labels import Label, Pair
+from rlhf_pipeline.rundir.labels import OTHER, Label, Pair
 
 Winner = Literal["first", "second", "tie", "bad"]
+SHARE = {"tie": 0.5}  # of a dimension in which both are equal
 
 
 class Choice(NamedTuple):
@@ -96,6 +97,26 @@ def _majority(counts: Mapping[str, int]) -> str:
     return found[0] if len(found) == 1 else "tie"
 
 
+def preference(one: Choice) -> dict[str, Any] | None:
+    """The row that a choice makes; None where neither reply is the better one.
+
+    `confidence` is the share of those who chose one of both, a tie counted half, that chose this one; `dimensions` has
+    1 where the chosen reply is better in one, 0 where the other is, and 0.5 where they are equal.
+    """
+    if one.winner not in OTHER:
+        return None
+    replies = {"first": one.pair.first, "second": one.pair.second}
+    votes, ties = one.counts.get(one.winner, 0), one.counts.get("tie", 0)
+    told = votes + one.counts.get(OTHER[one.winner], 0) + ties
+    return {
+        "prompt": one.pair.prompt,
+        "chosen": replies[one.winner],
+        "rejected": replies[OTHER[one.winner]],
+        "confidence": (votes + ties / 2) / told,
+        "dimensions": {name: SHARE.get(value, float(value == one.winner)) for name, value in one.dimensions.items()},
+    }
+
+
 class Target(NamedTuple):
     """When a stage has labels enough: where all of these hold that are not None. Without any it never has.
 
@@ -157,9 +178,10 @@ def count(
     item_of: Mapping[str, str],
     labels: Sequence[Label],
     accuracy: float | None = None,
+    left_out: Collection[str] = (),
 ) -> Progress:
-    """The same where `item_of_pairs(items)` is known."""
-    here = [label for label in labels if label.pair in item_of]
+    """The same where `item_of_pairs(items)` is known, without the labels of people who are left out."""
+    here = [label for label in labels if label.pair in item_of and label.person not in left_out]
     made = sum(label.undone_at is None and label.choice != "skip" for label in here)
     of_item = Counter(item_of[label.pair] for label in counted(here))
     asked = [one.key for one in items if one.better is None]
@@ -175,4 +197,6 @@ def count(
         now = "not known yet" if accuracy is None else f"{accuracy:.3f}"
         goals.append((holds, f"accuracy of the reward {now}, wanted {target.reward_accuracy}"))
     text = ", ".join(text for _, text in goals) or f"{made} label{'s' * (made != 1)}"
+    if left_out:
+        text += f"; those of {', '.join(sorted(left_out))} do not count"
     return Progress(made, done, len(asked), bool(goals) and all(holds for holds, _ in goals), text)

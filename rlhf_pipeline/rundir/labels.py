@@ -363,6 +363,7 @@ class Labels:
         new = self._is_new()
         self._database.execute("PRAGMA journal_mode = WAL")  # stays another one where the disk has no shared memory
         self._database.execute("PRAGMA synchronous = FULL")
+        self._database.execute("PRAGMA wal_autocheckpoint = 64")  # pages: a copy of the file alone has nearly all
         self._database.execute("PRAGMA foreign_keys = ON")
         if new:
             with self._writing():

@@ -41,6 +41,7 @@ class StageState:
             of the stages that it needs, say.
         progress: from where it can be resumed, if it is partial.
         until: of a stage that people do, when they have labelled enough, as the recipe's `until` has it.
+        people: and whose labels count, as its `people` has it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class StageState:
     is_current: bool = False
     progress: Progress | None = None
     until: dict[str, Any] | None = None
+    people: dict[str, Any] | None = None
 
 
 @dataclass
@@ -181,9 +183,9 @@ def read_stages(
 def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> StageState:
     """A stage with its record, or what the recipe plans of it."""
     record = directory.record(name)
-    until = planned.get("until") if isinstance(planned.get("until"), dict) else None
+    until, people = (value if isinstance(value := planned.get(key), dict) else None for key in ("until", "people"))
     if record is not None:
-        return StageState(name, record.kind or name, record.parents, record=record, until=until)
+        return StageState(name, record.kind or name, record.parents, record=record, until=until, people=people)
     inits = planned.get("init") or []
     named: dict[str, list[Any]] = {"init": inits if isinstance(inits, list) else [inits], kinds.ROWS: _rows_of(planned)}
     judge = planned.get("judge")
@@ -195,7 +197,7 @@ def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> S
     rewards = planned.get("rewards")
     stages = [one["stage"] for one in rewards if isinstance(one, dict) and one.get("stage")] if rewards else []
     parents |= {kinds.numbered("reward", number): str(stage) for number, stage in enumerate(stages, 1)}
-    return StageState(name, str(planned.get("kind") or name), parents, until=until)
+    return StageState(name, str(planned.get("kind") or name), parents, until=until, people=people)
 
 
 def _rows_of(planned: dict[str, Any]) -> list[str]:
@@ -288,7 +290,7 @@ def _of_unfinished(
         return "stale", "; ".join([*changes, f"before that, {happened}"])
     stage.progress = directory.progress(stage.name)
     if waited and stage.progress:
-        made = waiting.of_stage(directory, stage.name, stage.until or {}).progress
+        made = waiting.of_stage(directory, stage.name, stage.until or {}, stage.people).progress
         if not made.reached:
             stage.progress = None
             return "waiting", made.text
@@ -303,12 +305,12 @@ def _new_labels(stage: StageState, directory: RunDirectory) -> list[str]:
     """How the labels differ from those that a stage's rows were made of, or what its `until` misses now."""
     if stage.until is None:
         return []
-    labelled = waiting.of_stage(directory, stage.name, stage.until)
+    labelled = waiting.of_stage(directory, stage.name, stage.until, stage.people)
     if not labelled.labels:  # it was taken from another run, whose people made them
         return []
     _, digest = stage.record.artifact_files.get(CHOICES, (0, ""))
     if digest == labelled.digest:
-        return [] if labelled.progress.reached else [labelled.progress.text]
+        return [] if labelled.progress.reached else [f"{labelled.progress.text}, so it waits again"]
     before, now = stage.record.metrics.get("label/labels"), labelled.progress.labels
     return ["labels have changed" if before == now else f"labels {before} → {now}"]
 

@@ -2,18 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.data.encode import ROW
 from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.errors import InputError, RunError, Waiting
-from rlhf_pipeline.recipe.schema import People
 from rlhf_pipeline.rundir import agreement, choices, durable, items, strict_json, waiting
 from rlhf_pipeline.rundir.choices import Choice
 from rlhf_pipeline.rundir.items import FEATURES, ITEMS, Item, item
-from rlhf_pipeline.rundir.labels import LABELS, OTHER, Labels
+from rlhf_pipeline.rundir.labels import LABELS, Labels
 from rlhf_pipeline.rundir.layout import CHOICES, PEOPLE, RunDirectory
 from rlhf_pipeline.rundir.waiting import Labelled
 from rlhf_pipeline.stages.features import features, write
@@ -22,7 +21,6 @@ from rlhf_pipeline.stages.rows import publish
 
 CONFIG = None
 read = rows.candidates  # the rows of such a stage
-SHARE = {"tie": 0.5}  # of a dimension in which both are equal
 
 
 def prepare(job: Job) -> list[Item]:
@@ -53,7 +51,7 @@ def run(job: Job) -> dict[str, Any]:
 
     Raises:
         Waiting: there are not labels enough yet.
-        RunError: nobody is left whose labels count, or no pair has a winner.
+        RunError: no pair has a winner.
     """
     if not (job.work / ITEMS).is_file():
         job.progress.tell("loading")
@@ -61,19 +59,18 @@ def run(job: Job) -> dict[str, Any]:
         write(job.work, features(job.recipe, job.run, job.stage.start, asked))
         items.write(job.work / ITEMS, asked)  # the last one: where it is, both are whole
     assert job.stage.until is not None
-    labelled = waiting.of_stage(RunDirectory(job.run), job.name, job.stage.until.says)
+    people = job.stage.people.says if job.stage.people else {}
+    labelled = waiting.of_stage(RunDirectory(job.run), job.name, job.stage.until.says, people)
     if not labelled.progress.reached:
         raise Waiting(labelled.progress.text)
     with Labels(job.run / LABELS) as labels:
         pairs = labels.pairs(job.name)
     known = agreement.figures(pairs, labelled.labels)
-    left_out = left_out_by(job.stage.people or People(), known["people"])
-    chosen = choices.choices(pairs, [label for label in labelled.labels if label.person not in left_out])
-    found = [row for one in chosen if (row := preference(one))]
+    chosen = choices.choices(pairs, labelled.counted)
+    found = [row for one in chosen if (row := choices.preference(one))]
     if not found:
-        why = f"; {', '.join(sorted(left_out))} are left out by `people`" if left_out else ""
         raise RunError(
-            f"no pair has a winner: of {len(chosen)} that people labelled, none has a better reply{why}",
+            f"no pair has a winner: people found all of the {len(chosen)} pairs equal, or both replies bad",
             hint=f"more labels may do it: `rlhf-pipeline label {job.run} {job.name}`",
         )
     job.artifact.mkdir(parents=True, exist_ok=True)
@@ -81,49 +78,10 @@ def run(job: Job) -> dict[str, Any]:
         shutil.copyfile(job.work / name, job.artifact / name)
     durable.write_text(job.artifact / PEOPLE, strict_json.dumps(known, ensure_ascii=False))
     made = [label._asdict() for label in labelled.labels]
-    return publish(job, found, figures(labelled, known, chosen, left_out), {CHOICES: made})
+    return publish(job, found, figures(labelled, known, chosen), {CHOICES: made})
 
 
-def left_out_by(people: People, known: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The names of those whose labels do not count.
-
-    Args:
-        people: whose do, as the recipe says it. A bound leaves out nobody of whom the number is not known.
-        known: of each person what `agreement.figures` says.
-    """
-    out = set(people.leave_out)
-    for one in known:
-        agrees, (right, of) = one["agreement"], one["checks"].values()
-        if people.min_agreement is not None and agrees is not None and agrees < people.min_agreement:
-            out.add(one["name"])
-        if people.min_checks is not None and of and right / of < people.min_checks:
-            out.add(one["name"])
-    return out & {one["name"] for one in known}
-
-
-def preference(one: Choice) -> dict[str, Any] | None:
-    """The row that a choice makes; None where neither reply is the better one.
-
-    `confidence` is the share of those who chose one of both, a tie counted half, that chose this one; `dimensions` has
-    1 where the chosen reply is better in one, 0 where the other is, and 0.5 where they are equal.
-    """
-    if one.winner not in OTHER:
-        return None
-    replies = {"first": one.pair.first, "second": one.pair.second}
-    votes, ties = one.counts.get(one.winner, 0), one.counts.get("tie", 0)
-    told = votes + one.counts.get(OTHER[one.winner], 0) + ties
-    return {
-        "prompt": one.pair.prompt,
-        "chosen": replies[one.winner],
-        "rejected": replies[OTHER[one.winner]],
-        "confidence": (votes + ties / 2) / told,
-        "dimensions": {name: SHARE.get(value, float(value == one.winner)) for name, value in one.dimensions.items()},
-    }
-
-
-def figures(
-    labelled: Labelled, known: Mapping[str, Any], chosen: Sequence[Choice], left_out: Collection[str]
-) -> dict[str, float]:
+def figures(labelled: Labelled, known: Mapping[str, Any], chosen: Sequence[Choice]) -> dict[str, float]:
     """The numbers of what people labelled; each only where it is known."""
     people = known["people"]
     right, of = (sum(one["checks"][key] for one in people) for key in ("right", "of"))
@@ -131,7 +89,7 @@ def figures(
     found = {
         "label/labels": labelled.progress.labels,
         "label/people": len(people),
-        "label/left_out": len(left_out) or None,
+        "label/left_out": len(labelled.left_out) or None,
         "label/ties": sum(one.winner == "tie" for one in chosen),
         "label/bad": sum(one.winner == "bad" for one in chosen),
         "label/alpha": known["alpha"],

@@ -237,7 +237,7 @@ def _ask(
     current = [stage.name for stage in plans if stage.is_current and stage.name in names]
     what = "the check of settings and data"
     job, log = folder / "check.json", folder / "check.log"
-    done = jobs.do(recipe, launcher, "check", job, log, what, stages=list(names), current=current)
+    done = jobs.do(recipe, launcher, "check", job, log, what, stages=list(names), current=current, card=None)
     return list(done.result["warnings"])
 
 

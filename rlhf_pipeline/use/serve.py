@@ -203,6 +203,8 @@ def pairs_of(body: Mapping[str, Any], chat: bool | None) -> list[Pair]:
         RequestError: it is neither.
     """
     try:
+        if "messages" in body and not {"prompts", "replies"}.isdisjoint(body):
+            raise RequestError(422, "a request has `prompts` and `replies`, or `messages`, and not both")
         if "messages" in body:
             return _of_messages(body["messages"])
         prompts, replies = body.get("prompts"), body.get("replies")

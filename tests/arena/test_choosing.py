@@ -1,5 +1,6 @@
 """Which pair is next: what must never happen, and how often what happens."""
 
+import itertools
 import random
 from collections import Counter
 
@@ -85,6 +86,18 @@ def test_the_shares_are_about_those_that_are_said() -> None:
     assert how["random"] / (how["random"] + how["informative"]) == pytest.approx(choosing.RANDOM, abs=0.04)
     assert how["shared"] == 0
     assert sum(label.left for label in room.labels) / 900 == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_check_comes_soon_and_never_long_after_the_one_before() -> None:
+    pairs = {f"pair {number}": f"item {number}" for number in range(600)}
+    checks = dict.fromkeys(f"check {number}" for number in range(100))
+    room = Room({**pairs, **dict.fromkeys(checks, "c")}, checks, learns=True)
+    for _ in range(300):
+        room.go("anna")
+    places = [place for place, label in enumerate(room.labels) if label.how == "check"]
+    assert places[0] <= choosing.FIRST_CHECK + 1
+    # A pair that is shown again may come before it.
+    assert max(b - a for a, b in itertools.pairwise(places)) <= choosing.CHECK_AT_LATEST + 3
 
 
 def test_the_most_informative_pair_is_asked_of_at_most_so_many() -> None:

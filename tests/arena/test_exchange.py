@@ -63,8 +63,8 @@ def test_preferences_are_read_by_recipes(file: Path, tmp_path: Path, ending: str
     assert read(out, "preferences") == [("Q: which?", " that", " this")]
     (row,) = [located.row for located in rows_of_file(out)]
     assert row["people"] == ["anna", "bob", "cy"]
-    assert row["agreement"] == pytest.approx(2 / 3, abs=1e-6) and row["confidence"] == 0.6
-    assert row["dimensions"] == {"honesty": "chosen", "harmlessness": "tie"}
+    assert row["agreement"] == pytest.approx(2 / 3, abs=1e-6) and row["confidence"] == pytest.approx(2 / 3, abs=1e-6)
+    assert row["dimensions"] == {"honesty": 1.0, "harmlessness": 0.5}
 
 
 def test_preferences_of_conversations_are_read_by_recipes(file: Path, tmp_path: Path) -> None:

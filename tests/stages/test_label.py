@@ -11,8 +11,7 @@ from rlhf_pipeline.data.shapes import recognise
 from rlhf_pipeline.errors import InputError, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.recipe.gates import known_metrics, possible_metrics
-from rlhf_pipeline.recipe.schema import People
-from rlhf_pipeline.rundir import items
+from rlhf_pipeline.rundir import agreement, items
 from rlhf_pipeline.rundir.labels import Label, Labels, Pair
 from rlhf_pipeline.stages import label
 from rlhf_pipeline.stages.job import Job
@@ -103,15 +102,16 @@ def test_what_counts_is_what_most_people_chose(make_job) -> None:
 
 
 def test_people_below_a_bound_are_left_out() -> None:
-    def of(name: str, agreement: float | None, right: int, asked: int) -> dict[str, Any]:
-        return {"name": name, "agreement": agreement, "checks": {"right": right, "of": asked}}
+    def of(name: str, agrees: float | None, right: int, asked: int) -> dict[str, Any]:
+        return {"name": name, "agreement": agrees, "checks": {"right": right, "of": asked}}
 
     known = [of("ann", 0.9, 4, 4), of("bob", 0.4, 3, 4), of("cem", None, 0, 0), of("dan", 0.8, 1, 4)]
-    out = label.left_out_by
-    assert out(People(), known) == set()
-    assert out(People(min_agreement=0.8), known) == {"bob"}
-    assert out(People(min_checks=0.75), known) == {"dan"}
-    assert out(People(min_agreement=0.5, min_checks=0.9, leave_out=["ann", "eve"]), known) == {"ann", "bob", "dan"}
+    out = agreement.left_out
+    assert out({}, known) == set()
+    assert out({"min_agreement": 0.8}, known) == {"bob"}
+    assert out({"min_checks": 0.75}, known) == {"dan"}
+    all_three = {"min_agreement": 0.5, "min_checks": 0.9, "leave_out": ["ann", "eve"]}
+    assert out(all_three, known) == {"ann", "bob", "dan"}
 
 
 def test_those_who_are_left_out_count_for_nothing(make_job) -> None:
@@ -119,22 +119,32 @@ def test_those_who_are_left_out_count_for_nothing(make_job) -> None:
     with pytest.raises(Waiting):
         label.run(job)
     choose(job, "bob", ["first", "first", "first"])
-    with pytest.raises(
-        RunError, match=r"no pair has a winner: of 0 that people labelled, .* bob are left out"
-    ) as error:
+    with pytest.raises(Waiting, match=r"^0 of 3 labels; those of bob do not count$"):
         label.run(job)
-    assert "rlhf-pipeline label" in str(error.value.hint)
-    choose(job, "ann", ["second"])
+    choose(job, "ann", ["second", "tie", "tie"])
     metrics = label.run(job)
     assert [row["chosen"] for row in written(job)] == [" no"] and metrics["label/left_out"] == 1
 
 
-def test_checks_measure_people_and_make_no_rows(make_job) -> None:
-    job = make_job(check={"path": str(make_job().recipe.run.parent / "checks.jsonl")}, people={"min_checks": 0.5})
+def test_where_nothing_is_better_the_stage_says_so(make_job) -> None:
+    job = make_job()
     with pytest.raises(Waiting):
         label.run(job)
-    choose(job, "ann", ["first", None, None, None, "first"], how="check")
+    choose(job, "ann", ["tie", "bad", "tie"])
+    with pytest.raises(RunError, match="no pair has a winner: people found all of the 3 pairs equal") as error:
+        label.run(job)
+    assert "rlhf-pipeline label" in str(error.value.hint)
+
+
+def test_checks_measure_people_and_make_no_rows(make_job) -> None:
+    checks = {"path": str(make_job().recipe.run.parent / "checks.jsonl")}
+    job = make_job(check=checks, people={"min_checks": 0.5}, until={"labels": 2})
+    with pytest.raises(Waiting):
+        label.run(job)
     choose(job, "bob", ["second", None, None, None, "second"])
+    with pytest.raises(Waiting, match=r"^0 of 2 labels; those of bob do not count$"):
+        label.run(job)
+    choose(job, "ann", ["first", None, None, None, "first"], how="check")
     metrics = label.run(job)
     assert [(row["prompt"], row["chosen"]) for row in written(job)] == [("Q0:", " yes")]
     assert metrics["label/checks"] == 0.5 and metrics["label/left_out"] == 1
