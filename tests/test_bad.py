@@ -89,7 +89,7 @@ def check(warm_server, tmp_path):
         scratch = tmp_path / "scratch"
         scratch.mkdir()
         with pytest.raises(InputError) as caught:
-            runner._check(loaded, plan.make(loaded), warm_server, scratch)
+            runner._check(loaded, plan.make(loaded), warm_server, scratch, None)
         assert "Traceback" not in (scratch / "check.log").read_text()
         return as_printed(caught.value).replace(f"{file.parent}/", "")
 

@@ -95,7 +95,7 @@ def test_version_and_env_name_the_version(folder):
 
 @pytest.mark.parametrize(("count", "said"), [(0, "no warnings"), (1, "1 warning"), (7, "7 warnings")])
 def test_validate_ends_with_how_many_warnings_there_are(folder, monkeypatch, count, said):
-    monkeypatch.setattr(runner, "check", lambda recipe: ["look at that"] * count)
+    monkeypatch.setattr(runner, "check", lambda recipe, card: runner.Checked(["look at that"] * count, None))
     done = run(folder, "validate", "r.yaml")
     assert done.stdout == f"r.yaml: 3 stages, no errors, {said}\n"
     assert done.stderr == "warning: look at that\n" * count
@@ -153,8 +153,9 @@ def test_json_of_a_fresh_directory(folder):
         assert [stage["name"] for stage in object_["stages"]] == ["sft", "reward", "ppo"]
         for stage in object_["stages"]:
             keys = {"name", "kind", "state", "reason", "init", "reward", "rewards", "others", "fingerprint", "wall_s",
-                    "metrics", "peak_memory_bytes", "artifact", "taken_from", "log", "step", "gates"}  # fmt: skip
-            of_plan = {"will", "will_run", "data", "class_weights"} if command == "plan" else set()
+                    "metrics", "peak_memory_bytes", "forecast_memory_bytes", "artifact", "taken_from", "log", "step",
+                    "gates", "to_go"}  # fmt: skip
+            of_plan = {"will", "will_run", "data", "class_weights", "memory"} if command == "plan" else set()
             assert set(stage) == keys | of_plan
             assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)
     assert [(stage["init"], stage["reward"]) for stage in shown["status"]["stages"]] == [

@@ -176,8 +176,9 @@ def _require_fit(name: str, maker: Stage, reads: kinds.Rows, path: KeyPath, prob
         said = f"`{OF_STAGE}{name}` has one reply to each prompt, and {reads} need two or more"
         problems.add(path, said, f"set `n` in stage `{name}`")
         return
+    choosers = [*kinds.takers("judge"), *(kind.name for kind in kinds.KINDS if kind.by_people)]
     problems.add(
         path,
         f"the replies that `{OF_STAGE}{name}` makes have no scores, so they are not {reads}",
-        f"set `rewards` in stage `{name}`, or have a stage of kind {kinds.either(kinds.takers('judge'))} choose",
+        f"set `rewards` in stage `{name}`, or have a stage of kind {kinds.either(choosers)} choose",
     )

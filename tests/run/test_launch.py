@@ -120,7 +120,7 @@ def write_judge(folder: Path, seconds: float) -> Path:
 def test_what_a_judge_has_started_ends_with_its_worker(tmp_path: Path, warm_server: Launcher) -> None:
     started = write_judge(tmp_path, 0.0)
     loaded = recipes.load(str(tmp_path / "recipe.yaml"))
-    runner._check(loaded, plan.make(loaded), warm_server, tmp_path)
+    runner._check(loaded, plan.make(loaded), warm_server, tmp_path, None)
     processes = [int(word) for word in started.read_text().split()]
     assert len(processes) == 2 and all(map(is_gone, processes))
 
@@ -175,7 +175,14 @@ def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker_that_sees
     """When it ends, so does what it has started."""
     started = write_judge(tmp_path, 0.0)
     recipe = recipes.load(str(tmp_path / "recipe.yaml"))
-    job = {"task": "check", "recipe": recipe.model_dump(), "folders": [str(tmp_path)], "stages": ["sft"], "current": []}
+    job = {
+        "task": "check",
+        "recipe": recipe.model_dump(),
+        "folders": [str(tmp_path)],
+        "stages": ["sft"],
+        "current": [],
+        "card": None,
+    }
     with WarmLauncher(tmp_path / "server.log", prepare=start_a_thread) as launcher:
         assert launcher._how == "fork"
         assert launcher.run(job, tmp_path / "job.json", tmp_path / "log.txt") == 0
