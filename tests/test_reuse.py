@@ -38,7 +38,7 @@ def run(folder, monkeypatch):
     def train_nothing(job: dict[str, Any], *_: object) -> int:
         raise AssertionError(f"a worker was asked to {job['task']}")
 
-    launcher = SimpleNamespace(run=train_nothing, stopping=False, at_work=False)
+    launcher = SimpleNamespace(run=train_nothing, stop=train_nothing, stopping=False, at_work=False)
     monkeypatch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(launcher))
 
     def start(*overrides: str, **options: Any) -> list[str]:

@@ -189,7 +189,7 @@ def test_where_a_fork_is_refused_the_same_job_runs_in_a_spawned_worker_that_sees
         assert launcher._how == "spawn"
         if sys.platform == "linux":
             assert all(is_gone(int(word)) for word in started.read_text().split())
-    assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings"}
+    assert set(json.loads((tmp_path / "result.json").read_text())) == {"warnings", "forecast"}
     assert seen.read_text() == "".join(f"rlhf_pipeline.run.{process} {MIG}\n" for process in ("server", "worker"))
 
 
