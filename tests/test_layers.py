@@ -27,7 +27,7 @@ LAYERS = [
     ["fingerprint"],
     ["rundir"],
     ["recipe"],
-    ["hub", "kinds", "local", "shares", "user_code"],
+    ["hub", "kinds", "local", "ranks", "shares", "user_code"],
     ["errors"],
     ["__init__"],
 ]

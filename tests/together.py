@@ -1,0 +1,66 @@
+"""Several processes that train together, as `accelerate launch` starts them, but forked from the test's own process."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+
+def together(function: Callable[..., Any], *args: Any, processes: int = 2, seconds: float = 120.0) -> list[Any]:
+    """What a function returns on each of several ranks, over gloo on the CPU.
+
+    It has to connect them, as every trainer does, or with `connect`. What it returns is what `torch.save` can write.
+    """
+    context = multiprocessing.get_context("fork")
+    with TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        ranks = [
+            context.Process(target=_run, args=(function, args, rank, processes, port, Path(folder)), daemon=True)
+            for rank in range(processes)
+        ]
+        for one in ranks:
+            one.start()
+        for one in ranks:
+            one.join(seconds)
+        for one in ranks:
+            one.kill()
+            one.join()
+        said = [file.read_text() for file in sorted(Path(folder).glob("*.error"))]
+        assert not said, "\n".join(said)
+        codes = [one.exitcode for one in ranks]
+        assert codes == [0] * processes, f"ranks ended with {codes} after at most {seconds} s"
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def connect() -> None:
+    """Connect this rank with the others, where no trainer does."""
+    PartialState(cpu=True)
+
+
+def _run(function: Callable[..., Any], args: tuple, rank: int, processes: int, port: int, folder: Path) -> None:
+    environment = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    for state in (AcceleratorState, PartialState, GradientState):  # those of the process that this one is forked from
+        state._reset_state()
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(*args), folder / f"{rank}.pt")
+    except BaseException:
+        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
