@@ -26,7 +26,6 @@ from rlhf_pipeline.rundir.record import ROWS
 
 DIMENSIONS = ("helpfulness", "honesty", "harmlessness", "conciseness")
 ARENA = "arena"  # the name under which labels of a finished run, or of a file, are kept
-STAGE = "label"  # the kind
 READ = ".arena"  # the folder in a run directory with what was read of its replies
 
 
@@ -67,7 +66,7 @@ def of_stage(run: Path, recipe: Recipe, stage: str | None) -> Setup:
     Raises:
         InputError: there is none, or there is nothing to label yet.
     """
-    names = [name for name, one in recipe.stages.items() if one.kind == STAGE]
+    names = [name for name, one in recipe.stages.items() if one.facts.by_people]
     if stage is not None and stage not in names:
         what = (
             f"`{stage}` is a {recipe.stages[stage].kind} stage" if stage in recipe.stages else f"there is no `{stage}`"
@@ -105,12 +104,12 @@ def of_run(run: Path, recipe: Recipe) -> Setup:
     Raises:
         InputError: it has none of these, or one cannot be read.
     """
-    for name in reversed([name for name, one in recipe.stages.items() if one.kind == STAGE]):
+    for name in reversed([name for name, one in recipe.stages.items() if one.facts.by_people]):
         folder = _folder(run, name)
         if folder:
             asked = files.read(folder / ITEMS)
             return Setup(recipe.name, ARENA, asked, "arena", features=_features(folder, asked))
-    for name in reversed([name for name, one in recipe.stages.items() if one.kind == "sample"]):
+    for name in reversed([name for name, one in recipe.stages.items() if "n" in one.facts.takes]):
         rows = RunDirectory(run).stage(name) / ROWS
         if rows.is_file():
             return Setup(recipe.name, ARENA, of_rows(str(rows)), "arena")

@@ -52,6 +52,14 @@ TOO_WIDE = """() => [...document.querySelectorAll('body *')]
   .map(e => e.tagName + '.' + e.className)"""
 
 
+# Remembers what the banner said when it was shown last: after the next try it is gone.
+REMEMBER = """() => {
+  const banner = document.querySelector('[role=alert]');
+  const note = () => { if (!banner.hidden) document.body.dataset.said = banner.innerText; };
+  new MutationObserver(note).observe(banner, {attributes: true});
+}"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with launched() as browser:
@@ -304,19 +312,23 @@ def test_offline_for_a_moment(browser, arena):
         route.fetch()  # it arrives, and its answer does not
         route.abort()
 
+    page.evaluate(REMEMBER)
     for path, done in (("label", "✓ Saved"), ("undo", "Taken back")):
         page.wait_for_timeout(READ_MS)
+        page.evaluate("delete document.body.dataset.said")
         context.route(f"**/api/{path}", lose, times=1)
         page.keyboard.press("ArrowLeft" if path == "label" else "u")
-        expect(banner).to_be_visible()
+        expect(page.locator("body")).to_have_attribute("data-said", re.compile("1 choice waits"))
         expect(page.locator("#status")).to_contain_text(done)
     assert [bool(label.undone_at) for label in one.labels.of(STAGE, undone=True)] == [False, True]
 
     page.wait_for_timeout(READ_MS)
-    context.route("**/api/label", lambda route: route.abort(), times=1)
+    context.route("**/api/label", lambda route: route.abort())
     page.keyboard.press("b")
     expect(page.locator("#status")).to_have_text("Not saved yet")
-    page.reload()  # the browser has kept it
+    page.reload()
+    expect(page.locator("#status")).to_have_text("Not saved yet")  # the browser has kept it
+    context.unroute("**/api/label")
     expect(page.locator("#status")).to_contain_text("✓ Saved: both bad")
     assert [label.choice for label in one.of("anna")][1:] == ["bad"]
     context.close()
