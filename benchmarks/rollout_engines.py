@@ -1,6 +1,6 @@
 """Tokens per second of processor time of both engines that sample, on prompts whose replies are of very unlike length.
 
-Each engine samples the same prompts in turn, once to warm up and then as often as asked; the stop tokens are such that
+Each engine samples the same prompts in turn, as often as asked; the stop tokens are such that
 half of the replies end by themselves within about 60 tokens, and the longest are cut. Run it where vLLM is installed:
 
     make vllm
@@ -35,6 +35,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 PROMPT, MEDIAN = (4, 64), 60  # tokens
+SOME = 32  # prompts whose replies choose the stop tokens; these run to the end
 
 
 def main() -> None:
@@ -65,19 +66,19 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         spec, Rollout(engine="vllm"), "--engine", rank=16, longest=PROMPT[1] + options.longest, shares_gpu=False
     )
 
-    def replies(engine: Engine | None, stops: list[int]) -> Episodes:
+    def replies(engine: Engine | None, prompts: list[list[int]], stops: list[int]) -> Episodes:
         torch.manual_seed(1)
         return sample(
             policy, prompts, response_length=options.longest, temperature=1.0, stop_token_id=stops, pad_token_id=0,
             at_once=options.at_once, engine=engine,
         )  # fmt: skip
 
-    stops = stop_set(replies(vllm, []), tokens)
+    stops = stop_set(replies(vllm, prompts[:SOME], []), tokens)
     found: dict[str, list[float]] = {"transformers": [], "vllm": []}
     for _ in range(options.times):
         for name, engine in (("transformers", None), ("vllm", vllm)):
             start, cpu = time.perf_counter(), time.process_time()
-            episodes = replies(engine, stops)
+            episodes = replies(engine, prompts, stops)
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             own = sorted(episodes.reply_lengths.tolist())
             found[name].append(sum(own) / cpu)
