@@ -119,7 +119,19 @@ def load(
     model = _load(spec, config, device, options, auto=auto)
     if stored is not None:
         _require_packed(model, spec)
+    _keep_exact(model)
     return model
+
+
+def _keep_exact(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew on a CPU with AVX512-BF16.
+
+    It does so at the first pass without gradients: from then on scales are rounded and products computed in bfloat16,
+    no gradient passes through, and a layer whose outputs are not a multiple of 32 fails.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _require_packed(model: PreTrainedModel, spec: Model) -> None:
