@@ -254,12 +254,11 @@ def train(job: Job, folder: Path) -> int:
     before = alive()
     recipe, stage = job.recipe, job.stage
     args: Any = job.trainer_config(stages.BY_KIND[stage.kind].CONFIG)
-    args.output_dir, args.report_to, args.max_steps = str(folder), [], 2
-    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    on_shapes.only_train(args, 2, folder)
     tokenizer = load_tokenizer(recipe.model)
     longest = lengths.of_stage(stage)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows = on_shapes._rows(job, 2 * batch, longest)
+    rows = on_shapes.rows_of(job, 2 * batch, longest)
     base = load_base(recipe.model, tokenizer, head="score" if stage.facts.makes == "reward" else "causal")
     gc.collect()
     if stage.facts.makes == "reward":
@@ -269,16 +268,16 @@ def train(job: Job, folder: Path) -> int:
     trainer: Any
     if stage.facts.own_loop:
         args.max_steps, args.total_episodes, args.stop_token, args.num_sample_generations = 1, None, None, 0
-        stored = on_shapes._reward_artifacts(job, base, folder)
+        stored = on_shapes.reward_artifacts(job, base, folder)
         shared = SharedBase(base, stage.lora, None, stored, one_trunk=stage.value_model == "head")
-        trainer = PPOTrainer(args, tokenizer, shared, on_shapes._Rewards(shared), train_dataset=rows)
+        trainer = PPOTrainer(args, tokenizer, shared, on_shapes.Rewards(shared), train_dataset=rows)
     elif stage.facts.samples:
         args.max_steps = 2 * args.gradient_accumulation_steps
         trainer = stages.BY_KIND[stage.kind].TRAINER.over(model, args, tokenizer, rows, None)
         trainer._stop_token_id = []
-        for artifact, shape in on_shapes._reward_artifacts(job, load_base(recipe.model, tokenizer), folder):
+        for artifact, shape in on_shapes.reward_artifacts(job, load_base(recipe.model, tokenizer), folder):
             trainer.roles.add_reward(artifact, shape)
-        trainer.score_with(on_shapes._Rewards(trainer.roles), stage.scored_by)
+        trainer.score_with(on_shapes.Rewards(trainer.roles), stage.scored_by)
     else:
         if stage.kind == "kto":
             args.desirable_weight = args.undesirable_weight = 1.0

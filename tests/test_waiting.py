@@ -1,5 +1,6 @@
 """A stage that waits for people, as plan, status and run see it; and a whole run with such a stage."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -126,6 +127,33 @@ def test_labels_of_people_who_do_not_count_are_not_waited_for_in_vain(folder):
         "feedback", directory.record("feedback").updated(inputs=make(folder, people)["feedback"].inputs)
     )
     assert told(folder, people) == ("waiting", "0 of 2 labels; those of ann do not count")
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize(
+    ("was", "now", "says"),
+    [
+        ("labels: 2", "labels: many", "of stage `feedback` cannot be read: Input should be a valid integer"),
+        ("until:\n      labels: 2", "until: [2]", "`until` or `people` of stage `feedback` cannot be read"),
+        ("labels: 2", "reward_accuracy: high", "'high' is not a condition on `reward_accuracy`"),
+        ("labels: 2", "labels: 2\n    people: [ann]", "`until` or `people` of stage `feedback` cannot be read"),
+    ],
+)
+def test_what_a_hand_has_spoiled_in_the_runs_recipe_is_said(folder, was, now, says, is_done, monkeypatch, capsys):
+    directory = wait(folder)
+    choose(directory, range(2))
+    if is_done:
+        publish(directory)
+    file = directory.path / "recipe.yaml"
+    assert was in file.read_text()
+    file.write_text(file.read_text().replace(was, now))
+    stage = state.read(directory.path).stage("feedback")
+    assert stage.state == "failed" and says in stage.reason and str(file) in stage.reason
+    monkeypatch.setattr("sys.argv", ["rlhf-pipeline", "status", str(directory.path)])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
 
 
 def test_a_bound_on_checks_without_checks_is_refused(folder):

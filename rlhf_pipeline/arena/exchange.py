@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from rlhf_pipeline.arena.sources import Setup
 from rlhf_pipeline.data.columns import ASKED, is_turns
 from rlhf_pipeline.data.files import Located, rows_of_file
+from rlhf_pipeline.data.turns import columns_of
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe.data_files import file_type
 from rlhf_pipeline.rundir import agreement, choices, durable, strict_json
@@ -122,7 +123,7 @@ def preferences(found: Iterable[Choice]) -> list[dict[str, Any]]:
             beside = {"people": one.people, "agreement": round(one.agreement, 6)}
             beside |= {"confidence": round(made["confidence"], 6)}
             beside |= {"dimensions": made["dimensions"]} if made["dimensions"] else {}
-            rows.append(_columns(one.pair.prompt) | replies | beside)
+            rows.append(columns_of(one.pair.prompt) | replies | beside)
     return rows
 
 
@@ -138,7 +139,7 @@ def feedback(found: Iterable[Choice]) -> list[dict[str, Any]]:
             won = 0 if one.winner == "tie" else 1 if one.winner == side else -1
             wins[key] = (one.pair.prompt, reply, won + wins.get(key, (None, None, 0))[2])
     return [
-        _columns(prompt) | {"completion": _as_row(reply, prompt), "label": won > 0}
+        columns_of(prompt) | {"completion": _as_row(reply, prompt), "label": won > 0}
         for prompt, reply, won in wins.values()
         if won
     ]
@@ -152,14 +153,6 @@ def every_click(pairs: Mapping[str, Pair], labels: Iterable[Label]) -> list[dict
         texts = {"prompt": pair.prompt, "first": pair.first, "second": pair.second, "better": pair.better}
         rows.append(label._asdict() | texts)
     return rows
-
-
-def _columns(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as columns: `tools` have one of their own."""
-    if isinstance(prompt, str) or "tools" not in prompt[0]:
-        return {"prompt": prompt}
-    first = {key: value for key, value in prompt[0].items() if key != "tools"}
-    return {"prompt": [first, *prompt[1:]], "tools": prompt[0]["tools"]}
 
 
 def _as_row(reply: Reply, prompt: Prompt) -> Any:

@@ -272,7 +272,8 @@ class Learner:
             self._with_replies, self._with_pairs = more, square
         low, high = np.array(pairs).T
         self._with_replies[known:total] = (self._features[low] - self._features[high]) @ self._features.T
-        self._rows |= {pair: known + place for place, pair in enumerate(pairs)}
+        # A new dict: copies of this learner keep theirs.
+        self._rows = self._rows | {pair: known + place for place, pair in enumerate(pairs)}
         every = np.array(list(self._rows))
         found = self._with_replies[known:total]
         self._with_pairs[known:total, :total] = found[:, every[:, 0]] - found[:, every[:, 1]]

@@ -13,33 +13,30 @@ pair is not that person's any more, 413 too large, 500 it cannot be saved.
 """
 
 import ipaddress
-import json
 import math
 import secrets
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf_pipeline.arena.session import BETA, Refused, Session
+from rlhf_pipeline.arena.session import BETA, Session
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir.labels import Labels, Person
+from rlhf_pipeline.use import web
+from rlhf_pipeline.use.web import EVERY_ADDRESS, LOOPBACK, Refused
 
 PAGE = Path(__file__).with_name("page")
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 LARGEST_BODY = 65_536  # bytes
 LONGEST_TOKEN = 200  # characters of one that somebody sends
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-EVERY_ADDRESS = ("0.0.0.0", "::")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -60,7 +57,7 @@ def new_token() -> str:
 
 def link(host: str, port: int, token: str) -> str:
     """The link that opens the page."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}"
+    return f"{web.url(host, port)}/?token={token}"
 
 
 def app(session: Session, labels: Labels, host: str, port: int) -> ASGIApp:
@@ -91,7 +88,7 @@ class _Pages:
                 Route("/api/label", self.label, methods=["POST"]),
                 Route("/api/undo", self.undo, methods=["POST"]),
             ],
-            exception_handlers={HTTPException: _of_http, Refused: _refused, InputError: _unsaved, Exception: _failed},
+            exception_handlers=web.handlers("there is nothing here", {}) | {InputError: _unsaved},
         )
 
     async def page(self, request: Request) -> Response:
@@ -171,18 +168,8 @@ async def _body(request: Request) -> dict[str, Any]:
     Raises:
         Refused: it is none, or too large.
     """
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > LARGEST_BODY:
-            raise Refused(413, f"a request may have {LARGEST_BODY} bytes")
-    try:
-        found = json.loads(content, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        raise Refused(400, "this is not JSON") from None
-    if not isinstance(found, dict):
-        raise Refused(400, "this is no JSON object")
-    return found
+    too_large = f"a request may have {LARGEST_BODY} bytes"
+    return await web.json_object(request, LARGEST_BODY, too_large, parse_constant=_no_number)
 
 
 def _no_number(name: str) -> None:
@@ -218,7 +205,7 @@ class _Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         problem = self._problem(scope["method"], headers)
         if problem is not None:
-            await _error(*problem)(scope, receive, with_headers)
+            await web.error(*problem)(scope, receive, with_headers)
         else:
             await self.pages(scope, receive, with_headers)
 
@@ -231,16 +218,13 @@ class _Guard:
             return None
         if headers.get("origin") != f"http://{host}":
             return 403, "this request does not come from the page"
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return 400, "the request should be JSON, with `Content-Type: application/json`"
+        if not web.is_json(headers.get("content-type", "")):
+            return 400, web.NOT_AS_JSON
         return None
 
     def _is_ours(self, host: str) -> bool:
         """Whether a `Host` is the address that this was opened for, with any port: it may lie behind a tunnel."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
+        name = web.host_name(host)
         if self.host in EVERY_ADDRESS:  # no name of somebody else's, but any number
             return name in (*LOOPBACK, socket.gethostname().lower(), socket.getfqdn().lower()) or _is_number(name)
         return name == self.host.lower() or (name in LOOPBACK and self.host in LOOPBACK)
@@ -254,27 +238,9 @@ def _is_number(name: str) -> bool:
     return True
 
 
-def _error(status: int, sentence: str) -> JSONResponse:
-    return JSONResponse({"error": sentence}, status)
-
-
-async def _of_http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(error.status_code, "there is nothing here" if error.status_code == 404 else error.detail)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return _error(error.status, error.sentence)
-
-
 async def _unsaved(_: Request, error: Exception) -> Response:
     assert isinstance(error, InputError)
-    return _error(500, error.message)
-
-
-async def _failed(_: Request, error: Exception) -> Response:
-    return _error(500, f"the server has failed: {type(error).__name__}")
+    return web.error(500, error.message)
 
 
 def _note(text: str, refresh: bool = False) -> str:

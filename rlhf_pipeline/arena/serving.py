@@ -1,23 +1,21 @@
 """The page from its start to Ctrl-C: an address, links for people, and a clean end."""
 
 import contextlib
-import errno
 import getpass
 import re
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 
-import uvicorn
-
-from rlhf_pipeline.arena.server import EVERY_ADDRESS, LOOPBACK, app, link, new_token
+from rlhf_pipeline.arena.server import app, link, new_token
 from rlhf_pipeline.arena.session import Session
 from rlhf_pipeline.arena.sources import Setup
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir.labels import Labels
+from rlhf_pipeline.use import web
 
 NAME = re.compile(r"[^\W_][\w .@-]{0,39}")
 UNNAMED = "owner"
+LAST_S = 3  # for so long requests are still answered when it is to stop
 
 
 def names_of(text: str | None) -> list[str]:
@@ -71,38 +69,28 @@ def serve(
     Raises:
         InputError: the address cannot be opened.
     """
-    listening = _listen(host, port)
+    listening = web.listen(host, port)
     port = listening.getsockname()[1]
     owner = owner_name(people)
     session = Session(setup, labels, [owner, *people])
-    shown = _address() if host in EVERY_ADDRESS else host
+    shown = web.reached_at(host)
     links = {}
     for name in (owner, *people):
         token = new_token()
         labels.admit(name, token, is_owner=name == owner)
         links[name] = link(shown, port, token)
         print_link(links[name] if name == owner else f"{name} {links[name]}")
-    if host not in LOOPBACK:
+    if host not in web.LOOPBACK:
         say(
             f"warning: this opens the page for every machine that reaches {shown}, over plain HTTP: who has a link "
             "reads the prompts and replies and labels as that person, and who listens on the network gets the link"
         )
     say(f"{session.progress(owner)['text']}; Ctrl-C ends, and every label is saved as it is made")
-    config = uvicorn.Config(
-        app(session, labels, host, port),
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=3,
-    )
     try:
         with _ended_by_signals():
             if show:
                 show(links[owner])  # the socket listens already
-            uvicorn.Server(config).run(sockets=[listening])
+            web.server(app(session, labels, host, port), LAST_S).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:
@@ -126,31 +114,3 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise InputError(f"there is no such address: {error.strerror}", place=f"--host {host}") from None
-    found = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(128)
-    except (OSError, OverflowError) as error:
-        found.close()
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        what = f"port {port} is taken" if taken else f"port {port} of {host} cannot be opened: {error}"
-        raise InputError(what, place=f"--port {port}", hint="`--port 0` takes one that is free") from None
-    return found
-
-
-def _address() -> str:
-    """The number of this machine in its network, as far as it knows it; nothing is sent for it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # which is nobody's (RFC 5737)
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()

@@ -16,6 +16,7 @@ from rlhf_pipeline.rundir import agreement, choices
 from rlhf_pipeline.rundir.choices import Target
 from rlhf_pipeline.rundir.items import Item, pair_key
 from rlhf_pipeline.rundir.labels import OTHER, Asked, Choice, Label, Labels, Learnt, Pair
+from rlhf_pipeline.use.web import Refused
 
 LONGEST_REASON = 2000  # characters
 LONGEST_LOOK = 86_400.0  # seconds; somebody went home
@@ -24,19 +25,6 @@ SLOW_S = 0.05  # a lesson that takes longer goes on beside the search for the ne
 BETA = 0.5  # of the policy that is worked out, where nobody says another; rewards are log-odds
 SMALLEST_BETA, LARGEST_BETA = 1e-3, 1e3
 ID = re.compile(r"[0-9A-Za-z-]{8,64}")
-
-
-class Refused(Exception):  # noqa: N818  it is an answer
-    """What was asked for is not done.
-
-    Args:
-        status: of HTTP.
-        sentence: why.
-    """
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence = status, sentence
 
 
 class Place(NamedTuple):

@@ -15,6 +15,7 @@ from rlhf_pipeline.data.peek import SAMPLE, renamed
 from rlhf_pipeline.data.shapes import recognise
 from rlhf_pipeline.data.turns import RowError
 from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.recipe.rows import DIMENSIONS
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Source
 from rlhf_pipeline.run import runner
 from rlhf_pipeline.rundir import items as files
@@ -24,7 +25,6 @@ from rlhf_pipeline.rundir.items import FEATURES, ITEMS, Item, Prompt, Reply, ite
 from rlhf_pipeline.rundir.layout import COMPARISON, RunDirectory, read_json
 from rlhf_pipeline.rundir.record import ROWS
 
-DIMENSIONS = ("helpfulness", "honesty", "harmlessness", "conciseness")
 ARENA = "arena"  # the name under which labels of a finished run, or of a file, are kept
 READ = ".arena"  # the folder in a run directory with what was read of its replies
 

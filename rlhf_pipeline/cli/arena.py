@@ -1,14 +1,12 @@
 """Commands in which people choose between replies in the browser: label, arena."""
 
-import importlib.util
-import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rlhf_pipeline.cli import completion
-from rlhf_pipeline.cli.shared import RunArgument, app, examples, say
+from rlhf_pipeline.cli.shared import RunArgument, app, examples, require_web, say, show
 from rlhf_pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +70,7 @@ def label(
     directory = recipes.run_directory(run)
     loaded = recipes.of_run(directory)
     if not (export or import_):
-        _require_extra()
+        require_web("the page", NEEDS)
     from rlhf_pipeline.arena import sources
 
     setup = sources.of_stage(directory, loaded, stage)
@@ -124,7 +122,7 @@ def arena(
     directory = recipes.run_directory(run) if run is not None else None
     loaded = recipes.of_run(directory) if directory else None
     if not (export or import_):
-        _require_extra()
+        require_web("the page", NEEDS)
     from rlhf_pipeline.arena import sources
 
     if directory and loaded:
@@ -163,26 +161,7 @@ def _go(
     names = serving.names_of(people)
     with Labels(file) as labels:
         serving.serve(
-            setup, labels, names, host=host, port=port, print_link=typer.echo, say=say, show=_show if open_ else None
-        )
-
-
-def _show(link: str) -> None:
-    if not webbrowser.open(link):
-        say("there is no browser here to open it with")
-
-
-def _require_extra() -> None:
-    """See that what the page needs is installed.
-
-    Raises:
-        InputError: something is not.
-    """
-    missing = [name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise InputError(
-            f"the page needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            hint='pip install "rlhf-pipeline[arena]"',
+            setup, labels, names, host=host, port=port, print_link=typer.echo, say=say, show=show if open_ else None
         )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rlhf_pipeline.cli import completion
-from rlhf_pipeline.cli.shared import AsJson, RunArgument, app, examples, quiet_libraries, say
+from rlhf_pipeline.cli.shared import AsJson, RunArgument, app, examples, quiet_libraries, say, show
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir import strict_json
 
@@ -38,8 +38,6 @@ def report(
     One file that needs no other, to read in a browser, on paper or on a phone. It is made from the run directory
     alone, so also of a run that is running, has failed, or was made elsewhere.
     """
-    import webbrowser
-
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline import report as reports
     from rlhf_pipeline.rundir.layout import REPORT
@@ -51,8 +49,8 @@ def report(
         raise InputError(f"there is no folder {file.parent}", place=f"--out {out}")
     reports.write(folders, file)
     typer.echo(str(file))
-    if open_ and not webbrowser.open(file.absolute().as_uri()):
-        say("there is no browser here to open it with")
+    if open_:
+        show(file.absolute().as_uri())
 
 
 @app.command(

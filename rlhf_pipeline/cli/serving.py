@@ -1,14 +1,12 @@
 """The command that answers over HTTP: serve."""
 
-import importlib.util
 import secrets
 from typing import Annotated
 
 import typer
 
 from rlhf_pipeline.cli import completion
-from rlhf_pipeline.cli.shared import RunArgument, app, examples, quiet_libraries, say
-from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.cli.shared import RunArgument, app, examples, quiet_libraries, require_web, say
 
 
 @app.command(
@@ -51,16 +49,11 @@ def serve(
     directory = recipes.run_directory(run)
     loaded = recipes.of_run(directory)
     chosen = finished.choose(directory, loaded, "reward", stage)
-    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"`serve` needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            hint='pip install "rlhf-pipeline[arena]"',
-        )
+    require_web("`serve`", {"starlette": "starlette", "uvicorn": "uvicorn"})
     with quiet_libraries():
-        from rlhf_pipeline.use import score, serve
+        from rlhf_pipeline.use import score, serve, web
 
-        listening = serve.opened(host, port)
+        listening = web.listen(host, port)
         about = finished.warning(directory, chosen)
         if about:
             say(about)
@@ -68,11 +61,10 @@ def serve(
         scorer = score.Scorer(directory, loaded, chosen, chat)
         if scorer.instead:
             say(f"note: {scorer.instead}")
-        if host not in serve.LOOPBACK:
+        if host not in web.LOOPBACK:
             token = token or secrets.token_urlsafe(24)
             say(f"open to all who can reach {host}, without encryption; each request needs the token {token}")
-        name = f"[{host}]" if ":" in host else host
-        typer.echo(f"http://{name}:{listening.getsockname()[1]}/score")
+        typer.echo(f"{web.url(host, listening.getsockname()[1])}/score")
         say(f"scores of `{chosen}` of {directory}; Ctrl-C ends it")
         serve.serve(serve.Batches(scorer, chat, batch_size), chosen, host, token, listening)
         say("ended")

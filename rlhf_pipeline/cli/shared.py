@@ -1,10 +1,11 @@
 """What all commands share: the app, the arguments that several take, and where lines go. No torch."""
 
 import contextlib
+import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from typer.core import TyperGroup
 
 from rlhf_pipeline import __version__
 from rlhf_pipeline.cli import completion
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.rundir.words import printable
 
 
@@ -121,6 +123,32 @@ def quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own use of each other
         yield
+
+
+def show(address: str) -> None:
+    """Open an address in the browser; where there is none, say so."""
+    import webbrowser
+
+    if not webbrowser.open(address):
+        say("there is no browser here to open it with")
+
+
+def require_web(what: str, modules: Mapping[str, str]) -> None:
+    """See that what a page or a server needs is installed.
+
+    Args:
+        what: is asked for, at the beginning of a sentence.
+        modules: that it imports, each with the name of its package.
+
+    Raises:
+        InputError: one is not there.
+    """
+    missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise InputError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            hint='pip install "rlhf-pipeline[arena]"',
+        )
 
 
 def say(line: str) -> None:

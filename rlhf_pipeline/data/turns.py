@@ -59,6 +59,14 @@ def as_turns(prompt: Prompt) -> list[Turn]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
 
 
+def columns_of(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as the columns of a row: `prompt`, and `tools` where it is a conversation with some."""
+    if isinstance(prompt, str) or "tools" not in prompt[0]:
+        return {"prompt": prompt}
+    first = {key: value for key, value in prompt[0].items() if key != "tools"}
+    return {"prompt": [first, *prompt[1:]], "tools": prompt[0]["tools"]}
+
+
 def text_of(row: Row, column: str) -> str:
     """A column's text, which may not be empty."""
     value = row.get(column)

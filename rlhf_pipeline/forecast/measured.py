@@ -39,12 +39,9 @@ def step(recipe: Recipe, name: str, rows: Known) -> ToGo:
     job = Job(recipe, name, recipe.run)
     args: Any = job.trainer_config(stages.BY_KIND[job.stage.kind].CONFIG)
     count = _steps(job, args) if name in rows else args.max_steps if args.max_steps > 0 else None
-    args.report_to, args.max_steps = [], STEPS
-    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
-    args.eval_on_start = False
     times = _Times()
     with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as folder:
-        args.output_dir = folder
+        stage.only_train(args, STEPS, Path(folder))
         found = lengths.of_stage(job.stage, *rows.get(name, lengths.of_made_rows(recipe, job.stage)))
         trainer = _trainer(job, args, found, Path(folder))
         trainer.add_callback(times)
@@ -84,23 +81,23 @@ def _trainer(job: Job, args: Any, found: lengths.Lengths, folder: Path) -> Any:
     tokenizer = job.reader.tokenizer
     base = load_base(job.recipe.model, tokenizer, head="score" if job.stage.facts.makes == "reward" else "causal")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows = stage._rows(job, max(STEPS * batch, getattr(args, "generation_batch_size", 0) or 0), found)
+    rows = stage.rows_of(job, max(STEPS * batch, getattr(args, "generation_batch_size", 0) or 0), found)
     kind, lora = stages.BY_KIND[job.stage.kind], job.stage.lora
     if job.stage.facts.own_loop:
         args.total_episodes, args.num_sample_generations = None, 0
         args.stop_token = args.stop_token_id = None  # every reply is of full length
-        stored = stage._reward_artifacts(job, base, folder)
+        stored = stage.reward_artifacts(job, base, folder)
         shared = SharedBase(base, lora, None, stored, one_trunk=job.stage.value_model == "head")
-        return PPOTrainer(args, tokenizer, shared, stage._Rewards(shared), train_dataset=rows)
+        return PPOTrainer(args, tokenizer, shared, stage.Rewards(shared), train_dataset=rows)
     if job.stage.facts.makes == "reward":
         return kind.TRAINER.over(adapters.with_reward_adapter(base, lora, None), args, tokenizer, rows, None)
     if job.stage.facts.reads == "feedback":
         args.desirable_weight = args.undesirable_weight = 1.0
-    stored = stage._reward_artifacts(job, base, folder) if job.stage.facts.samples else []
+    stored = stage.reward_artifacts(job, base, folder) if job.stage.facts.samples else []
     trainer: Any = kind.TRAINER.over(adapters.with_policy_adapter(base, lora, None), args, tokenizer, rows, None)
     if job.stage.facts.samples:
         trainer._stop_token_id = []
         for artifact, shape in stored:
             trainer.roles.add_reward(artifact, shape)
-        trainer.score_with(stage._Rewards(trainer.roles), job.stage.scored_by)
+        trainer.score_with(stage.Rewards(trainer.roles), job.stage.scored_by)
     return trainer

@@ -127,16 +127,28 @@ def _optimizer_steps(ledger: Ledger) -> Iterator[None]:
 
 
 def _settings(job: Job, folder: Path) -> Any:
-    """The stage's own settings, for a few steps, none of which is logged, evaluated or saved."""
+    """The stage's own settings, for a few steps on shapes."""
     args: Any = job.trainer_config(stages.BY_KIND[job.stage.kind].CONFIG)
-    args.output_dir, args.report_to, args.max_steps = str(folder), [], STEPS
-    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
-    args.eval_on_start = args.dataloader_pin_memory = False
+    only_train(args, STEPS, folder)
+    args.dataloader_pin_memory = False
     if job.recipe.model.needs_kernel:  # rows without padding are as many tokens; no kernel reads shapes
         for key in ("packing", "padding_free"):
             setattr(args, key, False)
     args.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
     return args
+
+
+def only_train(args: Any, steps: int, folder: Path) -> None:
+    """Set a trainer to take a few steps, none of which is logged, evaluated or saved.
+
+    Args:
+        args: the trainer's settings, which are changed.
+        steps: how many.
+        folder: for what it writes all the same.
+    """
+    args.output_dir, args.report_to, args.max_steps = str(folder), [], steps
+    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    args.eval_on_start = False
 
 
 def _begin(trainer: Any, model: torch.nn.Module, ledger: Ledger) -> None:
@@ -161,7 +173,7 @@ def _texts(
 ) -> PolicyView | None:
     """SFT, reward, DPO and KTO: TRL's trainer on rows of the longest texts."""
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps * STEPS
-    rows = _rows(job, max(count, args.per_device_eval_batch_size), lengths)
+    rows = rows_of(job, max(count, args.per_device_eval_batch_size), lengths)
     held_out = rows.select(range(args.per_device_eval_batch_size)) if job.stage.data.holds_out else None
     if job.stage.facts.makes == "reward":
         model = adapters.with_reward_adapter(base, job.stage.lora, None)
@@ -182,7 +194,7 @@ def _texts(
     return PolicyView(Roles(model, {"policy": "default"}), "policy")
 
 
-def _rows(job: Job, count: int, lengths: Lengths) -> Dataset:
+def rows_of(job: Job, count: int, lengths: Lengths) -> Dataset:
     """Rows of the longest texts; every second one is a token shorter, so that batches are padded, as in a run."""
 
     def ids(length: int) -> list[list[int]]:
@@ -216,11 +228,11 @@ def _ppo(
     args.num_mini_batches, args.num_ppo_epochs, args.max_steps = 1, 1, STEPS
     args.total_episodes, args.num_sample_generations = None, 0
     ledger.phase = UNCOUNTED
-    stored = _reward_artifacts(job, base, folder)
+    stored = reward_artifacts(job, base, folder)
     ledger.phase = "load"
     shared = SharedBase(base, job.stage.lora, None, stored, one_trunk=job.stage.value_model == "head")
-    rows = _rows(job, args.per_device_train_batch_size * args.gradient_accumulation_steps, lengths)
-    trainer = PPOTrainer(args, tokenizer, shared, _Rewards(shared), train_dataset=rows)
+    rows = rows_of(job, args.per_device_train_batch_size * args.gradient_accumulation_steps, lengths)
+    trainer = PPOTrainer(args, tokenizer, shared, Rewards(shared), train_dataset=rows)
     _begin(trainer, trainer.model, ledger)
 
     def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
@@ -245,15 +257,15 @@ def _groups(
     job: Job, args: Any, base: PreTrainedModel, tokenizer: Any, lengths: Lengths, ledger: Ledger, folder: Path
 ) -> PolicyView | None:
     """GRPO and RLOO: TRL's trainers, as `stages.groups` has them."""
-    rows = _rows(job, max(2, args.generation_batch_size), lengths)
+    rows = rows_of(job, max(2, args.generation_batch_size), lengths)
     ledger.phase = UNCOUNTED
-    stored = _reward_artifacts(job, base, folder)
+    stored = reward_artifacts(job, base, folder)
     ledger.phase = "load"
     model = adapters.with_policy_adapter(base, job.stage.lora, None)
     trainer: Any = stages.BY_KIND[job.stage.kind].TRAINER.over(model, args, tokenizer, rows, None)
     for artifact, shape in stored:
         trainer.roles.add_reward(artifact, shape)
-    trainer.score_with(_Rewards(trainer.roles), job.stage.scored_by)
+    trainer.score_with(Rewards(trainer.roles), job.stage.scored_by)
     _begin(trainer, model, ledger)
 
     def roll_out(prompts: list[list[int]], *_: Any) -> Episodes:
@@ -308,7 +320,7 @@ def job_precision(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16, enabled=recipe.model.dtype == "bfloat16")
 
 
-class _Rewards:
+class Rewards:
     """The reward models of a stage read the replies, as `rewards.mixture.Rewards` has them do it; nothing else does."""
 
     def __init__(self, roles: Roles) -> None:
@@ -317,6 +329,7 @@ class _Rewards:
     def __call__(
         self, episodes: Episodes, rows: Any = None, *, at_once: int, step: int = 0, max_steps: int = 0
     ) -> Scores:
+        """Read the replies; every score is 0."""
         for members in self.roles.rewards:
             for part in episodes.parts(at_once):
                 member_scores(members, episodes.select(part))
@@ -324,7 +337,7 @@ class _Rewards:
         return Scores(none, defaultdict(lambda: none), {})
 
 
-def _reward_artifacts(job: Job, base: PreTrainedModel, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def reward_artifacts(job: Job, base: PreTrainedModel, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Artifacts of reward models of the right shapes on the disk, for our own code to load."""
     stored = []
     for number, (_, shape) in enumerate(job.reward_models):

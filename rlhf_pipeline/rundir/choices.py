@@ -151,18 +151,6 @@ class Progress(NamedTuple):
     text: str
 
 
-def progress(target: Target, items: Sequence[Item], labels: Sequence[Label], accuracy: float | None = None) -> Progress:
-    """How far a stage is from its target.
-
-    Args:
-        target: of the stage.
-        items: of the stage; labels of pairs that are in none of them do not count.
-        labels: of the stage, as `Labels.of` has them.
-        accuracy: of the model that learns, as `Labels.learnt` has it; None where it is not known.
-    """
-    return count(target, items, item_of_pairs(items), labels, accuracy)
-
-
 def item_of_pairs(items: Iterable[Item]) -> dict[str, str]:
     """The key of the item of each pair, by the key of the pair."""
     return {
@@ -180,7 +168,16 @@ def count(
     accuracy: float | None = None,
     left_out: Collection[str] = (),
 ) -> Progress:
-    """The same where `item_of_pairs(items)` is known, without the labels of people who are left out."""
+    """How far a stage is from its target.
+
+    Args:
+        target: of the stage.
+        items: of the stage.
+        item_of: `item_of_pairs(items)`; labels of other pairs do not count.
+        labels: of the stage, as `Labels.of` has them.
+        accuracy: of the model that learns, as `Labels.learnt` has it; None where it is not known.
+        left_out: the names of people whose labels do not count.
+    """
     here = [label for label in labels if label.pair in item_of and label.person not in left_out]
     made = sum(label.undone_at is None and label.choice != "skip" for label in here)
     of_item = Counter(item_of[label.pair] for label in counted(here))

@@ -52,8 +52,8 @@ class StageState:
     record: Record = field(default_factory=Record)
     is_current: bool = False
     progress: Progress | None = None
-    until: dict[str, Any] | None = None
-    people: dict[str, Any] | None = None
+    until: Any = None
+    people: Any = None
 
 
 @dataclass
@@ -183,7 +183,7 @@ def read_stages(
 def _described(directory: RunDirectory, name: str, planned: dict[str, Any]) -> StageState:
     """A stage with its record, or what the recipe plans of it."""
     record = directory.record(name)
-    until, people = (value if isinstance(value := planned.get(key), dict) else None for key in ("until", "people"))
+    until, people = planned.get("until"), planned.get("people")
     if record is not None:
         return StageState(name, record.kind or name, record.parents, record=record, until=until, people=people)
     inits = planned.get("init") or []
@@ -225,7 +225,7 @@ def find_state(
         changes: how its inputs differ from what they were, as far as its parents do not tell.
 
     Raises:
-        InputError: a file of its artifact cannot be read.
+        InputError: a file of its artifact, or its labels, or what the recipe says of them, cannot be read.
     """
     if stage.name == at_work:
         stage.state, stage.reason = "running", "at work now"
@@ -290,7 +290,7 @@ def _of_unfinished(
         return "stale", "; ".join([*changes, f"before that, {happened}"])
     stage.progress = directory.progress(stage.name)
     if waited and stage.progress:
-        made = waiting.of_stage(directory, stage.name, stage.until or {}, stage.people).progress
+        made = waiting.of_stage(directory, stage.name, stage.until, stage.people).progress
         if not made.reached:
             stage.progress = None
             return "waiting", made.text

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.data.encode import ROW
 from rlhf_pipeline.data.prepare import Prepared
-from rlhf_pipeline.data.turns import Prompt, Reply
+from rlhf_pipeline.data.turns import Prompt, Reply, columns_of
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.judges.bias import Judged, figures
 from rlhf_pipeline.judges.function import FunctionJudge, try_function
@@ -143,7 +143,7 @@ def preference(one: Compared, verdict: Verdict, keeps_ties: bool) -> dict[str, A
         return None
     better = int(p < 0.5)
     confidence = 1 - p if better else p
-    row: dict[str, Any] = {"prompt": one.prompt, "chosen": one.replies[better], "rejected": one.replies[1 - better]}
+    row = columns_of(one.prompt) | {"chosen": one.replies[better], "rejected": one.replies[1 - better]}
     row |= {"confidence": confidence, "margin": 2 * confidence - 1}
     if verdict.principle is not None:
         return row | {"principle": verdict.principle}

@@ -8,11 +8,11 @@ from typing import Any
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.data.encode import ROW
 from rlhf_pipeline.data.prepare import Prepared
+from rlhf_pipeline.data.turns import columns_of
 from rlhf_pipeline.errors import InputError, RunError, Waiting
 from rlhf_pipeline.rundir import agreement, choices, durable, items, strict_json, waiting
 from rlhf_pipeline.rundir.choices import Choice
 from rlhf_pipeline.rundir.items import FEATURES, ITEMS, Item, item
-from rlhf_pipeline.rundir.labels import LABELS, Labels
 from rlhf_pipeline.rundir.layout import CHOICES, PEOPLE, RunDirectory
 from rlhf_pipeline.rundir.waiting import Labelled
 from rlhf_pipeline.stages.features import features, write
@@ -63,11 +63,9 @@ def run(job: Job) -> dict[str, Any]:
     labelled = waiting.of_stage(RunDirectory(job.run), job.name, job.stage.until.says, people)
     if not labelled.progress.reached:
         raise Waiting(labelled.progress.text)
-    with Labels(job.run / LABELS) as labels:
-        pairs = labels.pairs(job.name)
-    known = agreement.figures(pairs, labelled.labels)
-    chosen = choices.choices(pairs, labelled.counted)
-    found = [row for one in chosen if (row := choices.preference(one))]
+    known = agreement.figures(labelled.pairs, labelled.labels)
+    chosen = choices.choices(labelled.pairs, labelled.counted)
+    found = [row | columns_of(one.pair.prompt) for one in chosen if (row := choices.preference(one))]
     if not found:
         raise RunError(
             f"no pair has a winner: people found all of the {len(chosen)} pairs equal, or both replies bad",

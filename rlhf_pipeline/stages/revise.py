@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_pipeline.data.encode import Ids, encode_prompts, hash_of
 from rlhf_pipeline.data.prepare import prompts_with_rows as read  # the rows of such a stage
-from rlhf_pipeline.data.turns import Prompt
+from rlhf_pipeline.data.turns import Prompt, columns_of
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.judges import principles
 from rlhf_pipeline.judges.principles import Principle
@@ -23,7 +23,7 @@ from rlhf_pipeline.models.staged import StagedBase, artifacts
 from rlhf_pipeline.ppo.rollout import sample
 from rlhf_pipeline.stages import engine
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.rows import Asked, Made, columns_of, prompts_of, publish, with_columns
+from rlhf_pipeline.stages.rows import Asked, Made, prompts_of, publish, with_columns
 
 CONFIG = None
 CRITIQUES = "critiques.jsonl"

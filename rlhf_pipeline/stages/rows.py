@@ -102,14 +102,6 @@ class Made:
             raise Stopped(len(self.items))
 
 
-def columns_of(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the columns of a row: `prompt`, and `tools` where it is a conversation with some."""
-    if isinstance(prompt, str) or "tools" not in prompt[0]:
-        return {"prompt": prompt}
-    first = {key: value for key, value in prompt[0].items() if key != "tools"}
-    return {"prompt": [first, *prompt[1:]], "tools": prompt[0]["tools"]}
-
-
 def with_columns(rows: Sequence[dict[str, Any]], columns: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows with those other columns of their prompts' rows that change nothing of how they are read."""
     names = carried(columns, rows)

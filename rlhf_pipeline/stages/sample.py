@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_pipeline.data.columns import SAMPLED
 from rlhf_pipeline.data.encode import hash_of
 from rlhf_pipeline.data.prepare import prompts_with_rows as read  # the rows of such a stage
+from rlhf_pipeline.data.turns import columns_of
 from rlhf_pipeline.hacking.forecast import best_of, of_best, order
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.staged import StagedBase, artifacts
@@ -27,7 +28,7 @@ from rlhf_pipeline.ppo.rollout import Episodes, concatenate, diversity, sample
 from rlhf_pipeline.rewards import mixture
 from rlhf_pipeline.stages import engine
 from rlhf_pipeline.stages.job import Job
-from rlhf_pipeline.stages.rows import Asked, Made, columns_of, prompts_of, publish, with_columns
+from rlhf_pipeline.stages.rows import Asked, Made, prompts_of, publish, with_columns
 
 CONFIG = None
 

@@ -12,7 +12,6 @@ can be scored, 500 it could not be scored, 503 too many wait.
 
 import asyncio
 import hmac
-import json
 import queue
 import re
 import signal
@@ -22,11 +21,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-import uvicorn
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -34,7 +30,9 @@ from starlette.routing import Route
 from rlhf_pipeline.data.encode import Ids, encode_records
 from rlhf_pipeline.data.turns import Prompt, Reply, RowError, demonstration, reply_of, text_of, to_be_answered, turns_of
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.use import web
 from rlhf_pipeline.use.score import Score, Scorer
+from rlhf_pipeline.use.web import LOOPBACK, Refused
 
 LARGEST_BODY = 8 * 2**20  # bytes
 MOST_REPLIES = 1024  # of one request
@@ -42,7 +40,6 @@ MOST_WAITING = 4096  # replies, of all requests
 WINDOW_S = 0.005  # for so long a batch waits for more, counted from its first request
 AT_ONCE = 8  # batches that are made up together, of replies of like length
 LAST_S = 60  # for so long requests are still answered when it is to stop
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Pair(NamedTuple):
@@ -50,19 +47,6 @@ class Pair(NamedTuple):
 
     prompt: Prompt
     reply: Reply | None
-
-
-class RequestError(Exception):
-    """A request that gets no scores.
-
-    Attributes:
-        status: of HTTP.
-        sentence: what is wrong.
-    """
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence = status, sentence
 
 
 class Batches:
@@ -86,14 +70,14 @@ class Batches:
         """Have pairs scored.
 
         Returns:
-            Their scores once they are there, or a `RequestError`.
+            Their scores once they are there, or a `Refused`.
 
         Raises:
-            RequestError: too many wait already.
+            Refused: too many wait already.
         """
         with self._lock:
             if self.waiting and self.waiting + len(pairs) > MOST_WAITING:
-                raise RequestError(503, f"{self.waiting} replies wait to be scored already; ask again in a moment")
+                raise Refused(503, f"{self.waiting} replies wait to be scored already; ask again in a moment")
             self.waiting += len(pairs)
         future: Future[list[Score]] = Future()
         self._asked.put((pairs, future))
@@ -131,8 +115,8 @@ class Batches:
                 continue
             try:
                 sound.append((future, self._encode(pairs)))
-            except (RequestError, InputError, RowError) as error:
-                future.set_exception(error if isinstance(error, RequestError) else RequestError(422, str(error)))
+            except (Refused, InputError, RowError) as error:
+                future.set_exception(error if isinstance(error, Refused) else Refused(422, str(error)))
             except Exception as error:
                 future.set_exception(_failure(error))
         try:
@@ -148,13 +132,13 @@ class Batches:
             if len(known) == len(own):
                 future.set_result(known)
             else:
-                future.set_exception(RequestError(422, f"reply {own.index(None) + 1} gives no finite number"))
+                future.set_exception(Refused(422, f"reply {own.index(None) + 1} gives no finite number"))
 
     def _encode(self, pairs: Sequence[Pair]) -> list[tuple[Ids, Ids]]:
         """The tokens of each prompt and reply; of a whole text its last token, the EOS, is the reply.
 
         Raises:
-            RequestError: one does not fit into the model's context.
+            Refused: one does not fit into the model's context.
             InputError: the chat template refuses one.
         """
         records = [(pair.prompt, pair.reply) for pair in pairs if pair.reply is not None]
@@ -164,9 +148,7 @@ class Batches:
             prompt, reply = self._whole(str(pair.prompt)) if pair.reply is None else next(encoded)
             length, context = len(prompt) + len(reply), self.scorer.context
             if context and length > context:
-                raise RequestError(
-                    422, f"reply {number} has {length} tokens with its prompt, and the model takes {context}"
-                )
+                raise Refused(422, f"reply {number} has {length} tokens with its prompt, and the model takes {context}")
             found.append((prompt, reply))
         return found
 
@@ -182,10 +164,8 @@ class Batches:
         return ids, [tokenizer.eos_token_id]
 
 
-def _failure(error: Exception) -> RequestError:
-    return RequestError(
-        500, f"it could not be scored: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    )
+def _failure(error: Exception) -> Refused:
+    return Refused(500, f"it could not be scored: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
 # Requests
@@ -200,21 +180,21 @@ def pairs_of(body: Mapping[str, Any], chat: bool | None) -> list[Pair]:
         chat: whether text under `prompts` is a user's turn.
 
     Raises:
-        RequestError: it is neither.
+        Refused: it is neither.
     """
     try:
         if "messages" in body and not {"prompts", "replies"}.isdisjoint(body):
-            raise RequestError(422, "a request has `prompts` and `replies`, or `messages`, and not both")
+            raise Refused(422, "a request has `prompts` and `replies`, or `messages`, and not both")
         if "messages" in body:
             return _of_messages(body["messages"])
         prompts, replies = body.get("prompts"), body.get("replies")
         if not isinstance(prompts, list) or not isinstance(replies, list):
-            raise RequestError(422, "a request has `prompts` and `replies`, two lists, or `messages`")
+            raise Refused(422, "a request has `prompts` and `replies`, two lists, or `messages`")
         if len(prompts) != len(replies):
-            raise RequestError(422, f"there are {len(prompts)} prompts and {len(replies)} replies")
+            raise Refused(422, f"there are {len(prompts)} prompts and {len(replies)} replies")
         return [Pair(_prompt(one, chat), reply_of({"replies": its}, "replies")) for one, its in zip(prompts, replies)]  # noqa: B905
     except RowError as error:
-        raise RequestError(422, str(error)) from None
+        raise Refused(422, str(error)) from None
 
 
 def _prompt(value: Any, chat: bool | None) -> Prompt:
@@ -226,7 +206,7 @@ def _prompt(value: Any, chat: bool | None) -> Prompt:
 
 def _of_messages(messages: Any) -> list[Pair]:
     if not isinstance(messages, list):
-        raise RequestError(422, "`messages` is no list")
+        raise Refused(422, "`messages` is no list")
     if messages and all(isinstance(one, dict) for one in messages):
         messages = [messages]
     found = []
@@ -235,10 +215,10 @@ def _of_messages(messages: Any) -> list[Pair]:
             found.append(Pair(text_of({"messages": one}, "messages"), None))
             continue
         if isinstance(one, list) and one and not (isinstance(one[-1], dict) and one[-1].get("role") == "assistant"):
-            raise RequestError(422, "a conversation in `messages` does not end with the assistant's reply")
+            raise Refused(422, "a conversation in `messages` does not end with the assistant's reply")
         records = demonstration({"messages": one}, "messages", judged=False)
         if not records:
-            raise RequestError(422, "a conversation in `messages` has no reply")
+            raise Refused(422, "a conversation in `messages` has no reply")
         found.append(Pair(*records[0]))
     return found
 
@@ -248,7 +228,7 @@ def _queries(body: Mapping[str, Any]) -> list[Pair]:
     query = body.get("query")
     texts = [query] if isinstance(query, str) else query
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RequestError(422, "`query` is no list of texts")
+        raise Refused(422, "`query` is no list of texts")
     return [Pair(text, None) for text in texts]
 
 
@@ -268,9 +248,9 @@ def app(batches: Batches, stage: str, host: str, token: str | None) -> Starlette
 
     async def scored(pairs: list[Pair]) -> list[Score]:
         if not pairs:
-            raise RequestError(422, "there is nothing to score")
+            raise Refused(422, "there is nothing to score")
         if len(pairs) > MOST_REPLIES:
-            raise RequestError(413, f"a request may have {MOST_REPLIES} replies, and this one has {len(pairs)}")
+            raise Refused(413, f"a request may have {MOST_REPLIES} replies, and this one has {len(pairs)}")
         return await asyncio.wrap_future(batches.ask(pairs))
 
     async def health(request: Request) -> Response:
@@ -294,7 +274,10 @@ def app(batches: Batches, stage: str, host: str, token: str | None) -> Starlette
             Route("/score", score, methods=["POST"]),
             Route("/get_reward", get_reward, methods=["POST"]),
         ],
-        exception_handlers={RequestError: _refused, HTTPException: _of_http, Exception: _failed},
+        exception_handlers=web.handlers(
+            "there is nothing here: it is /score, /get_reward or /health",
+            {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}},
+        ),
     )
 
 
@@ -305,79 +288,28 @@ def _let_in(request: Request, host: str, token: str | None) -> None:
     open to this machine alone answers to no other name.
 
     Raises:
-        RequestError: it may not.
+        Refused: it may not.
     """
-    try:
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
-    except ValueError:
-        name = None
-    if host in LOOPBACK and name not in LOOPBACK:
-        raise RequestError(403, f"this answers to {host} alone")
+    if host in LOOPBACK and web.host_name(request.headers.get("host", "")) not in LOOPBACK:
+        raise Refused(403, f"this answers to {host} alone")
     if token is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     given = given.strip() if scheme.lower() == "bearer" else request.query_params.get("token", "")
     if not hmac.compare_digest(given.encode(), token.encode()):
-        raise RequestError(401, "the token is missing or wrong: send `Authorization: Bearer TOKEN`, or ?token=TOKEN")
+        raise Refused(401, "the token is missing or wrong: send `Authorization: Bearer TOKEN`, or ?token=TOKEN")
 
 
 async def _body(request: Request, host: str, token: str | None) -> dict[str, Any]:
     """The JSON object that was sent, by somebody who may.
 
     Raises:
-        RequestError: they may not, or it is none, or too large.
+        Refused: they may not, or it is none, or too large.
     """
     _let_in(request, host, token)
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(400, "the request should be JSON, with `Content-Type: application/json`")
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > LARGEST_BODY:
-            raise RequestError(413, f"a request may have {LARGEST_BODY // 2**20} MiB")
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        raise RequestError(400, "this is not JSON") from None
-    if not isinstance(found, dict):
-        raise RequestError(400, "this is no JSON object")
-    return found
-
-
-def _error(status: int, sentence: str) -> JSONResponse:
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status)
-    return JSONResponse({"error": sentence}, status, headers)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _error(error.status, error.sentence)
-
-
-async def _of_http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    sentence = (
-        "there is nothing here: it is /score, /get_reward or /health" if error.status_code == 404 else error.detail
-    )
-    return _error(error.status_code, sentence)
-
-
-async def _failed(_: Request, error: Exception) -> Response:
-    return _error(500, f"the server has failed: {type(error).__name__}")
-
-
-def opened(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        InputError: the address cannot be opened.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        hint = "`--port 0` takes one that is free" if port else None
-        raise InputError(f"{host}:{port} cannot be opened: {error.strerror}", place="--port", hint=hint) from None
+    if not web.is_json(request.headers.get("content-type", "")):
+        raise Refused(400, web.NOT_AS_JSON)
+    return await web.json_object(request, LARGEST_BODY, f"a request may have {LARGEST_BODY // 2**20} MiB")
 
 
 def serve(batches: Batches, stage: str, host: str, token: str | None, listening: socket.socket) -> None:
@@ -388,23 +320,13 @@ def serve(batches: Batches, stage: str, host: str, token: str | None, listening:
         stage: the reward stage's name.
         host: the address that it was opened for.
         token: see `app`.
-        listening: from `opened`.
+        listening: from `web.listen`.
     """
-    config = uvicorn.Config(
-        app(batches, stage, host, token),
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=LAST_S,
-    )
     handlers: dict[int, Callable[..., Any] | int | None] = {}
     if threading.current_thread() is threading.main_thread():  # the server sends itself a signal again when it is done
         handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        web.server(app(batches, stage, host, token), LAST_S).run(sockets=[listening])
     finally:
         batches.close()
         for number, handler in handlers.items():

@@ -1,6 +1,7 @@
 """The commands `label` and `arena` as people type them: links, several people, a clean end, a sentence for a fault."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import signal
@@ -19,8 +20,8 @@ from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.arena import serving as serving_page
 from rlhf_pipeline.arena import sources
-from rlhf_pipeline.cli import arena as commands
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.recipe.rows import DIMENSIONS
 from rlhf_pipeline.run import runner
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir import items
@@ -136,9 +137,9 @@ def test_labels_that_are_damaged_are_said_and_stay(say: Say, tmp_path: Path) -> 
 
 def test_what_is_not_installed_is_said(say: Say, tmp_path: Path, monkeypatch) -> None:
     write(tmp_path / "rows.jsonl", ROWS)
-    find = commands.importlib.util.find_spec
+    find = importlib.util.find_spec
     absent = ("starlette", "markdown_it")
-    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     code, _, err = say("arena", "--data", "rows.jsonl")
     assert (code, err) == (
         2,
@@ -206,7 +207,7 @@ def test_the_stage_that_waits_is_labelled(waiting: Path) -> None:
 def test_a_stage_is_labelled_by_its_name_also_when_it_is_done(waiting: Path) -> None:
     setup = sources.of_stage(waiting, recipes.of_run(waiting), "first")
     assert (setup.stage, setup.target) == ("first", Target(per_item=1))
-    assert tuple(setup.dimensions) == sources.DIMENSIONS and setup.items[0].prompt == "first 0"
+    assert tuple(setup.dimensions) == DIMENSIONS and setup.items[0].prompt == "first 0"
 
 
 def test_a_finished_run_shows_the_items_of_its_label_stage_apart(waiting: Path) -> None:
@@ -301,32 +302,29 @@ def test_a_run_with_nothing_to_show_says_so(run: Path) -> None:
         sources.of_stage(run, recipes.of_run(run), "nothing")
 
 
-def test_what_a_finished_run_shows_is_read_once_by_its_reward_model(
-    tiny_run: Path, warm_server: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, said = tmp_path / "tiny", list[str]()
-    shutil.copytree(tiny_run, run)
+@pytest.fixture
+def finished(tiny_run: Path, warm_server: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a run that is done, whose replies the warm server reads."""
     monkeypatch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(warm_server))
-    loaded = recipes.of_run(run)
-    setup = sources.of_run(run, loaded)
+    return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+
+
+def test_what_a_finished_run_shows_is_read_once_by_its_reward_model(finished: Path) -> None:
+    said, loaded = list[str](), recipes.of_run(finished)
+    setup = sources.of_run(finished, loaded)
     assert setup.features is None
-    first = sources.with_features(setup, run, loaded, said.append)
+    first = sources.with_features(setup, finished, loaded, said.append)
     assert [line.partition(",")[0] for line in said] == ["reading the replies with `reward`"]
     assert first.features is not None and len(first.features) == sum(len(one.replies) for one in setup.items)
-    again = sources.with_features(setup, run, loaded, said.append)
+    again = sources.with_features(setup, finished, loaded, said.append)
     assert len(said) == 1 and np.array_equal(again.features, first.features)
-    other = sources.with_features(setup._replace(items=setup.items[:2]), run, loaded, said.append)
+    other = sources.with_features(setup._replace(items=setup.items[:2]), finished, loaded, said.append)
     assert len(said) == 2 and len(other.features) == sum(len(one.replies) for one in setup.items[:2])
 
 
-def test_replies_that_cannot_be_read_are_labelled_all_the_same(
-    tiny_run: Path, warm_server: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, said = tmp_path / "tiny", list[str]()
-    shutil.copytree(tiny_run, run)
-    monkeypatch.setattr(runner, "Launcher", lambda *_, **__: contextlib.nullcontext(warm_server))
-    loaded = recipes.of_run(run)
-    loaded.model.path = str(tmp_path / "gone")
-    setup = sources.with_features(sources.of_run(run, loaded), run, loaded, said.append)
+def test_replies_that_cannot_be_read_are_labelled_all_the_same(finished: Path) -> None:
+    said, loaded = list[str](), recipes.of_run(finished)
+    loaded.model.path = str(finished / "gone")
+    setup = sources.with_features(sources.of_run(finished, loaded), finished, loaded, said.append)
     assert setup.features is None
     assert said[-1].startswith("note: nothing learns along, since the replies cannot be read: ")

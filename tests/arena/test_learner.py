@@ -1,5 +1,6 @@
 """The learner against independent references: primal Newton, integrals, exact refits, and simulated truths."""
 
+import copy
 import math
 import time
 
@@ -63,6 +64,19 @@ def test_beliefs_are_those_of_newton_in_the_space_of_weights(width: int, labels:
     rewards, deviations = learner.rewards()
     np.testing.assert_allclose(rewards, x @ weights, atol=1e-3)
     np.testing.assert_allclose(deviations, np.sqrt(np.einsum("rd,de,re->r", x, covariance, x)), rtol=1e-3)
+
+
+def test_copies_of_a_learner_learn_apart() -> None:
+    """One that fails half-way leaves the one before as it was, which the next copy is made of."""
+    features, _, labels, _ = world(3, 10, 4, 20)
+    first = Learner(features)
+    for _ in range(2):
+        other = copy.copy(first)
+        other.fit(*labels)
+        assert len(first.means()) == 10 and not first.means().any()
+    alone = Learner(features)
+    alone.fit(*labels)
+    np.testing.assert_allclose(other.means(), alone.means())
 
 
 def test_the_mode_is_where_the_posterior_has_no_slope() -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from rlhf_pipeline.arena import session as sessions
-from rlhf_pipeline.arena.session import Refused, Session
+from rlhf_pipeline.arena.session import Session
 from rlhf_pipeline.arena.sources import Setup
 from rlhf_pipeline.rundir.choices import Target
 from rlhf_pipeline.rundir.items import Item, item
 from rlhf_pipeline.rundir.labels import Label, Labels, Pair
+from rlhf_pipeline.use.web import Refused
 
 ITEMS = [item(f"prompt {number}", [f"{number} good", f"{number} poor", f"{number} bad"]) for number in range(12)]
 CHECKS = [item(f"check {number}", ["right", "wrong"], better=0) for number in range(3)]

@@ -1,5 +1,7 @@
 """What labels come to: whose count, what wins, and how far a stage is."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from rlhf_pipeline.rundir import choices, items
@@ -67,6 +69,10 @@ def test_each_dimension_has_its_own_majority() -> None:
     assert choices.choices(PAIRS, said)[0].dimensions == {"honesty": "second", "harmlessness": "tie"}
 
 
+def progress(target: Target, said: Sequence[Label], accuracy: float | None = None) -> Progress:
+    return choices.count(target, ITEMS, choices.item_of_pairs(ITEMS), said, accuracy)
+
+
 ITEMS = [items.item("p", ["a", "b"]), items.item("q", ["a", "b"], better=0), items.item("r", ["a", "b", "c"])]
 
 
@@ -77,17 +83,17 @@ def said(prompt: str, first: str, second: str, text: str) -> list[Label]:
 def test_progress_counts_every_click_but_those_skipped_or_taken_back() -> None:
     some = labels("anna first", "anna first", "bob skip", "cy first then") + labels("anna first", pair=CHECK)
     gone = said("no item any more", "a", "b", "anna first")
-    found = choices.progress(Target(labels=3), ITEMS, some + gone)
+    found = progress(Target(labels=3), some + gone)
     assert found == Progress(3, 1, 2, True, "3 of 3 labels")
-    assert choices.progress(Target(labels=4), ITEMS, some + gone).reached is False
-    assert choices.progress(Target(), ITEMS, some)[3:] == (False, "3 labels")
+    assert progress(Target(labels=4), some + gone).reached is False
+    assert progress(Target(), some)[3:] == (False, "3 labels")
 
 
 def test_progress_per_item_counts_what_different_people_said_of_its_pairs() -> None:
     target = Target(per_item=2)
     some = labels("anna first", "anna second") + said("r", "a", "b", "anna tie") + said("r", "c", "b", "anna tie")
-    assert choices.progress(target, ITEMS, some) == Progress(4, 1, 2, False, "1 of 2 items have 2 labels")
-    assert choices.progress(target, ITEMS, [*some, *labels("bob bad")]).reached is True
+    assert progress(target, some) == Progress(4, 1, 2, False, "1 of 2 items have 2 labels")
+    assert progress(target, [*some, *labels("bob bad")]).reached is True
 
 
 def test_progress_needs_all_that_is_wanted() -> None:
@@ -97,6 +103,6 @@ def test_progress_needs_all_that_is_wanted() -> None:
         (0.69, False, "1 of 1 labels, accuracy of the reward 0.690, wanted >= 0.7"),
         (0.7, True, "1 of 1 labels, accuracy of the reward 0.700, wanted >= 0.7"),
     ):
-        found = choices.progress(target, ITEMS, labels("anna first"), accuracy)
+        found = progress(target, labels("anna first"), accuracy)
         assert (found.reached, found.text) == (reached, text)
-    assert choices.progress(target, ITEMS, [], 0.9).reached is False
+    assert progress(target, [], 0.9).reached is False

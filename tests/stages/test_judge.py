@@ -11,6 +11,7 @@ from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.data.shapes import recognise
 from rlhf_pipeline.errors import InputError, RunError
 from rlhf_pipeline.judges.bias import figures
+from rlhf_pipeline.judges.verdicts import Verdict
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.recipe.gates import OF_JUDGE, known_metrics, possible_metrics
 from rlhf_pipeline.run.explain import explain
@@ -120,6 +121,13 @@ def test_its_rows_are_read_by_every_later_stage(make_job, wanted, principles) ->
     shape = recognise(rows, wanted)
     assert len([record for row in rows for record in shape.read(row)]) == 6 * (2 if wanted == "feedback" else 1)
     assert ("principle" in rows[0]) is principles
+
+
+def test_a_conversation_with_tools_keeps_them() -> None:
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+    prompt = [{"role": "user", "content": "Well?", "tools": tools}]
+    row = judge.preference(judge.Compared(prompt, ("a", "bb"), {}), Verdict(0.1, False, {}, None, []), False)
+    assert recognise([row], "preferences").read(row) == [(prompt, "bb", "a")]
 
 
 def test_pairs_on_which_the_orders_disagree_are_dropped_or_kept(make_job) -> None:

@@ -101,6 +101,18 @@ def test_what_counts_is_what_most_people_chose(make_job) -> None:
     assert metrics["label/ties"] == 1 and metrics["label/bad"] == 1
 
 
+def test_a_conversation_with_tools_keeps_them(make_job) -> None:
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+    prompt = [{"role": "user", "content": "Well?", "tools": tools}]
+    job = make_job(until={"labels": 1})
+    items.write(job.work / "items.jsonl", [items.item(prompt, ["a", "b"])])
+    (job.work / "features.safetensors").touch()
+    choose(job, "ann", ["second"])
+    label.run(job)
+    (row,) = written(job)
+    assert recognise([row], "preferences").read(row) == [(prompt, "b", "a")]
+
+
 def test_people_below_a_bound_are_left_out() -> None:
     def of(name: str, agrees: float | None, right: int, asked: int) -> dict[str, Any]:
         return {"name": name, "agreement": agrees, "checks": {"right": right, "of": asked}}

@@ -19,9 +19,11 @@ import uvicorn
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data.encode import encode_records
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.tiny import world
 from rlhf_pipeline.run.launch import command, environment
 from rlhf_pipeline.use import serve as serving
+from rlhf_pipeline.use import web
 from rlhf_pipeline.use.score import Scorer
 
 PROMPT, REPLY = "Q: How does a frog sound?\nA:", " It is croak. Thank you for asking!"
@@ -63,12 +65,9 @@ def served(scorer: Scorer) -> Iterator[Callable[..., int]]:
 
     def start(token: str | None = None) -> int:
         if token not in servers:
-            listening = serving.opened("127.0.0.1", 0)
+            listening = web.listen("127.0.0.1", 0)
             batches = serving.Batches(scorer, False, 16)
-            config = uvicorn.Config(
-                serving.app(batches, "reward", "127.0.0.1", token), http="h11", lifespan="off", log_level="warning"
-            )
-            server = uvicorn.Server(config)
+            server = web.server(serving.app(batches, "reward", "127.0.0.1", token), serving.LAST_S)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
             thread.start()
             servers[token] = server, thread, batches, listening.getsockname()[1]
@@ -181,7 +180,7 @@ def test_one_bad_request_spoils_no_other(scorer) -> None:
     good, bad = [serving.Pair(PROMPT, REPLY)], [serving.Pair("a " * 5000, REPLY)]
     futures = [batches.ask(pairs) for pairs in (good, bad, good)]
     assert futures[0].result(30) == futures[2].result(30)
-    with pytest.raises(serving.RequestError, match="tokens with its prompt"):
+    with pytest.raises(web.Refused, match="tokens with its prompt"):
         futures[1].result(30)
     batches.close()
 
@@ -248,8 +247,8 @@ def test_pages_of_others_in_a_browser_here_cannot_ask(served) -> None:
 def test_a_port_that_is_taken_is_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(serving.InputError, match=f"127.0.0.1:{port} cannot be opened: Address already in use"):
-            serving.opened("127.0.0.1", port)
+        with pytest.raises(InputError, match=f"port {port} is taken"):
+            web.listen("127.0.0.1", port)
 
 
 @pytest.mark.slow
