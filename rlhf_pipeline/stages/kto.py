@@ -13,7 +13,7 @@ from transformers import set_seed
 from trl import KTOConfig, KTOTrainer
 from trl.trainer.utils import use_adapter
 
-from rlhf_pipeline import kinds
+from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import balance
 from rlhf_pipeline.data import prepare as rows
@@ -182,6 +182,8 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    if not ranks.is_first():
+        return {}
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
     dropped = {"dropped_rows": len(data.train) - len(trainer.train_dataset)}
