@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_pipeline import hub, user_code
 from rlhf_pipeline.recipe import BASE, Data, Model, Recipe, outside
 from rlhf_pipeline.recipe.data_files import is_local, matching
+from rlhf_pipeline.recipe.launch import launch_inputs
 from rlhf_pipeline.recipe.library_keys import WITHOUT_EFFECT_ON_RESULT
 from rlhf_pipeline.recipe.rewards import key_of
 from rlhf_pipeline.recipe.schema import AIJudge, Reward, Rollout, Source, Stage, Watch
@@ -208,6 +209,7 @@ def stage_inputs(recipe: Recipe, name: str, earlier: dict[str, str], digests: Di
     inputs |= {f"model.chat_template_kwargs.{key}": value for key, value in recipe.model.chat_template_kwargs.items()}
     inputs |= {f"lora.{key}": value for key, value in stage.lora.items()}
     inputs |= {f"trainer.{key}": value for key, value in stage.trainer.items() if key not in WITHOUT_EFFECT_ON_RESULT}
+    inputs |= launch_inputs(recipe, name, digests.of_file)
     for key, data in stage.tables.items():
         inputs |= data_inputs(key, data, digests)
     if stage.members:

@@ -168,7 +168,7 @@ class Kind:
 _TRAINING_ARGUMENTS = (
     ("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"),
 )  # fmt: skip
-_TRAINED = frozenset({"init", "lora", "trainer"})
+_TRAINED = frozenset({"init", "lora", "trainer", "launch"})
 _ALL_ROWS: frozenset[Rows] = frozenset(typing.get_args(Rows))
 _NO_TRAINER = Config((), "", reads=frozenset(), refused={})
 _COMPARED = _TRAINED | {"reference"}

@@ -4,6 +4,7 @@ Accelerate starts them and connects them; until it has, and with a single proces
 process alone. What is called on one rank must be called on all, in the same order.
 """
 
+import os
 from typing import TypeVar
 
 from torch import Tensor, distributed
@@ -19,6 +20,11 @@ def count() -> int:
 def index() -> int:
     """The number of this one, from 0."""
     return distributed.get_rank() if _connected() else 0
+
+
+def local_index() -> int:
+    """The number of this one among those of its machine, from 0: that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_first() -> bool:

@@ -155,7 +155,9 @@ def test_json_of_a_fresh_directory(folder):
             keys = {"name", "kind", "state", "reason", "init", "reward", "rewards", "others", "fingerprint", "wall_s",
                     "metrics", "peak_memory_bytes", "forecast_memory_bytes", "artifact", "taken_from", "log", "step",
                     "gates", "to_go"}  # fmt: skip
-            of_plan = {"will", "will_run", "data", "class_weights", "memory"} if command == "plan" else set()
+            of_plan = (
+                {"will", "will_run", "data", "class_weights", "memory", "processes"} if command == "plan" else set()
+            )
             assert set(stage) == keys | of_plan
             assert (stage["state"], stage["wall_s"], stage["metrics"], stage["artifact"]) == ("missing", None, {}, None)
     assert [(stage["init"], stage["reward"]) for stage in shown["status"]["stages"]] == [

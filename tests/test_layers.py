@@ -27,7 +27,7 @@ LAYERS = [
     ["fingerprint"],
     ["rundir"],
     ["recipe"],
-    ["hub", "kinds", "local", "ranks", "shares", "user_code"],
+    ["devices", "hub", "kinds", "local", "ranks", "shares", "user_code"],
     ["errors"],
     ["__init__"],
 ]

@@ -85,6 +85,7 @@ def plan(
             stage["will_run"] = stage["will"] in to_do.RUNS
             stage["data"] = shapes[stage["name"]]
             stage["class_weights"] = weights.get(stage["name"])
+            stage["processes"] = loaded.processes(stage["name"])
             stage["memory"] = takes[stage["name"]].in_short(card.usable) if stage["name"] in takes else None
         typer.echo(strict_json.dumps(object_, indent=2))
     else:
@@ -92,6 +93,7 @@ def plan(
         said = forecasts.in_short(forecast) if forecast else f"`rlhf-pipeline forecast {recipe}` says how much"
         console = Console()
         tables.intentions(stages, wanted, shapes, weights, remote_code, console)
+        tables.say_processes(loaded, console)
         console.print(f"GPU memory: {said}", markup=False, highlight=False, soft_wrap=True)
         tables.say_what_is_left(loaded.run, stages, console)
 

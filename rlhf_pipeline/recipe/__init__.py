@@ -17,6 +17,7 @@ from rlhf_pipeline import kinds
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.local import resolved
 from rlhf_pipeline.recipe import gates, outside
+from rlhf_pipeline.recipe.launch import resolve_launch
 from rlhf_pipeline.recipe.layers import OF_SOURCE, read
 from rlhf_pipeline.recipe.origins import Origins
 from rlhf_pipeline.recipe.paths import resolve_paths
@@ -83,6 +84,7 @@ def load_with_origins(recipe: str, overrides: Sequence[str] = (), *, weights: bo
     resolve_stages(loaded, problems)
     gates.check(loaded, problems)
     resolve_paths(loaded, problems, weights)
+    resolve_launch(loaded, content, problems)
     problems.raise_if_any()
     loaded._place, loaded._as_written = origins.place, origins.as_written
     loaded.locate_rows()
@@ -207,13 +209,15 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         unsaid = {key for key in kinds.KEYS if key not in stage.facts.takes}
         unsaid |= {
             key
-            for key in ("rewards", "value_model", "members", "pairs", "human", "watch", "check", "people")
+            for key in ("rewards", "value_model", "members", "pairs", "human", "watch", "check", "people", "launch")
             if not getattr(stage, key)
         }
         unsaid |= {"bootstrap"} if stage.members is None else set()
         unsaid |= {"reference"} if stage.reference is None else set()
         content["stages"][name] = {key: value for key, value in own.items() if key not in unsaid}
     del content["rounds"]
+    if recipe.launch is None:
+        del content["launch"]
     if recipe.evaluate:
         own = content["evaluate"]
         own["data"] = _content_of_data(recipe.evaluate.data, bear_loss=False)

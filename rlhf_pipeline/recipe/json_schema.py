@@ -11,6 +11,8 @@ from typing import Any
 from rlhf_pipeline import kinds
 from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys
+from rlhf_pipeline.recipe.launch import KEY as LAUNCH
+from rlhf_pipeline.recipe.launch import SHARDING, options
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 
 # Text in place of a number or another value: with a variable in it, or a number with underscores.
@@ -31,8 +33,9 @@ def recipe_schema() -> dict[str, Any]:
     definitions["Data"]["items"] = {"$ref": "#/definitions/MixedSource"}
     definitions["Source"]["type"] = definitions["MixedSource"]["type"] = ["object", "string"]
     definitions["MixedSource"]["required"] = ["path"]
-    definitions["Lora"] = _library("lora")
+    definitions["Lora"], definitions["Launch"] = _library("lora"), _launch()
     recipe["properties"]["lora"] |= {"$ref": "#/definitions/Lora"}
+    recipe["properties"][LAUNCH] = _refers(recipe["properties"][LAUNCH], "Launch")
     trackers = recipe["properties"]["report_to"]
     one = trackers.pop("items")
     trackers["anyOf"] = [{"type": trackers.pop("type"), "items": one}, {"const": "none"}, *one["anyOf"]]
@@ -73,6 +76,7 @@ def _stages(stage: dict[str, Any]) -> dict[str, Any]:
     stage["type"] = ["object", "null"]  # `dpo: null` leaves out a stage of the recipe that is extended
     properties = stage["properties"]
     properties["lora"] |= {"$ref": "#/definitions/Lora"}
+    properties[LAUNCH] = _refers(properties[LAUNCH], "Launch")
     chosen: dict[str, Any] = {"$ref": "#/definitions/StageOfSomeKind"}  # the recipe it extends gives its kind
     definitions = {"StageOfSomeKind": {**stage, "properties": dict(properties)}}
     for kind in reversed(NAMES):
@@ -140,6 +144,24 @@ def _merged(types: list[dict[str, Any]]) -> dict[str, Any]:
     if not choices:
         return merged
     return {"anyOf": [{"enum": choices}, {"type": "string", "pattern": r"\$\{"}, *([merged] if merged else [])]}
+
+
+def _refers(schema: dict[str, Any], definition: str) -> dict[str, Any]:
+    """A key with the values of a definition."""
+    return {"description": schema["description"], "$ref": f"#/definitions/{definition}"}
+
+
+def _launch() -> dict[str, Any]:
+    """`launch`: a mapping, or `auto`, or a file."""
+    found = _library(LAUNCH)
+    found["type"] = ["object", "string"]
+    for section, title in SHARDING.items():
+        found["properties"][section] = {
+            "type": "object",
+            "description": f"{title}'s keys, as `accelerate config` writes them.",
+            "properties": {key: {} for key in options(section)},
+        }
+    return found
 
 
 def _library(config: str) -> dict[str, Any]:

@@ -189,6 +189,8 @@ def _leave_behind(base: dict[str, Any], base_origins: Origins, top: dict[str, An
         excluded = {"path": KEYS_TIED_TO_PATH}
     elif path == ("model",):
         excluded = {"path": ("revision",)}
+    elif path[-1] == "launch":
+        excluded = {"config_file": tuple(base)}  # another file says all of it anew
     elif len(path) == 2 and path[0] == "stages":
         excluded = {"reward": ("rewards",), "rewards": ("reward",)}
     for given, others in excluded.items():
@@ -203,11 +205,14 @@ def _is_data(path: KeyPath) -> bool:
 
 
 def _write_out_short_forms(content: dict[str, Any], origins: Origins) -> None:
-    """Make mappings of `data: FILE`, `data: [A, B]` and `eval_data: FILE`."""
+    """Make mappings of `data: FILE`, `data: [A, B]`, `eval_data: FILE`, and `launch: auto` or `launch: FILE`."""
     sections: list[tuple[Any, KeyPath, str]] = [(content.get("evaluate"), ("evaluate",), "data")]
     stages = content.get("stages")
     if isinstance(stages, dict):
         sections += [(stage, ("stages", name), key) for name, stage in stages.items() for key in DATA_KEYS]
+    _write_out_launch(content, (), origins)
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        _write_out_launch(stage, ("stages", name), origins)
     for section, path, key in sections:
         if isinstance(section, dict):
             _write_out(section, key, (*path, key), origins)
@@ -217,6 +222,14 @@ def _write_out_short_forms(content: dict[str, Any], origins: Origins) -> None:
                 mix = data.get("mix")
                 for i in range(len(mix) if isinstance(mix, list) else 0):
                     _write_out(mix, i, (*path, key, "mix", i), origins)
+
+
+def _write_out_launch(section: Any, path: KeyPath, origins: Origins) -> None:
+    value = section.get("launch") if isinstance(section, dict) else None
+    if isinstance(value, str):
+        key = "num_processes" if value == "auto" else "config_file"
+        section["launch"] = {key: value}
+        origins.move((*path, "launch"), (*path, "launch", key))
 
 
 def _write_out(section: Any, key: Any, path: KeyPath, origins: Origins) -> None:

@@ -26,6 +26,10 @@ _LORA = (
     ("peft", "config.py", "PeftConfig"),
     ("peft", "tuners/lora/config.py", "LoraConfig"),
 )
+_LAUNCH = (
+    ("accelerate", "commands/config/config_args.py", "BaseConfig"),
+    ("accelerate", "commands/config/config_args.py", "ClusterConfig"),
+)
 # Names that the annotations use for a choice of words, and where Transformers lists them.
 _CHOICES = {
     "IntervalStrategy": "trainer_utils.py",
@@ -40,7 +44,9 @@ _ENCODED = "the pipeline encodes the data itself: loss on replies only, one EOS 
 _MODEL = "the pipeline loads one base for all stages; see the recipe's `model`"
 _CHECKPOINTS = "checkpoints are always complete, and a run resumes from them by itself"
 _BEST = "a stage's result is its last step; the best checkpoint is not kept"
-_ONE_GPU = "a stage runs as one process on one device"
+_LAUNCH_SAYS = "`launch` says how many processes train, and how"
+_WAIT = "processes wait for each other for five minutes"
+_ONE_GPU = "it is worked out from `launch`, which says how many processes train"
 _HUB = "publishing is not part of a run"
 _NO_METRICS = "evaluation measures TRL's own numbers, and this changes nothing about them"
 _TRACKED_AS = "a tracker's runs are named after recipe and stage; set `report_to` at the top of the recipe"
@@ -68,10 +74,10 @@ _DECIDED: dict[str, str] = {
     "trackio_static_space_id": _TRACKIO, "disable_tqdm": "progress is shown from the stage's `metrics.jsonl`",
     "push_to_hub": _HUB, "hub_token": _HUB, "hub_private_repo": _HUB, "hub_model_id": _HUB, "hub_strategy": _HUB,
     "hub_always_push": _HUB, "hub_revision": _HUB,
-    "use_cpu": _ONE_GPU, "local_rank": _ONE_GPU, "ddp_find_unused_parameters": _ONE_GPU,
+    "use_cpu": _LAUNCH_SAYS, "local_rank": _ONE_GPU, "ddp_find_unused_parameters": _ONE_GPU,
     "ddp_bucket_cap_mb": _ONE_GPU, "ddp_broadcast_buffers": _ONE_GPU, "ddp_static_graph": _ONE_GPU,
-    "ddp_backend": _ONE_GPU, "ddp_timeout": _ONE_GPU, "fsdp": _ONE_GPU, "fsdp_config": _ONE_GPU,
-    "deepspeed": _ONE_GPU, "accelerator_config": _ONE_GPU, "parallelism_config": _ONE_GPU,
+    "ddp_backend": _ONE_GPU, "ddp_timeout": _WAIT, "fsdp": _LAUNCH_SAYS, "fsdp_config": _LAUNCH_SAYS,
+    "deepspeed": _LAUNCH_SAYS, "accelerator_config": _ONE_GPU, "parallelism_config": _ONE_GPU,
     "average_tokens_across_devices": _ONE_GPU, "log_on_each_node": _ONE_GPU, "log_level_replica": _ONE_GPU,
     "ds3_gather_for_generation": _ONE_GPU,
     "do_train": "it has no effect in TRL's trainers", "do_eval": "it has no effect in TRL's trainers",
@@ -88,8 +94,11 @@ _INSTEAD = {
     "fp16": "model.dtype: float16", "fp16_full_eval": "model.dtype: float16", "tf32": "model.dtype",
     "trust_remote_code": "model.trust_remote_code", "chat_template_path": "model.chat_template",
     "assistant_only_loss": "data.loss: all",
+    "fsdp": "launch.fsdp_config", "fsdp_config": "launch.fsdp_config", "deepspeed": "launch.deepspeed_config",
+    "use_cpu": "launch.use_cpu",
 }  # fmt: skip
 
+_NO_MEGATRON = "nothing is trained with Megatron-LM here"
 _BASE_STAYS = "the base is never changed: only adapters are trained"
 _START = "it belongs to an initialisation that changes the base's weights, or its output from the start"
 _LORA_DECIDED = {
@@ -97,9 +106,20 @@ _LORA_DECIDED = {
     "auto_mapping": "PEFT sets it", "base_model_name_or_path": "PEFT sets it", "revision": _MODEL,
     "peft_version": "PEFT sets it", "modules_to_save": _BASE_STAYS, "trainable_token_indices": _BASE_STAYS,
     "bias": _BASE_STAYS, "kasa_config": _BASE_STAYS, "layer_replication": _BASE_STAYS,
-    "runtime_config": "it is not saved with the adapter", "megatron_config": _ONE_GPU,
-    "megatron_core": _ONE_GPU,
+    "runtime_config": "it is not saved with the adapter", "megatron_config": _NO_MEGATRON,
+    "megatron_core": _NO_MEGATRON,
     "eva_config": _START, "corda_config": _START, "lora_ga_config": _START, "loftq_config": _START,
+}  # fmt: skip
+
+_TPU = "it is of TPUs, on which nothing is trained here"
+_SAGEMAKER = "it is of SageMaker, which starts machines of its own"
+_LAUNCH_DECIDED = {
+    "compute_environment": _SAGEMAKER, "distributed_type": "the other keys tell it",
+    "main_training_function": _TPU, "downcast_bf16": _TPU, "tpu_name": _TPU, "tpu_zone": _TPU, "tpu_use_cluster": _TPU,
+    "tpu_use_sudo": _TPU, "tpu_vm": _TPU, "tpu_env": _TPU, "command_file": _TPU, "commands": _TPU,
+    "megatron_lm_config": _NO_MEGATRON, "mpirun_config": "processes are started by torchrun, not by mpirun",
+    "fp8_config": _DTYPE, "dynamo_config": "`torch_compile` in a stage's `trainer` compiles it",
+    "parallelism_config": "each process has rows of its own, and whole ones",
 }  # fmt: skip
 
 # How Transformers makes its optimizers (trainer_optimizer.py): which do not take Adam's keys, and which take
@@ -139,6 +159,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_generations": (2, math.inf), "num_generations_eval": (1, math.inf), "num_iterations": (1, math.inf),
     "steps_per_generation": (1, math.inf), "generation_batch_size": (2, math.inf),
     "max_completion_length": (1, math.inf), "top_entropy_quantile": (0, 1),
+    "num_processes": (1, math.inf), "num_machines": (1, math.inf), "machine_rank": (0, math.inf),
+    "main_process_port": (0, 65_535),
     "r": (1, math.inf), "lora_dropout": (0, 1),
 }  # fmt: skip
 
@@ -191,15 +213,30 @@ class Key(NamedTuple):
     """The package that decides the default, such as `trl`, or `rlhf_pipeline`."""
 
 
+_LAUNCH_OWN = {
+    "config_file": Key("Optional[str]", "A file that `accelerate config` wrote; the other keys go before it.", None,
+                       "rlhf_pipeline"),
+    "num_processes": Key("int | Literal['auto']", "How many processes train, on all machines together; `auto`, as many "
+                         "as devices are visible.", ..., "rlhf_pipeline"),
+    "mixed_precision": Key("Literal['no', 'bf16', 'fp16', 'fp8', None]", "As `model.dtype`, which decides it.", None,
+                           "rlhf_pipeline"),
+    "rdzv_backend": Key("Literal['static', 'c10d']", "How several machines find each other.", "static", "accelerate"),
+}  # fmt: skip
+_OTHERS: dict[str, tuple[tuple[tuple[str, str, str], ...], dict[str, str], str]] = {
+    "lora": (_LORA, _LORA_DECIDED, "peft.LoraConfig"),
+    "launch": (_LAUNCH, _LAUNCH_DECIDED, "`accelerate config`"),
+}
+
+
 @functools.cache
 def keys(config: str) -> dict[str, Key]:
     """Every key that a library's config class takes, in its order.
 
     Args:
-        config: the name of a kind, or `lora`.
+        config: the name of a kind, or `lora`, or `launch`.
     """
     found: dict[str, Key] = {}
-    for package, file, class_name in _LORA if config == "lora" else kinds.get(config).config.sources:
+    for package, file, class_name in _OTHERS[config][0] if config in _OTHERS else kinds.get(config).config.sources:
         for item in _class(package, file, class_name).body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 name, details = item.target.id, {"default": item.value}
@@ -218,6 +255,8 @@ def keys(config: str) -> dict[str, Key]:
                 found[name] = Key(annotation, text, _literal(details.get("default"), ...), package)
                 if name in OURS:
                     found[name] = Key(annotation, OURS[name][1], OURS[name][0], "rlhf_pipeline")
+    if config == "launch":
+        found |= _LAUNCH_OWN
     return {name: key for name, key in found.items() if not name.startswith("_")}
 
 
@@ -228,12 +267,13 @@ def accepted(config: str) -> dict[str, str]:
 
 @functools.cache
 def _class(package: str, file: str, name: str) -> ast.ClassDef:
-    tree = _tree(package, file)
-    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    body = tree(package, file).body
+    return next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 @functools.cache
-def _tree(package: str, file: str) -> ast.Module:
+def tree(package: str, file: str) -> ast.Module:
+    """The source of a library's file, which is not imported."""
     return ast.parse(_source(package, file).read_text(encoding="utf-8"))
 
 
@@ -269,8 +309,8 @@ def settable(config: str) -> list[str]:
 
 def refusal(config: str, key: str) -> str | None:
     """Why a recipe may not set a key that the library takes; None where it may."""
-    if config == "lora":
-        return _LORA_DECIDED.get(key)
+    if config in _OTHERS:
+        return _OTHERS[config][1].get(key)
     kind = kinds.get(config)
     if kind.config.reads is not None and key in kind.config.reads:
         return None
@@ -286,7 +326,7 @@ def instead(config: str, key: str, value: Any) -> str:
         key: a key that `refusal` refuses.
         value: what it is set to; nothing is put in the place of `bf16: false`.
     """
-    own = None if config == "lora" or value in (None, False) else _INSTEAD.get(key)
+    own = None if config in _OTHERS or value in (None, False) else _INSTEAD.get(key)
     if own is None:
         return "remove it"
     return f"set `{own}` instead" if "." in own else f"set `{own}` at the top of the recipe instead"
@@ -315,7 +355,7 @@ def defaults(config: str, given: Collection[str], holds_out: bool = True) -> dic
 
 def documented(config: str) -> str:
     """What to look up the keys of a library's config class under."""
-    return "peft.LoraConfig" if config == "lora" else kinds.get(config).config.documented
+    return _OTHERS[config][2] if config in _OTHERS else kinds.get(config).config.documented
 
 
 def without_effect(config: str, values: dict[str, Any], holds_out: bool = True) -> dict[str, str]:

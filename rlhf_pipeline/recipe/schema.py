@@ -529,6 +529,9 @@ class Stage(_Strict):
     trainer: dict[str, Any] = {}
     """The keys of TRL's own config class for the stage's kind."""
 
+    launch: dict[str, Any] | None = None
+    """Kinds that train: how many processes train it, as at the top of the recipe, which this replaces."""
+
     gates: dict[str, str] = {}
     """Conditions on final metrics, as `eval_accuracy: ">= 0.65"`, that must hold before a stage that needs this one may
     start."""
@@ -619,6 +622,10 @@ class Recipe(_Strict):
     lora: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     """peft.LoraConfig's own keys: the shape of an adapter that starts from the base."""
 
+    launch: dict[str, Any] | None = None
+    """How many processes train a stage, and where: Accelerate's own keys, as {num_processes: 4}; the path of a file
+    that `accelerate config` wrote; or `auto`, all devices that are visible. By default it is one process."""
+
     evaluate: Evaluate | None = None
     """A judge for every policy stage."""
 
@@ -665,6 +672,24 @@ class Recipe(_Strict):
         judge = self.evaluate.ai_judge if self.evaluate and self.stages[name].facts.is_policy else None
         names = list(self.stages)
         return None if judge and judge.stage in names[names.index(name) :] else judge
+
+    def launch_of(self, name: str) -> dict[str, Any]:
+        """Accelerate's keys by which a stage is trained; empty where one process trains it alone."""
+        stage = self.stages[name]
+        keys = (stage.launch if stage.launch is not None else self.launch) if stage.facts.trains else None
+        several = keys and (
+            keys.get("num_processes", 1) != 1 or keys.get("fsdp_config") or keys.get("deepspeed_config")
+        )
+        return {**keys, "machine_rank": self.machine_rank} if keys and several else {}
+
+    def processes(self, name: str) -> int:
+        """How many processes train a stage, on all machines together."""
+        return self.launch_of(name).get("num_processes", 1)
+
+    @property
+    def machine_rank(self) -> int:
+        """Which of several machines this is; the first one, 0, decides all that happens."""
+        return (self.launch or {}).get("machine_rank", 0)
 
     def as_written(self, text: str) -> str:
         """A text in which the stages of `rounds` have the names that were written, as `dpo` for `dpo-2`."""

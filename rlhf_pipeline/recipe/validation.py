@@ -339,7 +339,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
         ("under `model`", list(Model.model_fields)),
     ]
     evaluate = [("under `evaluate`", list(Evaluate.model_fields))]
-    lora = library_keys.settable("lora")
+    lora, launch = library_keys.settable("lora"), ("under `launch`", library_keys.settable("launch"))
     if above[:1] == ("stages",) and len(above) > 1:
         kind = _at(content, (*above[:2], "kind"))
         trainer = library_keys.settable(kind) if kind in NAMES else []
@@ -349,7 +349,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
             ("under the stage's `trainer`", trainer),
             ("under the stage's `lora`", lora),
         ]
-        levels = [*here, *top, *evaluate]
+        levels = [*here, *top, *evaluate, launch]
     else:
         trainers = sorted({key for kind in NAMES for key in library_keys.settable(kind)})
         stages = [
@@ -357,7 +357,7 @@ def _elsewhere(above: KeyPath, content: dict[str, Any]) -> list[tuple[str, list[
             ("under the `data` of a stage", list(Data.model_fields)),
             ("under the `trainer` of a stage", trainers),
         ]
-        levels = [*top, ("under `lora`", lora), *stages, *evaluate]
+        levels = [*top, ("under `lora`", lora), *stages, *evaluate, launch]
     if above and isinstance(above[-1], int) and above[-2] != "rewards":
         levels.insert(0, ("beside `mix`", list(Data.model_fields)))
     return levels
@@ -371,18 +371,28 @@ def check_library_keys(recipe: Recipe, content: dict[str, Any], problems: Proble
         content: what the recipe was made of, for hints.
         problems: where to note what is wrong.
     """
-    _check_section("lora", recipe.lora, ("lora",), content, problems, holds_out=False)
+    check_section("lora", recipe.lora, ("lora",), content, problems, holds_out=False)
     for name, stage in recipe.stages.items():
         path = ("stages", name)
         holds_out = stage.data.holds_out or problems.within((*path, "data"))
         for config, values, key in (("lora", stage.lora, "lora"), (stage.kind, stage.trainer, "trainer")):
             if key in stage.facts.takes and not problems.is_broken((*path, key)):
-                _check_section(config, values, (*path, key), content, problems, holds_out)
+                check_section(config, values, (*path, key), content, problems, holds_out)
 
 
-def _check_section(
+def check_section(
     config: str, values: dict[str, Any], path: KeyPath, content: dict[str, Any], problems: Problems, holds_out: bool
 ) -> None:
+    """Compare a section with a library's own class; what is wrong is noted and taken out.
+
+    Args:
+        config: the name of a kind, or `lora`, or `launch`.
+        values: the section.
+        path: its key path.
+        content: what the recipe was made of, for hints.
+        problems: where to note what is wrong.
+        holds_out: whether there are rows to evaluate on.
+    """
     known, owner, written = library_keys.accepted(config), library_keys.documented(config), dict(values)
     without_value = problems.within(path)
     for key, value in written.items():

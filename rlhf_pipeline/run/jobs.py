@@ -8,7 +8,7 @@ from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run.explain import SAFE, explain_no_room, explain_signal, explain_vanished, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, WAITING, Launcher
 from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.layout import RESULT, read_json
+from rlhf_pipeline.rundir.layout import RESULT, log_of_rank, read_json
 from rlhf_pipeline.rundir.secrets import redact, scrub
 
 
@@ -47,8 +47,11 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     file, killed_before = job_file.with_name(RESULT), oom_kills()
     file.unlink(missing_ok=True)
     job = {"task": task, "recipe": recipe.model_dump(), "folders": [str(one) for one in recipe.folders], **details}
+    processes = details.get("launch", {}).get("num_processes", 1)
+    job |= {"log": str(log)} if details.get("launch") else {}
     code = launcher.run(job, job_file, log)
-    scrub(log)
+    for rank in range(processes):
+        scrub(log_of_rank(log, rank))
     result = read_json(file)
     if code == 0 and result is not None:
         return Ended(result, stopped=False)
@@ -75,7 +78,11 @@ def _failure(
     name: str | None,
     keep_log: bool,
 ) -> RunError:
-    """Say what failed, with the end of the log where that may tell more."""
+    """Say what failed, with the end of the log where that may tell more; of several processes, also which one did."""
+    of_rank = ""
+    if result is not None and "rank" in result:
+        code, log = result["code"], log_of_rank(log, result["rank"])
+        of_rank = f" in rank {result['rank']} of {result['ranks']}"
     text = log.read_text(errors="replace") if log.exists() else ""
     tail = [line for line in text.splitlines() if line.strip()][-8:]
     if code < 0:
@@ -87,7 +94,7 @@ def _failure(
     else:
         cause, hint = explain_vanished(code, tail[-1] if tail else None, recipe, name)
     shown = [] if result and result.get("known") else tail  # where the cause is known, it says all that the log does
-    lines = [f"{what} failed: {cause}", *(f"  | {line[:200]}" for line in shown)]
+    lines = [f"{what} failed{of_rank}: {cause}", *(f"  | {line[:200]}" for line in shown)]
     if keep_log:
         lines.append(f"  the whole log: {log}")
     return RunError(redact("\n".join(lines)), hint=hint)

@@ -128,7 +128,8 @@ class Launcher:
         """Run one job to its end.
 
         Args:
-            job: what the worker shall do; see `rlhf_pipeline.run.worker`.
+            job: what the worker shall do; see `rlhf_pipeline.run.worker`. With Accelerate's keys as `launch`, several
+                processes do it together.
             job_file: where to write it down; the worker puts its answer beside it, as `result.json`.
             log: the file that takes everything the worker prints.
 
@@ -139,7 +140,9 @@ class Launcher:
             RunError: the server is gone.
         """
         durable.write_text(job_file, json.dumps(job))
-        request = {"job": str(job_file), "log": str(log)}
+        request: dict[str, Any] = {"job": str(job_file), "log": str(log)}
+        if job.get("launch"):
+            request["devices"] = {name: os.environ[name] for name in DEVICE_LISTS if name in os.environ}
         answer = self._ask(request)
         if "unsafe" in answer:  # to fork: have workers spawned from now on
             self.__exit__()
@@ -148,7 +151,7 @@ class Launcher:
             answer = self._ask(request)
         return answer["exit"]
 
-    def _ask(self, request: dict[str, str]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._server and self._server.stdin and self._server.stdout
         try:
             self._server.stdin.write(json.dumps(request) + "\n")

@@ -23,6 +23,7 @@ from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.result import Forecast
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
+from rlhf_pipeline.recipe.launch import require_devices
 from rlhf_pipeline.run import jobs, signals, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain
 from rlhf_pipeline.run.launch import Launcher
@@ -302,6 +303,7 @@ def _scratch() -> Iterator[Path]:
 
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, card: Card | None) -> Checked:
     """Check the stages; with a card, forecast the recipe's memory, too, unless that is known."""
+    require_devices(recipe, [stage.name for stage in stages])
     forecast = known.find(recipe, card) if card else None
     done = jobs.do(
         recipe, launcher, "check", scratch / "check.json", scratch / "check.log", "the check of settings and data",
@@ -338,21 +340,23 @@ def _train(
     _put_damage_aside(stage.name, directory, say)
     scrub(folder / LOG)
     directory.write_record(stage.name, record)
+    trains = progress is None or progress.point == "checkpoint"
+    launch = {"launch": keys} if trains and (keys := recipe.launch_of(stage.name)) else {}
     began = time.perf_counter()
 
     def so_far() -> float:
         return round((record.wall_s or 0.0) + time.perf_counter() - began, 2)
 
     try:
-        if progress is None or progress.point == "checkpoint":
-            say(f"{stage.name:<7} {_begins(recipe.stages[stage.name])}")
+        if trains:
+            say(f"{stage.name:<7} {_begins(recipe.stages[stage.name])}{_with(launch)}")
         if progress is None or progress.point != "finished":
             outcome: jobs.Ended | None = None
             while outcome is None:
                 try:
                     outcome = jobs.do(
                         recipe, launcher, "train", work / JOB, folder / LOG, f"stage `{stage.name}`",
-                        stage=stage.name, record=record.as_json(),
+                        stage=stage.name, record=record.as_json(), **launch,
                     )  # fmt: skip
                 except durable.CheckpointError as error:
                     record = record.updated(resumed_from_step=_step_before(stage.name, error, directory, say))
@@ -431,6 +435,14 @@ def _begins(stage: Stage) -> str:
     if stage.weighed:
         said.append(f"with the reward of {', '.join(reward.label for reward in stage.weighed)}")
     return ", ".join(said)
+
+
+def _with(launch: dict[str, dict[str, Any]]) -> str:
+    """How many processes train a stage, for the end of a line, where there are several."""
+    keys = launch.get("launch", {})
+    machines = keys.get("num_machines", 1)
+    on = f" on {machines} machines" if machines > 1 else ""
+    return f", with {keys['num_processes']} processes{on}" if keys.get("num_processes", 1) > 1 else ""
 
 
 def _step_before(name: str, error: durable.CheckpointError, directory: RunDirectory, say: Say) -> int | None:

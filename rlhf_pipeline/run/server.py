@@ -1,6 +1,7 @@
 """The server, parent of all workers: imports TRL once, then forks one for each job that it reads from standard input.
 
 One JSON object a line: `{"job": FILE, "log": FILE}` in; `{"worker": PID}` and, when it has ended, `{"exit": CODE}` out.
+With `devices`, the variables that list devices, the job is one for several processes; see `run.ranks`.
 Where a fork would not be safe, `{"unsafe": REASON}` comes back instead, and the asker starts a server that spawns them.
 """
 
@@ -14,9 +15,10 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rlhf_pipeline.run.launch import (
+    DEVICE_LISTS,
     END_SIGNAL,
     STOP_SIGNAL,
     STOPPED,
@@ -73,12 +75,13 @@ def serve(runner: int, fork: bool) -> None:
     signal.signal(END_SIGNAL, _end)  # not before: it ends what still imports, at once
     for line in sys.stdin:
         request = json.loads(line)
-        hazard = fork_hazard() if fork else None
+        together = "devices" in request
+        hazard = fork_hazard() if fork and not together else None
         answer: dict[str, str | int]
         if hazard:
             answer = {"unsafe": hazard}
         else:
-            worker = _fork(request) if fork else _spawn(request)
+            worker = _fork(request) if fork and not together else _spawn(request)
             _answer(answers, {"worker": worker})
             code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
             end_children()
@@ -100,7 +103,7 @@ def _import_all() -> None:
     gc.freeze()  # a worker's collector need not walk, and so copy, all that was imported; TRL's PPO calls it often
 
 
-def _fork(request: dict[str, str]) -> int:
+def _fork(request: dict[str, Any]) -> int:
     """Fork a worker; its process id."""
     from rlhf_pipeline.callbacks.checkpoints import Stopped
     from rlhf_pipeline.run import worker
@@ -119,11 +122,16 @@ def _fork(request: dict[str, str]) -> int:
         os._exit(code)
 
 
-def _spawn(request: dict[str, str]) -> int:
-    """Start a worker that imports for itself; its process id."""
+def _spawn(request: dict[str, Any]) -> int:
+    """Start a worker that imports for itself, or what starts several; its process id."""
+    devices = request.get("devices")
+    environment = dict(os.environ)
+    if devices is not None:  # each process takes one of all that are visible
+        environment = {key: value for key, value in environment.items() if key not in DEVICE_LISTS} | devices
     with Path(request["log"]).open("a") as output:
         return subprocess.Popen(
-            command("rlhf_pipeline.run.worker", request["job"], str(os.getpid())),
+            command(f"rlhf_pipeline.run.{'worker' if devices is None else 'ranks'}", request["job"], str(os.getpid())),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -11,13 +11,13 @@ import resource
 import signal
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_pipeline import stages
+from rlhf_pipeline import ranks, stages
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.comparison import measure
 from rlhf_pipeline.errors import InputError, Waiting
@@ -27,7 +27,7 @@ from rlhf_pipeline.forecast.rows import longest
 from rlhf_pipeline.forecast.work import first_change, forecast
 from rlhf_pipeline.models.tokenizer import pinned_day
 from rlhf_pipeline.recipe import Recipe
-from rlhf_pipeline.run import trackers
+from rlhf_pipeline.run import meeting, trackers
 from rlhf_pipeline.run.explain import explain, is_of_gpu_memory, recognise
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, WAITING, die_with
 from rlhf_pipeline.rundir import durable, items, strict_json
@@ -38,8 +38,12 @@ from rlhf_pipeline.stages import check, evaluate, features, win_rates
 from rlhf_pipeline.stages.job import Job
 
 
-def main(job_file: str) -> int:
+def main(job_file: str, result_file: Path | None = None) -> int:
     """Do the job and write its result.
+
+    Args:
+        job_file: the job.
+        result_file: of one of several processes, where to write its own; by default `result.json` beside the job.
 
     Returns:
         0, or 2 for a fault of the recipe or its data, 3 if it was asked to stop, 4 if it waits for people, or 1 for any
@@ -69,8 +73,12 @@ def main(job_file: str) -> int:
             result, code = {"replies": len(made)}, 0
         else:
             stage = Job(recipe, job["stage"], recipe.run)
+            if job.get("launch"):
+                meeting.meet(recipe)
+                stage = replace(stage, shared=meeting.SameRows(recipe))
             if job["task"] == "train":
-                with trackers.reporting(recipe.report_to, recipe.name, stage.folder, job["record"]["started_at"]):
+                report_to = recipe.report_to if ranks.is_first() else []
+                with trackers.reporting(report_to, recipe.name, stage.folder, job["record"]["started_at"]):
                     metrics = train(stage)
             else:
                 metrics = evaluate.judge_artifact(stage, stage.published) | win_rates.against_start(stage)
@@ -98,7 +106,7 @@ def main(job_file: str) -> int:
         known = recognise(error, recipe, name, place) is not None
         result, code = {"message": redact(message), "hint": hint, "known": known}, 1
     try:
-        durable.write_text(Path(job_file).with_name(RESULT), strict_json.dumps(result))
+        durable.write_text(result_file or Path(job_file).with_name(RESULT), strict_json.dumps(result))
     except OSError as error:  # a full disk, a folder made read-only: the log, which ends with it, has what happened
         traceback.print_exc()
         print(explain(error, recipe, job.get("stage"), Path(job_file).parent)[0], file=sys.stderr)
@@ -136,10 +144,15 @@ def first_saving(recipe: Recipe, name: str) -> str | None:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics."""
+    """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics.
+
+    Of several processes only the first one judges, and has metrics.
+    """
     trained = read_json(job.work / TRAINED)
     if trained is None:
         metrics = stages.BY_KIND[job.stage.kind].run(job)
+        if not ranks.is_first():
+            return {}
     else:
         policy = job.stage.facts.is_policy
         metrics = trained["metrics"] | (evaluate.judge_artifact(job, job.artifact) if policy else {})

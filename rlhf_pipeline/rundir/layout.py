@@ -43,8 +43,14 @@ RESULT = "result.json"  # what the worker hands back, once there is nothing left
 MADE = durable.MADE  # what a stage that makes rows has made so far
 STAGED_ROWS = "rows"  # the folder in which its artifact is put together
 PROGRESS = "progress.json"  # what it is doing just now, for those who watch
+RANKS = "ranks"  # a folder with what each of several processes has to say to the one that started them
 # In a run directory while a run goes on:
 DOING = ".doing"  # what the run does where no stage is at work, one line
+
+
+def log_of_rank(log: Path, rank: int) -> Path:
+    """The log of one of the processes that train a stage; that of the first is the stage's own."""
+    return log if rank == 0 else log.with_name(f"{log.stem}.rank-{rank}{log.suffix}")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def cut_recipe(recipe: Recipe, folder: Path, tokenizer: str | None) -> tuple[Rec
     cut = recipe.model_copy(deep=True)
     notes: list[str] = []
     cut.output_dir, cut.keep_checkpoints, cut.report_to = str(folder / "runs"), False, []
+    cut.launch = None
+    for stage in cut.stages.values():
+        stage.launch = None
+    if any(recipe.processes(name) > 1 for name in recipe.stages):
+        notes.append("`launch` is left out: one process runs each stage")
     cut.locate_rows()
     _replace_what_is_outside(cut, notes)
     sources = _sources(cut)

@@ -1,26 +1,10 @@
 """What the runs of a sweep may use side by side: a GPU each, or a share of the processor's cores. No torch."""
 
 import os
-import subprocess
 from collections.abc import Mapping
 
+from rlhf_pipeline.devices import gpus
 from rlhf_pipeline.errors import InputError
-
-
-def gpus(environment: Mapping[str, str]) -> list[str]:
-    """The NVIDIA GPUs that are visible, as `CUDA_VISIBLE_DEVICES` names them; none where there are none.
-
-    Nothing asks CUDA, which takes memory of each GPU that it looks at.
-    """
-    listed = environment.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        names = [name.strip() for name in listed.split(",")]
-        return names[: next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))]
-    try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(i) for i, _ in enumerate(line for line in said.splitlines() if line.startswith("GPU "))]
 
 
 def environments(jobs: int, environment: Mapping[str, str]) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data import balance
 from rlhf_pipeline.plan import StagePlan
-from rlhf_pipeline.recipe import outside
+from rlhf_pipeline.recipe import Recipe, outside
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
@@ -153,6 +153,19 @@ def _balance(name: str, found: dict[str, Any]) -> str:
         later = " and ".join(key for key in balance.KEYS if found[key] is None)
         return f"{name}: " + ", ".join([*known, *([f"{later} by the rows, when it runs"] if later else [])])
     return f"{name}: {', '.join(known)}, for {found['good']:,} good and {found['bad']:,} bad replies"
+
+
+def say_processes(recipe: Recipe, console: Console) -> None:
+    """Print by how many processes stages are trained, a line for those that have as many."""
+    together: dict[str, list[str]] = {}
+    for name in recipe.stages:
+        keys, number = recipe.launch_of(name), recipe.processes(name)
+        if keys:
+            machines = keys.get("num_machines", 1)
+            said = f"{number} process{'es' * (number != 1)}" + (f" on {machines} machines" if machines > 1 else "")
+            together.setdefault(said, []).append(name)
+    for said, names in together.items():
+        console.print(Text(f"{', '.join(names)}: trained by {said}"), highlight=False, soft_wrap=True)
 
 
 def columns(used_as: dict[str, str | None]) -> str:

@@ -1,0 +1,290 @@
+"""`launch`: by how many processes a stage is trained, and where, in Accelerate's own keys. No torch."""
+
+import ast
+import copy
+import difflib
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml as pyyaml
+
+from rlhf_pipeline import devices
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.local import expanded, resolved
+from rlhf_pipeline.recipe import library_keys
+from rlhf_pipeline.recipe.origins import Problems
+from rlhf_pipeline.recipe.schema import Recipe
+from rlhf_pipeline.recipe.validation import check_section
+from rlhf_pipeline.recipe.yaml import KeyPath, shown
+
+KEY = "launch"
+SHARDING = {"fsdp_config": "FSDP", "deepspeed_config": "DeepSpeed"}  # keys, and what divides the model by them
+BATCH = "per_device_train_batch_size"
+# What `accelerate config` writes for a key that says nothing.
+_UNSET: tuple[Any, ...] = (None, False, "no", "NO", "main", {}, [], {"dynamo_backend": "NO"}, {"dynamo_backend": "no"})
+# Of `model.dtype`, by `mixed_precision`: what agrees with it. `auto` is bfloat16 where a GPU computes in it.
+_AGREE = {"no": ("auto", "float32"), "bf16": ("auto", "bfloat16"), "fp16": ("float16",), "fp8": ()}
+
+
+def resolve_launch(recipe: Recipe, content: dict[str, Any], problems: Problems) -> None:
+    """Read the files that `launch` names, work out `auto`, and see that stages can train so; what is wrong is noted.
+
+    Args:
+        recipe: the recipe.
+        content: what it was made of, for hints.
+        problems: takes what is wrong.
+    """
+    if recipe.launch is not None:
+        recipe.launch = _resolved(recipe, recipe.launch, (KEY,), content, problems)
+    for name, stage in recipe.stages.items():
+        path: KeyPath = ("stages", name, KEY)
+        if stage.launch is None:
+            path = (KEY,)
+        elif stage.facts.trains:
+            stage.launch = _resolved(recipe, stage.launch, path, content, problems)
+            if stage.launch.pop("machine_rank", None) is not None and not problems.within(path):
+                hint = "`launch.machine_rank` at the top is that of all stages"
+                problems.add((*path, "machine_rank"), "a machine has one number in a whole run", hint, of_key=True)
+        if not problems.within(path):
+            _require_possible(recipe, name, path, problems)
+
+
+def _resolved(
+    recipe: Recipe, written: dict[str, Any], path: KeyPath, content: dict[str, Any], problems: Problems
+) -> dict[str, Any]:
+    """What a section says in the end, without what says nothing and what was only written down for Accelerate."""
+    values = _checked(written, path, content, problems)
+    file = values.pop("config_file", None)
+    if file is not None:
+        of_file: KeyPath = (*path, "config_file")
+        found = _read(file, of_file, problems)
+        found = _checked(found, of_file, content, problems)
+        problems.origins.derived |= dict.fromkeys(((*path, key) for key in found), f"from {Path(file).name}")
+        values = found | values
+    if problems.within(path):
+        return values
+    if "fsdp_config" in values and "deepspeed_config" in values:
+        problems.add(path, "`fsdp_config` and `deepspeed_config` exclude each other", "remove one of them")
+    _check_precision(recipe, values, path, problems)
+    _count(values, path, problems)
+    if isinstance(file := (values.get("deepspeed_config") or {}).get("deepspeed_config_file"), str):
+        place = resolved(problems.origins.folder(path) / expanded(file))
+        values["deepspeed_config"] = values["deepspeed_config"] | {"deepspeed_config_file": str(place)}
+        if not place.is_file():
+            problems.add((*path, "deepspeed_config", "deepspeed_config_file"), f"there is no file {place}")
+    return values
+
+
+def _checked(written: dict[str, Any], path: KeyPath, content: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """Keys of Accelerate that have an effect; what is wrong with others is noted."""
+    values = _tidied(written, path, problems)
+    check_section(KEY, values, path, content, problems, holds_out=False)
+    for section in SHARDING:
+        config = values.get(section)
+        if not isinstance(config, dict):
+            continue
+        known = options(section)
+        for key in list(config):
+            name = f"fsdp_{key}" if section == "fsdp_config" and not str(key).startswith("fsdp_") else str(key)
+            if name in known:
+                config[name] = config.pop(key)
+            else:  # `accelerate launch` would pass over it in silence
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"the keys are {', '.join(known)}"
+                problems.add((*path, section, key), f"unknown key `{key}`", hint, of_key=True)
+    if "fsdp_config" in values:
+        values["fsdp_config"] = {"fsdp_version": 2} | values["fsdp_config"]  # Accelerate's own default is 1
+        if str(values["fsdp_config"]["fsdp_version"]) != "2":
+            said = "FSDP's first version is not used here"
+            problems.add((*path, "fsdp_config", "fsdp_version"), said, "set `fsdp_version: 2`")
+    return values
+
+
+def _read(name: str, path: KeyPath, problems: Problems) -> dict[str, Any]:
+    """What `accelerate config` wrote; nothing where it cannot be read."""
+    hint = "`accelerate config --config_file FILE` writes one; the path starts from the recipe's folder"
+    file = resolved(problems.origins.folder(path) / expanded(name))
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else pyyaml.safe_load(text)
+    except FileNotFoundError:
+        problems.add(path, f"there is no file {name}", f"{hint}; or write `auto`, or a mapping: {{num_processes: 2}}")
+        return {}
+    except (OSError, ValueError, pyyaml.YAMLError) as error:
+        problems.add(path, f"{name} cannot be read: {str(error).splitlines()[0]}", hint)
+        return {}
+    if not isinstance(content, dict):
+        problems.add(path, f"{name} is no file of `accelerate config`: it holds {shown(content)}", hint)
+        return {}
+    return content
+
+
+def _tidied(values: dict[str, Any], path: KeyPath, problems: Problems) -> dict[str, Any]:
+    """Without keys that say nothing, and those that only say again what others do."""
+    values = copy.deepcopy(values)
+    if values.get("mixed_precision") is False:  # YAML reads `no` so
+        values["mixed_precision"] = "no"
+    if values.get("compute_environment") == "LOCAL_MACHINE":
+        del values["compute_environment"]
+    for key in [key for key in values if key != "distributed_type" and values[key] in _UNSET]:
+        if key in library_keys.accepted(KEY) and library_keys.refusal(KEY, key):
+            del values[key]
+    for key in SHARDING:
+        if key in values and not values[key]:
+            del values[key]
+    said = values.pop("distributed_type", None)
+    if said is None:
+        return values
+    sharded = next((name.upper() for key, name in SHARDING.items() if key in values), None)
+    several = values.get("num_processes") not in (1, None)
+    fits = (sharded,) if sharded else ("MULTI_GPU", "MULTI_CPU") if several else ("NO", "MULTI_GPU", "MULTI_CPU")
+    if said in fits:
+        return values
+    if said in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
+        problems.add(
+            (*path, "distributed_type"), f"`distributed_type: {said}` contradicts the other keys",
+            "remove it: `num_processes`, `fsdp_config` and `deepspeed_config` tell it", of_key=True,
+        )  # fmt: skip
+    else:
+        problems.add(
+            (*path, "distributed_type"), f"nothing is trained with `distributed_type: {said}` here",
+            f"it may be {', '.join(fits)}", of_key=True,
+        )  # fmt: skip
+    return values
+
+
+@functools.cache
+def options(section: str) -> tuple[str, ...]:
+    """The keys of `fsdp_config` or `deepspeed_config`, read from the source of `accelerate launch`."""
+    group = {"fsdp_config": "fsdp_args", "deepspeed_config": "deepspeed_args"}[section]
+    found = []
+    for node in ast.walk(library_keys.tree("accelerate", "commands/launch.py")):
+        if (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+            and isinstance(node.func.value, ast.Name) and node.func.value.id == group
+        ):  # fmt: skip
+            found += [str(word.value).removeprefix("--") for word in node.args if isinstance(word, ast.Constant)]
+    return tuple(found)
+
+
+def _check_precision(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """`model.dtype` decides the precision of every stage; another word for it may only agree."""
+    said = values.pop("mixed_precision", None)
+    if said is not None and recipe.model.dtype not in _AGREE[said] and not problems.is_broken(("model", "dtype")):
+        wanted = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(said)
+        problems.add(
+            (*path, "mixed_precision"),
+            f"`mixed_precision: {said}` is not what `model.dtype: {recipe.model.dtype}` says",
+            f"remove it, or set `model.dtype: {wanted}`" if wanted else "remove it: 8-bit floats are not used here",
+        )
+
+
+def _count(values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """Work out how many processes there are, and see that they fit on the machines; in place."""
+    machines, rank = values.get("num_machines", 1), values.get("machine_rank", 0)
+    number: KeyPath = (*path, "num_processes")
+    processes = values.get("num_processes")
+    if processes is None:
+        problems.add(number, "`num_processes` is missing", "set it, or write `launch: auto` for all devices here")
+        return
+    if processes == "auto":
+        here = 0 if values.get("use_cpu") else len(devices.gpus(os.environ))
+        processes = max(1, here) * machines
+    values["num_processes"] = processes
+    if processes < machines:
+        problems.add(
+            number, f"{processes} process{'es' * (processes != 1)} on {machines} machines leave one without",
+            f"`num_processes` counts those of all machines: at least {machines}",
+        )  # fmt: skip
+    elif processes % machines:
+        problems.add(number, f"{processes} processes do not divide by {machines} machines", "each starts as many")
+    if rank >= machines:
+        most = f"it is from 0 to {machines - 1}" if machines > 1 else "set `num_machines`, too"
+        problems.add((*path, "machine_rank"), f"there is no machine {rank} among {machines}", most)
+    if machines > 1 and not values.get("main_process_ip"):
+        problems.add(
+            (*path, "main_process_ip"), "`main_process_ip` is missing, by which other machines find the first one",
+            "set it to the address of the machine with `machine_rank: 0`",
+        )  # fmt: skip
+    if machines == 1:
+        for key in ("main_process_ip", "same_network", "machine_rank"):  # `accelerate config` writes them anyway
+            values.pop(key, None)
+    listed = values.get("gpu_ids")
+    if listed in (None, "all"):
+        values.pop("gpu_ids", None)
+    elif len(listed.split(",")) < processes // machines:
+        problems.add(
+            (*path, "gpu_ids"), f"`gpu_ids` names {len(listed.split(','))} of the {processes // machines} GPUs that "
+            "the processes of a machine need", "name one for each, or remove it",
+        )  # fmt: skip
+
+
+def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Problems) -> None:
+    """See that a stage can be trained so."""
+    stage, keys = recipe.stages[name], recipe.launch_of(name)
+    if not keys:
+        return
+    several = recipe.processes(name) > 1
+    if several and stage.rollout is not None and stage.rollout.is_vllm:
+        problems.add(
+            ("stages", name, "rollout", "engine"), "vLLM samples for one process alone",
+            f"set `engine: transformers`, or have stage `{name}` trained by one: `launch: {{num_processes: 1}}`",
+        )  # fmt: skip
+    for key in SHARDING:
+        if key in keys and stage.facts.samples:
+            problems.add(
+                (*path, key),
+                f"a stage of kind `{stage.kind}` samples from a base that each process holds whole, so `{key}` cannot "
+                "divide it",
+                f"train stage `{name}` without it: `launch: {{num_processes: {recipe.processes(name)}}}` in the stage",
+                of_key=True,
+            )
+
+
+def require_devices(recipe: Recipe, names: Sequence[str]) -> None:
+    """See that each process of this machine gets a GPU of its own.
+
+    Raises:
+        InputError: there are fewer GPUs here than a stage needs.
+    """
+    for name in names:
+        keys = recipe.launch_of(name)
+        if not keys or keys.get("use_cpu"):
+            continue
+        needed, there = keys["num_processes"] // keys.get("num_machines", 1), len(devices.gpus(os.environ))
+        if there < needed and (there or devices.can_be_counted()):
+            where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
+            few = f"there {'is' if there == 1 else 'are'} {there or 'none'}"
+            raise InputError(
+                f"{needed} process{'es' * (needed != 1)} on this machine need a GPU each, and {few} here",
+                place=recipe.place(*where),
+                hint="lower `num_processes`, or write `launch: auto`; `use_cpu: true` trains on the processor",
+            )
+
+
+def launch_inputs(recipe: Recipe, name: str, digest_of: Any) -> dict[str, Any]:
+    """What of `launch` decides a stage's result, as flat keys; nothing where one process trains it.
+
+    That is the rows of a step over all processes, in place of those of each; and how the model is divided, since
+    it decides the rounding. Where the processes are decides nothing.
+
+    Args:
+        recipe: the recipe.
+        name: the stage's.
+        digest_of: tells what a file holds.
+    """
+    keys = recipe.launch_of(name)
+    if not keys:
+        return {}
+    stage = recipe.stages[name]
+    batch = stage.trainer.get(BATCH, library_keys.keys(stage.kind)[BATCH].default)
+    inputs: dict[str, Any] = {f"trainer.{BATCH}": batch * recipe.processes(name)}
+    for section in SHARDING:
+        for key, value in (keys.get(section) or {}).items():
+            is_file = key == "deepspeed_config_file"
+            inputs[f"launch.{section}.{key}"] = f"{Path(value).name}@{digest_of(Path(value))}" if is_file else value
+    return inputs

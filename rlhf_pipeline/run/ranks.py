@@ -1,0 +1,225 @@
+"""Several processes, the ranks, that train one stage together: started by Accelerate, watched, and ended as one.
+
+In place of a worker, and with a worker's exit codes and its `result.json`. No torch here.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rlhf_pipeline.run.launch import DEVICE_LISTS, STOP_SIGNAL, STOPPED, adopt_orphans, command, die_with, end_children
+from rlhf_pipeline.rundir import durable, strict_json
+from rlhf_pipeline.rundir.layout import RANKS, RESULT, read_json
+
+POLL_S = 0.1
+GRACE_S = 3.0  # for the others to end by themselves when one has failed
+STOP_GRACE_S = 30.0  # and when one has stopped as it was asked to
+PORT = 29500  # torchrun's own
+# What an error says that only tells of another rank's end.
+_OF_OTHERS = (
+    "onnection closed", "onnection reset", "roken pipe", "onnection refused", "NCCL", "imed out", "imeout", "TCPStore",
+    "gloo", "ProcessGroup",
+)  # fmt: skip
+
+
+class Ranks:
+    """The ranks of a job.
+
+    Args:
+        job_file: the job; it has Accelerate's keys as `launch`.
+
+    Attributes:
+        folder: where each rank notes its process id, its result, and how it ended.
+        count: how many there are, on all machines together.
+        mine: those of this machine.
+        stopping: they were asked to stop.
+    """
+
+    def __init__(self, job_file: Path) -> None:
+        self.job_file, self.folder = job_file, job_file.with_name(RANKS)
+        self.keys: dict[str, Any] = json.loads(job_file.read_text())["launch"]
+        self.count, self.machines = self.keys["num_processes"], self.keys.get("num_machines", 1)
+        self.machine = self.keys.get("machine_rank", 0)
+        local = self.count // self.machines
+        self.mine = range(self.machine * local, (self.machine + 1) * local)
+        self.stopping = False
+        self._told: set[int] = set()
+
+    def ended(self) -> dict[int, dict[str, Any]]:
+        """The exit code of each rank that has ended, and when, by this machine's clock."""
+        found = {rank: read_json(self.folder / f"{rank}.json") for rank in range(self.count)}
+        return {rank: end for rank, end in found.items() if end is not None}
+
+    def result(self, rank: int) -> dict[str, Any]:
+        """What a rank has handed back; empty where it has not."""
+        return read_json(self.folder / f"{rank}.result.json") or {}
+
+    def tell(self) -> None:
+        """Ask the ranks of this machine to stop that were not yet asked, once they are there."""
+        for rank in self.mine:
+            with contextlib.suppress(OSError, ValueError):
+                if rank not in self._told:
+                    os.kill(int((self.folder / f"{rank}.pid").read_text()), STOP_SIGNAL)
+                    self._told.add(rank)
+
+    def end(self, number: int = signal.SIGKILL) -> None:
+        """End those of this machine."""
+        for rank in self.mine:
+            if not (self.folder / f"{rank}.json").exists():
+                with contextlib.suppress(OSError, ValueError):
+                    os.kill(int((self.folder / f"{rank}.pid").read_text()), number)
+
+
+def main(job_file: Path) -> int:
+    """Start the ranks, and wait for them.
+
+    Returns:
+        A worker's exit code; see `run.worker`.
+    """
+    ranks = Ranks(job_file)
+    if ranks.machine == 0:
+        shutil.rmtree(ranks.folder, ignore_errors=True)
+        ranks.folder.mkdir()
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        ranks.stopping = True
+
+    signal.signal(STOP_SIGNAL, stop)
+    port = ranks.keys.get("main_process_port") or (PORT if ranks.machines > 1 else 0)
+    if ranks.machine == 0 and port and not _is_free(port):
+        if ranks.machines > 1:
+            return _fail(ranks, f"port {port}, on which the machines find each other, is in use here",
+                         "set `launch.main_process_port` to another one on all of them")  # fmt: skip
+        port = 0
+    launcher = _start(ranks, port or _free_port())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})  # the ranks have it blocked until they listen
+    try:
+        return _outcome(ranks, _wait(ranks, launcher), launcher)
+    finally:
+        ranks.end()
+        end_children()
+
+
+def _start(ranks: Ranks, port: int) -> subprocess.Popen[bytes]:
+    """Have Accelerate start the ranks of this machine."""
+    keys = {key: value for key, value in ranks.keys.items() if key != "config_file"}
+    sharded = "FSDP" if keys.get("fsdp_config") else "DEEPSPEED" if keys.get("deepspeed_config") else "MULTI_GPU"
+    config = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": sharded, "mixed_precision": "no",
+        **({"same_network": True, "rdzv_backend": "static"} if ranks.machines > 1 else {}), **keys,
+        "machine_rank": ranks.machine, "num_machines": ranks.machines, "main_process_port": port,
+    }  # fmt: skip
+    file = ranks.folder / f"accelerate-{ranks.machine}.json"
+    file.write_text(json.dumps(config))
+    variables = {
+        "PYTHONSAFEPATH": "1",  # as `-P`, which torchrun does not pass on
+        # The runner decides what a signal to the whole process group means.
+        "PET_SIGNALS_TO_HANDLE": "SIGQUIT", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",
+    }  # fmt: skip
+    if keys.get("use_cpu"):
+        variables |= {"ACCELERATE_USE_CPU": "true"} | dict.fromkeys(DEVICE_LISTS, "")
+    me = os.getpid()
+    return subprocess.Popen(
+        [*command("accelerate.commands.launch", "--config_file", str(file)), "-m", "rlhf_pipeline.run.rank",
+         str(ranks.job_file)],
+        env=os.environ | variables, stdin=subprocess.DEVNULL, preexec_fn=lambda: die_with(me),
+    )  # fmt: skip
+
+
+def _wait(ranks: Ranks, launcher: subprocess.Popen[bytes]) -> dict[int, dict[str, Any]]:
+    """Wait until all ranks have ended, or one has failed and the others had time to end, too; how they ended."""
+    deadline: float | None = None
+    while True:
+        gone = launcher.poll() is not None  # before looking at the ranks, which end earlier
+        ended = ranks.ended()
+        codes = [end["code"] for end in ended.values()]
+        if len(ended) == ranks.count:
+            return ended
+        if ranks.stopping:
+            ranks.tell()
+        if deadline is None and (gone or any(codes)):
+            orderly = not gone and set(codes) <= {0, STOPPED}
+            deadline = time.monotonic() + (STOP_GRACE_S if orderly else GRACE_S)
+        if deadline is not None and time.monotonic() > deadline:
+            return ended
+        time.sleep(POLL_S)
+
+
+def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: subprocess.Popen[bytes]) -> int:
+    """Make one result of those of all ranks; a worker's exit code."""
+    failed = {rank: end for rank, end in ended.items() if end["code"] not in (0, STOPPED)}
+    stopped = [rank for rank, end in ended.items() if end["code"] == STOPPED]
+    first = min(ended, key=lambda rank: ended[rank]["at"], default=0)
+    if stopped and (not failed or ended[first]["code"] == STOPPED):  # what failed then misses those that stopped
+        found = next((ranks.result(rank) for rank in stopped if "step" in ranks.result(rank)), None)
+        return _finish(ranks, found, STOPPED)
+    running = [rank for rank in range(ranks.count) if rank not in ended]
+    if not failed and running:
+        code = launcher.poll()
+        return _fail(ranks, f"`accelerate launch` ended with exit code {code}, and not all of its processes had", None)
+    if not failed:
+        return _finish(ranks, ranks.result(0), 0)
+    said = {rank: str(ranks.result(rank).get("message") or "") for rank in failed}
+    if running and all("imed out" in text or "imeout" in text for text in said.values()):
+        ranks.end(signal.SIGABRT)  # its log then says where it is
+        time.sleep(0.5)
+        return _fail(ranks, "it did not answer, and the others waited for it in vain", None, rank=running[0])
+    culprit = min(failed, key=lambda rank: (_is_of_others(said[rank]), failed[rank]["at"]))
+    result = ranks.result(culprit)
+    if len(failed) < ranks.count or len(set(said.values())) > 1 or not said[culprit]:
+        result |= {"rank": culprit, "ranks": ranks.count, "code": failed[culprit]["code"]}
+    code = failed[culprit]["code"]
+    return _finish(ranks, result, code if code > 0 else 1)
+
+
+def _is_of_others(message: str) -> bool:
+    """Whether what a rank says only tells that another one has ended."""
+    return any(words in message for words in _OF_OTHERS)
+
+
+def _fail(ranks: Ranks, message: str, hint: str | None, rank: int | None = None) -> int:
+    """A result that says what went wrong with all ranks, or with one."""
+    result: dict[str, Any] = {"message": message, "hint": hint, "known": hint is not None}
+    if rank is not None:
+        result |= {"rank": rank, "ranks": ranks.count, "code": 1}
+    return _finish(ranks, result, 1)
+
+
+def _finish(ranks: Ranks, result: dict[str, Any] | None, code: int) -> int:
+    """Write the result, which the first machine does for all."""
+    if result is not None and ranks.machine == 0:
+        durable.write_text(ranks.job_file.with_name(RESULT), strict_json.dumps(result))
+    return code
+
+
+def _is_free(port: int) -> bool:
+    """Whether nothing listens on a port of this machine."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return tried.getsockname()[1]
+
+
+if __name__ == "__main__":
+    die_with(int(sys.argv[2]))
+    adopt_orphans()
+    sys.exit(main(Path(sys.argv[1])))

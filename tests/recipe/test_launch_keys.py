@@ -1,0 +1,138 @@
+"""`launch` in a recipe: Accelerate's own keys, its files, and what of them decides a stage's result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+from rlhf_pipeline import recipe
+from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.fingerprint import Digests, stage_inputs
+from rlhf_pipeline.recipe import library_keys
+from rlhf_pipeline.recipe.launch import options, require_devices
+
+RECIPE = """\
+name: r
+model: {{path: tiny, quantization: none}}
+stages:
+  sft: {{data: tiny:demonstrations, trainer: {{per_device_train_batch_size: 4}}}}
+  candidates: {{kind: sample, data: tiny:prompts}}
+  dpo: {{data: tiny:preferences{own}}}
+{launch}
+"""
+# As `accelerate config` of 1.15 asks for it, with all questions answered.
+ASKED = {
+    "compute_environment": "LOCAL_MACHINE", "debug": False, "distributed_type": "FSDP", "downcast_bf16": "no",
+    "enable_cpu_affinity": False, "machine_rank": 0, "main_training_function": "main", "mixed_precision": "bf16",
+    "num_machines": 1, "num_processes": 4, "rdzv_backend": "static", "same_network": True, "tpu_env": [],
+    "tpu_use_cluster": False, "tpu_use_sudo": False, "use_cpu": False, "megatron_lm_config": {}, "fp8_config": None,
+    "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+}  # fmt: skip
+
+
+def write(folder: Path, launch: str = "", own: str = "") -> str:
+    file = folder / "r.yaml"
+    file.write_text(RECIPE.format(launch=launch, own=own))
+    return str(file)
+
+
+def load(folder: Path, launch: str = "", *overrides: str, own: str = "") -> recipe.Recipe:
+    return recipe.load(write(folder, launch, own), list(overrides))
+
+
+def inputs(loaded: recipe.Recipe, name: str = "sft") -> dict:
+    return stage_inputs(loaded, name, {"sft": "1"}, Digests())
+
+
+def test_a_stage_has_its_own_or_that_of_the_top_if_it_trains(tmp_path):
+    loaded = load(tmp_path, "launch: {num_processes: 4, use_cpu: true}", own=", launch: {num_processes: 1}")
+    assert loaded.launch_of("sft") == {"num_processes": 4, "use_cpu": True, "machine_rank": 0}
+    assert [loaded.processes(name) for name in loaded.stages] == [4, 1, 1]
+    assert loaded.launch_of("candidates") == loaded.launch_of("dpo") == {}
+    again = recipe.load(_written(loaded, tmp_path))
+    assert [again.launch_of(name) for name in again.stages] == [loaded.launch_of(name) for name in loaded.stages]
+
+
+def _written(loaded: recipe.Recipe, folder: Path) -> str:
+    (folder / "resolved.yaml").write_text(recipe.to_yaml(loaded))
+    return str(folder / "resolved.yaml")
+
+
+def test_a_file_of_accelerate_is_read_and_the_other_keys_go_before_it(tmp_path):
+    for name, text in (("a.yaml", yaml.safe_dump(ASKED)), ("a.json", json.dumps(ASKED))):
+        (tmp_path / name).write_text(text)
+        assert load_config_from_file(str(tmp_path / name)).num_processes == 4, "Accelerate takes it"
+        loaded = load(tmp_path, f"launch: {name}")
+        assert loaded.launch_of("sft")["fsdp_config"] == ASKED["fsdp_config"]
+        assert loaded.processes("sft") == 4 and "mixed_precision" not in loaded.launch_of("sft")
+        assert load(tmp_path, f"launch: {name}", "launch.num_processes=2").processes("sft") == 2
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(ASKED | {"tpu_name": "pod", "fsdp_config": {"fsdp_verzion": 2}}))
+    with pytest.raises(InputError) as refused:
+        load(tmp_path, "launch: b.yaml")
+    assert [str(error.place).partition(": ")[2] for error in refused.value.all] == [
+        "launch.config_file.tpu_name",
+        "launch.config_file.fsdp_config.fsdp_verzion",
+    ]
+
+
+def test_auto_is_as_many_as_there_are_gpus_or_one_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert load(tmp_path, "launch: auto").processes("sft") == 3
+    two = load(tmp_path, "launch: {num_processes: auto, num_machines: 2, main_process_ip: a}", "launch.machine_rank=1")
+    assert (two.processes("sft"), two.machine_rank, two.launch_of("dpo")["machine_rank"]) == (6, 1, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert load(tmp_path, "launch: auto").launch_of("sft") == {}
+
+
+def test_fewer_gpus_than_processes_are_said_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    loaded = load(tmp_path, "launch: {num_processes: 2}")
+    with pytest.raises(InputError, match="2 processes on this machine need a GPU each, and there is 1 here"):
+        require_devices(loaded, ["sft"])
+    require_devices(loaded, ["candidates"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    require_devices(loaded, ["sft"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    require_devices(load(tmp_path, "launch: {num_processes: 2, use_cpu: true}"), ["sft"])
+
+
+def test_the_fingerprint_has_the_rows_of_a_step_and_not_where_they_are(tmp_path):
+    alone = inputs(load(tmp_path, "", "sft.trainer.per_device_train_batch_size=8"))
+    two = inputs(load(tmp_path, "launch: {num_processes: 2, use_cpu: true}"))
+    assert two == alone
+    assert inputs(load(tmp_path, "launch: {num_processes: 4}"))["trainer.per_device_train_batch_size"] == 16
+    far = "launch: {num_processes: 2, num_machines: 2, main_process_ip: there, main_process_port: 1234}"
+    assert inputs(load(tmp_path, far)) == inputs(load(tmp_path, far, "launch.machine_rank=1")) == two
+    divided = inputs(load(tmp_path, "launch: {num_processes: 2, fsdp_config: {fsdp_offload_params: true}}"))
+    assert divided == two | {"launch.fsdp_config.fsdp_offload_params": True, "launch.fsdp_config.fsdp_version": 2}
+    of_dpo = inputs(load(tmp_path, "launch: {num_processes: 2}"), "dpo")
+    assert of_dpo["trainer.per_device_train_batch_size"] == 16, "TRL's default for each is 8"
+
+
+def test_a_file_of_deepspeed_counts_by_what_it_holds(tmp_path):
+    found = []
+    for stage in (2, 3, 3):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        launch = "launch: {num_processes: 2, deepspeed_config: {deepspeed_config_file: ds.json}}"
+        found.append(inputs(load(tmp_path, launch)))
+    assert found[1] == found[2] != found[0]
+    with pytest.raises(InputError, match="there is no file"):
+        load(tmp_path, launch.replace("ds.json", "other.json"))
+
+
+def test_the_keys_are_those_of_the_installed_accelerate():
+    ours = {"config_file"}
+    assert set(library_keys.accepted("launch")) - ours == set(ClusterConfig.__dataclass_fields__)
+    assert {"fsdp_version", "fsdp_transformer_layer_cls_to_wrap"} <= set(options("fsdp_config"))
+    assert {"zero_stage", "deepspeed_config_file"} <= set(options("deepspeed_config"))
+
+
+def test_another_file_leaves_behind_what_the_recipe_below_said(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"num_processes": 3}))
+    write(tmp_path, "launch: {num_processes: 2, use_cpu: true}")
+    (tmp_path / "top.yaml").write_text("extends: r.yaml\nlaunch: a.yaml\n")
+    assert recipe.load(str(tmp_path / "top.yaml")).launch_of("sft") == {"num_processes": 3, "machine_rank": 0}
+    (tmp_path / "top.yaml").write_text("extends: r.yaml\nlaunch: {num_processes: 4}\n")
+    assert recipe.load(str(tmp_path / "top.yaml")).launch_of("sft")["use_cpu"] is True
