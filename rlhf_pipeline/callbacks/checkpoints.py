@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline import ranks
+
 SECONDS_BETWEEN = 600.0
 
 
@@ -75,7 +77,9 @@ class Checkpoints(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a checkpoint where one is due, and after the last step: evaluation may take as long again."""
         elapsed, over = time.monotonic() - self.last, state.global_step >= state.max_steps
-        if REQUEST.noted or (self.every_s is not None and (over or elapsed >= self.every_s)):
+        due = self.every_s is not None and (over or elapsed >= self.every_s)
+        wanted = ranks.gathered((REQUEST.noted, due))  # ranks have other clocks, and hear of a signal at other times
+        if any(stop for stop, _ in wanted) or wanted[0][1]:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -85,7 +89,7 @@ class Checkpoints(TrainerCallback):
             Stopped: with the checkpoint's step.
         """
         self.last = time.monotonic()
-        if REQUEST.noted:
+        if ranks.any_of(REQUEST.noted):
             raise Stopped(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -94,5 +98,6 @@ class Checkpoints(TrainerCallback):
         Raises:
             Stopped: one was noted.
         """
+        REQUEST.noted = ranks.any_of(REQUEST.noted)
         REQUEST.training = False
         REQUEST.stop_unless_training()

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.rundir import jsonl
 
 
@@ -30,6 +31,8 @@ class MetricsLog(TrainerCallback):
         By the steps that the checkpoint knows of, not by the number of lines: some may have been lost. Those of other
         members stay.
         """
+        if not ranks.is_first():
+            return
         known = Counter(entry.get("step") for entry in state.log_history)
 
         def is_known(row: dict[str, Any]) -> bool:
@@ -51,7 +54,9 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write one line."""
+        """Write one line, on the first rank."""
+        if not ranks.is_first():
+            return
         of = {} if self.member is None else {"member": self.member}
         row = {"step": state.global_step, "time": round(time.time(), 3), **of, **numbers(logs or {})}
         jsonl.append(self.file, [row])

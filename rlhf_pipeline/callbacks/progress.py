@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.rundir.layout import PROGRESS
 
 SECONDS_BETWEEN = 1.0
@@ -46,6 +47,8 @@ class ProgressFile(TrainerCallback):
             of: how much there is to do; None where nobody knows.
         """
         now = time.monotonic()
+        if not ranks.is_first():
+            return
         if phase == self.phase and step not in (0, of) and now - self.written < SECONDS_BETWEEN:
             return
         self.phase, self.written = phase, now

@@ -40,7 +40,7 @@ OTHER_TOKENIZER = (
 
 def device() -> torch.device:
     """The one device a stage runs on."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve_dtype(name: str) -> torch.dtype:

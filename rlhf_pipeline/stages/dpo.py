@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from rlhf_pipeline import kinds
+from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
@@ -51,7 +51,8 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         losses: list[str] = self.loss_types
         if self.model.training or ON_CHOSEN in losses:
             weights = [self.weight(inputs, "chosen tokens" if loss == ON_CHOSEN else "rows") for loss in losses]
-            rows = 1.0 if self.model.training else self.weight(inputs, "rows")  # in evaluation, the loss is over rows
+            # In evaluation, the loss is over rows.
+            rows = 1.0 if self.model.training else self.weight(inputs, "rows") or 1.0
             self.loss_weights = [one * weight / rows for one, weight in zip(usual, weights, strict=True)]
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -79,10 +80,11 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         """Have what the reference, adapter `ref`, says of all pairs; a stage that is resumed finds it in a file."""
         file = Path(self.args.output_dir) / "reference.safetensors"
         datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
-        known = load_file(file) if file.is_file() else {}
+        known = load_file(file) if ranks.gathered(file.is_file())[0] else {}
         if not known:
             known = {name: self._reference_log_probs(rows) for name, rows in datasets.items() if rows is not None}
-            durable.write_bytes(file, save(known))
+            if ranks.is_first():
+                durable.write_bytes(file, save(known))
         for name, (chosen, rejected) in known.items():
             rows = datasets[name].add_column("ref_chosen_logps", chosen.tolist())
             setattr(self, f"{name}_dataset", rows.add_column("ref_rejected_logps", rejected.tolist()))
@@ -90,12 +92,14 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
     def _reference_log_probs(self, dataset: Dataset) -> Tensor:
         """The log-probabilities of all chosen and all rejected replies under the reference, float32 `[2, pairs]`."""
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        own = dataset.select(range(len(dataset))[ranks.share(len(dataset))])
         self.model.eval()
-        batches = [
-            torch.stack(self.compute_ref_log_probs(self.model, self._prepare_inputs(batch)))
-            for batch in DataLoader(dataset, size, collate_fn=self.data_collator)
-        ]
-        return torch.cat(batches, dim=1).float().cpu()
+        batches = [torch.empty(2, 0)]
+        for batch in DataLoader(own, size, collate_fn=self.data_collator):
+            batches.append(
+                torch.stack(self.compute_ref_log_probs(self.model, self._prepare_inputs(batch))).float().cpu()
+            )
+        return torch.cat(ranks.gathered(torch.cat(batches, dim=1)), dim=1)
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
         return with_room_for_replies(dataset, args.max_length) if args.truncation_mode == "keep_start" else dataset
@@ -129,6 +133,8 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    if not ranks.is_first():
+        return {}
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     dropped = len(data.train) - len(trainer.train_dataset)
     metrics = job.trained(final(trainer.state.log_history) | {"dropped_pairs": dropped})

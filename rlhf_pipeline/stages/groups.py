@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final, keep_until
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
@@ -132,6 +133,8 @@ def run(job: Job, config: type[Config], trainer_class: type["GroupTrainer"]) -> 
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    if not ranks.is_first():
+        return {}
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     metrics = job.trained(final(trainer.state.log_history) | (watcher.outcome if watcher else {}))
     return metrics | judge_policy(job, model, tokenizer, trainer.engine)

@@ -160,6 +160,7 @@ class Job:
         """
         dtype = resolve_dtype(self.recipe.model.dtype)
         accepted = library_keys.accepted(self.stage.kind)
+        reentrant = (self.stage.trainer.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
         settings = {
             **{key: default for key, (default, _) in library_keys.OURS.items() if key in accepted},
             "output_dir": str(self.work),
@@ -174,6 +175,11 @@ class Job:
             "save_total_limit": 2,  # the last one, and one before it should that be damaged
             "logging_nan_inf_filter": False,  # a loss that is not finite ends the stage
             "disable_tqdm": True,
+            "ddp_timeout": 300,  # seconds that a rank waits for another
+            "ddp_broadcast_buffers": False,  # they are constants
+            # Of a mixture's adapters, or those of a part that reads pictures, some may be without use in a batch; but
+            # reentrant checkpoints do not get along with looking for them.
+            "ddp_find_unused_parameters": not reentrant,
             **decided,
             **self.stage.trainer,
         }

@@ -13,7 +13,7 @@ from transformers import set_seed
 from trl import KTOConfig, KTOTrainer
 from trl.trainer.utils import use_adapter
 
-from rlhf_pipeline import kinds
+from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import balance
 from rlhf_pipeline.data import prepare as rows
@@ -22,6 +22,7 @@ from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir.layout import METRICS
+from rlhf_pipeline.stages.batches import Spare
 from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import REFERENCE, Resumable, with_room_for_replies
@@ -45,13 +46,17 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
 
     kind = kinds.get("kto")
     held_out_kl: float | None = None  # while it is evaluated
+    _is_spare = False  # the batch at hand
 
     @classmethod
     def over(cls, model: PeftModel, *args: Any, **kwargs: Any) -> Self:
         """See `Resumable.over`."""
         trainer = super().over(model, *args, **kwargs)
         if trainer.calculate_KL:
-            trainer.data_collator = functools.partial(with_mismatched, trainer.data_collator)
+            trainer.neighbours = ranks.count() > 1
+            trainer.data_collator = functools.partial(
+                with_mismatched, trainer.data_collator, neighbour=trainer.neighbours
+            )
         return trainer
 
     def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
@@ -69,6 +74,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, which of the parts of a divided batch takes the mean, though the last may be smaller."""
+        self._is_spare = isinstance(inputs, Spare)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * self.weight(inputs, "rows") if self.model.training else loss
 
@@ -90,18 +96,28 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                ours: Any = self._compute_kl_logps(self.model, inputs)
+                ours: Any = super()._compute_kl_logps(self.model, inputs)
                 with use_adapter(self.model, REFERENCE):
-                    reference: Any = self._compute_kl_logps(self.model, inputs)
-            total, count = total + (ours - reference).sum().item(), count + len(ours)
-        return total / count
+                    reference: Any = super()._compute_kl_logps(self.model, inputs)
+            if not isinstance(batch, Spare):
+                total, count = total + (ours - reference).sum().item(), count + len(ours)
+        sums, counts = zip(*ranks.gathered((total, count)), strict=True)
+        return sum(sums) / sum(counts)
 
     def _compute_kl_logps(self, model: Any, batch: Any) -> Tensor | None:
-        """TRL's log-probabilities of mismatched replies; where their KL is known, that, and 0 for the reference."""
-        if self.held_out_kl is None:
-            return super()._compute_kl_logps(model, batch)
-        of_reference = self.model.active_adapter == REFERENCE
-        return torch.tensor([0.0 if of_reference else self.held_out_kl], device=batch["label"].device)
+        """TRL's log-probabilities of mismatched replies; of several ranks, their mean over all.
+
+        Where the KL of them is known, that, and 0 for the reference.
+        """
+        if self.held_out_kl is not None:
+            of_reference = self.model.active_adapter == REFERENCE
+            return torch.tensor([0.0 if of_reference else self.held_out_kl], device=batch["label"].device)
+        found: Tensor | None = super()._compute_kl_logps(model, batch)
+        if found is None or ranks.count() == 1:
+            return found
+        own = torch.stack([found.sum(), found.new_tensor(len(found))]) * (0.0 if self._is_spare else 1.0)
+        total, count = ranks.total(own)
+        return (total / count)[None]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the margin between the rewards that are logged; TRL's is of the batches that have both kinds of reply."""
@@ -125,7 +141,9 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
 TRAINER = EncodedKTOTrainer
 
 
-def with_mismatched(collate: Callable[[list[dict[str, Any]]], Any], examples: list[dict[str, Any]]) -> Any:
+def with_mismatched(
+    collate: Callable[[list[dict[str, Any]]], Any], examples: list[dict[str, Any]], neighbour: bool = False
+) -> Any:
     """A batch in which each prompt comes also with the reply of the row before, the first one with that of the last.
 
     A row that is alone, as the last of an epoch may be, gets a reply of no tokens, of which KL is 0.
@@ -133,10 +151,13 @@ def with_mismatched(collate: Callable[[list[dict[str, Any]]], Any], examples: li
     Args:
         collate: TRL's collator.
         examples: rows, of held-out ones with such replies already.
+        neighbour: the first of several rows is not in this batch, but before it in that of all ranks.
     """
     if MISMATCHED not in examples[0]:
         replies = [row["completion_ids"] for row in examples]
         others = [replies[-1], *replies[:-1]] if len(replies) > 1 else [[]]
+        if neighbour and len(examples) > 1:
+            examples, others = examples[1:], replies[:-1]
         examples = [row | {MISMATCHED: other} for row, other in zip(examples, others, strict=True)]
     return collate(examples)
 
@@ -182,6 +203,8 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    if not ranks.is_first():
+        return {}
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
     dropped = {"dropped_rows": len(data.train) - len(trainer.train_dataset)}

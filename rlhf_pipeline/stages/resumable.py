@@ -1,14 +1,18 @@
 """What TRL's SFT, reward, DPO and KTO trainers lack to be stopped anywhere and resumed to the same end."""
 
+import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -16,8 +20,11 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.kinds import Kind, Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
@@ -25,6 +32,7 @@ from rlhf_pipeline.models.base import remove_dropout
 from rlhf_pipeline.ppo.checkpoint import Kept
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.shares import standard_error
+from rlhf_pipeline.stages.batches import Spare, WithSpare, share_out
 
 REFERENCE = "ref"  # what TRL calls the adapter that it compares with
 MEMORY = "memory.json"
@@ -49,10 +57,22 @@ class Resumable(Trainer):
     What TRL and Transformers call a number of an evaluation is the mean of its batches, of which the last may be
     smaller. Here it is over all held-out rows, or tokens, as `Kind.batch_metrics` says. In training it is over those of
     a whole optimizer step, however `gradient_accumulation_steps` divides it; the mean of such steps is logged.
+
+    Several ranks train as one process with a batch as large as all of theirs: on the same rows in the same order, each
+    once, with the same weights, logging the same numbers. Only dropout draws otherwise. A checkpoint holds what each
+    rank needs; another number of ranks, too, resumes from it on the rows that are left, with new random numbers.
+
+    Attributes:
+        neighbours: its collator gets the row before a rank's first one, too; see `batches.Shares`.
+        gathers: TRL's own numbers are of all ranks, and need no weights: batches are of one size on all.
     """
 
     kind: Kind
     watch: Kept | None = None
+    neighbours = False
+    gathers = False
+    data_collator: Any
+    _total_train_tokens: float
 
     @classmethod
     def over(
@@ -103,7 +123,26 @@ class Resumable(Trainer):
         self._epoch_start = torch.get_rng_state()
         self._usual: dict[Over, float] = {}  # what a batch is over on average, among those that it is weighed against
         self._parts: dict[str, list[tuple[float, float]]] = defaultdict(list)  # the numbers of an unfinished step
+        self._tokens, self._diverged = 0.0, None  # of the same: what this rank read, and a loss that is not finite
         self.add_callback(_Remember(self))
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> DataLoader:
+        """Batches of rows; of several ranks each gets its share of a batch that is as large as all of theirs."""
+        if ranks.count() == 1:
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        collate, self.data_collator = self.data_collator, WithSpare(self.data_collator, dataset[0])
+        try:
+            loader = super()._get_dataloader(dataset, description, batch_size * ranks.count(), *args, **kwargs)
+        finally:
+            self.data_collator = collate
+        share_out(loader, self.neighbours and dataset is self.train_dataset)
+        return loader
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= ranks.count()  # rows of like length are to be in one batch of all ranks
+        return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches that one optimizer step is divided into; see `weight`."""
@@ -112,10 +151,15 @@ class Resumable(Trainer):
         return batches, items
 
     def weigh_against(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Let `weight` be that of a batch among these."""
-        counts = [self.counts(batch) for batch in batches]
+        """Let `weight` be that of a batch among these, and those of the other ranks."""
+        own = [self._counts(batch) for batch in batches]
+        counts = [one for some in ranks.gathered(own) for one in some]
         names = counts[0] if counts else ()
         self._usual = {over: sum(one[over] for one in counts) / len(counts) for over in names}
+
+    def _counts(self, inputs: Mapping[str, torch.Tensor]) -> dict[Over, float]:
+        counts = self.counts(inputs)
+        return dict.fromkeys(counts, 0) if isinstance(inputs, Spare) else counts
 
     def weight(self, inputs: Mapping[str, torch.Tensor], over: Over) -> float:
         """What a mean over a batch must be multiplied by for the mean of such batches to be that over all of them.
@@ -123,7 +167,7 @@ class Resumable(Trainer):
         TRL gives every batch of an optimizer step the same weight, however many rows or tokens it has.
         """
         usual = self._usual.get(over)
-        return self.counts(inputs)[over] / usual if usual else 1.0
+        return self._counts(inputs)[over] / usual if usual else 1.0
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass.
@@ -131,62 +175,141 @@ class Resumable(Trainer):
         Raises:
             DivergedError: its loss is not finite. Transformers would log the mean of the earlier losses in its place.
         """
-        counts, means = self.counts(inputs), self._metrics["train"]
+        counts, means, tokens = self._counts(inputs), self._metrics["train"], self._total_train_tokens
         before = {name: len(values) for name, values in means.items()}
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        for name, values in means.items():
-            if len(values) > before.get(name, 0):
-                self._parts[name].append((values.pop(), counts.get(self.kind.batch_metrics.get(name, "rows"), 1)))
+        with self._alone():
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._tokens += 0 if isinstance(inputs, Spare) else self._total_train_tokens - tokens
+        self._total_train_tokens = tokens if isinstance(inputs, Spare) else self._total_train_tokens
+        if not torch.isfinite(loss) and self._diverged is None:
+            self._diverged = loss.item()
+        for name, part in self._new(means, before, counts, inputs).items():
+            means[name].pop()
+            self._parts[name].append(part)
         if self.accelerator.sync_gradients:  # the last part of the step
-            for name, parts in self._parts.items():
-                means[name].append(_over_all(self.kind.batch_metrics.get(name, "rows"), parts))
-            self._parts.clear()
-        if not torch.isfinite(loss):
-            raise DivergedError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+            self._end_step(means)
         return loss
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _new(
+        self,
+        means: Mapping[str, list[float]],
+        before: Mapping[str, int],
+        counts: Mapping[Over, float],
+        inputs: Mapping[str, torch.Tensor],
+    ) -> dict[str, tuple[float, float]]:
+        """The numbers that a batch has added, each with what it is over; of a spare one all are over nothing."""
+        found = {name: values[-1] for name, values in means.items() if len(values) > before.get(name, 0)}
+        over = {name: self.kind.batch_metrics.get(name, "rows") for name in found}
+        spare = isinstance(inputs, Spare)
+        return {
+            name: (value, 0 if spare else counts.get(over[name], 1))
+            for name, value in found.items()
+            if over[name] != "last"  # there is but one value of those, and it is up to date
+        }
+
+    def _end_step(self, means: dict[str, list[float]]) -> None:
+        """Weigh the numbers of a step over its parts and all ranks, which also tell each other how they are."""
+        parts, self._parts = dict(self._parts), defaultdict(list)
+        of_ranks = ranks.gathered((parts, self._tokens, self._diverged))
+        for name in dict.fromkeys(name for parts, *_ in of_ranks for name in parts):
+            everywhere = [part for parts, *_ in of_ranks for part in parts.get(name, [])]
+            means[name].append(_over_all(self.kind.batch_metrics.get(name, "rows"), everywhere))
+        if not self.gathers:
+            self._total_train_tokens += sum(tokens for _, tokens, _ in of_ranks) - self._tokens
+            if "num_tokens" in means:
+                means["num_tokens"] = [self._total_train_tokens]
+        self._tokens = 0.0
+        for rank, (*_, diverged) in enumerate(of_ranks):
+            if diverged is not None:
+                where = f" on rank {rank}" if len(of_ranks) > 1 else ""
+                raise DivergedError(f"the loss became {diverged} at step {self.state.global_step + 1}{where}")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have TRL compute a batch's numbers of this rank's rows, which it else gathers without their weights."""
+        if ranks.count() == 1 or self.gathers:
+            yield
+            return
+        accelerator: Any = self.accelerator
+        accelerator.gather = accelerator.gather_for_metrics = lambda values, *_, **__: values
+        try:
+            yield
+        finally:
+            del accelerator.gather, accelerator.gather_for_metrics
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         """Evaluate on one batch, and keep its numbers with what they are over."""
-        counts, means = self.counts(inputs), self._metrics["eval"]
+        counts, means = self._counts(inputs), self._metrics["eval"]
         before = {name: len(values) for name, values in means.items()}
-        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
-        new = {name: values[-1] for name, values in means.items() if len(values) > before.get(name, 0)}
-        for name, value in ({"loss": loss.item()} | new).items():
-            over = self.kind.batch_metrics.get(name, "rows")
-            self._evaluated[name].append((value, counts.get(over, 1)))
-        return loss, *rest
+        of_all, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            with self._alone():
+                loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = of_all
+        over = 0 if isinstance(inputs, Spare) else counts.get(self.kind.batch_metrics.get("loss", "rows"), 1)
+        new = self._new(means, before, counts, inputs)
+        for name, part in ({"loss": (loss.item(), over)} | new).items():
+            self._evaluated[name].append(part)
+        # Transformers gathers the rest, which nothing reads, as if all ranks had batches of one size.
+        return (loss, *rest) if ranks.count() == 1 else (loss, None, None)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate on all batches. The standard error of the accuracy is that of a share of so many pairs."""
         self._evaluated: dict[str, list[tuple[float, float]]] = defaultdict(list)
         output = super().evaluation_loop(*args, **kwargs)
+        of_ranks = ranks.gathered(dict(self._evaluated))
+        names = dict.fromkeys(name for one in of_ranks for name in one)
+        evaluated = {name: [part for one in of_ranks for part in one.get(name, [])] for name in names}
         numbers = {
-            name: _over_all(self.kind.batch_metrics.get(name, "rows"), batches)
-            for name, batches in self._evaluated.items()
+            name: _over_all(self.kind.batch_metrics.get(name, "rows"), batches) for name, batches in evaluated.items()
         }
         output.metrics["eval_loss"] = numbers.pop("loss")
         self._metrics["eval"].update({name: [value] for name, value in numbers.items()})
         if self.kind.accuracy:
-            pairs = int(sum(count for _, count in self._evaluated["loss"]))
+            pairs = int(sum(count for _, count in evaluated["loss"]))
             error = standard_error(round(numbers[self.kind.accuracy] * pairs), pairs)
             output.metrics.update({"eval_pairs": pairs, f"eval_{self.kind.accuracy}_se": error})
         return output
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._tr_loss = self._running_loss()  # Transformers would add that of one rank
+        return super()._finalize_training(*args, **kwargs)
+
+    def _running_loss(self) -> torch.Tensor:
+        """The sum of the losses since the last step that was logged, the mean over ranks."""
+        return ranks.total(self._tr_loss) / ranks.count()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        durable.write_checkpoint(
-            Path(self.args.output_dir), self.state.global_step, self._write_checkpoint, self.args.save_total_limit
-        )
+        """Write a checkpoint, on the first rank, of what all have; the others wait for it."""
+        self.store_flos()
+        self._held = self._to_hold()
+        if ranks.is_first():
+            work, step = Path(self.args.output_dir), self.state.global_step
+            durable.write_checkpoint(work, step, self._write_checkpoint, self.args.save_total_limit)
+        ranks.any_of(False)
+
+    def _to_hold(self) -> dict[str, Any]:
+        """What a checkpoint holds of all ranks; each takes part in collecting it."""
+        return {"running_loss": self._running_loss().item(), "random": ranks.gathered(self._random_states())}
+
+    def _random_states(self) -> dict[str, bytes]:
+        """Transformers' file of this rank's random states, by its name."""
+        with TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
     def _write_checkpoint(self, folder: Path) -> None:
         adapters.save_weights(self.model, "default", folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
+        for states in self._held["random"]:
+            for name, content in states.items():
+                (folder / name).write_bytes(content)
         torch.save(self._epoch_start, folder / EPOCH_START)
-        self.store_flos()
         self.state.save_to_json(str(folder / durable.STATE))
         memory = {
-            "running_loss": self._tr_loss.item(),
+            "running_loss": self._held["running_loss"],
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "means": {mode: dict(values) for mode, values in self._metrics.items()},
@@ -228,8 +351,16 @@ class Resumable(Trainer):
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint and not (Path(checkpoint) / self._random_file()).is_file():  # it is of fewer ranks, or of one
+            step = durable.step(Path(checkpoint))
+            drawn = np.random.SeedSequence((self.args.seed, step, ranks.index())).generate_state(1)[0]
+            set_seed(int(drawn))
+            return
         with durable.taking_up(checkpoint or ""):
             super()._load_rng_state(checkpoint)
+
+    def _random_file(self) -> str:
+        return f"rng_state_{ranks.index()}.pth" if ranks.count() > 1 else "rng_state.pth"
 
     def recall(self) -> None:
         """Take up the sums where the checkpoint left them; Transformers has just set them to zero."""
@@ -259,15 +390,17 @@ class Resumable(Trainer):
             # generator's later state itself, once it has skipped what was trained on.
             with durable.taking_up(resumed):
                 torch.set_rng_state(torch.load(Path(resumed) / EPOCH_START, weights_only=True))
+        if ranks.count() > 1:
+            torch.set_rng_state(ranks.gathered(torch.get_rng_state())[0])  # one order of rows
         self._epoch_start = torch.get_rng_state()
         super()._run_epoch(*args, **kwargs)
 
 
 def _over_all(over: Over, batches: list[tuple[float, float]]) -> float:
     """One number of all batches, from each one's and what that is over."""
-    values = [value for value, _ in batches]
-    if over in ("least", "most", "last"):
-        return {"least": min(values), "most": max(values), "last": values[-1]}[over]
+    if over in ("least", "most"):
+        values = [value for value, count in batches if count]
+        return min(values) if over == "least" else max(values)
     whole = sum(count for _, count in batches)
     return sum(value * count for value, count in batches) / whole if whole else 0.0
 

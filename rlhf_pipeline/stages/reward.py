@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from rlhf_pipeline import kinds
+from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
@@ -24,6 +24,7 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import ADAPTER, MEMBER, METRICS, PAIRS
 from rlhf_pipeline.stages import ensemble
+from rlhf_pipeline.stages.batches import Spare
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
 
@@ -49,7 +50,10 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate on all batches, and keep their scores."""
         self.held_out = []
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
+        of_ranks = ranks.gathered(self.held_out)  # of one batch, each has neighbouring rows
+        self.held_out = [scores for shares in zip(*of_ranks, strict=True) for scores in shares]
+        return output
 
     def counts(self, inputs: Mapping[str, Tensor]) -> dict[Over, float]:
         """The pairs; chosen replies are the first half of a batch."""
@@ -61,7 +65,8 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
         if self.model.training:
             loss = loss * self.weight(inputs, "rows")
         else:
-            self.held_out.append(outputs.logits.detach().float().cpu().view(2, -1))
+            scores = outputs.logits.detach().float().cpu().view(2, -1)
+            self.held_out.append(scores[:, :0] if isinstance(inputs, Spare) else scores)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -88,6 +93,8 @@ def run(job: Job) -> dict[str, Any]:
     if job.stage.members:
         return run_ensemble(job, base, inputs, job.stage.members)
     trainer = train(job, base, inputs)
+    if not ranks.is_first():
+        return {}
     if inputs.data.held_out is not None:
         ensemble.write_pairs(scores_of_pairs(trainer, inputs.data), inputs.data, job.folder / PAIRS)
     adapters.save_adapter(trainer.model, "default", job.artifact, inputs.tokenizer)
@@ -129,10 +136,13 @@ def run_ensemble(job: Job, base: PreTrainedModel, inputs: Inputs, members: int) 
         if number > 1:
             set_seed(own.args.seed)  # whatever was trained before, all that this one draws is its own
         trainer = train(job, base, own, number)
-        durable.write_folder(folder / ADAPTER, partial(_write_member, trainer, own))
+        if ranks.is_first():
+            durable.write_folder(folder / ADAPTER, partial(_write_member, trainer, own))
         base = trainer.model.unload().requires_grad_(False).eval()  # as it was loaded, but for the head, drawn anew
         del trainer
         gc.collect()  # the optimizer's state
+    if not ranks.is_first():
+        return {}
     job.progress.member = None
     trained = [ensemble.read_member(folder / ADAPTER) for folder in folders]
     if inputs.data.held_out is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_pipeline import kinds
+from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
@@ -71,6 +71,8 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    if not ranks.is_first():
+        return {}
     hide_router_logits(model)
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
     metrics = job.trained(final(trainer.state.log_history))
