@@ -4,8 +4,11 @@ Accelerate starts them and connects them; until it has, and with a single proces
 process alone. What is called on one rank must be called on all, in the same order.
 """
 
+import functools
 import os
-from typing import TypeVar
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 from torch import Tensor, distributed
 
@@ -37,8 +40,14 @@ def total(values: Tensor) -> Tensor:
     if count() == 1:
         return values
     summed = values.detach().clone()
-    distributed.all_reduce(summed)
+    add_up(summed)
     return summed
+
+
+def add_up(values: Tensor) -> None:
+    """Replace a tensor by its sum over all ranks; it has the same shape and dtype on each."""
+    if count() > 1:
+        distributed.all_reduce(values)
 
 
 def gathered(value: Value) -> list[Value]:
@@ -54,6 +63,19 @@ def any_of(flag: bool) -> bool:
     return any(gathered(flag))
 
 
+def from_first(work: Callable[[], Value]) -> Value:
+    """What the first rank alone works out, which all get; whatever can be pickled.
+
+    The others wait for it however long it takes: a judge may take hours, and other waits here are cut off.
+    """
+    if count() == 1:
+        return work()
+    group = _patient()
+    found = [work() if is_first() else None]
+    distributed.broadcast_object_list(found, group=group)
+    return found[0]  # type: ignore[return-value]
+
+
 def share(rows: int) -> slice:
     """Which of so many rows are this rank's: neighbours, and one more or less where they do not divide."""
     bounds = [rows * rank // count() for rank in range(count() + 1)]
@@ -62,3 +84,9 @@ def share(rows: int) -> slice:
 
 def _connected() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+@functools.cache
+def _patient() -> Any:
+    """The same ranks, where one waits for another for a month."""
+    return distributed.new_group(timeout=timedelta(days=30), backend="gloo")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_pipeline import stages
+from rlhf_pipeline import ranks, stages
 from rlhf_pipeline.data.measure import Trainer
 from rlhf_pipeline.forecast import lengths, stage
 from rlhf_pipeline.forecast.lengths import Known
@@ -43,7 +43,7 @@ def step(recipe: Recipe, name: str, rows: Known) -> ToGo:
     with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as folder:
         stage.only_train(args, STEPS, Path(folder))
         found = lengths.of_stage(job.stage, *rows.get(name, lengths.of_made_rows(recipe, job.stage)))
-        trainer = _trainer(job, args, found, Path(folder))
+        trainer = trainer_of(job, args, found, Path(folder))
         trainer.add_callback(times)
         trainer.train()
     return ToGo(times.ended[-1] - times.ended[-2], count)
@@ -76,12 +76,12 @@ def _steps(job: Job, args: Any) -> int:
     return math.ceil(args.num_train_epochs * of_epoch) * (job.stage.members or 1)
 
 
-def _trainer(job: Job, args: Any, found: lengths.Lengths, folder: Path) -> Any:
-    """The stage's trainer over the recipe's model, as `stage` has it over shapes."""
+def trainer_of(job: Job, args: Any, found: lengths.Lengths, folder: Path) -> Any:
+    """A stage's trainer over the recipe's model, as `stage` has it over shapes, with rows enough for all ranks."""
     tokenizer = job.reader.tokenizer
     base = load_base(job.recipe.model, tokenizer, head="score" if job.stage.facts.makes == "reward" else "causal")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows = stage.rows_of(job, max(STEPS * batch, getattr(args, "generation_batch_size", 0) or 0), found)
+    rows = stage.rows_of(job, max(STEPS * batch * ranks.count(), getattr(args, "generation_batch_size", 0) or 0), found)
     kind, lora = stages.BY_KIND[job.stage.kind], job.stage.lora
     if job.stage.facts.own_loop:
         args.total_episodes, args.num_sample_generations = None, 0

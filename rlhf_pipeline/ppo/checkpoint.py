@@ -3,14 +3,16 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.models.roles import TRAINED, SharedBase
 from rlhf_pipeline.ppo.control import KLControl, ScoreStatistics
 
@@ -108,6 +110,19 @@ def read(folder: Path, shared: SharedBase, memory: Memory) -> None:
     memory.unreported = noted["unreported"]
     if noted["best"]:
         memory.best = Best(**noted["best"], weights=load_file(folder / "best.safetensors"))
+
+
+def random_states(trainer: Trainer) -> dict[str, bytes]:
+    """The files with the random states of all ranks, by the names that Transformers gives them."""
+    with TemporaryDirectory() as folder:
+        trainer._save_rng_state(folder)
+        own = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    return {name: content for one in ranks.gathered(own) for name, content in one.items()}
+
+
+def ranks_of(folder: Path) -> int:
+    """How many ranks have their random states in a checkpoint's folder."""
+    return len(list(folder.glob("rng_state*.pth")))
 
 
 def weights(view: Module) -> dict[str, Tensor]:

@@ -135,13 +135,17 @@ def of_rewards(rewards: Scores) -> dict[str, float]:
 
 
 def concatenated(parts: Sequence[Scores]) -> Scores:
-    """The rewards of several batches, as of one."""
+    """The rewards of several batches, as of one; what functions have logged are means, weighed by replies."""
     first = parts[0]
+    logged: dict[str, float] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.logged):
+        having = [(len(part.total), part.logged[name]) for part in parts if name in part.logged]
+        logged[name] = sum(count * value for count, value in having) / sum(count for count, _ in having)
     return Scores(
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.by_name[name] for part in parts]) for name in first.by_name},
         {name: torch.cat([part.disagreement[name] for part in parts]) for name in first.disagreement},
-        means([part.logged for part in parts]),
+        logged,
     )
 
 

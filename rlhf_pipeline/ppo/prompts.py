@@ -12,18 +12,23 @@ from rlhf_pipeline.ppo.config import PPOConfig
 
 
 def check_data(
-    args: PPOConfig, train_dataset: Dataset, eval_dataset: Dataset | None, ptx_dataset: Dataset | None
+    args: PPOConfig,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    ptx_dataset: Dataset | None,
+    processes: int = 1,
 ) -> None:
-    """See that there is enough of every kind of data that the settings ask for.
+    """See that there is enough of every kind of data that the settings ask for, for so many processes.
 
     Raises:
         ValueError: there is not.
     """
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     if len(train_dataset) < batch:
+        of = f", which {processes} processes share" if processes > 1 else ""
         raise ValueError(
-            f"{len(train_dataset)} prompts are fewer than one batch of {batch}: lower `per_device_train_batch_size` or "
-            "`gradient_accumulation_steps`, or give more prompts"
+            f"{len(train_dataset)} prompts are fewer than one batch of {batch}{of}: lower "
+            "`per_device_train_batch_size` or `gradient_accumulation_steps`, or give more prompts"
         )
     if pc.min(pc.list_value_length(train_dataset.data.column("input_ids"))).as_py() == 0:
         raise ValueError("a prompt is empty: a reply needs at least one token to follow")
@@ -46,6 +51,11 @@ def permutation(length: int, seed: int, *which: Any) -> Tensor:
     """A random order of `length` things that depends on the seed and on which it is, and on nothing before it."""
     generator = torch.Generator().manual_seed(random.Random(repr((seed, *which))).getrandbits(63))
     return torch.randperm(length, generator=generator)
+
+
+def seeds(seed: int, *which: Any, places: range) -> list[int]:
+    """What decides the random numbers of the replies at some places of a batch, which is named by `which`."""
+    return [random.Random(repr((seed, *which, place))).getrandbits(63) for place in places]
 
 
 def padded(rows: list[list[int]], fill: int) -> Tensor:

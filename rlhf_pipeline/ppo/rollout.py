@@ -203,15 +203,16 @@ def diversity(episodes: Episodes) -> tuple[float, float]:
 
 def concatenate(parts: Sequence[Episodes], pad_token_id: int) -> Episodes:
     """All episodes of several batches, as one."""
-
-    def stacked(tensors: list[Tensor], fill: float) -> Tensor:
-        width = max(tensor.shape[1] for tensor in tensors)
-        return torch.cat([torch.nn.functional.pad(one, (0, width - one.shape[1]), value=fill) for one in tensors])
-
     return Episodes(
-        stacked([part.ids for part in parts], pad_token_id),
+        one_below_another([part.ids for part in parts], pad_token_id),
         torch.cat([part.prompt_lengths for part in parts]),
         torch.cat([part.reply_lengths for part in parts]),
         torch.cat([part.ended for part in parts]),
-        stacked([part.sampled_log_probs for part in parts], 0.0),
+        one_below_another([part.sampled_log_probs for part in parts]),
     )
+
+
+def one_below_another(parts: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+    """The rows of several `[B, T]`, as many columns as the widest has, filled up on the right."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.callbacks.metrics import keep_until
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.roles import TRAINED, PolicyView, SharedBase
-from rlhf_pipeline.ppo import checkpoint, numbers
+from rlhf_pipeline.ppo import checkpoint, numbers, over_ranks
 from rlhf_pipeline.ppo.advantages import estimate_advantages, kl_per_token, shape_rewards, whiten
 from rlhf_pipeline.ppo.checkpoint import Best, Kept, Memory, PPOState
 from rlhf_pipeline.ppo.config import PPOConfig
@@ -26,7 +27,7 @@ from rlhf_pipeline.ppo.control import KLControl
 from rlhf_pipeline.ppo.forward import demonstration_loss, reply_log_probs, reply_log_probs_and_values, reply_values
 from rlhf_pipeline.ppo.losses import policy_loss, value_loss
 from rlhf_pipeline.ppo.numbers import Reward, Scored
-from rlhf_pipeline.ppo.prompts import check_data, padded, permutation, shuffled
+from rlhf_pipeline.ppo.prompts import check_data, padded, permutation, seeds, shuffled
 from rlhf_pipeline.ppo.rollout import Engine, Episodes, sample
 from rlhf_pipeline.rundir import durable
 
@@ -35,6 +36,11 @@ class PPOTrainer(Trainer):
     """Transformers' Trainer with PPO's loop in place of its own; `docs/ppo.md` says what differs from TRL's and why.
 
     Of the Trainer there are the callbacks and their control, the log, the accelerator, the optimizers and schedules.
+
+    Several processes make the updates that one would make with the whole batch: see `over_ranks`. Each has the base and
+    all roles, samples and scores its share of the prompts, and reads its share of every mini-batch. With several, each
+    reply has random numbers of its own, from the seed and its place, so that any number of them has the same replies.
+    The first one writes: samples, checkpoints, and what callbacks write.
 
     Args:
         args: the settings.
@@ -68,7 +74,7 @@ class PPOTrainer(Trainer):
         samples_file: Path | None = None,
         engine: Engine | None = None,
     ) -> None:
-        check_data(args, train_dataset, eval_dataset, ptx_dataset)
+        check_data(args, train_dataset, eval_dataset, ptx_dataset, ranks.count())  # the settings have connected them
         self.shared, self.rewards = shared, rewards
         super().__init__(
             model=nn.ModuleDict({role: getattr(shared, role) for role in TRAINED}),
@@ -78,8 +84,8 @@ class PPOTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
-        args.count(len(train_dataset), self.accelerator.num_processes)
-        torch.manual_seed(args.seed + 100_003 * self.accelerator.process_index)  # each process samples its own replies
+        args.count(len(train_dataset), ranks.count())
+        torch.manual_seed(_own_seed(args.seed))
         self.model.config = shared.policy.config  # for trackers; not before, or Trainer would switch its cache off
         self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
@@ -145,17 +151,20 @@ class PPOTrainer(Trainer):
         Raises:
             ValueError: there is no such checkpoint.
             CheckpointError: it cannot be read, or is of another reference or reward.
-            RuntimeError: too many optimizer steps in a row had gradients that were not finite.
+            RuntimeError: too many optimizer steps in a row had gradients that were not finite; or a rank has other
+                weights than the first.
         """
         self._begin(durable.locate(self.args.output_dir, resume_from_checkpoint))
         within_budget = True
-        while within_budget and self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+        while (
+            within_budget
+            and self.state.global_step < self.state.max_steps
+            and not self._is_asked("should_training_stop")
+        ):
             clock = [time.perf_counter()]
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-            prompts, rows = self._prompts(self.state.global_step)
-            episodes = self.roll_out(prompts)
-            clock.append(time.perf_counter())
-            scored = self.score(episodes, rows)
+            scored = self._next_episodes(clock)
+            episodes = scored.episodes
             within_budget = self._within_budget(scored)
             if within_budget:
                 scores, rewards = self.shape(scored)
@@ -165,16 +174,54 @@ class PPOTrainer(Trainer):
                 clock.append(time.perf_counter())
                 self.report(scored, scores, returns, losses, clock)
         if within_budget and self.args.kl_budget is not None:  # nothing has measured the last update yet
-            prompts, rows = self._prompts(self.state.global_step)
-            self._within_budget(self.score(self.roll_out(prompts), rows))
+            self._within_budget(self._next_episodes())
         self._log_means()
+        self._require_same_weights(*TRAINED)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, {})
 
+    def _next_episodes(self, clock: list[float] | None = None) -> Scored:
+        """The episodes of the update that comes next; `clock` as in `_sample_and_score`."""
+        update = self.state.global_step
+        return self._sample_and_score(*self._prompts(update), "update", update, clock=clock)
+
+    def _sample_and_score(
+        self,
+        prompts: list[list[int]],
+        rows: list[str] | None,
+        *which: Any,
+        first: int = 0,
+        clock: list[float] | None = None,
+    ) -> Scored:
+        """Sample a reply to each prompt and score it, each rank its share; those of all ranks.
+
+        Args:
+            prompts: token ids.
+            rows: that they are from, where a reward reads them.
+            which: what the random numbers of several ranks depend on beside the seed and a prompt's place.
+            first: the place of the first of the prompts.
+            clock: takes the time when this rank has sampled its share.
+        """
+        mine = ranks.share(len(prompts))
+        scored = None
+        if some := prompts[mine]:
+            drawn: dict[str, Any] = {}
+            if ranks.count() > 1:
+                drawn["seeds"] = seeds(self.args.seed, *which, places=range(first + mine.start, first + mine.stop))
+            episodes = self.roll_out(some, **drawn)
+            if clock is not None:
+                clock.append(time.perf_counter())
+            scored = self.score(episodes, rows and rows[mine])
+        return over_ranks.of_all(scored, self.policy.device)
+
     def roll_out(
-        self, prompts: list[list[int]], temperature: float | None = None, response_length: int | None = None
+        self,
+        prompts: list[list[int]],
+        temperature: float | None = None,
+        response_length: int | None = None,
+        seeds: list[int] | None = None,
     ) -> Episodes:
-        """Sample a reply to each prompt, by default as training does."""
+        """Sample a reply to each prompt, by default as training does; `seeds` as in `sample`."""
         with self._precision():
             return sample(
                 self.shared.policy,
@@ -184,6 +231,7 @@ class PPOTrainer(Trainer):
                 stop_token_id=self.stop_token_id,
                 pad_token_id=self.pad_token_id,
                 at_once=self.args.local_rollout_forward_batch_size,
+                seeds=seeds,
                 engine=self.engine,
             )
 
@@ -237,8 +285,9 @@ class PPOTrainer(Trainer):
     def optimise(self, scored: Scored, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """Make `num_ppo_epochs` passes over the episodes, one optimizer step per mini-batch.
 
-        A mini-batch is read in parts of `per_device_train_batch_size`. Every token of a mini-batch weighs the same,
-        however it is divided, so the size of the parts changes nothing but memory.
+        A mini-batch is dealt out to the ranks by length, so that each has as much to do, and read in parts of
+        `per_device_train_batch_size`. Every token of a mini-batch weighs the same, however it is divided, so the number
+        of ranks and the size of the parts change nothing but time and memory.
 
         Returns:
             Means over the tokens of all passes, by the names they are logged under.
@@ -251,7 +300,8 @@ class PPOTrainer(Trainer):
             order = permutation(batch, self.seed, self.state.global_step, 1 + epoch).to(advantages.device)
             for number, mini_batch in enumerate(order.split(batch // args.num_mini_batches)):
                 tokens = scored.episodes.reply_lengths[mini_batch].sum()
-                for rows in scored.episodes.by_length(mini_batch).split(args.per_device_train_batch_size):
+                mine = scored.episodes.by_length(mini_batch)[ranks.index() :: ranks.count()]
+                for rows in mine.split(args.per_device_train_batch_size) if len(mine) else ():
                     for loss in self._losses(scored, rows, advantages, returns, train_policy, sums):
                         (loss / tokens).backward()
                 if train_policy and self.ptx_dataset is not None:
@@ -260,7 +310,7 @@ class PPOTrainer(Trainer):
                     )
                 for role, norm in self._step().items():
                     norms[role].append(norm)
-        return numbers.of_training(sums, norms)
+        return numbers.of_training(over_ranks.total(sums), norms)
 
     def _losses(
         self,
@@ -301,16 +351,17 @@ class PPOTrainer(Trainer):
         taken = (self.state.global_step * steps + number) * rows
         chosen = dataset.select(shuffled(len(dataset), taken, rows, self.seed, "ptx"))
         labelled = sum(label != -100 for labels in chosen["labels"] for label in labels[1:])
-        device = self.accelerator.device
-        for start in range(0, rows, self.args.per_device_train_batch_size):
-            part = chosen[start : start + self.args.per_device_train_batch_size]
+        device = self.policy.device
+        mine = chosen.select(range(rows)[ranks.share(rows)])
+        for start in range(0, len(mine), self.args.per_device_train_batch_size):
+            part = mine[start : start + self.args.per_device_train_batch_size]
             ids = padded(part["input_ids"], self.pad_token_id).to(device)
             with self._precision():
                 labels = padded(part["labels"], -100).to(device)
                 loss = demonstration_loss(self.shared.policy, ids, labels) / labelled
             (self.args.ptx_coef * loss).backward()
             sums["loss/ptx"] += loss.detach()
-        sums["ptx_steps"] += 1
+        sums["ptx_steps"] += ranks.is_first()
 
     def _step(self) -> dict[str, float]:
         """Take one optimizer step, or skip it if a gradient is not finite; returns the norm of each role's gradient.
@@ -321,6 +372,7 @@ class PPOTrainer(Trainer):
         Raises:
             RuntimeError: `max_skipped_steps` were skipped in a row.
         """
+        over_ranks.add_up_gradients([parameter for parameters in self.trained.values() for parameter in parameters])
         limit = self.args.max_grad_norm or math.inf
         norms = {
             role: torch.nn.utils.clip_grad_norm_(parameters, limit).item()
@@ -376,13 +428,17 @@ class PPOTrainer(Trainer):
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
         if self.state.episode // len(self.train_dataset) > passes:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
-        if self.control.should_log:
+        if self._is_asked("should_log"):
             self._log_means()
-        if self.control.should_evaluate:
+        if self._is_asked("should_evaluate"):
             self.evaluate()
-        if self.control.should_save:
+        if self._is_asked("should_save"):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
+
+    def _is_asked(self, flag: str) -> bool:
+        """Whether a callback has set a flag of `control` on any rank: then all act, or some would wait."""
+        return ranks.any_of(getattr(self.control, flag))
 
     def _log_means(self) -> None:
         """Log means over the updates since the last time, if there were any."""
@@ -395,6 +451,8 @@ class PPOTrainer(Trainer):
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample replies to held-out prompts and score them; the same random numbers every time, none of training's.
+
+        Several ranks divide the prompts; all get the same numbers.
 
         Args:
             eval_dataset: rows with `input_ids`; by default those given to the trainer.
@@ -412,12 +470,12 @@ class PPOTrainer(Trainer):
             raise ValueError("there are no held-out prompts to evaluate on")
         totals: dict[str, float] = defaultdict(float)
         rewards = []
-        at_once = self.args.per_device_eval_batch_size
+        at_once = self.args.per_device_eval_batch_size * ranks.count()
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             for start in range(0, len(dataset), at_once):
                 taken = dataset[start : start + at_once]
-                scored = self.score(self.roll_out(taken["input_ids"]), taken.get("row"))
+                scored = self._sample_and_score(taken["input_ids"], taken.get("row"), "eval", first=start)
                 episodes = scored.episodes
                 totals["objective/scores"] += self._penalize_missing_eos(scored.scores, episodes).sum().item()
                 totals["objective/kl"] += scored.kl.sum().item()
@@ -487,7 +545,8 @@ class PPOTrainer(Trainer):
         args = self.args
         if resume_from is not None:
             self._load_checkpoint(resume_from)
-        if self.samples_file is not None:
+        self._require_same_weights()
+        if self.samples_file is not None and ranks.is_first():
             keep_until(self.samples_file, self.state.global_step)
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = args.total_episodes / len(self.train_dataset)
@@ -497,18 +556,33 @@ class PPOTrainer(Trainer):
             self.evaluate()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write `checkpoint-<step>`, whole or not at all, and remove older ones beyond `save_total_limit`."""
-        durable.write_checkpoint(
-            Path(self.args.output_dir), self.state.global_step, self._write_checkpoint, self.args.save_total_limit
-        )
+        """Write `checkpoint-<step>`, whole or not at all, and remove older ones beyond `save_total_limit`.
 
-    def _write_checkpoint(self, folder: Path) -> None:
+        The first rank does, for all.
+        """
+        self._require_same_weights(*TRAINED)
+        states = checkpoint.random_states(self)
+        if ranks.is_first():
+            durable.write_checkpoint(
+                Path(self.args.output_dir),
+                self.state.global_step,
+                lambda folder: self._write_checkpoint(folder, states),
+                self.args.save_total_limit,
+            )
+
+    def _require_same_weights(self, *roles: str) -> None:
+        """See that all ranks have the same weights of some roles, by default of all and of the base."""
+        if ranks.count() > 1:
+            over_ranks.require_same(self.shared.checksums(*roles), self.state.global_step)
+
+    def _write_checkpoint(self, folder: Path, random_states: dict[str, bytes]) -> None:
         checkpoint.write(folder, self.shared, self.memory)
         if self.watch is not None:
             self.watch.write(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-        self._save_rng_state(str(folder))
+        for name, content in random_states.items():
+            (folder / name).write_bytes(content)
         self.state.save_to_json(str(folder / durable.STATE))
 
     def _load_checkpoint(self, folder: Path) -> None:
@@ -520,7 +594,12 @@ class PPOTrainer(Trainer):
             self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", "cpu", weights_only=True))
             self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", "cpu", weights_only=True))
             self.state = PPOState.load_from_json(str(folder / durable.STATE))
-            self._load_rng_state(str(folder))
+            self.state.is_world_process_zero = self.is_world_process_zero()
+            self.state.is_local_process_zero = self.is_local_process_zero()
+            if checkpoint.ranks_of(folder) == ranks.count():
+                self._load_rng_state(str(folder))
+            else:
+                set_seed(_own_seed(self.args.seed, self.state.global_step))
 
     def _prompts(self, update: int) -> tuple[list[list[int]], list[str] | None]:
         """The prompts of an update, counted from 0, and their rows, where the dataset has them.
@@ -536,6 +615,11 @@ class PPOTrainer(Trainer):
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def _write_samples(self, scored: Scored, split: str, step: int) -> None:
-        if self.samples_file is not None:
+        if self.samples_file is not None and ranks.is_first():
             ended = self._ended(scored.episodes)
             numbers.write_samples(self.samples_file, scored, ended, self.processing_class, split, step)
+
+
+def _own_seed(seed: int, step: int = 0) -> int:
+    """Of what a rank draws beside replies, which with several ranks have seeds of their own."""
+    return (seed + 100_003 * ranks.index() + 1_000_003 * step) % 2**32

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
@@ -48,7 +49,7 @@ def prepare(job: Job) -> Inputs:
     job.require_eval_data(args, data.held_out)
     ptx_data = job.reader.read(rows.demonstrations, job.stage.ptx_data) if job.stage.ptx_data else None
     try:
-        check_data(args, data.train, data.held_out, ptx_data and ptx_data.train)
+        check_data(args, data.train, data.held_out, ptx_data and ptx_data.train, job.recipe.processes(job.name))
     except ValueError as error:
         raise InputError(str(error), place=f"stages.{job.name}") from None
     return Inputs(args, job.reader.tokenizer, data, ptx_data)
@@ -56,6 +57,8 @@ def prepare(job: Job) -> Inputs:
 
 def run(job: Job) -> dict[str, Any]:
     """Train, judge and save the policy's adapter, from the last checkpoint if there is one; returns the final metrics.
+
+    Of several ranks the first one saves and judges; the others return nothing.
 
     Raises:
         RuntimeError: training moved a weight that must stay, or left one that must move.
@@ -89,6 +92,8 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     put_back = watcher is not None and watcher.kept_step <= args.value_warmup_updates  # where nothing had moved it yet
     check_weights(before, shared.checksums(), trainer.trained_roles - ({"policy"} if put_back else set()))
+    if not ranks.is_first():
+        return {}
     trainer.save_model(str(job.artifact))
     metrics = job.trained(final(trainer.state.log_history) | (watcher.outcome if watcher else {}))
     return metrics | judge_policy(job, shared.policy, tokenizer, sampler)

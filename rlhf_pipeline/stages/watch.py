@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.data.encode import encode_prompts, row_of
 from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.hacking.forecast import Forecast, forecast
@@ -33,8 +34,8 @@ from rlhf_pipeline.hacking.watch import Measurement, best, means_of, raise_alarm
 from rlhf_pipeline.judges.load import load
 from rlhf_pipeline.judges.question import Judge
 from rlhf_pipeline.models.roles import PolicyView, Roles
-from rlhf_pipeline.ppo import checkpoint
-from rlhf_pipeline.ppo.numbers import Scores, concatenated
+from rlhf_pipeline.ppo import checkpoint, over_ranks
+from rlhf_pipeline.ppo.numbers import Scored, Scores, concatenated
 from rlhf_pipeline.recipe.schema import Evaluate, Watch
 from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.rewards.mixture import Rewards
@@ -139,6 +140,9 @@ class Watcher(TrainerCallback):
     What the stage's `watch` says is done: training ends with a confirmed alarm, and in the end the policy of the best
     measurement is put back. Measurements and that policy are in every checkpoint.
 
+    Several processes divide the replies among them, and all have the same measurements. The first one writes them down
+    and asks judges, which may cost money.
+
     Args:
         trainer: whose policy is measured.
         job: its stage.
@@ -184,14 +188,15 @@ class Watcher(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure the start, unless training resumes from later; it may resume where it had just been stopped."""
         if state.global_step == 0:
-            jsonl.rewrite(self.file, lambda row: False)
+            self._write_down([], anew=True)
             self.measure()
         control.should_training_stop = self.stopped is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure where √KL has grown far enough, or a share of the way is done."""
         step, of, times = state.global_step, state.max_steps, self.prompts.times
-        now = math.sqrt(max(0.0, self.trainer.latest_kl))
+        kls = ranks.gathered(self.trainer.latest_kl)  # a rank of GRPO or RLOO has that of its own replies
+        now = math.sqrt(max(0.0, sum(kls) / len(kls)))
         if step * times // of > (step - 1) * times // of or now >= self.reached + self.every:
             self.reached = max(self.reached, now)
             wanted = control.should_log  # what is logged here takes it back
@@ -266,7 +271,7 @@ class Watcher(TrainerCallback):
         step = self.trainer.state.global_step
         self.measurements.append(Measurement(step, kl, by_prompt, measures, phrases))
         raise_alarms(self.measurements, self.trainer.state.max_steps)
-        jsonl.append(self.file, [self.measurements[-1].as_json()])
+        self._write_down([self.measurements[-1].as_json()])
         of_measures = {f"watch/{name}": measured.value for name, measured in measures.items()}
         self.trainer.log(numbers | {"gold/kl": kl} | of_measures)
         if self.keeps_best and self.best is self.measurements[-1]:
@@ -282,11 +287,12 @@ class Watcher(TrainerCallback):
         parts: list[Scores] = []
         kls: list[float] = []
         with torch.random.fork_rng():
-            torch.manual_seed(trainer.args.seed + repeat)
-            for start in range(0, len(ids), prompts.batch_size):
-                part = slice(start, start + prompts.batch_size)
-                episodes = trainer.roll_out(ids[part], prompts.temperature, prompts.length)
-                scored = trainer.score(episodes, rows and rows[part], prompts.temperature or 1.0)
+            torch.manual_seed(trainer.args.seed + repeat + 100_003 * ranks.index())
+            at_once = prompts.batch_size * ranks.count()
+            for start in range(0, len(ids), at_once):
+                part = slice(start, start + at_once)
+                scored = self._scored(ids[part], rows and rows[part])
+                episodes = scored.episodes
                 tokens = episodes.tokens
                 texts = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
                 differ = _disagreement(scored.rewards)
@@ -301,6 +307,16 @@ class Watcher(TrainerCallback):
                 parts.append(scored.rewards)
                 kls += scored.kl.sum(1).tolist()
         return Sampled(replies, concatenated(parts), np.array(kls))
+
+    def _scored(self, prompts: list[list[int]], rows: list[str] | None) -> Scored:
+        """A reply to each prompt with its scores; each rank makes its share."""
+        trainer, temperature = self.trainer, self.prompts.temperature
+        mine = ranks.share(len(prompts))
+        scored = None
+        if some := prompts[mine]:
+            episodes = trainer.roll_out(some, temperature, self.prompts.length)
+            scored = trainer.score(episodes, rows and rows[mine], temperature or 1.0)
+        return over_ranks.of_all(scored, trainer.policy.device)
 
     def _learn(self, sampled: Sampled) -> None:
         """Learn from more replies of the policy that training starts from what is usual."""
@@ -320,20 +336,25 @@ class Watcher(TrainerCallback):
             numbers["watch/pessimistic"] = float(found["pessimistic"].mean())
         asked = [one for _ in range(self.prompts.samples) for one in self.prompts.asked]
         if self.gold is not None:
-            try:
-                judged = evaluate.ask(self.gold, asked, sampled.texts)
-                about = evaluate.summary(judged, self.prompts.samples)
-                numbers |= {f"gold/{name}": value for name, value in about.items() if name != "judge_replies"}
-                found["gold"] = np.array([math.nan if one is None else one for one in judged])
-            except Exception:  # a user's function may fail in any way
-                traceback.print_exc()
-                found["gold"] = np.full(len(asked), math.nan)
+            found["gold"], about = ranks.from_first(lambda: self._judged(asked, sampled.texts))
+            numbers |= {f"gold/{name}": value for name, value in about.items() if name != "judge_replies"}
         if self.ai is not None:
-            found["judge"] = self._points(asked, sampled.texts)
+            found["judge"] = ranks.from_first(lambda: self._points(asked, sampled.texts))
             if not np.isnan(found["judge"]).all():
                 numbers["watch/win_rate"] = float(np.nanmean(found["judge"]))
         prompts = len(self.prompts.ids)
         return {name: _by_prompt(values, prompts).tolist() for name, values in found.items()}, numbers
+
+    def _judged(self, asked: evaluate.Asked, ours: Sequence[str]) -> tuple[NDArray[np.float64], dict[str, float]]:
+        """What the user's function says of each reply, NaN where it says nothing, and a summary."""
+        assert self.gold
+        try:
+            judged = evaluate.ask(self.gold, asked, ours)
+            about = evaluate.summary(judged, self.prompts.samples)
+        except Exception:  # a user's function may fail in any way
+            traceback.print_exc()
+            return np.full(len(asked), math.nan), {}
+        return np.array([math.nan if one is None else one for one in judged]), about
 
     def _points(self, asked: evaluate.Asked, ours: Sequence[str]) -> NDArray[np.float64]:
         """Of each reply, whether the AI prefers it to the first policy's: 1, 0, or a half for a tie; else NaN."""
@@ -381,8 +402,15 @@ class Watcher(TrainerCallback):
         self.first_replies, self.reached = memory["first_replies"], memory["reached"]
         if (folder / WEIGHTS).is_file():
             self.weights = load_file(folder / WEIGHTS)
-        jsonl.rewrite(self.file, lambda row: False, memory["measurements"])
+        self._write_down(memory["measurements"], anew=True)
         self._steer()
+
+    def _write_down(self, rows: list[dict[str, Any]], anew: bool = False) -> None:
+        """Add rows to the stage's file, which the first rank writes."""
+        if ranks.is_first() and anew:
+            jsonl.rewrite(self.file, lambda row: False, rows)
+        elif ranks.is_first():
+            jsonl.append(self.file, rows)
 
 
 class _OnBase(NamedTuple):

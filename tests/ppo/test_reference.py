@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from given_replies import Given
 from peft import PeftModel
+from together import together
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -209,3 +211,27 @@ def test_an_update_is_that_of_an_independent_reference(make_trainer, make_artifa
         apart = Reference(artifacts, value_model, value_reaches_trunk=False)
         apart.learn(episodes)
         assert worst(trainer, apart, "policy") > 1e-4
+
+
+def test_two_ranks_make_the_update_of_an_independent_reference(make_trainer, make_artifacts, share) -> None:
+    """Four episodes on each, of unequal length; the eight of one process are what the reference learns from."""
+    artifacts = make_artifacts()
+    endless = episodes_of(make_trainer(shared=share(artifacts), **SETTINGS, stop_token_id=None))
+    stop = endless[0][1][4]
+    episodes = episodes_of(make_trainer(shared=share(artifacts), stop_token_id=stop, **SETTINGS))
+    assert len({len(reply) for _, reply, _ in episodes}) > 1
+    given = {tuple(prompt): (reply, ended) for prompt, reply, ended in episodes}
+    reference = Reference(artifacts, "adapter")
+    expected = reference.learn(episodes)
+
+    def train() -> tuple[dict[str, float], dict[str, float]]:
+        half = SETTINGS | {"gradient_accumulation_steps": 1}
+        trainer = make_trainer(shared=share(artifacts), stop_token_id=stop, **half)
+        trainer.engine = Given(lambda prompt: given[tuple(prompt)])
+        trainer.train()
+        (row,) = trainer.state.log_history
+        return {role: worst(trainer, reference, role) for role in ("policy", "value")}, row
+
+    for off, row in together(train):
+        assert max(off.values()) < 1e-6
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)

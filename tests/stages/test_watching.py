@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from together import together
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline import stages
@@ -124,6 +125,32 @@ def fresh(folder: Path, stage: str, *overrides: str, **script: Any) -> tuple[Job
 
 
 SHORT = {"ppo": "ppo.trainer.total_episodes=8", "grpo": "grpo.trainer.max_steps=2"}  # two steps
+
+
+def test_several_ranks_measure_together_and_the_first_asks_and_writes(folder: Path) -> None:
+    """Nine prompts of `evaluate` on two ranks, whose judge goes on by its script only where it is asked."""
+    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "more.jsonl").write_text("".join(lines + lines[:1]))
+    (folder / "script_of_ranks.py").write_text(SCRIPT.format(script=PEAK, asked=0))
+    text = (folder / "recipe.yaml").read_text().replace("scripted:", "script_of_ranks:")
+    (folder / "ranks.yaml").write_text(text.replace("data: prompts.jsonl, judge", "data: more.jsonl, judge"))
+    overrides = ["name=short", "ppo.watch={keep: best}", "ppo.trainer.per_device_train_batch_size=2", "evaluate.n=9"]
+    recipe = recipes.load(str(folder / "ranks.yaml"), overrides)
+    job = Job(recipe, "ppo", recipe.run)
+    job.work.mkdir(parents=True)
+
+    metrics, nothing = together(lambda: stages.BY_KIND["ppo"].run(job))
+    assert nothing == {} and metrics["watch/kept_step"] == metrics["watch/best_step"] == 2
+    found = measured(job)
+    assert [one.step for one in found] == [0, 1, 2, 3, 4, 5, 6]
+    assert [round(one.mean("gold"), 1) for one in found] == PEAK and len(found[0].by_prompt["gold"]) == 9
+    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows if "objective/kl" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "gold/kl" in row] == [0, 1, 2, 3, 4, 5, 6]
+    assert found[0].kl == pytest.approx(0, abs=1e-5) and found[-1].kl > 1e-4
+    then = load_file(job.work / "checkpoint-2" / "policy.safetensors")
+    kept = load_file(job.artifact / adapters.WEIGHTS)
+    assert sorted(one.sum().item() for one in kept.values()) == sorted(one.sum().item() for one in then.values())
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
