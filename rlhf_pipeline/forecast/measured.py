@@ -68,7 +68,7 @@ def _steps(job: Job, args: Any) -> int:
     """How many steps a stage takes in all, by its rows."""
     rows = len(job.reader.read(stages.BY_KIND[job.stage.kind].read, job.stage.data).train)
     if job.stage.facts.own_loop:
-        args.count(rows, 1)
+        args.count(rows, job.recipe.processes(job.name))
         return int(args.num_total_batches)
     if args.max_steps > 0:
         return int(args.max_steps) * (job.stage.members or 1)

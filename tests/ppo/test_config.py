@@ -165,6 +165,12 @@ def test_fewer_prompts_than_a_batch_are_refused_and_as_many_are_not(make_trainer
     assert (trainer.state.global_step, trainer.state.epoch) == (2, 2)
 
 
+def test_a_batch_is_that_of_all_processes(rows: Dataset) -> None:
+    check_data(config(**EIGHT), rows, None, None, processes=1)
+    with pytest.raises(ValueError, match="8 prompts are fewer than one batch of 16, which 2 processes share: lower"):
+        check_data(config(**EIGHT), rows, None, None, processes=2)
+
+
 def test_an_empty_prompt_is_refused(rows: Dataset) -> None:
     empty = Dataset.from_dict({"input_ids": [*rows["input_ids"], []]})
     with pytest.raises(ValueError, match="a prompt is empty"):

@@ -147,7 +147,7 @@ def test_several_ranks_measure_together_and_the_first_asks_and_writes(folder: Pa
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").open()]
     assert [row["step"] for row in rows if "objective/kl" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "gold/kl" in row] == [0, 1, 2, 3, 4, 5, 6]
-    assert found[0].kl == pytest.approx(0, abs=1e-5) and found[-1].kl > 1e-4
+    assert found[0].kl == pytest.approx(0, abs=1e-5) and abs(found[-1].kl) > 1e-4
     then = load_file(job.work / "checkpoint-2" / "policy.safetensors")
     kept = load_file(job.artifact / adapters.WEIGHTS)
     assert sorted(one.sum().item() for one in kept.values()) == sorted(one.sum().item() for one in then.values())
