@@ -61,6 +61,14 @@ def run(
     from rlhf_pipeline.terminal.console import Console
 
     loaded = recipes.load(recipe, overrides or [])
+    if loaded.machine_rank:
+        from rlhf_pipeline.run import machines
+
+        try:
+            machines.follow(loaded, say)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted") from None
+        return
     try:
         with live.following(loaded.run, say, recipe=loaded, verbose=verbose) as above:
             plans = runner.run(

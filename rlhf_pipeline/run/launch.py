@@ -68,6 +68,12 @@ def environment() -> dict[str, str]:
     return PREFERENCES | os.environ | ENVIRONMENT | one_device(os.environ)
 
 
+def environment_of_ranks() -> dict[str, str]:
+    """The environment of what starts several processes on this machine: each takes one of all visible devices."""
+    lists = {name: os.environ[name] for name in DEVICE_LISTS if name in os.environ}
+    return {name: value for name, value in environment().items() if name not in DEVICE_LISTS} | lists
+
+
 def command(module: str, *arguments: str) -> list[str]:
     """How a module of ours is started as a process."""
     # -P: a folder or file of the user's in the current folder must not replace a library.

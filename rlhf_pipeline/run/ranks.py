@@ -6,6 +6,7 @@ In place of a worker, and with a worker's exit codes and its `result.json`. No t
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,13 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf_pipeline.run import machines
 from rlhf_pipeline.run.launch import DEVICE_LISTS, STOP_SIGNAL, STOPPED, adopt_orphans, command, die_with, end_children
 from rlhf_pipeline.rundir import durable, strict_json
-from rlhf_pipeline.rundir.layout import RANKS, RESULT, read_json
+from rlhf_pipeline.rundir.layout import MACHINES, RANKS, RESULT, log_of_rank, read_json
 
 POLL_S = 0.1
 GRACE_S = 3.0  # for the others to end by themselves when one has failed
 STOP_GRACE_S = 30.0  # and when one has stopped as it was asked to
+OVER, STOP = "over", "stop"  # files in the folder: the first machine has decided; all shall stop
 PORT = 29500  # torchrun's own
 # What an error says that only tells of another rank's end.
 _OF_OTHERS = (
@@ -37,23 +40,32 @@ class Ranks:
 
     Args:
         job_file: the job; it has Accelerate's keys as `launch`.
+        machine: the number of this machine; by default what these say.
 
     Attributes:
+        log: that of the first rank.
+        run: the run directory.
         folder: where each rank notes its process id, its result, and how it ended.
         count: how many there are, on all machines together.
         mine: those of this machine.
         stopping: they were asked to stop.
+        silent: a machine that has given no sign for too long.
     """
 
-    def __init__(self, job_file: Path) -> None:
+    def __init__(self, job_file: Path, machine: int | None = None) -> None:
         self.job_file, self.folder = job_file, job_file.with_name(RANKS)
-        self.keys: dict[str, Any] = json.loads(job_file.read_text())["launch"]
+        job = json.loads(job_file.read_text())
+        self.keys: dict[str, Any] = job["launch"]
+        self.log = Path(job["log"])
+        self.run = Path(job["recipe"]["output_dir"]) / job["recipe"]["name"]
         self.count, self.machines = self.keys["num_processes"], self.keys.get("num_machines", 1)
-        self.machine = self.keys.get("machine_rank", 0)
+        self.machine = self.keys.get("machine_rank", 0) if machine is None else machine
         local = self.count // self.machines
         self.mine = range(self.machine * local, (self.machine + 1) * local)
         self.stopping = False
+        self.silent: int | None = None
         self._told: set[int] = set()
+        self._ears: dict[int, machines.Ear] = {}
 
     def ended(self) -> dict[int, dict[str, Any]]:
         """The exit code of each rank that has ended, and when, by this machine's clock."""
@@ -64,8 +76,29 @@ class Ranks:
         """What a rank has handed back; empty where it has not."""
         return read_json(self.folder / f"{rank}.result.json") or {}
 
+    def listen(self) -> None:
+        """Wait, on the first machine, until the others are there.
+
+        Raises:
+            LookupError: one did not come.
+        """
+        folder = self.run / MACHINES
+        self._ears = {machine: machines.Ear(folder, machine) for machine in range(1, self.machines)}
+        deadline = time.monotonic() + machines.COME_S
+        while absent := [machine for machine, ear in self._ears.items() if not ear.has_come]:
+            if time.monotonic() > deadline or self.stopping:
+                raise LookupError(absent[0])
+            time.sleep(POLL_S)
+
+    def is_over(self) -> bool:
+        """Whether there is nothing to wait for: another machine is gone, or the first one has decided."""
+        self.silent = next((m for m, ear in self._ears.items() if ear.silence() > machines.SILENT_S), None)
+        return self.silent is not None or (self.machine > 0 and (self.folder / OVER).exists())
+
     def tell(self) -> None:
-        """Ask the ranks of this machine to stop that were not yet asked, once they are there."""
+        """Ask the ranks of this machine to stop that were not yet asked, once they are there; and other machines."""
+        if self.machines > 1:
+            (self.folder / STOP).touch()
         for rank in self.mine:
             with contextlib.suppress(OSError, ValueError):
                 if rank not in self._told:
@@ -80,13 +113,17 @@ class Ranks:
                     os.kill(int((self.folder / f"{rank}.pid").read_text()), number)
 
 
-def main(job_file: Path) -> int:
+def main(job_file: Path, machine: int | None = None) -> int:
     """Start the ranks, and wait for them.
+
+    Args:
+        job_file: see `Ranks`.
+        machine: see `Ranks`.
 
     Returns:
         A worker's exit code; see `run.worker`.
     """
-    ranks = Ranks(job_file)
+    ranks = Ranks(job_file, machine)
     if ranks.machine == 0:
         shutil.rmtree(ranks.folder, ignore_errors=True)
         ranks.folder.mkdir()
@@ -101,11 +138,24 @@ def main(job_file: Path) -> int:
             return _fail(ranks, f"port {port}, on which the machines find each other, is in use here",
                          "set `launch.main_process_port` to another one on all of them")  # fmt: skip
         port = 0
+    if ranks.machine == 0 and ranks.machines > 1:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
+        try:
+            machines.announce(ranks.run, job_file)
+            ranks.listen()
+        except LookupError as absent:
+            if ranks.stopping:
+                return STOPPED
+            return _fail(ranks, f"machine {absent} has not come within {machines.COME_S / 60:.0f} minutes",
+                         f"run the same command there, with `launch.machine_rank={absent}`")  # fmt: skip
+        signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
     launcher = _start(ranks, port or _free_port())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})  # the ranks have it blocked until they listen
     try:
         return _outcome(ranks, _wait(ranks, launcher), launcher)
     finally:
+        if ranks.machine == 0:
+            (ranks.folder / OVER).touch()
         ranks.end()
         end_children()
 
@@ -126,6 +176,8 @@ def _start(ranks: Ranks, port: int) -> subprocess.Popen[bytes]:
         # The runner decides what a signal to the whole process group means.
         "PET_SIGNALS_TO_HANDLE": "SIGQUIT", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",
     }  # fmt: skip
+    if ranks.machines > 1 and (interface := _interface_to(keys["main_process_ip"])):
+        variables |= {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     if keys.get("use_cpu"):
         variables |= {"ACCELERATE_USE_CPU": "true"} | dict.fromkeys(DEVICE_LISTS, "")
     me = os.getpid()
@@ -145,41 +197,63 @@ def _wait(ranks: Ranks, launcher: subprocess.Popen[bytes]) -> dict[int, dict[str
         codes = [end["code"] for end in ended.values()]
         if len(ended) == ranks.count:
             return ended
-        if ranks.stopping:
+        if ranks.stopping or (ranks.folder / STOP).exists():
             ranks.tell()
         if deadline is None and (gone or any(codes)):
             orderly = not gone and set(codes) <= {0, STOPPED}
-            deadline = time.monotonic() + (STOP_GRACE_S if orderly else GRACE_S)
-        if deadline is not None and time.monotonic() > deadline:
+            deadline = time.monotonic() + (STOP_GRACE_S if orderly else _grace(ranks, ended))
+        if ranks.is_over() or (deadline is not None and time.monotonic() > deadline):
             return ended
         time.sleep(POLL_S)
+
+
+def _grace(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]]) -> float:
+    """How long to wait for what else has happened, in seconds, when something has failed.
+
+    Where that only misses a rank of another machine, that one's own word comes later, or never.
+    """
+    if ranks.machine > 0:
+        return 5 * GRACE_S  # the first machine decides
+    failed = [rank for rank, end in ended.items() if end["code"] not in (0, STOPPED)]
+    misses = failed and all(_is_of_others(str(ranks.result(rank).get("message"))) for rank in failed)
+    return machines.SILENT_S + GRACE_S if ranks.machines > 1 and misses else GRACE_S
 
 
 def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: subprocess.Popen[bytes]) -> int:
     """Make one result of those of all ranks; a worker's exit code."""
     failed = {rank: end for rank, end in ended.items() if end["code"] not in (0, STOPPED)}
     stopped = [rank for rank, end in ended.items() if end["code"] == STOPPED]
-    first = min(ended, key=lambda rank: ended[rank]["at"], default=0)
-    if stopped and (not failed or ended[first]["code"] == STOPPED):  # what failed then misses those that stopped
+    said = {rank: str(ranks.result(rank).get("message") or "") for rank in failed}
+    if stopped and all(map(_is_of_others, said.values())):  # what failed then misses those that stopped
         found = next((ranks.result(rank) for rank in stopped if "step" in ranks.result(rank)), None)
         return _finish(ranks, found, STOPPED)
+    if ranks.silent is not None:
+        hint = "the same command on all machines resumes from the last checkpoint"
+        return _fail(ranks, f"machine {ranks.silent} has given no sign for {machines.SILENT_S:.0f} s", hint)
     running = [rank for rank in range(ranks.count) if rank not in ended]
     if not failed and running:
         code = launcher.poll()
         return _fail(ranks, f"`accelerate launch` ended with exit code {code}, and not all of its processes had", None)
     if not failed:
         return _finish(ranks, ranks.result(0), 0)
-    said = {rank: str(ranks.result(rank).get("message") or "") for rank in failed}
     if running and all("imed out" in text or "imeout" in text for text in said.values()):
         ranks.end(signal.SIGABRT)  # its log then says where it is
         time.sleep(0.5)
-        return _fail(ranks, "it did not answer, and the others waited for it in vain", None, rank=running[0])
+        at = _was_at(log_of_rank(ranks.log, running[0]))
+        return _fail(ranks, f"it did not answer, and the others waited for it in vain{at}", None, rank=running[0])
     culprit = min(failed, key=lambda rank: (_is_of_others(said[rank]), failed[rank]["at"]))
     result = ranks.result(culprit)
     if len(failed) < ranks.count or len(set(said.values())) > 1 or not said[culprit]:
         result |= {"rank": culprit, "ranks": ranks.count, "code": failed[culprit]["code"]}
     code = failed[culprit]["code"]
     return _finish(ranks, result, code if code > 0 else 1)
+
+
+def _was_at(log: Path) -> str:
+    """Where a rank was when it was ended, in Python, by its log."""
+    stacks = log.read_text(errors="replace").split("Current thread") if log.exists() else []
+    found = re.search(r'^  File "(.+)", line (\d+) in (\w+)', stacks[-1], re.MULTILINE) if len(stacks) > 1 else None
+    return f"; it was in `{found[3]}`, {found[1]}:{found[2]}" if found else ""
 
 
 def _is_of_others(message: str) -> bool:
@@ -202,6 +276,28 @@ def _finish(ranks: Ranks, result: dict[str, Any] | None, code: int) -> int:
     return code
 
 
+def _interface_to(address: str) -> str | None:
+    """The network interface by which this machine reaches an address, its own included; None where nobody knows.
+
+    Gloo and NCCL would take that of the host's name, which may be another one.
+    """
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+            mine = probe.getsockname()[0]
+        except OSError:
+            return None
+        get_address = 0x8915  # SIOCGIFADDR in <linux/sockios.h>
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                found = fcntl.ioctl(probe.fileno(), get_address, name.encode()[:15].ljust(256, b"\0"))
+                if socket.inet_ntoa(found[20:24]) == mine:
+                    return name
+    return None
+
+
 def _is_free(port: int) -> bool:
     """Whether nothing listens on a port of this machine."""
     with socket.socket() as tried:
@@ -222,4 +318,4 @@ def _free_port() -> int:
 if __name__ == "__main__":
     die_with(int(sys.argv[2]))
     adopt_orphans()
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None))

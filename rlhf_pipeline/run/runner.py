@@ -24,7 +24,7 @@ from rlhf_pipeline.forecast.result import Forecast
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
 from rlhf_pipeline.recipe.launch import require_devices
-from rlhf_pipeline.run import jobs, signals, to_do, trackers
+from rlhf_pipeline.run import jobs, machines, signals, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.run.to_do import ToDo
@@ -118,6 +118,7 @@ def run(
             Launcher(scratch / "server.log") as launcher,
             signals.stopping(lambda: launcher.at_work and not launcher.stopping, launcher.stop, say),
             directory.locked(),
+            machines.leading(recipe),
         ):
             plans = make_plan(at_work=False)  # another run may have finished meanwhile; what it did counts
             wanted = find_to_do(plans)

@@ -46,11 +46,17 @@ PROGRESS = "progress.json"  # what it is doing just now, for those who watch
 RANKS = "ranks"  # a folder with what each of several processes has to say to the one that started them
 # In a run directory while a run goes on:
 DOING = ".doing"  # what the run does where no stage is at work, one line
+MACHINES = ".machines"  # a folder with what several machines that run it together tell each other
 
 
 def log_of_rank(log: Path, rank: int) -> Path:
     """The log of one of the processes that train a stage; that of the first is the stage's own."""
     return log if rank == 0 else log.with_name(f"{log.stem}.rank-{rank}{log.suffix}")
+
+
+def log_of_machine(stage: Path, machine: int) -> Path:
+    """The log of what starts the processes of another machine than the first one."""
+    return stage / f"log.machine-{machine}.txt"
 
 
 @dataclass(frozen=True)

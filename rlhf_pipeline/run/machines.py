@@ -1,0 +1,210 @@
+"""Several machines that run one recipe together, in a run directory that all of them see. No torch.
+
+The first one, machine 0, holds the lock and decides everything, as a machine alone does. The others wait for the jobs
+that it tells them of, start their ranks for each, and end when it ends, as it ended. Each counts in a file of its own,
+and all listen: whoever has been silent for half a minute is taken for dead. No clocks of two machines are compared.
+"""
+
+import contextlib
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
+from rlhf_pipeline.recipe import Recipe
+from rlhf_pipeline.run import signals
+from rlhf_pipeline.run.launch import STOP_SIGNAL, adopt_orphans, command, end_children, environment_of_ranks
+from rlhf_pipeline.rundir import strict_json
+from rlhf_pipeline.rundir.layout import MACHINES, log_of_machine, read_json
+
+BEAT_S = 2.0
+SILENT_S = 30.0
+COME_S = 600.0  # for the others to come at all: a cluster starts them one after the other
+POLL_S = 0.5
+RUN, JOB = "run.json", "job.json"  # in the folder: how the run goes, and what is to be done now
+
+
+def several(recipe: Recipe) -> int:
+    """How many machines a recipe is run on."""
+    return max(recipe.launch_of(name).get("num_machines", 1) for name in recipe.stages)
+
+
+@contextlib.contextmanager
+def beating(folder: Path, machine: int) -> Iterator[None]:
+    """Give signs of life while the block runs."""
+    over = threading.Event()
+    mine = uuid.uuid4().hex
+
+    def beat() -> None:
+        count = 0
+        while True:
+            with contextlib.suppress(OSError):  # a disk that is full for a moment
+                _write(folder / f"{machine}.beat", {"of": mine, "count": count})
+            count += 1
+            if over.wait(BEAT_S):
+                return
+
+    folder.mkdir(parents=True, exist_ok=True)
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+class Ear:
+    """Listens to another machine.
+
+    Args:
+        folder: where it counts.
+        machine: its number.
+    """
+
+    def __init__(self, folder: Path, machine: int) -> None:
+        self._file, self._heard, self._at = folder / f"{machine}.beat", 0, time.monotonic()
+        self._last = read_json(self._file)
+
+    @property
+    def has_come(self) -> bool:
+        """Whether it has given a sign since this one listens."""
+        self.silence()
+        return self._heard > 0
+
+    def silence(self) -> float:
+        """How long it has given no sign, in seconds."""
+        count = read_json(self._file)
+        if count is not None and count != self._last:
+            self._last, self._at, self._heard = count, time.monotonic(), self._heard + 1
+        return time.monotonic() - self._at
+
+
+@contextlib.contextmanager
+def leading(recipe: Recipe) -> Iterator[None]:
+    """Tell other machines how the run goes, if there are others."""
+    if several(recipe) == 1:
+        yield
+        return
+    folder = recipe.run / MACHINES
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JOB).unlink(missing_ok=True)
+    run: dict[str, Any] = {"id": uuid.uuid4().hex, "over": None}
+    _write(folder / RUN, run)
+    over = {"kind": "RunError", "message": "machine 0 has ended", "hint": None}
+    with beating(folder, 0):
+        try:
+            yield
+            over = {"kind": "", "message": "", "hint": None}
+        except BaseException as error:
+            message, hint = str(getattr(error, "message", None) or error), getattr(error, "hint", None)
+            over = {"kind": type(error).__name__, "message": message, "hint": hint}
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                _write(folder / RUN, run | {"over": over})
+
+
+def announce(run: Path, job_file: Path) -> None:
+    """Tell the other machines of a job."""
+    _write(run / MACHINES / JOB, {"id": uuid.uuid4().hex, "job": str(job_file.relative_to(run))})
+
+
+def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Be one of the other machines: do what machine 0 tells, until its run is over.
+
+    Raises:
+        Interrupted: the run was stopped, here or there.
+        RunError: it failed, or machine 0 did not come, or is gone.
+        Waiting: people have to label first.
+    """
+    folder, machine = recipe.run / MACHINES, recipe.machine_rank
+    adopt_orphans()
+    job: subprocess.Popen[bytes] | None = None
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        stopping = True
+        if job is not None:
+            job.send_signal(STOP_SIGNAL)
+
+    def at_work() -> bool:
+        return job is not None and job.poll() is None and not stopping
+
+    try:
+        with beating(folder, machine), signals.stopping(at_work, stop, say):
+            first = Ear(folder, 0)
+            say(f"machine {machine} waits for machine 0 in {recipe.run}")
+            run = _wait_for_run(folder, first)
+            done: str | None = None
+            while True:
+                now = read_json(folder / RUN) or run
+                if now["id"] != run["id"]:
+                    raise RunError("machine 0 has begun another run", hint="run the same command here again")
+                if now["over"] is not None:
+                    return _end_as(now["over"])
+                if first.silence() > SILENT_S:
+                    raise RunError(
+                        f"machine 0 has given no sign for {SILENT_S:.0f} s, so this one has ended its processes, too",
+                        hint="the same command on all machines resumes from the last checkpoint",
+                    )
+                told = read_json(folder / JOB)
+                if told is not None and told["id"] != done and (job is None or job.poll() is not None):
+                    done, stopping = told["id"], False
+                    job = _start(recipe, told["job"], machine)
+                    say(f"machine {machine} takes its part in {Path(told['job']).parts[0]}")
+                time.sleep(POLL_S)
+    finally:
+        end_children()
+
+
+def _wait_for_run(folder: Path, first: Ear) -> dict[str, Any]:
+    """Wait until machine 0 is at work."""
+    deadline = time.monotonic() + COME_S
+    while time.monotonic() < deadline:
+        run = read_json(folder / RUN)
+        if run is not None and run["over"] is None and first.has_come:
+            return run
+        time.sleep(POLL_S)
+    raise RunError(
+        f"machine 0 has not begun within {COME_S / 60:.0f} minutes",
+        hint="the same command runs there with `launch.machine_rank=0`; both have to see the same `output_dir`",
+    )
+
+
+def _start(recipe: Recipe, job: str, machine: int) -> subprocess.Popen[bytes]:
+    """Start the ranks of this machine."""
+    file = recipe.run / job
+    log = log_of_machine(recipe.run / Path(job).parts[0], machine)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*command("rlhf_pipeline.run.ranks", str(file), str(os.getpid()), str(machine))],
+            env=environment_of_ranks(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+
+
+def _end_as(over: dict[str, Any]) -> None:
+    """End as machine 0 did."""
+    message, hint = over["message"], over["hint"]
+    if not over["kind"]:
+        return
+    if over["kind"] in ("Interrupted", "KeyboardInterrupt"):
+        raise Interrupted(message or "interrupted")
+    if over["kind"] == "Waiting":
+        raise Waiting(message, hint=hint)
+    if over["kind"] in ("InputError", "InputErrors", "ColumnsError"):
+        raise InputError(message, hint=hint)
+    raise RunError(message, hint=hint)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Replace a small file in one step; it tells only of now, so nothing waits for the disk."""
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(strict_json.dumps(content))
+    temporary.replace(file)

@@ -1,0 +1,277 @@
+"""Two ranks that train a stage, and what can happen to one of them: a sentence that names it, no hang, and checkpoints.
+
+The ranks are forks of the test's own process, in place of processes of `accelerate launch`, which import for seconds;
+tests/test_two_processes.py has those. What watches them and makes one result of theirs is the real thing.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.errors import RunError
+from rlhf_pipeline.run import jobs, meeting, rank, ranks, worker
+from rlhf_pipeline.run.launch import STOP_SIGNAL, adopt_orphans
+from rlhf_pipeline.rundir.layout import JOB, LOG, RunDirectory, read_json
+from rlhf_pipeline.rundir.record import Record
+from rlhf_pipeline.stages import sft
+
+RECIPE = """\
+name: run
+model: {path: tiny, quantization: none, dtype: float32}
+launch: {num_processes: 2, use_cpu: true}
+stages:
+  sft:
+    data: {path: tiny:demonstrations, limit: 64}
+    trainer: {max_steps: 6, per_device_train_batch_size: 2, save_steps: 2, logging_steps: 1, learning_rate: 1.0e-3}
+"""
+Sabotage = Callable[[int], None]
+
+
+class Launcher:
+    """Starts what watches the ranks, and them, as forks.
+
+    Args:
+        sabotage: what each rank does before it begins, by its number.
+        stop_after: a file after which to ask for a stop, once it is there.
+    """
+
+    def __init__(self, sabotage: Sabotage = lambda _: None, stop_after: Path | None = None) -> None:
+        self.stopping, self._sabotage, self._stop_after = False, sabotage, stop_after
+
+    def run(self, job: dict[str, Any], job_file: Path, log: Path) -> int:
+        job_file.write_text(json.dumps(job))
+        watcher = multiprocessing.get_context("fork").Process(target=_watch, args=(job_file, log, self._sabotage))
+        watcher.start()
+        deadline = time.monotonic() + 60
+        while watcher.is_alive() and time.monotonic() < deadline:
+            if self._stop_after and self._stop_after.exists() and not self.stopping:
+                self.stopping = True
+                os.kill(watcher.pid, STOP_SIGNAL)
+            time.sleep(0.02)
+        assert not watcher.is_alive(), "it hangs"
+        return watcher.exitcode
+
+
+def _watch(job_file: Path, log: Path, sabotage: Sabotage) -> None:
+    code = 1
+    try:
+        adopt_orphans()
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # as the server does
+        ranks._start = functools.partial(_start, sabotage)
+        code = ranks.main(job_file)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class _Running:
+    """What is left of `accelerate launch` here: it is there until it is ended."""
+
+    def poll(self) -> None:
+        return None
+
+
+def _start(sabotage: Sabotage, all_of_them: ranks.Ranks, port: int) -> _Running:
+    for index in range(all_of_them.count):
+        if os.fork():
+            continue
+        try:
+            _be_rank(sabotage, index, all_of_them, port)
+        finally:
+            os._exit(1)
+    return _Running()
+
+
+def _be_rank(sabotage: Sabotage, index: int, all_of_them: ranks.Ranks, port: int) -> None:
+    environment = {
+        "RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": all_of_them.count, "LOCAL_WORLD_SIZE": all_of_them.count,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    torch.set_num_threads(1)
+    sabotage(index)
+    rank.main(str(all_of_them.job_file))
+    os._exit(0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> recipes.Recipe:
+    (tmp_path / "run.yaml").write_text(RECIPE)
+    loaded = recipes.load(str(tmp_path / "run.yaml"))
+    directory = RunDirectory(loaded.run)
+    directory.prepare("sft", None)
+    directory.write_record("sft", Record(name="sft", kind="sft", state="running", started_at="now"))
+    return loaded
+
+
+def train(recipe: recipes.Recipe, launcher: Launcher | None = None) -> jobs.Ended:
+    directory = RunDirectory(recipe.run)
+    return jobs.do(
+        recipe, launcher or Launcher(), "train", directory.work("sft") / JOB, directory.stage("sft") / LOG,  # type: ignore[arg-type]
+        "stage `sft`", stage="sft", record={"started_at": "now"}, launch=recipe.launch_of("sft"),
+    )  # fmt: skip
+
+
+def failure(recipe: recipes.Recipe, sabotage: Sabotage) -> str:
+    """The sentence that a run says when something happens to a rank, with the lines below it."""
+    began = time.monotonic()
+    with pytest.raises(RunError) as failed:
+        train(recipe, Launcher(sabotage))
+    assert time.monotonic() - began < 40
+    return failed.value.message
+
+
+def at_step(rank_: int, step: int, happens: Callable[[], Any]) -> Sabotage:
+    """Something happens to one rank when it has done so many steps."""
+
+    def sabotage(index: int) -> None:
+        usual = sft.TRAINER.training_step
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if index == rank_ and self.state.global_step == step:
+                happens()
+            return usual(self, *args, **kwargs)
+
+        sft.TRAINER.training_step = training_step
+
+    return sabotage
+
+
+def kept(recipe: recipes.Recipe) -> int | None:
+    progress = RunDirectory(recipe.run).progress("sft")
+    return progress.step if progress else None
+
+
+def test_both_train_and_one_writes(recipe):
+    done = train(recipe)
+    stage = recipe.run / "sft"
+    assert done.result["metrics"]["loss"] > 0 and not done.stopped
+    steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) or steps[:-1] == sorted(set(steps)), "nothing is written twice"
+    assert read_json(stage / "work" / "ranks" / "1.result.json")["metrics"] == {}
+    assert (stage / "work" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (stage / "log.rank-1.txt").exists()
+
+
+def test_one_that_is_killed_is_named_and_the_next_run_resumes(recipe):
+    said = failure(recipe, at_step(1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert said.startswith("stage `sft` failed in rank 1 of 2: its worker was ended by signal 9, from outside"), said
+    assert f"the whole log: {recipe.run}/sft/log.rank-1.txt" in said
+    assert kept(recipe) == 2
+    assert train(recipe).result["metrics"]["loss"] > 0
+
+
+def test_one_whose_memory_ran_out_is_named(recipe):
+    def run_out() -> None:
+        raise MemoryError("no room for it")
+
+    said = failure(recipe, at_step(1, 3, run_out))
+    assert said.startswith("stage `sft` failed in rank 1 of 2: the machine's memory ran out (no room for it)"), said
+    assert kept(recipe) == 2
+
+
+def test_what_one_raises_is_shown_with_the_end_of_its_own_log(recipe):
+    def fail() -> None:
+        raise ValueError("nobody foresaw this")
+
+    said = failure(recipe, at_step(0, 3, fail))
+    assert said.startswith("stage `sft` failed in rank 0 of 2: ValueError: nobody foresaw this\n  | "), said
+    assert kept(recipe) == 2
+
+
+def test_one_that_hangs_is_named_when_the_others_have_waited_long_enough(recipe, monkeypatch):
+    monkeypatch.setenv(meeting.TIMEOUT, "4")
+    said = failure(recipe, at_step(1, 3, lambda: time.sleep(1000)))
+    assert said.startswith("stage `sft` failed in rank 1 of 2: it did not answer, and the others waited"), said
+    assert re.search(r"in vain; it was in `\S+`, \S+test_ranks_at_work.py:\d+\n", said), said
+    assert kept(recipe) == 2
+
+
+def test_one_that_sees_other_data_is_named_before_anything_is_trained(recipe):
+    def sabotage(index: int) -> None:
+        usual = sft.read
+
+        def read(data: Any, *args: Any) -> Any:
+            data.limit = 64 - index
+            return usual(data, *args)
+
+        sft.read = read
+
+    said = failure(recipe, sabotage)
+    assert "rank 1 of 2 (on " in said and "has other data than rank 0" in said, said
+    assert "63 rows" in said and "64 rows" in said and kept(recipe) is None
+
+
+def test_one_with_other_libraries_is_named_before_anything_is_trained(recipe):
+    def sabotage(index: int) -> None:
+        usual = meeting.versions
+        meeting.versions = lambda: usual() | ({"trl": "0.1"} if index else {})
+
+    said = failure(recipe, sabotage)
+    assert "has other versions of the libraries than rank 0" in said and "trl is 0.1 there" in said, said
+
+
+def test_a_stop_leaves_one_checkpoint_of_all(recipe):
+    slow = at_step(1, 3, lambda: time.sleep(1.0))
+    done = train(recipe, Launcher(slow, stop_after=recipe.run / "sft/work/checkpoint-2"))
+    assert done.stopped and done.result["step"] == kept(recipe) and 2 <= done.result["step"] < 6
+
+
+def test_a_stop_before_they_listen_is_heard(recipe):
+    done = train(recipe, Launcher(lambda _: time.sleep(0.5), stop_after=recipe.run / "sft/work" / JOB))
+    assert done.stopped and "step" not in done.result
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_port_that_is_in_use(recipe, machines):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        recipe.launch |= {"main_process_port": port}
+        if machines == 1:
+            assert train(recipe).result["metrics"]["loss"] > 0, "another one is taken"
+            return
+        recipe.launch |= {"num_machines": 2, "main_process_ip": "127.0.0.1"}
+        assert failure(recipe, lambda _: None) == (
+            f"stage `sft` failed: port {port}, on which the machines find each other, is in use here\n"
+            f"  the whole log: {recipe.run}/sft/log.txt"
+        )
+
+
+def test_the_digest_is_of_what_rows_hold():
+    from datasets import Dataset, concatenate_datasets
+
+    rows = Dataset.from_dict({"ids": [[1, 2], [3]], "weight": [1.0, 2.0], "text": ["a", None]})
+    same = concatenate_datasets([rows.select([0]), rows.select([1])])
+    assert meeting.digest(rows) == meeting.digest(same)
+    others = [
+        Dataset.from_dict({"ids": [[1], [2, 3]], "weight": [1.0, 2.0], "text": ["a", None]}),
+        Dataset.from_dict({"ids": [[1, 2], [3]], "weight": [2.0, 1.0], "text": ["a", None]}),
+        Dataset.from_dict({"ids": [[1, 2], [3]], "weight": [1.0, 2.0], "text": ["a", ""]}),
+        rows.select([1, 0]),
+    ]
+    assert len({meeting.digest(one) for one in [rows, *others]}) == 5
+
+
+assert worker  # imported here once, for all forks
