@@ -59,6 +59,11 @@ class Episodes:
         lengths = self.reply_lengths.tolist()
         return [row[:length] for row, length in zip(self.replies.tolist(), lengths, strict=True)]
 
+    def on(self, device: torch.device | str) -> "Episodes":
+        """The same on a device."""
+        kept = (self.ids, self.prompt_lengths, self.reply_lengths, self.ended, self.sampled_log_probs)
+        return Episodes(*(one.to(device) for one in kept))
+
     def by_length(self, rows: Tensor | None = None) -> Tensor:
         """Rows, by default all, from the shortest to the longest, int64: taken in parts, they need little padding."""
         lengths = self.prompt_lengths + self.reply_lengths

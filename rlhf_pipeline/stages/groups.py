@@ -28,7 +28,7 @@ from rlhf_pipeline.ppo.advantages import kl_per_token
 from rlhf_pipeline.ppo.forward import reply_log_probs
 from rlhf_pipeline.ppo.numbers import Reward as Scorer
 from rlhf_pipeline.ppo.numbers import Scored, Scores
-from rlhf_pipeline.ppo.rollout import Engine, Episodes, diversity, sample
+from rlhf_pipeline.ppo.rollout import Engine, Episodes, concatenate, diversity, sample
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Reward
 from rlhf_pipeline.rewards import mixture
@@ -157,7 +157,12 @@ class GroupTrainer(Resumable):
     * A checkpoint between two steps of one batch of replies holds those replies.
     * The order of prompts follows from seed and epoch alone. TRL's follows from how many epochs a process has begun,
       so that one that resumes in a later epoch would see the first one's order.
+    * Several ranks sample to the prompts of one process with a batch as large, each to whole groups with random numbers
+      of its own. Another number of ranks that resumes amid a batch of
+      replies samples new ones to the same prompts. TRL's `bnpo` takes its mean of each rank's tokens; here of all.
     """
+
+    gathers = True
 
     roles: Roles
     rewards: Scorer
@@ -185,6 +190,7 @@ class GroupTrainer(Resumable):
             adapters.copy_adapter(model, "default", REFERENCE)
         trainer.roles = Roles(model, {"policy": "default", "reference": REFERENCE})
         remove_dropout(model)
+        trainer.group = trainer.num_generations_eval
         trainer.policy, trainer.reference = (PolicyView(trainer.roles, role) for role in ("policy", "reference"))
         return trainer
 
@@ -279,11 +285,17 @@ class GroupTrainer(Resumable):
         by_name = torch.stack([scores.by_name[name] for name in self.reward_func_names], 1)
         applies = ~torch.stack([scores.by_name[name] for name in self._weighed], 1).isnan().all(1)
         by_name[~applies] = torch.nan  # TRL leaves those replies out to which no reward applies
-        distinct_2, unique = diversity(episodes)
+        of_all = episodes
+        if self.model.training:  # in evaluation, each rank has groups, and numbers, of its own
+            of_all = concatenate(ranks.gathered(episodes.on("cpu")), 0)
+            by_name, total, applies = (self._of_all(one) for one in (by_name, scores.total, applies))
+        else:
+            total = scores.total
+        distinct_2, unique = diversity(of_all)
         numbers = {
-            "objective/scores": scores.total[applies].mean().item(),
-            "reply/length": episodes.reply_lengths.float().mean().item(),
-            "reply/ended": episodes.ended.float().mean().item(),
+            "objective/scores": total[applies].mean().item(),
+            "reply/length": of_all.reply_lengths.float().mean().item(),
+            "reply/ended": of_all.ended.float().mean().item(),
             "reply/distinct_2": distinct_2,
             "reply/unique": unique,
             **{f"rewards/{name}/disagreement": one.mean().item() for name, one in scores.disagreement.items()},
@@ -292,6 +304,11 @@ class GroupTrainer(Resumable):
         for name, value in numbers.items():
             means[name].append(value)
         return by_name
+
+    @staticmethod
+    def _of_all(values: Tensor) -> Tensor:
+        """The rows of all ranks, in their order."""
+        return torch.cat(ranks.gathered(values.cpu())).to(values.device) if ranks.count() > 1 else values
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         output = super()._generate_and_score_completions(inputs)
@@ -324,14 +341,22 @@ class GroupTrainer(Resumable):
         loss: Tensor = super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"]
         kl = (self._read["default"] - inputs["ref_per_token_logps"]) * mask
-        read = mask.any(1).sum().clamp(min=1)  # all, unless those that were cut are left out
+        read = mask.any(1).sum()  # all, unless those that were cut are left out
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["objective/kl"].append((kl.sum() / read).item())
+        metrics["objective/kl"].append(self._mean(kl.sum(), read))
         if self._is_as_sampled and SAMPLED_LOG_PROBS in inputs:  # checkpoints of earlier versions hold none
             gap = (self._read["default"] - inputs[SAMPLED_LOG_PROBS]).abs() * mask
-            metrics["rollout/log_prob_gap_mean"].append((gap.sum() / mask.sum().clamp(min=1)).item())
+            metrics["rollout/log_prob_gap_mean"].append(self._mean(gap.sum(), mask.sum()))
             metrics["rollout/log_prob_gap_max"].append(gap.max().item())
+        if self.model.training and getattr(self, "loss_type", None) == "bnpo" and ranks.count() > 1:
+            loss = loss * mask.sum() * ranks.count() / ranks.total(mask.sum()).clamp(min=1)
         return loss
+
+    def _mean(self, total: Tensor, count: Tensor) -> float:
+        """The mean of a batch; in training, of those of all ranks."""
+        both = torch.stack([total.float(), count.float()])
+        total, count = ranks.total(both) if self.model.training else both
+        return (total / count.clamp(min=1)).item()
 
     @property
     def _is_as_sampled(self) -> bool:
@@ -355,7 +380,7 @@ class GroupTrainer(Resumable):
         """Evaluate with the same random numbers every time, none of training's."""
         self._evaluated_batches = 0
         with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
+            torch.manual_seed(self.args.seed + ranks.index())
             return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -370,7 +395,7 @@ class GroupTrainer(Resumable):
 
         Not those of the evaluation at the end, which is repeated where a stage is resumed after its last step.
         """
-        if self.samples_file is None or not self.is_in_train:
+        if self.samples_file is None or not self.is_in_train or not ranks.is_first():
             return
         step, split = self.state.global_step, "eval"
         if self.model.training:
@@ -388,24 +413,33 @@ class GroupTrainer(Resumable):
 
     # Checkpoints
 
+    def _to_hold(self) -> dict[str, Any]:
+        amid = self._step % (self.args.steps_per_generation * self.args.num_iterations)
+        batches = self._buffered_inputs if amid else None
+        own = batches and [{name: _on_cpu(value) for name, value in batch.items()} for batch in batches]
+        return super()._to_hold() | {"replies": ranks.gathered(own)}
+
     def _write_checkpoint(self, folder: Path) -> None:
         super()._write_checkpoint(folder)
-        amid = self._step % (self.args.steps_per_generation * self.args.num_iterations)
         control = {name: getattr(self, name) for name in ENTROPY_CONTROL if hasattr(self, name)}
-        held = {"passes": self._step, "replies": self._buffered_inputs if amid else None, "entropy": control}
+        first, *others = self._held["replies"]
+        held = {"passes": self._step, "replies": first, "of_other_ranks": others, "entropy": control}
         torch.save(held, folder / ROLLOUTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         with durable.taking_up(resume_from_checkpoint):
-            held = torch.load(Path(resume_from_checkpoint) / ROLLOUTS, map_location=self.args.device, weights_only=True)
-            self._step, self._buffered_inputs = held["passes"], held["replies"]
+            device = "cpu" if self.args.device.type == "cpu" else self.args.device  # with a number it is not known
+            held = torch.load(Path(resume_from_checkpoint) / ROLLOUTS, map_location=device, weights_only=True)
+            of_ranks = [held["replies"], *held.get("of_other_ranks", [])]
+            self._step = held["passes"]
+            self._buffered_inputs = of_ranks[ranks.index()] if len(of_ranks) == ranks.count() else None
             for name, value in held["entropy"].items():
                 setattr(self, name, value)
 
     def recall(self) -> None:
         """See `Resumable.recall`; and drop the replies that were written down after the checkpoint."""
-        if self.samples_file is not None:
+        if self.samples_file is not None and ranks.is_first():
             keep_until(self.samples_file, self.state.global_step)
         super().recall()
 
@@ -427,6 +461,10 @@ class _ByEpoch(Sampler):
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _no_reward(**_: Any) -> list[float]:

@@ -22,7 +22,7 @@ from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir.layout import METRICS
-from rlhf_pipeline.stages.batches import Spare
+from rlhf_pipeline.stages.batches import is_spare
 from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import REFERENCE, Resumable, with_room_for_replies
@@ -74,7 +74,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, which of the parts of a divided batch takes the mean, though the last may be smaller."""
-        self._is_spare = isinstance(inputs, Spare)
+        self._is_spare = is_spare(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * self.weight(inputs, "rows") if self.model.training else loss
 
@@ -99,7 +99,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
                 ours: Any = super()._compute_kl_logps(self.model, inputs)
                 with use_adapter(self.model, REFERENCE):
                     reference: Any = super()._compute_kl_logps(self.model, inputs)
-            if not isinstance(batch, Spare):
+            if not is_spare(batch):
                 total, count = total + (ours - reference).sum().item(), count + len(ours)
         sums, counts = zip(*ranks.gathered((total, count)), strict=True)
         return sum(sums) / sum(counts)

@@ -32,7 +32,7 @@ from rlhf_pipeline.models.base import remove_dropout
 from rlhf_pipeline.ppo.checkpoint import Kept
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.shares import standard_error
-from rlhf_pipeline.stages.batches import Spare, WithSpare, share_out
+from rlhf_pipeline.stages.batches import WithSpare, is_spare, share_out
 
 REFERENCE = "ref"  # what TRL calls the adapter that it compares with
 MEMORY = "memory.json"
@@ -64,13 +64,16 @@ class Resumable(Trainer):
 
     Attributes:
         neighbours: its collator gets the row before a rank's first one, too; see `batches.Shares`.
-        gathers: TRL's own numbers are of all ranks, and need no weights: batches are of one size on all.
+        group: so many rows in a row are evaluated together.
+        gathers: in training, TRL's own numbers are of all ranks, and need no weights: batches are of one size on all.
     """
 
     kind: Kind
     watch: Kept | None = None
     neighbours = False
+    group = 1
     gathers = False
+    accelerator: Any
     data_collator: Any
     _total_train_tokens: float
 
@@ -130,12 +133,14 @@ class Resumable(Trainer):
         """Batches of rows; of several ranks each gets its share of a batch that is as large as all of theirs."""
         if ranks.count() == 1:
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
-        collate, self.data_collator = self.data_collator, WithSpare(self.data_collator, dataset[0])
+        training = dataset is self.train_dataset
+        group = 1 if training else self.group
+        collate, self.data_collator = self.data_collator, WithSpare(self.data_collator, dataset[0], group)
         try:
             loader = super()._get_dataloader(dataset, description, batch_size * ranks.count(), *args, **kwargs)
         finally:
             self.data_collator = collate
-        share_out(loader, self.neighbours and dataset is self.train_dataset)
+        share_out(loader, group, self.neighbours and training)
         return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +164,7 @@ class Resumable(Trainer):
 
     def _counts(self, inputs: Mapping[str, torch.Tensor]) -> dict[Over, float]:
         counts = self.counts(inputs)
-        return dict.fromkeys(counts, 0) if isinstance(inputs, Spare) else counts
+        return dict.fromkeys(counts, 0) if is_spare(inputs) else counts
 
     def weight(self, inputs: Mapping[str, torch.Tensor], over: Over) -> float:
         """What a mean over a batch must be multiplied by for the mean of such batches to be that over all of them.
@@ -177,10 +182,10 @@ class Resumable(Trainer):
         """
         counts, means, tokens = self._counts(inputs), self._metrics["train"], self._total_train_tokens
         before = {name: len(values) for name, values in means.items()}
-        with self._alone():
+        with contextlib.nullcontext() if self.gathers else self._alone():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        self._tokens += 0 if isinstance(inputs, Spare) else self._total_train_tokens - tokens
-        self._total_train_tokens = tokens if isinstance(inputs, Spare) else self._total_train_tokens
+        self._tokens += 0 if is_spare(inputs) else self._total_train_tokens - tokens
+        self._total_train_tokens = tokens if is_spare(inputs) else self._total_train_tokens
         if not torch.isfinite(loss) and self._diverged is None:
             self._diverged = loss.item()
         for name, part in self._new(means, before, counts, inputs).items():
@@ -200,7 +205,7 @@ class Resumable(Trainer):
         """The numbers that a batch has added, each with what it is over; of a spare one all are over nothing."""
         found = {name: values[-1] for name, values in means.items() if len(values) > before.get(name, 0)}
         over = {name: self.kind.batch_metrics.get(name, "rows") for name in found}
-        spare = isinstance(inputs, Spare)
+        spare = is_spare(inputs)
         return {
             name: (value, 0 if spare else counts.get(over[name], 1))
             for name, value in found.items()
@@ -225,17 +230,21 @@ class Resumable(Trainer):
                 raise DivergedError(f"the loss became {diverged} at step {self.state.global_step + 1}{where}")
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Have TRL compute a batch's numbers of this rank's rows, which it else gathers without their weights."""
-        if ranks.count() == 1 or self.gathers:
+    def _alone(self, **seen: int) -> Iterator[None]:
+        """Have TRL compute a batch's numbers of this rank's rows, which it else gathers without their weights.
+
+        Args:
+            seen: what else it shall take for true of this process.
+        """
+        if ranks.count() == 1:
             yield
             return
-        accelerator: Any = self.accelerator
-        accelerator.gather = accelerator.gather_for_metrics = lambda values, *_, **__: values
+        accelerator = self.accelerator
+        self.accelerator = _Alone(accelerator, seen)
         try:
             yield
         finally:
-            del accelerator.gather, accelerator.gather_for_metrics
+            self.accelerator = accelerator
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         """Evaluate on one batch, and keep its numbers with what they are over."""
@@ -243,11 +252,11 @@ class Resumable(Trainer):
         before = {name: len(values) for name, values in means.items()}
         of_all, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
-            with self._alone():
+            with self._alone(process_index=0, num_processes=1):
                 loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self.args.average_tokens_across_devices = of_all
-        over = 0 if isinstance(inputs, Spare) else counts.get(self.kind.batch_metrics.get("loss", "rows"), 1)
+        over = 0 if is_spare(inputs) else counts.get(self.kind.batch_metrics.get("loss", "rows"), 1)
         new = self._new(means, before, counts, inputs)
         for name, part in ({"loss": (loss.item(), over)} | new).items():
             self._evaluated[name].append(part)
@@ -390,7 +399,7 @@ class Resumable(Trainer):
             # generator's later state itself, once it has skipped what was trained on.
             with durable.taking_up(resumed):
                 torch.set_rng_state(torch.load(Path(resumed) / EPOCH_START, weights_only=True))
-        if ranks.count() > 1:
+        if ranks.count() > 1 and not self.gathers:  # those have an order of their own, and each rank its numbers
             torch.set_rng_state(ranks.gathered(torch.get_rng_state())[0])  # one order of rows
         self._epoch_start = torch.get_rng_state()
         super()._run_epoch(*args, **kwargs)
@@ -403,6 +412,21 @@ def _over_all(over: Over, batches: list[tuple[float, float]]) -> float:
         return min(values) if over == "least" else max(values)
     whole = sum(count for _, count in batches)
     return sum(value * count for value, count in batches) / whole if whole else 0.0
+
+
+class _Alone:
+    """Accelerate's object for a process that computes alone."""
+
+    def __init__(self, accelerator: Any, seen: Mapping[str, int]) -> None:
+        self._accelerator, self._seen = accelerator, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return self._seen[name] if name in self._seen else getattr(self._accelerator, name)
+
+    def gather(self, values: Any, *_: Any, **__: Any) -> Any:
+        return values
+
+    gather_for_metrics = reduce = gather
 
 
 class _Remember(TrainerCallback):

@@ -24,7 +24,7 @@ from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import ADAPTER, MEMBER, METRICS, PAIRS
 from rlhf_pipeline.stages import ensemble
-from rlhf_pipeline.stages.batches import Spare
+from rlhf_pipeline.stages.batches import is_spare
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable
 
@@ -66,7 +66,7 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
             loss = loss * self.weight(inputs, "rows")
         else:
             scores = outputs.logits.detach().float().cpu().view(2, -1)
-            self.held_out.append(scores[:, :0] if isinstance(inputs, Spare) else scores)
+            self.held_out.append(scores[:, :0] if is_spare(inputs) else scores)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -1,7 +1,9 @@
 """Two ranks with half the batch each train as one process with the whole: same rows, same adapters, same numbers."""
 
 import json
+import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
 from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.ppo.rollout import Episodes, concatenate
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import WEIGHTS
-from rlhf_pipeline.stages import sft
+from rlhf_pipeline.stages import groups, sft
 from rlhf_pipeline.stages.batches import Spare
 from rlhf_pipeline.stages.job import Job
 
@@ -29,6 +32,15 @@ TRAINER = (
     "num_train_epochs: 2, gradient_accumulation_steps: 2, learning_rate: 5e-3, gradient_checkpointing: true, "
     "logging_steps: 1, eval_strategy: epoch, save_steps: 1, save_total_limit: 9, per_device_eval_batch_size: 1"
 )
+GROUPS = (
+    "num_train_epochs: 2, gradient_accumulation_steps: 2, num_generations: 2, max_completion_length: 8, "
+    "learning_rate: 5e-3, gradient_checkpointing: true, logging_steps: 1, eval_strategy: epoch, save_steps: 1, "
+    "save_total_limit: 9, per_device_eval_batch_size: 2"
+)
+REWARD = """
+def score(prompts, completions, **_):
+    return [float(len(prompt) * len(completion) % 7) for prompt, completion in zip(prompts, completions)]
+"""
 RECIPE = f"""
 name: short
 seed: 7
@@ -55,6 +67,16 @@ stages:
     init: start
     data: {{path: thumbs.jsonl, eval_data: held_out_thumbs.jsonl}}
     trainer: {{{TRAINER}}}
+  grpo:
+    init: start
+    data: {{path: demonstrations.jsonl, eval_data: held_out.jsonl}}
+    rewards: [{{function: "short:score"}}]
+    trainer: {{{GROUPS}, beta: 0.1, num_iterations: 2}}
+  rloo:
+    init: start
+    data: {{path: demonstrations.jsonl, eval_data: held_out.jsonl}}
+    rewards: [{{function: "short:score"}}]
+    trainer: {{{GROUPS}, beta: 0.1}}
 """
 FILES = {"demonstrations": "held_out", "preferences": "held_out_pairs", "thumbs": "held_out_thumbs"}
 pytestmark = pytest.mark.slow
@@ -65,6 +87,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, data with rows of very unlike length, and the artifact that all stages start from."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "short.py").write_text(REWARD)
     for name, held_out in FILES.items():
         rows = [json.loads(line) for line in (TINY / "data" / f"{name}.jsonl").read_text().splitlines()[:12]]
         for number, row in enumerate(rows):
@@ -108,7 +131,7 @@ def adapter(folder: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "runs/short" / stage / "work/adapter" / WEIGHTS)
 
 
-def assert_same(folder: Path, other: Path, stage: str, within: float = 1e-4) -> None:
+def assert_same(folder: Path, other: Path, stage: str, within: float = 1e-4, but: Sequence[str] = ()) -> None:
     one, two = adapter(folder, stage), adapter(other, stage)
     assert one.keys() == two.keys()
     start = load_file(folder / "runs/short/start/adapter" / WEIGHTS)
@@ -120,6 +143,8 @@ def assert_same(folder: Path, other: Path, stage: str, within: float = 1e-4) -> 
     rows, others = logged(folder, stage), logged(other, stage)
     assert len(rows) == len(others) > 4
     for row, again in zip(rows, others, strict=True):
+        for name in but:
+            assert row.pop(name, 0.0) == pytest.approx(again.pop(name, 0.0), rel=0.1, abs=0.05)
         assert row == pytest.approx(again, rel=1e-4, abs=1e-5)
 
 
@@ -186,14 +211,15 @@ def trainer_of(job: Job, kind: type[sft.ResumableSFTTrainer], *callbacks: Traine
     return kind.over(model, args, tokenizer, data.train, data.held_out, callbacks)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_checkpoint_of_two_ranks_is_resumed_by_two_and_by_one(copies, stage):
-    """By two with the random numbers of each, bit for bit; by one on the same rows."""
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_two_ranks_resume_with_the_random_numbers_and_the_replies_of_each(copies, stage):
+    """Bit for bit."""
     one, two = copies
-    size, dropout = f"{stage}.trainer.per_device_train_batch_size=", ("lora.lora_dropout=0.2", *DROPOUT[stage])
-    together(train, one, stage, f"{size}1", *dropout)
-    keep_checkpoint(one, two, stage, 1)
-    together(train, two, stage, f"{size}1", *dropout)
+    size = f"{stage}.trainer.per_device_train_batch_size={2 if stage == 'grpo' else 1}"
+    dropout = ("lora.lora_dropout=0.2", *DROPOUT[stage])
+    together(train, one, stage, size, *dropout)
+    keep_checkpoint(one, two, stage, 1)  # of grpo, amid a batch of replies
+    together(train, two, stage, size, *dropout)
     assert_same(one, two, stage, within=0)
     assert not torch.equal(*(torch.load(state, weights_only=False)["cpu"] for state in random_states(one, stage)))
 
@@ -209,7 +235,7 @@ def test_another_number_of_ranks_resumes_on_the_same_rows(copies):
     assert_same(two, one, "sft")
 
 
-DROPOUT = {"sft": (), "dpo": ("dpo.trainer.disable_dropout=false",)}
+DROPOUT = {"sft": (), "dpo": ("dpo.trainer.disable_dropout=false",), "grpo": ()}
 
 
 def keep_checkpoint(source: Path, target: Path, stage: str, step: int) -> None:
@@ -263,3 +289,43 @@ def diverged(folder: Path) -> str:
 def test_a_loss_that_is_not_finite_on_one_rank_ends_training_on_all(copies):
     one, _ = copies
     assert together(diverged, one) == ["the loss became nan at step 2 on rank 1"] * 2
+
+
+# TRL shuffles a rank's replies before it divides them into the parts of a step, whose means over tokens these are.
+OF_TOKENS = (
+    "entropy",
+    "kl",
+    "rollout/log_prob_gap_mean",
+    *(f"clip_ratio/{of}_mean" for of in ("low", "high", "region")),
+)
+
+
+def given(trainer: Any, prompts: list[list[int]], *_: Any) -> Episodes:
+    """In a policy's place: the replies to a prompt follow from it and their place in their group of two."""
+    first, episodes = ranks.index() * len(prompts), []
+    for number, prompt in enumerate(prompts):
+        drawn = random.Random(repr((list(prompt), (first + number) % 2)))
+        reply = [drawn.randrange(20, 200) for _ in range(drawn.randrange(1, 8))]
+        lengths = torch.tensor([len(prompt)]), torch.tensor([len(reply)])
+        ids = torch.tensor([[*prompt, *reply]])
+        episodes.append(Episodes(ids, *lengths, torch.tensor([True]), torch.full((1, len(reply)), -1.0)))
+    return concatenate(episodes, 0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "of_each", "more"),
+    [
+        ("grpo", 2, ()),
+        ("grpo", 2, ("grpo.trainer.loss_type=bnpo", "grpo.trainer.gradient_accumulation_steps=1")),
+        ("rloo", 2, ()),
+    ],
+)
+def test_two_ranks_that_sample_the_same_replies_end_as_one_process(copies, monkeypatch, stage, of_each, more):
+    monkeypatch.setattr(groups.GroupTrainer, "roll_out", given)  # the ranks are forked from here
+    one, two = copies
+    size = f"{stage}.trainer.per_device_train_batch_size="
+    alone = train(one, stage, f"{size}{2 * of_each}", *more)
+    first, second = together(train, two, stage, f"{size}{of_each}", *more)
+    assert_same(one, two, stage, but=() if "grpo.trainer.gradient_accumulation_steps=1" in more else OF_TOKENS)
+    assert second == {}
+    assert first.keys() == alone.keys()
