@@ -55,7 +55,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: it answers at once
     pretty_exceptions_enable=False,
-    help="Fine-tune a language model from one YAML recipe: SFT, reward model, PPO and DPO on one GPU.",
+    help="Fine-tune a language model from one YAML recipe: SFT, reward model, PPO and DPO.",
     epilog=examples(
         ("run tiny", "see it work, on the tiny model that ships with it"),
         ("cp full-pipeline my-recipe.yaml", "begin a recipe of your own, every key explained"),

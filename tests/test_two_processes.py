@@ -1,0 +1,75 @@
+"""`rlhf-pipeline run` with two processes that `accelerate launch` starts: as with one, also when it is interrupted.
+
+What can happen to one of them is in tests/run/test_ranks_at_work.py, where they cost less.
+"""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import short_run
+from short_run import Command
+
+pytestmark = pytest.mark.slow
+TWO = ("launch.num_processes=2", "launch.use_cpu=true", "--only", "sft", "sft.trainer.max_steps=40")
+STEPS = 40
+
+
+@pytest.fixture
+def run(tmp_path, request):
+    """A function that starts the command in a folder; nothing of it outlives the test."""
+
+    def start(folder: Path, *overrides: str) -> Command:
+        command = Command(folder, *TWO, *overrides, report=False)
+        request.addfinalizer(command.clean_up)
+        return command
+
+    return start
+
+
+def work(command: Command) -> Path:
+    return command.run / "sft" / "work"
+
+
+def test_two_processes_are_stopped_and_killed_and_end_as_if_nothing_had_been(tmp_path, run):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        short_run.write_data(folder)
+    command = run(whole)
+    assert command.end(120) == 0, command.said
+    assert re.search(r"^sft     training, from base, with 2 processes$", command.said, re.MULTILINE)
+    stage = command.run / "sft"
+    steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, STEPS + 1), STEPS], "once each, and what is said at the end"
+    assert (stage / "log.rank-1.txt").exists() and not (stage / "work").exists()
+    said = short_run.ask(whole, "plan", "tiny", *short_run.OVERRIDES, *TWO[:2], TWO[-1])
+    assert "sft, reward, ppo, dpo: trained by 2 processes" in said.out and re.search(
+        r"^sft +sft +base +done", said.out, re.MULTILINE
+    )
+
+    command = run(broken)
+    assert command.wait_for(lambda: (work(command) / "checkpoint-4").exists()), command.said
+    assert short_run.read(work(command) / "progress.json")["phase"] == "training"
+    command.signal_all(signal.SIGINT)
+    assert command.end(60) == 130, command.said
+    stopped = re.search(r"^stage `sft` stopped, with a checkpoint at step (\d+)$", command.said, re.MULTILINE)
+    assert stopped and short_run.sound_step(work(command)) == int(stopped[1]) < STEPS, command.said
+
+    command = run(broken)
+    assert command.wait_for(lambda: (work(command) / f"checkpoint-{int(stopped[1]) // 2 * 2 + 4}").exists()), (
+        command.said
+    )
+    os.kill(int((work(command) / "ranks" / "1.pid").read_text()), signal.SIGKILL)
+    assert command.end(60) == 1, command.said
+    assert re.search(rf"^sft     resumes from step {stopped[1]} of {STEPS}$", command.said, re.MULTILINE)
+    assert "error: stage `sft` failed in rank 1 of 2: its worker was ended by signal 9, from outside" in command.said
+    assert short_run.sound_step(work(command)) > int(stopped[1])
+
+    command = run(broken)
+    assert command.end(120) == 0, command.said
+    ours, theirs = (short_run.weights(folder / "runs" / "tiny" / "sft") for folder in (broken, whole))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
