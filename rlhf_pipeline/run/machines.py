@@ -18,7 +18,7 @@ from typing import Any
 from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import signals
-from rlhf_pipeline.run.launch import STOP_SIGNAL, adopt_orphans, command, end_children, environment_of_ranks
+from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, command, environment_of_ranks
 from rlhf_pipeline.rundir import strict_json
 from rlhf_pipeline.rundir.layout import MACHINES, log_of_machine, read_json
 
@@ -124,7 +124,6 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
         Waiting: people have to label first.
     """
     folder, machine = recipe.run / MACHINES, recipe.machine_rank
-    adopt_orphans()
     job: subprocess.Popen[bytes] | None = None
     stopping = False
 
@@ -161,7 +160,9 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
                     say(f"machine {machine} takes its part in {Path(told['job']).parts[0]}")
                 time.sleep(POLL_S)
     finally:
-        end_children()
+        if job is not None:
+            job.send_signal(END_SIGNAL)
+            job.wait()
 
 
 def _wait_for_run(folder: Path, first: Ear) -> dict[str, Any]:

@@ -19,7 +19,16 @@ from types import FrameType
 from typing import Any
 
 from rlhf_pipeline.run import machines
-from rlhf_pipeline.run.launch import DEVICE_LISTS, STOP_SIGNAL, STOPPED, adopt_orphans, command, die_with, end_children
+from rlhf_pipeline.run.launch import (
+    DEVICE_LISTS,
+    END_SIGNAL,
+    STOP_SIGNAL,
+    STOPPED,
+    adopt_orphans,
+    command,
+    die_with,
+    end_children,
+)
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import MACHINES, RANKS, RESULT, log_of_rank, read_json
 
@@ -315,7 +324,13 @@ def _free_port() -> int:
         return tried.getsockname()[1]
 
 
+def _end(_number: int, _frame: FrameType | None) -> None:
+    end_children()
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    die_with(int(sys.argv[2]))
     adopt_orphans()
+    signal.signal(END_SIGNAL, _end)
+    die_with(int(sys.argv[2]), END_SIGNAL)
     sys.exit(main(Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None))

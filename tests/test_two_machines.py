@@ -1,0 +1,204 @@
+"""Two network namespaces as two machines with a shared folder: they train together, stop together, and miss each other.
+
+It takes root. How one hears that another is gone is tried below without, in less time.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import short_run
+import yaml
+
+from rlhf_pipeline import recipe as recipes
+from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
+from rlhf_pipeline.run import machines
+
+FIRST, SECOND = "10.77.3.1", "10.77.3.2"
+RECIPE = {
+    "name": "far",
+    "model": {"path": "tiny", "quantization": "none", "dtype": "float32"},
+    "launch": {"num_processes": 2, "num_machines": 2, "main_process_ip": FIRST, "use_cpu": True},
+    "stages": {
+        "sft": {
+            "data": {"path": "tiny:demonstrations", "limit": 64},
+            "trainer": {"max_steps": 400, "per_device_train_batch_size": 2, "save_steps": 2},
+        }
+    },
+}
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two that are connected to each other and to nothing else."""
+    names = [f"rlhf{os.getpid()}{which}" for which in "ab"]
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add veth0 netns {names[0]} type veth peer name veth1 netns {names[1]}",
+    ]
+    for i, (name, address) in enumerate(zip(names, (FIRST, SECOND), strict=True)):
+        commands += [f"ip -n {name} addr add {address}/24 dev veth{i}"]
+        commands += [f"ip -n {name} link set {link} up" for link in (f"veth{i}", "lo")]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"network namespaces are not to be had here: {getattr(error, 'stderr', '') or error}")
+        yield names
+    finally:
+        for name in names:
+            for process in _inside(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def _inside(namespace: str) -> list[int]:
+    """The processes of a namespace."""
+    with contextlib.suppress(OSError):
+        said = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False).stdout
+        return [int(word) for word in said.split()]
+    return []
+
+
+class Machine:
+    """`rlhf-pipeline run` in a namespace."""
+
+    def __init__(self, namespace: str, folder: Path, number: int) -> None:
+        self.namespace, self._log = namespace, folder / f"said-{number}-{time.monotonic_ns()}.txt"
+        words = ["ip", "netns", "exec", namespace, sys.executable, "-m", "rlhf_pipeline", "run", "far.yaml"]
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*words, f"launch.machine_rank={number}"], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+            )  # fmt: skip
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
+def test_two_machines_stop_together_and_one_misses_the_other(tmp_path, namespaces):
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(RECIPE))
+    work = tmp_path / "runs" / "far" / "sft" / "work"
+
+    def start() -> list[Machine]:
+        return [Machine(name, tmp_path, number) for number, name in reversed(list(enumerate(namespaces)))][::-1]
+
+    def wait_for(step: int, both: list[Machine]) -> None:
+        deadline = time.monotonic() + 120
+        while (short_run.sound_step(work) or 0) < step:
+            said = "\n".join(one.said for one in both)
+            assert time.monotonic() < deadline and all(one.process.poll() is None for one in both), said
+            time.sleep(0.05)
+
+    both = start()
+    wait_for(4, both)
+    both[1].process.send_signal(signal.SIGTERM)
+    assert [one.process.wait(60) for one in both] == [130, 130], [one.said for one in both]
+    step = short_run.sound_step(work)
+    for one in both:
+        assert f"stage `sft` stopped, with a checkpoint at step {step}\n" in one.said
+    assert "with 2 processes on 2 machines" in both[0].said and "takes its part in sft" in both[1].said
+
+    both = start()
+    wait_for(step + 4, both)
+    began = time.monotonic()
+    for process in _inside(namespaces[0]):
+        os.kill(process, signal.SIGKILL)
+    assert both[1].process.wait(60) == 1, both[1].said
+    assert time.monotonic() - began < 60 and not _inside(namespaces[1]), "within a minute, and nothing is left"
+    assert "error: machine 0 has given no sign for 30 s, so this one has ended its processes, too" in both[1].said
+    assert re.search(rf"^sft     resumes from step {step} of 400$", both[0].said, re.MULTILINE)
+    assert short_run.sound_step(work) >= step + 4
+
+
+# What one machine hears of another, without processes that train.
+
+
+@pytest.fixture
+def far(tmp_path, monkeypatch) -> recipes.Recipe:
+    """The recipe on the second machine, with short times."""
+    for name, value in (("BEAT_S", 0.05), ("SILENT_S", 0.6), ("COME_S", 1.0), ("POLL_S", 0.02)):
+        monkeypatch.setattr(machines, name, value)
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(RECIPE))
+    return recipes.load(str(tmp_path / "far.yaml"), ["launch.machine_rank=1"])
+
+
+def ends(far: recipes.Recipe, error: BaseException | None) -> BaseException | None:
+    """How the second machine ends when the first one ends so."""
+
+    def lead() -> None:
+        with contextlib.suppress(BaseException), machines.leading(far):
+            time.sleep(0.3)
+            if error:
+                raise error
+
+    first = threading.Thread(target=lead)
+    first.start()
+    try:
+        machines.follow(far, lambda _: None)
+    except (Exception, Interrupted) as raised:
+        return raised
+    finally:
+        first.join()
+    return None
+
+
+def test_the_others_end_as_the_first_one_does(far):
+    assert ends(far, None) is None
+    for error in (RunError("a", hint="b"), Interrupted("c"), Waiting("d", hint="e"), InputError("f", hint="g")):
+        found = ends(far, error)
+        assert (type(found), found.message, getattr(found, "hint", None)) == (
+            type(error), error.message, getattr(error, "hint", None),
+        )  # fmt: skip
+    assert isinstance(ends(far, KeyboardInterrupt()), Interrupted)
+    assert str(ends(far, ZeroDivisionError("h")).message) == "h"
+
+
+def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far):
+    folder = far.run / ".machines"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"id": "of yesterday", "over": null}')
+    (folder / "0.beat").write_text('{"of": "yesterday", "count": 7}')
+    with pytest.raises(RunError, match="machine 0 has not begun within"):
+        machines.follow(far, lambda _: None)
+
+
+def test_a_first_machine_that_falls_silent_is_said(far, monkeypatch):
+    folder, counts, said = far.run / ".machines", itertools.count(), threading.Event()
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"id": "1", "over": null}')
+
+    def beat() -> None:
+        while not said.wait(0.05) and (count := next(counts)) < 10:
+            (folder / "0.beat").write_text(f'{{"count": {count}}}')
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(RunError, match="machine 0 has given no sign for"):
+        machines.follow(far, lambda _: None)
+    said.set()
+    thread.join()
+    assert next(counts) >= 10, "not while it counted"
+
+
+def test_a_machine_alone_tells_nobody(tmp_path):
+    alone = {**RECIPE, "launch": {"num_processes": 2, "use_cpu": True}}
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(alone))
+    loaded = recipes.load(str(tmp_path / "far.yaml"))
+    with machines.leading(loaded):
+        assert not (loaded.run / ".machines").exists()
