@@ -52,12 +52,14 @@ class StagePlan(StageState):
 
     def summary(self) -> dict[str, Any]:
         """The stage as `plan --json` and `status --json` show it."""
-        record = self.record if self.is_current or self.state in (*DONE, "stale") else Record()
+        has_former = self.state in ("waiting", "blocked") and self.record.is_finished  # which stays for the time being
+        record = self.record if self.is_current or self.state in (*DONE, "stale") or has_former else Record()
         return {
             **{key: getattr(self, key) for key in ("name", "kind", "state", "reason")},
             **{"rewards": {}, "others": {}, **Record.with_parents(self.parents)},
             "fingerprint": self.fingerprint,
             "step": self.progress.step if self.progress else None,
+            "left_out": self.left_out,
             "gates": record.gates,
             "wall_s": record.wall_s,
             "peak_memory_bytes": record.peak_memory_bytes,

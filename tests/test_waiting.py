@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import short_run
+import yaml
 
 from rlhf_pipeline import cli, plan, recipe
-from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.run import to_do
+from rlhf_pipeline.arena import sources
+from rlhf_pipeline.errors import InputError, Waiting
+from rlhf_pipeline.run import runner, to_do
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir import durable, items, state, waiting
 from rlhf_pipeline.rundir.items import item
@@ -191,7 +193,6 @@ def test_labels_that_come_when_it_is_done_make_it_stale(folder):
     choose(directory, range(2))
     publish(directory)
     assert told(folder) == ("done", "up to date")
-    assert told(folder, "feedback.until={labels: 3}") == ("stale", "2 of 3 labels, so it waits again")
     choose(directory, range(3))
     assert told(folder) == ("stale", "labels 2 → 3")
     choose(directory, range(0), undo=True)
@@ -201,12 +202,57 @@ def test_labels_that_come_when_it_is_done_make_it_stale(folder):
     assert told(folder)[0] == "stale"
 
 
-def test_one_that_was_taken_from_another_run_needs_no_labels_here(folder):
+def test_raised_until_it_waits_again_and_keeps_its_rows_until_there_are_new_ones(folder):
     directory = wait(folder)
     choose(directory, range(2))
     publish(directory)
+    raised = "feedback.until={labels: 3}"
+    said = "2 of 3 labels; the rows of before stay until then"
+    stages = make(folder, raised)
+    assert (stages["feedback"].state, stages["feedback"].reason) == ("waiting", said)
+    assert (stages["dpo"].state, stages["dpo"].reason) == ("blocked", "waits for feedback")
+    summary = stages["feedback"].summary()
+    assert summary["metrics"] == {"label/labels": 2} and summary["artifact"] == "feedback/rows.jsonl"
+    loaded = recipe.load(str(folder / "r.yaml"), [raised])
+    with pytest.raises(Waiting, match=said):
+        runner.run(loaded)
+    assert (directory.stage("feedback") / "rows.jsonl").is_file() and not list(directory.path.glob("feedback.*"))
+    (directory.path / "recipe.yaml").write_text(recipe.to_yaml(loaded))
+    setup = sources.of_stage(directory.path, loaded, None)
+    assert (setup.stage, len(setup.items), setup.target.labels) == ("feedback", 4, 3)
+    later = yaml.safe_load((directory.path / "recipe.yaml").read_text())
+    later["stages"]["later"] = later["stages"]["feedback"]
+    (directory.path / "recipe.yaml").write_text(yaml.safe_dump(later, sort_keys=False))
+    (directory.path / "later").mkdir()
+    shutil.copy(directory.stage("feedback") / "items.jsonl", directory.path / "later")
+    assert sources.of_stage(directory.path, recipe.of_run(directory.path), None).stage == "feedback"
+    choose(directory, range(3))
+    assert told(folder, raised) == ("stale", "labels 2 → 3")
+    choose(directory, range(0), undo=True)
+    choose(directory, range(0), undo=True)
+    assert told(folder) == ("waiting", "1 of 2 labels; the rows of before stay until then")
+
+
+@pytest.mark.parametrize("taken_from", [None, "other/feedback"])
+def test_labels_that_are_gone_are_said_unless_it_was_taken_from_another_run(folder, taken_from):
+    directory = wait(folder)
+    choose(directory, range(2))
+    publish(directory)
+    directory.write_record("feedback", directory.record("feedback").updated(taken_from=taken_from))
     (directory.path / "labels.db").unlink()
-    assert told(folder) == ("done", "up to date")
+    gone = "none of the 2 labels that its rows were made of is in labels.db any more"
+    assert told(folder) == ("done", "up to date" if taken_from else gone)
+
+
+def test_names_of_people_who_do_not_count_are_in_the_json(folder):
+    directory = wait(folder)
+    people = "feedback.people={leave_out: [ann]}"
+    directory.write_record(
+        "feedback", directory.record("feedback").updated(inputs=make(folder, people)["feedback"].inputs)
+    )
+    choose(directory, range(1))
+    assert make(folder, people)["feedback"].summary()["left_out"] == ["ann"]
+    assert make(folder)["dpo"].summary()["left_out"] == []
 
 
 def test_what_was_made_of_fewer_labels_is_not_taken_again(folder):

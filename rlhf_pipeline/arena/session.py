@@ -213,9 +213,10 @@ class Session:
         }
 
     def about_people(self) -> dict[str, Any]:
-        """What is known of the people, for the owner; see `agreement.figures`."""
-        pairs = {key: place.pair for key, place in self._places.items()}
-        return agreement.figures(pairs, self._read())
+        """What is known of people, for the owner: `agreement.figures`, and `left_out`, whose labels do not count."""
+        pairs, labels = {key: place.pair for key, place in self._places.items()}, self._read()
+        out = self._left_out(labels) if self.setup.people else ()
+        return agreement.figures(pairs, labels) | {"left_out": sorted(out)}
 
     # Inside
 

@@ -76,7 +76,8 @@ def of_stage(run: Path, recipe: Recipe, stage: str | None) -> Setup:
         hint = f"`rlhf-pipeline arena {shlex.quote(str(run))}` shows replies of any finished run"
         raise InputError("no stage of this run is labelled by people", place=str(run), hint=hint)
     found = {name: folder for name in names if (folder := _folder(run, name))}
-    waiting = [name for name, folder in found.items() if folder == RunDirectory(run).work(name)]
+    waiting = [one.name for one in state.read(run, by_size=True).stages if one.name in found and one.state == "waiting"]
+    waiting += [name for name, folder in found.items() if folder == RunDirectory(run).work(name)]
     chosen = stage or next(iter(waiting), None) or next(reversed(found), names[0])
     if chosen not in found:
         raise InputError(

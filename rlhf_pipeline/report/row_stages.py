@@ -72,15 +72,16 @@ def _bias(chosen: Sequence[tuple[int, Run, Stage]], name: str, several: bool) ->
 def people(stage: Stage) -> tuple[list[str], list[list[str]]]:
     """What is known of those who labelled, as the heads of a table and its rows; no rows of other stages."""
     head = ["labels", "seconds a label", "checks right", "agrees with others", "the same in the other order"]
-    found = stage.people.get("people")
-    return head, [_person(one) for one in map(mapping, found if isinstance(found, list) else [])]
+    found, out = stage.people.get("people"), stage.people.get("left_out")
+    left_out = out if isinstance(out, list) else []
+    return head, [_person(one, left_out) for one in map(mapping, found if isinstance(found, list) else [])]
 
 
-def _person(one: dict[str, Any]) -> list[str]:
+def _person(one: dict[str, Any], left_out: list[Any]) -> list[str]:
     right, same = mapping(one.get("checks")), mapping(one.get("consistency"))
     share, seconds, labels = (number(one.get(name)) for name in ("agreement", "seconds_median", "labels"))
     return [
-        content(one.get("name")),
+        content(one.get("name")) + (" (labels do not count)" if one.get("name") in left_out else ""),
         "" if labels is None else f"{labels:.0f}",
         "" if seconds is None else short(seconds),
         _part(right.get("right"), right.get("of")),

@@ -140,7 +140,7 @@ class Progress(NamedTuple):
         items: how many items have as many labels as `Target.per_item` says, of those that are no checks; where it says
             nothing, one.
         of: how many items there are that are no checks.
-        reached: whether the target is.
+        reached: whether the target is, and there is a pair with a better reply.
         text: one sentence, as "37 of 200 labels".
     """
 
@@ -185,7 +185,9 @@ def count(
     done = sum(of_item[key] >= (target.per_item or 1) for key in asked)
     goals = []
     if target.labels is not None:
-        goals.append((made >= target.labels, f"{min(made, target.labels)} of {target.labels} labels"))
+        most = f" (there are {len(item_of)} pairs, so each person can give about {len(item_of)})"
+        said = f"{min(made, target.labels)} of {target.labels} labels" + most * (target.labels > len(item_of))
+        goals.append((made >= target.labels, said))
     if target.per_item is not None:
         each = f"{target.per_item} label{'s' * (target.per_item != 1)}"
         goals.append((done == len(asked), f"{done} of {len(asked)} items have {each}"))
@@ -196,4 +198,19 @@ def count(
     text = ", ".join(text for _, text in goals) or f"{made} label{'s' * (made != 1)}"
     if left_out:
         text += f"; those of {', '.join(sorted(left_out))} do not count"
-    return Progress(made, done, len(asked), bool(goals) and all(holds for holds, _ in goals), text)
+    reached = bool(goals) and all(holds for holds, _ in goals)
+    if reached and not _has_winner(here, item_of, set(asked)):
+        reached, text = (
+            False,
+            f"{text}; in no pair is one reply chosen more often than all else, so there are no rows yet",
+        )
+    return Progress(made, done, len(asked), reached, text)
+
+
+def _has_winner(labels: Iterable[Label], item_of: Mapping[str, str], asked: Collection[str]) -> bool:
+    """Whether a pair of an item that is no check has a better reply; see `choices`."""
+    of_pair: dict[str, Counter[str]] = {}
+    for label in counted(labels):
+        if item_of[label.pair] in asked:
+            of_pair.setdefault(label.pair, Counter())[label.choice] += 1
+    return any(_majority(counts) in OTHER for counts in of_pair.values())

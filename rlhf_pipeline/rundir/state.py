@@ -12,6 +12,7 @@ from rlhf_pipeline.recipe.schema import OF_STAGE
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.rundir import waiting
 from rlhf_pipeline.rundir.file_digests import FileDigests
+from rlhf_pipeline.rundir.labels import LABELS
 from rlhf_pipeline.rundir.layout import CHOICES, RECIPE, RECORD, Progress, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
 
@@ -19,6 +20,7 @@ State = Literal[
     "done", "done, gate closed", "done, to be judged again",
     "stale", "partial", "failed", "missing", "blocked", "running", "waiting",
 ]  # fmt: skip
+UP_TO_DATE = "up to date"  # the reason of a stage that is done and of which nothing else is to be said
 DONE = ("done", GATE_CLOSED, "done, to be judged again")  # those in which nothing is to be trained
 
 
@@ -42,6 +44,7 @@ class StageState:
         progress: from where it can be resumed, if it is partial.
         until: of a stage that people do, when they have labelled enough, as the recipe's `until` has it.
         people: and whose labels count, as its `people` has it.
+        left_out: the names of those whose labels do not count.
     """
 
     name: str
@@ -54,6 +57,7 @@ class StageState:
     progress: Progress | None = None
     until: Any = None
     people: Any = None
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -225,13 +229,14 @@ def find_state(
         changes: how its inputs differ from what they were, as far as its parents do not tell.
 
     Raises:
-        InputError: a file of its artifact, or its labels, or what the recipe says of them, cannot be read.
+        InputError: a file of its artifact, its labels, or what the recipe says of these cannot be read.
     """
     if stage.name == at_work:
         stage.state, stage.reason = "running", "at work now"
     elif stage.record.is_finished:
-        changes = [*changes, *_new_labels(stage, directory)]
         stage.state, stage.reason = _of_finished(stage, parents, directory, digests, changes)
+        if stage.state == "done" and stage.until is not None:
+            stage.state, stage.reason = _by_labels(stage, directory)
         stage.is_current = stage.state == "done"
     else:
         stage.state, stage.reason = _of_unfinished(stage, parents, directory, changes)
@@ -262,7 +267,7 @@ def _of_finished(
     other = _ran_again(stage.record, parents)
     if other:
         return "stale", f"{' and '.join(other)} ran again"
-    return "done", "up to date"
+    return "done", UP_TO_DATE
 
 
 def _of_unfinished(
@@ -290,29 +295,32 @@ def _of_unfinished(
         return "stale", "; ".join([*changes, f"before that, {happened}"])
     stage.progress = directory.progress(stage.name)
     if waited and stage.progress:
-        made = waiting.of_stage(directory, stage.name, stage.until, stage.people).progress
-        if not made.reached:
+        labelled = waiting.of_stage(directory, stage.name, stage.until, stage.people)
+        stage.left_out, happened = sorted(labelled.left_out), labelled.progress.text
+        if not labelled.progress.reached:
             stage.progress = None
-            return "waiting", made.text
-        happened = made.text
+            return "waiting", happened
     if stage.progress:
         return "partial", f"{happened}; {stage.progress}"
     damaged = directory.damaged(stage.name)
     return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
 
 
-def _new_labels(stage: StageState, directory: RunDirectory) -> list[str]:
-    """How the labels differ from those that a stage's rows were made of, or what its `until` misses now."""
-    if stage.until is None:
-        return []
+def _by_labels(stage: StageState, directory: RunDirectory) -> tuple[State, str]:
+    """The state of a finished stage that people did, by the labels that there are now."""
     labelled = waiting.of_stage(directory, stage.name, stage.until, stage.people)
-    if not labelled.labels:  # it was taken from another run, whose people made them
-        return []
+    stage.left_out = sorted(labelled.left_out)
+    before, now = stage.record.metrics.get("label/labels"), labelled.progress.labels
+    if not labelled.labels:
+        if stage.record.taken_from or not before:  # the people of another run made them
+            return "done", UP_TO_DATE
+        return "done", f"none of the {before} labels that its rows were made of is in {LABELS} any more"
+    if not labelled.progress.reached:
+        return "waiting", f"{labelled.progress.text}; the rows of before stay until then"
     _, digest = stage.record.artifact_files.get(CHOICES, (0, ""))
     if digest == labelled.digest:
-        return [] if labelled.progress.reached else [f"{labelled.progress.text}, so it waits again"]
-    before, now = stage.record.metrics.get("label/labels"), labelled.progress.labels
-    return ["labels have changed" if before == now else f"labels {before} → {now}"]
+        return "done", UP_TO_DATE
+    return "stale", "labels have changed" if before == now else f"labels {before} → {now}"
 
 
 def _ran_again(record: Record, parents: Sequence[StageState]) -> list[str]:

@@ -9,7 +9,7 @@ from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.data.encode import ROW
 from rlhf_pipeline.data.prepare import Prepared
 from rlhf_pipeline.data.turns import columns_of
-from rlhf_pipeline.errors import InputError, RunError, Waiting
+from rlhf_pipeline.errors import InputError, Waiting
 from rlhf_pipeline.rundir import agreement, choices, durable, items, strict_json, waiting
 from rlhf_pipeline.rundir.choices import Choice
 from rlhf_pipeline.rundir.items import FEATURES, ITEMS, Item, item
@@ -50,8 +50,7 @@ def run(job: Job) -> dict[str, Any]:
         The final metrics: `rows`, and what `figures` says.
 
     Raises:
-        Waiting: there are not labels enough yet.
-        RunError: no pair has a winner.
+        Waiting: there are not labels enough yet, or none says that a reply is better.
     """
     if not (job.work / ITEMS).is_file():
         job.progress.tell("loading")
@@ -66,15 +65,11 @@ def run(job: Job) -> dict[str, Any]:
     known = agreement.figures(labelled.pairs, labelled.labels)
     chosen = choices.choices(labelled.pairs, labelled.counted)
     found = [row | columns_of(one.pair.prompt) for one in chosen if (row := choices.preference(one))]
-    if not found:
-        raise RunError(
-            f"no pair has a winner: people found all of the {len(chosen)} pairs equal, or both replies bad",
-            hint=f"more labels may do it: `rlhf-pipeline label {job.run} {job.name}`",
-        )
     job.artifact.mkdir(parents=True, exist_ok=True)
     for name in (ITEMS, FEATURES):
         shutil.copyfile(job.work / name, job.artifact / name)
-    durable.write_text(job.artifact / PEOPLE, strict_json.dumps(known, ensure_ascii=False))
+    about = known | {"left_out": sorted(labelled.left_out)}
+    durable.write_text(job.artifact / PEOPLE, strict_json.dumps(about, ensure_ascii=False))
     made = [label._asdict() for label in labelled.labels]
     return publish(job, found, figures(labelled, known, chosen), {CHOICES: made})
 

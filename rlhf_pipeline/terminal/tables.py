@@ -20,6 +20,7 @@ from rlhf_pipeline.rundir.headline import headline, series
 from rlhf_pipeline.rundir.layout import METRICS, RunDirectory
 from rlhf_pipeline.rundir.pace import ToGo, to_go
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
+from rlhf_pipeline.rundir.state import UP_TO_DATE
 from rlhf_pipeline.rundir.words import duration, memory_beside, short
 
 STYLES = {
@@ -70,9 +71,8 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
         summary = plan.summary()
         wall_s = summary["wall_s"]
         numbers = "  ".join(f"{number.name} {number.text}" for number in headline(plan.kind, summary["metrics"]))
-        unremarkable = plan.state == "done" and numbers and not plan.record.gates_ignored
-        about = numbers if unremarkable else escape(_why(plan))
-        if plan.is_current and plan.state != "done" and numbers:
+        about = numbers if numbers and _is_unremarkable(plan) else escape(_why(plan))
+        if plan.is_current and numbers and not _is_unremarkable(plan) and not plan.record.gates_ignored:
             about += "\n" + numbers
         time = "" if wall_s is None else duration(wall_s)
         table.add_row(plan.name, f"[{STYLES.get(plan.state, 'default')}]{plan.state}[/]", time, about)
@@ -83,6 +83,11 @@ def results(run: Path, plans: list[StagePlan], console: Console) -> None:
             console.print(Text(f"memory of {plan.name}: {said}"), highlight=False, soft_wrap=True)
     say_what_is_left(run, plans, console)
     console.print(f"run directory: {run}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _is_unremarkable(plan: StagePlan) -> bool:
+    """Whether nothing is to be said of a stage but its numbers."""
+    return plan.state == "done" and plan.reason == UP_TO_DATE
 
 
 def _why(plan: StagePlan) -> str:
@@ -104,7 +109,7 @@ def finished(run: Path, plans: list[StagePlan], console: Console) -> None:
         if (mean := metrics.get(kinds.JUDGED)) is not None:
             judged[plan.name] = mean
         about = "\n".join(changes) if plan.state == "done" and changes else escape(plan.reason)
-        if record.gates_ignored or plan.state != "done":
+        if not _is_unremarkable(plan):
             about = "\n".join([*changes, escape(plan.reason)])
         if record.taken_from:
             about = "\n".join([about, escape(f"taken from {record.taken_from}: time and memory are of that training")])

@@ -102,13 +102,13 @@ def arena(tmp_path: Path) -> Iterator[Callable[..., Arena]]:
     """Opens an arena for items and people, and closes it."""
     with contextlib.ExitStack() as opened:
 
-        def open_(items: list[Item], people: tuple[str, ...] = ("anna",), **more: Any) -> Arena:
+        def open_(items: list[Item], names: tuple[str, ...] = ("anna",), **more: Any) -> Arena:
             replies = sum(len(one.replies) for one in items)
             features = np.random.default_rng(0).normal(size=(replies, 16)).astype(np.float32)
             one = Arena(
                 tmp_path / "labels.db",
                 Setup("support-bot", STAGE, items, dimensions=DIMENSIONS, features=features, **more),
-                people,
+                names,
             )
             opened.callback(one.close)
             return one
@@ -211,7 +211,7 @@ def test_what_is_learnt_and_where_a_policy_would_drift(browser, arena, tmp_path)
         press(page, "ArrowLeft")
         expect(page.locator("#history").get_by_role("img", name=re.compile(rf"now 0\.\d\d at {labels} labels")))
     expect(page.locator("#accuracy")).to_have_text(re.compile(r"[01]\.\d\d"))
-    assert re.fullmatch(r"0\.\d\d to [01]\.\d\d \(95%\), 2\d labels", page.locator("#accuracy-interval").inner_text())
+    assert re.fullmatch(r"0\.\d\d to [01]\.\d\d \(95%\), 2\d labels, ties apart", page.locator("#accuracy-interval").inner_text())
     assert page.get_by_role("img", name=re.compile(r"Calibration: said \d+%, chosen \d+% of \d+")).is_visible()
     shares = page.locator("#candidates .share")
     expect(shares).to_have_count(3)
@@ -269,7 +269,7 @@ def test_undo_reload_and_a_key_held_down(browser, arena):
 
 
 def test_two_people_at_once_and_what_the_owner_sees(browser, arena):
-    one = arena(plums(4), ("anna", "bo"), target=Target(per_item=2))
+    one = arena(plums(4), ("anna", "bo"), target=Target(per_item=2), people={"leave_out": ["bo"]})
     (anna, wrong), (bo, wrong_too) = (opened(browser, one.links[name]) for name in ("anna", "bo"))
     for _ in range(4):
         for page in (anna, bo):
@@ -279,6 +279,8 @@ def test_two_people_at_once_and_what_the_owner_sees(browser, arena):
         assert page.locator("#progress-mine").inner_text() == "yours 4"
     anna.get_by_role("link", name="People").click()
     expect(anna.locator("#people-rows tr")).to_have_count(2)
+    rows = anna.locator("#people-rows th")
+    assert rows.all_inner_texts() == ["anna", "bo labels do not count"]
     row = anna.locator("#people-rows tr", has_text="bo")
     assert row.locator("td").first.inner_text() == "4"
     assert re.fullmatch(r"\d+\.\d s", row.locator("td").nth(1).inner_text())

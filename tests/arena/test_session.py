@@ -232,12 +232,14 @@ def test_nothing_is_left_in_the_end(start: Start) -> None:
 
 def test_the_owner_sees_what_people_do(start: Start) -> None:
     session = start([*ITEMS, *CHECKS], people=("anna", "bob"))
+    session.setup = session.setup._replace(people={"leave_out": ["bob", "eve"]})
     for person in ("anna", "bob"):
         while (ask := session.next(person)) is not None:
             right = [side for side in ("left", "right") if "good" in ask[side] or "right" in ask[side]]
             click(session, person, right[0] if right else "tie", seconds=2.0)
     found = session.about_people()
     anna, bob = found["people"]
+    assert found["left_out"] == ["bob"]
     assert (anna["checks"], bob["checks"]) == ({"right": 3, "of": 3},) * 2
     assert anna["consistency"]["same"] == anna["consistency"]["of"] > 0
     assert anna["agreement"] == found["alpha"] == found["pairs"][0]["kappa"] == 1.0

@@ -93,7 +93,22 @@ def test_progress_per_item_counts_what_different_people_said_of_its_pairs() -> N
     target = Target(per_item=2)
     some = labels("anna first", "anna second") + said("r", "a", "b", "anna tie") + said("r", "c", "b", "anna tie")
     assert progress(target, some) == Progress(4, 1, 2, False, "1 of 2 items have 2 labels")
-    assert progress(target, [*some, *labels("bob bad")]).reached is True
+    assert progress(target, [*some, *labels("bob first")]).reached is True
+
+
+def test_where_no_reply_is_better_more_labels_are_needed() -> None:
+    """Labels of checks make no rows, and what as many say as say otherwise is a tie."""
+    some = [*labels("anna bad", "bob bad"), *labels("anna first", pair=CHECK)]
+    some += said("r", "a", "b", "anna first") + said("r", "a", "b", "bob second")
+    found = progress(Target(labels=5), some)
+    assert not found.reached and found.text.startswith("5 of 5 labels; in no pair is one reply chosen more often")
+    assert progress(Target(labels=5), [*some, *said("r", "a", "b", "cy second")]).reached
+
+
+def test_it_is_said_how_much_one_person_can_give() -> None:
+    says = "(there are 5 pairs, so each person can give about 5)"
+    assert progress(Target(labels=6), []).text == f"0 of 6 labels {says}"
+    assert says not in progress(Target(labels=5), []).text
 
 
 def test_progress_needs_all_that_is_wanted() -> None:

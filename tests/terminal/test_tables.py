@@ -126,10 +126,19 @@ def test_intentions_name_the_model_whose_own_code_would_run():
 
 
 def test_a_gate_that_was_ignored_is_not_passed_over_in_silence():
-    done = stage("reward", metrics={"eval_accuracy": 0.75}, reason="gates ignored: eval_accuracy is 0.75, not >= 0.9")
-    assert "gates ignored" not in printed(tables.results, Path("r"), [done])
+    done = stage("reward", metrics={"eval_accuracy": 0.75}, reason="up to date")
+    assert "up to date" not in printed(tables.results, Path("r"), [done])
     done.record = done.record.updated(gates_ignored={"eval_accuracy": ">= 0.9"})
+    done.reason = "gates ignored: eval_accuracy is 0.75, not >= 0.9"
     assert done.reason in printed(tables.results, Path("r"), [done])
+
+
+def test_what_is_to_be_said_of_a_stage_that_is_done_is_said_beside_its_numbers():
+    done = stage("feedback", metrics={"eval_accuracy": 0.75}, reason="none of the 3 labels", is_current=True)
+    done.kind = "reward"
+    for show in (tables.results, tables.finished):
+        said = printed(show, Path("r"), [done])
+        assert done.reason in said and "0.75" in said
 
 
 def test_a_stage_whose_gate_is_closed_keeps_its_numbers_in_json():

@@ -456,7 +456,7 @@ function showLearner(learner) {
   if (!measured) return;
   at("accuracy").textContent = learner.accuracy.toFixed(2);
   at("accuracy-interval").textContent =
-    `${learner.low.toFixed(2)} to ${learner.high.toFixed(2)} (95%), ${count(learner.tested, "label")}`;
+    `${learner.low.toFixed(2)} to ${learner.high.toFixed(2)} (95%), ${count(learner.tested, "label")}, ties apart`;
   const points = remember(learner);
   at("history").replaceChildren(historyChart(points, wantedAccuracy()));
   if (!at("calibration").hidden)
@@ -669,13 +669,14 @@ async function showPeople() {
       make("div", { class: i ? "" : "first" }, make("dt", {}, name), make("dd", {}, value)),
     ),
   );
-  const row = (name, cells) => {
+  const row = (name, isLeftOut, cells) => {
     const named = cells.map(([column, value]) => make("td", { class: "n", "data-name": column }, value));
-    return make("tr", {}, make("th", { scope: "row" }, make("bdi", {}, name)), ...named);
+    const note = isLeftOut ? make("span", { class: "muted" }, " labels do not count") : null;
+    return make("tr", {}, make("th", { scope: "row" }, make("bdi", {}, name), note), ...named);
   };
   at("people-rows").replaceChildren(
     ...found.people.map((one) =>
-      row(one.name, [
+      row(one.name, found.left_out.includes(one.name), [
         ["labels", one.labels.toLocaleString("en")],
         ["time per label", one.seconds_median === null ? "–" : `${one.seconds_median.toFixed(1)} s`],
         ["checks right", share(one.checks.right, one.checks.of)],
@@ -687,7 +688,7 @@ async function showPeople() {
   at("between").hidden = !found.pairs.length;
   at("between-rows").replaceChildren(
     ...found.pairs.map((one) =>
-      row(`${one.a} and ${one.b}`, [
+      row(`${one.a} and ${one.b}`, false, [
         ["Cohen's κ", number(one.kappa)],
         ["pairs", String(one.n)],
       ]),
