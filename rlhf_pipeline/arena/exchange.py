@@ -103,9 +103,13 @@ def give(out: Path, file: Path, stage: str, shape: Shape, people: Mapping[str, A
             hint="pairs that people found equal make no rows" if made else None,
         )
     if out.suffix == ".json":
-        durable.write_text(out, strict_json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+        text = strict_json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     else:
-        durable.write_text(out, "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        durable.write_text(out, text)
+    except OSError as error:
+        raise InputError(f"the file cannot be written: {error.strerror}", place=f"--export {out}") from None
     return f"{len(rows)} row{'s' * (len(rows) != 1)} of {shape} in {out}"
 
 
@@ -194,11 +198,15 @@ def take(source: Path, file: Path, setup: Setup) -> str:
             raise InputError(f"this is no label: {what}", place=f"{located.place}: row {located.number}") from None
     with Labels(file) as labels:
         added = sum(labels.add(label, pair) for label, pair in ready)
+    if not ready:
+        return f"warning: nobody has labelled anything in {source}"
     here = sum(label.pair in known for label, _ in ready)
     text = f"{added} of {len(ready)} labels are new"
     others = len(ready) - here
     if others:
-        text += f"; {others} {'is' if others == 1 else 'are'} of pairs that `{setup.stage}` does not ask about"
+        who = "none is of a pair that" if not here else f"{others} {'is' if others == 1 else 'are'} of pairs that"
+        what = "asks about, so none counts" if not here else "does not ask about, and do not count"
+        text = f"warning: {text}, and {who} `{setup.stage}` {what}; prompt and replies must be the same to the letter"
     return text
 
 

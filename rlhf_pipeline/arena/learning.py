@@ -151,7 +151,7 @@ def as_json(lesson: Lesson) -> dict[str, Any]:
     found |= {"accuracy": accuracy.accuracy, "low": accuracy.low, "high": accuracy.high, "tested": accuracy.tested}
     text = (
         f"It foretells {accuracy.accuracy:.0%} of the labels of pairs that were drawn at random (95 % interval "
-        f"{accuracy.low:.0%} to {accuracy.high:.0%}, {accuracy.tested} label{'s' * (accuracy.tested != 1)}, ties apart), "
-        "each from the others."
+        f"{accuracy.low:.0%} to {accuracy.high:.0%}, {accuracy.tested} label{'s' * (accuracy.tested != 1)}, ties "
+        "apart), each from the others."
     )
     return found | {"calibration": bins, "text": text}

@@ -14,7 +14,7 @@ from rlhf_pipeline.data.files import local_files, rows_of_file
 from rlhf_pipeline.data.peek import SAMPLE, renamed
 from rlhf_pipeline.data.shapes import recognise
 from rlhf_pipeline.data.turns import RowError
-from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.errors import ColumnsError, InputError, RunError
 from rlhf_pipeline.recipe.rows import DIMENSIONS
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Source
 from rlhf_pipeline.run import runner
@@ -26,6 +26,11 @@ from rlhf_pipeline.rundir.layout import COMPARISON, RunDirectory, read_json
 from rlhf_pipeline.rundir.record import ROWS
 
 ARENA = "arena"  # the name under which labels of a finished run, or of a file, are kept
+NEEDED = (
+    "a row needs a prompt and two `replies` or more, or `chosen` and `rejected`; `--columns "
+    "prompt=YOURS,replies=YOURS` says what yours are called, and a stage of kind `sample` makes several replies to a "
+    "prompt"
+)
 READ = ".arena"  # the folder in a run directory with what was read of its replies
 
 
@@ -145,8 +150,11 @@ def with_features(setup: Setup, run: Path, recipe: Recipe, say: Callable[[str], 
             runner.read_features(recipe, model, folder / ITEMS, folder)
         return setup._replace(features=_features(folder, setup.items))
     except (InputError, RunError) as error:
-        say(f"note: nothing learns along, since the replies cannot be read: {error.message.splitlines()[0]}")
-        return setup
+        why = error.message.splitlines()[0]
+    except OSError as error:  # of the run directory, which may be read-only
+        why = f"{folder} cannot be written: {error.strerror}"
+    say(f"note: nothing learns along, since the replies cannot be read: {why}")
+    return setup
 
 
 def _reader(run: Path) -> str:
@@ -167,8 +175,13 @@ def of_file(file: str, columns: dict[str, str]) -> Setup:
         InputError: they cannot be read, or no row has two replies that differ.
     """
     if not Path(file).is_file():
-        raise InputError("there is no such file", place=f"--data {file}")
-    return Setup(Path(file).name, ARENA, of_rows(file, columns), "arena")
+        said = "this is a folder" if Path(file).is_dir() else "there is no such file"
+        raise InputError(said, place=f"--data {file}", hint="name one file with rows: .jsonl, .json, .csv or .parquet")
+    try:
+        asked = of_rows(file, columns)
+    except ColumnsError as error:  # its hint is for recipes
+        raise InputError(error.message, place=error.place, hint=NEEDED) from None
+    return Setup(Path(file).name, ARENA, asked, "arena")
 
 
 def of_rows(file: str, columns: dict[str, str] | None = None) -> list[Item]:
@@ -187,11 +200,11 @@ def of_rows(file: str, columns: dict[str, str] | None = None) -> list[Item]:
         try:
             records = shape.read(located.row)
         except RowError as problem:
-            raise InputError(str(problem), place=f"{located.place}: row {located.number}") from None
+            raise InputError(str(problem), place=f"{located.place}: row {located.number}", hint=NEEDED) from None
         for one in _made(records):
             found.setdefault(one.key, one)
     if not found:
-        raise InputError("no row has two replies that differ", place=file)
+        raise InputError("no row has two replies that differ", place=file, hint=NEEDED)
     return list(found.values())
 
 

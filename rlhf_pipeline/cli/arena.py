@@ -26,8 +26,12 @@ Export = Annotated[
     typer.Option("--export", metavar="FILE", help="Write what people chose, .jsonl or .json.", show_default=False),
 ]
 Shape = Annotated[
-    Literal["preferences", "feedback", "labels"],
-    typer.Option("--as", help="What to write: pairs, replies that are good or bad, or every click."),
+    Literal["preferences", "feedback", "labels"] | None,
+    typer.Option(
+        "--as",
+        help="What --export writes: pairs, replies that are good or bad, or every click.",
+        show_default="preferences",
+    ),
 ]
 Import = Annotated[
     Path | None,
@@ -54,7 +58,7 @@ def label(
     port: Port = 0,
     people: People = None,
     export: Export = None,
-    shape: Shape = "preferences",
+    shape: Shape = None,
     import_: Import = None,
 ) -> None:
     """Choose the better of two replies, in the browser.
@@ -67,6 +71,7 @@ def label(
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.rundir.labels import LABELS
 
+    _require_effect(open_, people, export, shape, import_)
     directory = recipes.run_directory(run)
     loaded = recipes.of_run(directory)
     if not (export or import_):
@@ -103,7 +108,7 @@ def arena(
     port: Port = 0,
     people: People = None,
     export: Export = None,
-    shape: Shape = "preferences",
+    shape: Shape = None,
     import_: Import = None,
 ) -> None:  # fmt: skip
     """Choose between replies of a finished run, or of a file.
@@ -119,6 +124,7 @@ def arena(
         raise InputError("name a run, or a file with --data", hint="`rlhf-pipeline arena --help` has examples of both")
     if columns and not data:
         raise InputError("--columns is for --data", place="--columns")
+    _require_effect(open_, people, export, shape, import_)
     directory = recipes.run_directory(run) if run is not None else None
     loaded = recipes.of_run(directory) if directory else None
     if not (export or import_):
@@ -134,6 +140,22 @@ def arena(
     _go(setup, file, open_, host, port, people, export, shape, import_)
 
 
+def _require_effect(
+    open_: bool, people: str | None, export: Path | None, shape: str | None, import_: Path | None
+) -> None:
+    """See that no option is given that would have no effect.
+
+    Raises:
+        InputError: one is.
+    """
+    if shape and not export:
+        hint = f"for example `--export pairs.jsonl --as {shape}`"
+        raise InputError("it says what `--export` writes, and there is no `--export`", place=f"--as {shape}", hint=hint)
+    for name, is_given in (("--open", open_), ("--people", people is not None)):
+        if is_given and (export or import_):
+            raise InputError("no page is shown with `--export` or `--import`", place=name, hint="remove one of them")
+
+
 def _go(
     setup: "Setup",
     file: Path,
@@ -142,7 +164,7 @@ def _go(
     port: int,
     people: str | None,
     export: Path | None,
-    shape: Literal["preferences", "feedback", "labels"],
+    shape: Literal["preferences", "feedback", "labels"] | None,
     import_: Path | None,
 ) -> None:
     """Show the page; or write or read labels, and end."""
@@ -154,7 +176,7 @@ def _go(
         if import_:
             say(exchange.take(import_, file, setup))
         if export:
-            say(exchange.give(export, file, setup.stage, shape, setup.people))
+            say(exchange.give(export, file, setup.stage, shape or "preferences", setup.people))
         return
     from rlhf_pipeline.arena import serving
 

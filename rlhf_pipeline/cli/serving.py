@@ -7,6 +7,7 @@ import typer
 
 from rlhf_pipeline.cli import completion
 from rlhf_pipeline.cli.shared import RunArgument, app, examples, quiet_libraries, require_web, say
+from rlhf_pipeline.errors import InputError
 
 
 @app.command(
@@ -46,6 +47,10 @@ def serve(
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.rundir import finished
 
+    if token is not None and not token.strip():
+        hint = "leave it out: on this machine alone none is needed, and else a new one is printed"
+        raise InputError("an empty token would let everybody in", place="--token", hint=hint)
+
     directory = recipes.run_directory(run)
     loaded = recipes.of_run(directory)
     chosen = finished.choose(directory, loaded, "reward", stage)
@@ -61,10 +66,11 @@ def serve(
         scorer = score.Scorer(directory, loaded, chosen, chat)
         if scorer.instead:
             say(f"note: {scorer.instead}")
+        shown = web.reached_at(host)
         if host not in web.LOOPBACK:
             token = token or secrets.token_urlsafe(24)
-            say(f"open to all who can reach {host}, without encryption; each request needs the token {token}")
-        typer.echo(f"{web.url(host, listening.getsockname()[1])}/score")
+            say(f"open to all who can reach {shown}, without encryption; each request needs the token {token}")
+        typer.echo(f"{web.url(shown, listening.getsockname()[1])}/score")
         say(f"scores of `{chosen}` of {directory}; Ctrl-C ends it")
         serve.serve(serve.Batches(scorer, chat, batch_size), chosen, host, token, listening)
         say("ended")

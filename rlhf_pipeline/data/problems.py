@@ -26,10 +26,15 @@ def problems(numbers: dict[str, Any], place: str) -> tuple[list[InputError], lis
     return list(_errors(numbers, place)), [f"{place}: {warning}" for warning in _warnings(numbers)]
 
 
+def _trains(numbers: dict[str, Any]) -> bool:
+    """Whether the rows are those of a stage that trains."""
+    return kinds.get(numbers["kind"]).trains
+
+
 def _errors(numbers: dict[str, Any], place: str) -> Iterator[InputError]:
     rows, replies = numbers["rows"], numbers["replies"]
     if not rows:
-        yield InputError("no rows are left to train on", place=place)
+        yield InputError(f"no rows are left{' to train on' * _trains(numbers)}", place=place)
         return
     if numbers["max_length"]["left_out"] == rows and replies["without_loss"] < rows:
         yield InputError(
@@ -78,9 +83,10 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
         )
     turns, all_rows = numbers["conversations"], rows + (numbers["held_out_rows"] or 0)
     if 0 < turns < all_rows:
+        then = "so the model is trained on two formats" if _trains(numbers) else "which are two formats"
         yield (
-            f"the prompts of {out_of(turns, all_rows)} rows are conversations, and the others plain text, so the model "
-            "is trained on two formats: write all in one; `chat: true` takes text as a user's turn"
+            f"the prompts of {out_of(turns, all_rows)} rows are conversations, and the others plain text, {then}: "
+            "write all in one; `chat: true` takes text as a user's turn"
         )
     for name, count in numbers["cut"].items():
         if count > MANY_CUT * rows:
@@ -185,9 +191,11 @@ def across(stages: dict[str, dict[str, Any]], judged_on: Sequence[Prompt] = ()) 
     end, eos, default = one["end_of_turn"], one["end_of_reply"], one["chat_template"] == "default"
     warnings = []
     if turns and text:
+        all_train = all(_trains(numbers) for numbers in stages.values())
+        then = "so the stages train the model on two formats" if all_train else "which are two formats"
         warnings.append(
-            f"the prompts of {_and(turns)} are conversations, and those of {_and(text)} plain text, so the stages "
-            "train the model on two formats: write all in one; `chat: true` in `data` takes text as a user's turn"
+            f"the prompts of {_and(turns)} are conversations, and those of {_and(text)} plain text, {then}: write all "
+            "in one; `chat: true` in `data` takes text as a user's turn"
         )
     elif judged_on and (odd := sum(isinstance(prompt, list) != bool(turns) for prompt in judged_on)):
         formats = ("plain text", "conversations")
@@ -213,7 +221,7 @@ def across(stages: dict[str, dict[str, Any]], judged_on: Sequence[Prompt] = ()) 
             f"{one['template_day']} in all stages and in what is exported; name a template of your own with "
             "`model.chat_template` to have another one"
         )
-    if turns and end and not end.startswith(eos):
+    if turns and end and not end.startswith(eos) and any(_trains(numbers) for numbers in stages.values()):
         warnings.append(
             f"the chat template ends the assistant's turns in {end!r}, and the replies that are trained end in EOS, "
             f"{eos!r}: stop generation at that, or make the template's end the tokenizer's `eos_token`"

@@ -64,15 +64,20 @@ def _require_dimensions(dimensions: Sequence[str], path: KeyPath, problems: Prob
 
 
 def _require_bound(until: Until, path: KeyPath, problems: Problems) -> None:
-    """See that the bound on the reward's accuracy is one: an operator and a number."""
+    """See that the bound on the reward's accuracy is one: an operator and a number, which can hold."""
     bound = until.reward_accuracy
+    if bound is None:
+        return
+    said = f"expected an operator and a number, got {bound!r}"
     try:
-        fits = bound is None or not gates.parse("reward_accuracy", bound).needs_error
+        gate = gates.parse("reward_accuracy", bound)
     except ValueError:
-        fits = False
-    if not fits:
-        said = f"expected an operator and a number, got {bound!r}"
-        problems.add((*path, "reward_accuracy"), said, "for example `reward_accuracy: '>= 0.7'`")
+        gate = None
+    if gate and not gate.needs_error:
+        if gate.holds(0.0) or gate.holds(1.0):
+            return
+        said = f"{bound!r} never holds: an accuracy is between 0 and 1"
+    problems.add((*path, "reward_accuracy"), said, "for example `reward_accuracy: '>= 0.7'`")
 
 
 def resolve_ai_judge(evaluate: Evaluate, require: Require, problems: Problems) -> None:
@@ -154,7 +159,8 @@ def resolve_rows(recipe: Recipe, name: str, earlier: Mapping[str, Stage], requir
         for place, source in places:
             if source.stage is not None and not problems.is_broken((*place, "path")):
                 require((*place, "path"), source.stage, kinds.makers("rows"), problems)
-                if not problems.is_broken((*place, "path")):
+                unknown: tuple[KeyPath, ...] = (*place, "path"), ("stages", source.stage, "kind")
+                if not any(problems.is_broken(one) for one in unknown):
                     _require_fit(source.stage, earlier[source.stage], reads, (*place, "path"), problems)
         maker = earlier.get(str(data.stage))
         if data.chat is None and maker is not None and maker.data.chat is not None:

@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 def item(prompt: Prompt, replies: Sequence[Reply], better: int | None = None) -> Item:
-    """An item; of replies that are the same, the first one is kept.
+    """An item; of replies that are the same, but for space around them, the first one is kept.
 
     Args:
         prompt: text, or turns.
@@ -50,12 +50,20 @@ def item(prompt: Prompt, replies: Sequence[Reply], better: int | None = None) ->
     Raises:
         ValueError: fewer than two replies differ, or `better` is no number of one of two.
     """
-    different = [reply for number, reply in enumerate(replies) if reply not in replies[:number]]
+    seen = [_without_space(reply) for reply in replies]
+    different = [reply for number, reply in enumerate(replies) if seen[number] not in seen[:number]]
     if len(different) < 2:
         raise ValueError("an item needs two replies that differ")
     if better is not None and (better not in (0, 1) or len(different) != 2 or len(replies) != 2):
         raise ValueError("only of two replies one can be known to be the better one")
     return Item(_key([prompt, different]), prompt, different, better)
+
+
+def _without_space(reply: Reply) -> Reply:
+    """A reply as people see it: nobody can choose between two that differ in space at their ends."""
+    if isinstance(reply, str):
+        return reply.strip()
+    return {name: value.strip() if isinstance(value, str) else value for name, value in reply.items()}
 
 
 def pair_key(prompt: Prompt, first: Reply, second: Reply) -> str:

@@ -182,6 +182,7 @@ class Labels:
     def __init__(self, file: Path, *, read_only: bool = False) -> None:
         self.file = file
         self._lock = threading.RLock()
+        self._identity: tuple[int, int] | None = None  # known once it is open
         with _told(file):
             self._database = _connect(file, "mode=ro&immutable=1" if read_only else "mode=rwc")
             try:
@@ -189,6 +190,7 @@ class Labels:
                     self._is_new()
                 else:
                     self._prepare()
+                    self._identity = _identity(file)
             except BaseException:
                 self._database.close()
                 raise
@@ -198,10 +200,13 @@ class Labels:
         """The labels of a file that is there; None where there is none.
 
         Raises:
-            InputError: as for a new one.
+            InputError: as for a new one; or it is empty, which none of ours is.
         """
         if not file.is_file():
             return None
+        if not file.stat().st_size:
+            said = "this file is empty, so the labels that were in it are gone"
+            raise InputError(said, place=str(file), hint="put a copy back, or remove it to begin anew")
         being_written = file.with_name(f"{file.name}-wal").exists()
         return cls(file, read_only=not being_written and not os.access(file.parent, os.W_OK))
 
@@ -417,8 +422,17 @@ class Labels:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """One transaction: all in the block is on the disk after it, or none."""
+        """One transaction: all in the block is on the disk after it, or none.
+
+        Raises:
+            InputError: it cannot be written, or is not the file any more that was opened: nobody would find it again.
+        """
         with self._lock, _told(self.file):
+            if self._identity not in (None, _identity(self.file)):
+                said = "these labels were moved or deleted while they were open, so nothing more is saved"
+                raise InputError(
+                    said, place=str(self.file), hint="put the file back; or end the page, and open it anew"
+                )
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -432,6 +446,15 @@ class Labels:
 def now() -> str:
     """The time in ISO 8601, in UTC, with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of its name; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _connect(file: Path, options: str) -> sqlite3.Connection:
@@ -449,15 +472,40 @@ def _told(file: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:  # of the system: no such folder, no right to write, a full disk
-        raise InputError(f"the labels cannot be read or written: {error}", place=str(file)) from error
+        if str(error).startswith(("no such", "Could not decode")):
+            raise _damaged(file, str(error)) from error
+        raise _unusable(file, str(error)) from error
     except sqlite3.IntegrityError:
         raise
     except sqlite3.DatabaseError as error:
-        raise InputError(
-            f"these labels are damaged: {error}",
-            place=str(file),
-            hint=f"`sqlite3 {file.name} .recover` gets out of such a file what can be; nothing was changed",
-        ) from error
+        raise _damaged(file, str(error)) from error
+    except json.JSONDecodeError as error:
+        raise _damaged(file, "what should be JSON is none") from error
+
+
+def _damaged(file: Path, why: str) -> InputError:
+    return InputError(
+        f"these labels are damaged: {why}",
+        place=str(file),
+        hint=f"`sqlite3 {file.name} .recover` gets out of such a file what can be; nothing was changed",
+    )
+
+
+def _unusable(file: Path, why: str) -> InputError:
+    """What keeps a file of labels from being read or written, as far as the system tells."""
+    folder, hint = file.absolute().parent, None
+    if file.is_dir():
+        said = "this is a folder, and no file of labels"
+    elif not folder.is_dir():
+        said = f"there is no folder {folder}"
+    elif file.exists() and not os.access(file, os.R_OK):
+        said, hint = "you may not read these labels", "ask their owner for the right to"
+    elif not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+        said = "labels cannot be kept here: the folder or the file is read-only"
+        hint = f"make {folder} writable, or work with a copy of it"
+    else:
+        said = f"the labels cannot be read or written: {why}"
+    return InputError(said, place=str(file), hint=hint)
 
 
 def _pair(row: tuple[str, ...]) -> Pair:

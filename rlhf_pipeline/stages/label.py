@@ -1,5 +1,6 @@
 """People's choices: they are shown pairs, the stage waits until there are labels enough, and makes preferences."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,8 @@ def prepare(job: Job) -> list[Item]:
     """
     found = []
     for line in job.reader.read(read, job.stage.data).train:
-        replies = json.loads(line["replies"])
-        if any(reply != replies[0] for reply in replies):
-            found.append(item(json.loads(line[ROW])["prompt"], replies))
+        with contextlib.suppress(ValueError):  # no two replies differ
+            found.append(item(json.loads(line[ROW])["prompt"], json.loads(line["replies"])))
     if not found:
         raise InputError(
             "no row has two replies that differ, so there is nothing to choose", place=f"stages.{job.name}.data"
@@ -98,6 +98,6 @@ def _checks(data: Prepared) -> list[Item]:
     found = []
     for line in data.train:
         replies = json.loads(line["chosen"]), json.loads(line["rejected"])
-        if replies[0] != replies[1]:
+        with contextlib.suppress(ValueError):  # both replies are the same
             found.append(item(json.loads(line[ROW])["prompt"], replies, better=0))
     return found

@@ -46,20 +46,24 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address cannot be opened.
     """
+    place = f"--host {host or repr(host)}"
+    hint = "127.0.0.1 is for this machine alone, and 0.0.0.0 for all of its addresses"
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise InputError(f"there is no such address: {error.strerror}", place=f"--host {host}") from None
+    except (OSError, UnicodeError):
+        raise InputError("there is no such address", place=place, hint=hint) from None
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(1024)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         found.close()
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        what = f"port {port} is taken" if taken else f"port {port} of {host} cannot be opened: {error}"
-        raise InputError(what, place=f"--port {port}", hint="`--port 0` takes one that is free") from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError("this machine has no such address", place=place, hint=hint) from None
+        what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be opened: {error.strerror}"
+        hint = "`--port 0` takes one that is free"
+        raise InputError(f"port {port} {what}", place=f"--port {port}", hint=hint) from None
     return found
 
 
@@ -142,10 +146,14 @@ def handlers(nothing_here: str, headers: Mapping[int, Mapping[str, str]]) -> dic
         assert isinstance(problem, Refused)
         return error(problem.status, problem.sentence, headers.get(problem.status))
 
-    async def of_http(_: Request, problem: Exception) -> Response:
+    async def of_http(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
-        sentence = nothing_here if problem.status_code == 404 else problem.detail
-        return error(problem.status_code, sentence, headers.get(problem.status_code))
+        beside = {**(problem.headers or {}), **headers.get(problem.status_code, {})}
+        sentence = {
+            404: nothing_here,
+            405: f"{request.url.path} takes {beside.get('Allow', 'another method')}, and not {request.method}",
+        }.get(problem.status_code, problem.detail)
+        return error(problem.status_code, sentence, beside)
 
     async def failed(_: Request, problem: Exception) -> Response:
         return error(500, f"the server has failed: {type(problem).__name__}")

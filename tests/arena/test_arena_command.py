@@ -101,7 +101,16 @@ def test_all_addresses_are_opened_aloud_and_who_is_not_asked_any_more_stays_out(
         (["arena", "--data", "rows.jsonl", "--people", "a,"], "error: --people: '' is no name for a person"),
         (["arena", "--data", "rows.jsonl", "--people", "<b>"], "error: --people: '<b>' is no name for a person"),
         (["arena", "--data", "rows.jsonl", "--host", "no.such.invalid"], "error: --host no.such.invalid: there is no "),
-        (["arena", "--data", "rows.jsonl", "--host", "192.0.2.77"], "error: --port 0: port 0 of 192.0.2.77 cannot be "),
+        (["arena", "--data", "rows.jsonl", "--host", ".."], "error: --host ..: there is no such address"),
+        (["arena", "--data", "rows.jsonl", "--host", ""], "error: --host '': there is no such address"),
+        (["arena", "--data", "rows.jsonl", "--host", "192.0.2.77"], "error: --host 192.0.2.77: this machine has no su"),
+        (["arena", "--data", "."], "error: --data .: this is a folder"),
+        (["arena", "--data", "alone.jsonl"], "error: alone.jsonl: row 1: `replies` should be two replies or more"),
+        (["arena", "--data", "space.jsonl"], "error: space.jsonl: no row has two replies that differ"),
+        (["arena", "--data", "rows.jsonl", "--as", "feedback"], "error: --as feedback: it says what `--export` writes"),
+        (["label", "none", "--as", "labels"], "error: --as labels: it says what `--export` writes"),
+        (["arena", "--data", "rows.jsonl", "--export", "x.jsonl", "--open"], "error: --open: no page is shown with "),
+        (["label", "none", "--import", "x.jsonl", "--people", "a"], "error: --people: no page is shown with "),
         (
             ["arena", "--data", "rows.jsonl", "--import", "none.json"],
             "error: --import none.json: there is no such file",
@@ -113,9 +122,13 @@ def test_a_fault_is_one_sentence(say: Say, tmp_path: Path, arguments: list[str],
     write(tmp_path / "rows.jsonl", ROWS)
     write(tmp_path / "same.jsonl", [{"prompt": "p", "replies": ["a", "a"]}])
     write(tmp_path / "odd.jsonl", [{"x": "p"}])
+    write(tmp_path / "alone.jsonl", [{"prompt": "p", "replies": ["a"]}])
+    write(tmp_path / "space.jsonl", [{"prompt": "p", "replies": ["a", "a \n"]}])
     code, out, err = say(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(says) and "Traceback" not in err and len(err.splitlines()) <= 2
+    if ".jsonl: " in says and "--data" not in says:  # the rows are not what is needed
+        assert "`--columns prompt=YOURS,replies=YOURS`" in err and "kind ppo" not in err
 
 
 def test_a_port_that_is_taken_is_said(say: Say, tmp_path: Path) -> None:

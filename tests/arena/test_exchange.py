@@ -107,8 +107,14 @@ def test_every_click_comes_back_as_it_was(file: Path, tmp_path: Path) -> None:
     setup = Setup("t", "label", [item("Q: which?", [" this", " that"])])
     other = tmp_path / "other.db"
     said = exchange.take(tmp_path / "out.jsonl", other, setup)
-    assert said == "5 of 5 labels are new; 2 are of pairs that `label` does not ask about"
-    assert exchange.take(tmp_path / "out.jsonl", other, setup).startswith("0 of 5 labels are new")
+    assert said == (
+        "warning: 5 of 5 labels are new, and 2 are of pairs that `label` does not ask about, and do not count; prompt "
+        "and replies must be the same to the letter"
+    )
+    elsewhere = setup._replace(items=[item("Q: which? ", [" this", " that"])])
+    said = exchange.take(tmp_path / "out.jsonl", other, elsewhere)
+    assert "and none is of a pair that `label` asks about, so none counts" in said
+    assert "0 of 5 labels are new" in exchange.take(tmp_path / "out.jsonl", other, setup)
     with Labels(other) as labels:
         after = labels.of("label", undone=True), labels.pairs("label")
     assert [one._replace(made_at="") for one in after[0]] == [one._replace(made_at="") for one in before[0]]
@@ -223,6 +229,13 @@ def test_labels_of_other_tools_are_taken(
     assert "does not ask" not in said
     assert times == ({4.5} if "Label Studio" in next(iter(expected)) else {None})
     assert exchange.take(source, file, setup).startswith("0 of ")
+
+
+def test_an_export_in_which_nobody_has_labelled_is_said(file: Path, tmp_path: Path) -> None:
+    source = tmp_path / "export.json"
+    source.write_text(json.dumps([{"id": 1, "data": {"prompt": "p"}, "annotations": []}]), encoding="utf-8")
+    setup = Setup("t", "label", [item("p", ["a", "b"])])
+    assert exchange.take(source, file, setup) == f"warning: nobody has labelled anything in {source}"
 
 
 @pytest.mark.parametrize(

@@ -462,6 +462,15 @@ class TestAcross:
         (warning,) = problems.across({"sft": chat, "dpo": text}, ["Q"])  # there is one format too many already
         assert "two formats" in warning
 
+    def test_a_stage_that_people_do_trains_no_model(self, data, measure):
+        texts = data([{"prompt": "Q", "replies": ["a", "b"]}] * 4, chat=False)
+        chats = data([{"prompt": [{"role": "user", "content": "Q"}], "replies": ["a", "b"]}] * 4)
+        mix = Data(mix=[{"path": texts.path, "weight": 1}, {"path": chats.path, "weight": 1}])
+        (warning,) = (one for one in found(measure("label", mix))[1] if "conversations" in one)
+        (other,) = problems.across({"feedback": measure("label", chats), "dpo": measure("dpo", data(pairs(5)))})
+        for said in (warning, other):
+            assert "plain text, which are two formats: write all in one" in said and "train" not in said
+
     def test_text_and_conversations_in_one_stage(self, data, measure):
         """Of each source as many as are in use; rows of `eval_data` count, too."""
         chats, texts = data(CHATS * 4).path, data(demonstrations(30)).path

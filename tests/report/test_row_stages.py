@@ -142,17 +142,25 @@ def test_people_are_shown_with_what_is_known_of_them(run: Path) -> None:
         "<b>ann</b>", labels=41, seconds_median=4.25, checks={"right": 3, "of": 4}, agreement=0.875,
         consistency={"same": 5, "of": 6},
     )  # fmt: skip
-    (run / "chosen" / "people.json").write_text(json.dumps({"people": [ann, of_person("bob"), of_person("eve")], "left_out": ["eve"]}))
+    (run / "chosen" / "people.json").write_text(
+        json.dumps({"people": [ann, of_person("bob"), of_person("eve")], "left_out": ["eve"]})
+    )
     text = page.render(gather.read_runs([run]))
     own = section(text, "chosen")
     rows = re.findall(r'<tr><th scope="row"><bdi>(.*?)</bdi></th>(.*?)</tr>', own)
     cells = {html.unescape(name): re.findall(r'<td class="n">(.*?)</td>', line) for name, line in rows}
     nothing = ["3", "", "", "", ""]
-    assert cells == {"<b>ann</b>": ["41", "4.25", "3 of 4", "88%", "5 of 6"], "bob": nothing, "eve (labels do not count)": nothing}
+    assert cells == {
+        "<b>ann</b>": ["41", "4.25", "3 of 4", "88%", "5 of 6"],
+        "bob": nothing,
+        "eve (labels do not count)": nothing,
+    }
     assert "People (3)" not in section(text, "feedback")
 
 
-@pytest.mark.parametrize("content", ["[]", '{"people": 3}', '{"people": [3, {"name": [], "checks": "x"}], "left_out": 3}', "{"])
+@pytest.mark.parametrize(
+    "content", ["[]", '{"people": 3}', '{"people": [3, {"name": [], "checks": "x"}], "left_out": 3}', "{"]
+)
 def test_odd_people_do_not_keep_the_report_from_being_written(run: Path, content: str) -> None:
     add(run, "chosen", "label", [{"prompt": "q", "chosen": "a", "rejected": "b"}], {"rows": 1})
     (run / "chosen" / "people.json").write_text(content)

@@ -1,5 +1,6 @@
 """The file of labels: nothing that was acknowledged is lost, nothing is there twice, nothing is overwritten."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -225,9 +226,10 @@ def torn(file: Path) -> None:
         (other, "this is a database, but none of labels"),
         (lambda file: file.write_bytes(b"no database, " * 100), "these labels are damaged: file is not a database"),
         (torn, "these labels are damaged: "),
-        (lambda file: file.mkdir(), "the labels cannot be read or written: unable to open database file"),
+        (lambda file: file.mkdir(), "this is a folder, and no file of labels"),
+        (lambda file: file.parent.rmdir(), "there is no folder "),
     ],
-    ids=["later version", "another database", "no database", "torn", "folder"],
+    ids=["later version", "another database", "no database", "torn", "folder", "no folder"],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_stays_as_it_is(file: Path, spoil, says: str) -> None:
     spoil(file)
@@ -241,11 +243,51 @@ def test_a_file_that_cannot_be_read_stays_as_it_is(file: Path, spoil, says: str)
 def test_labels_of_a_folder_that_cannot_be_written_to_are_read(file: Path, monkeypatch) -> None:
     with Labels(file) as labels:
         labels.add(label("1"), PAIR)
-    monkeypatch.setattr("os.access", lambda *_: False)  # who runs the tests as root may write everywhere
+    # Who runs the tests as root may write everywhere.
+    monkeypatch.setattr("os.access", lambda _, mode: mode == os.R_OK)
     before = sorted(file.parent.iterdir())
     found = Labels.open_existing(file)
     assert found is not None and found.count("label") == 1
     assert sorted(file.parent.iterdir()) == before  # nothing is made beside it
-    with pytest.raises(InputError, match="readonly"):
+    with pytest.raises(InputError, match="labels cannot be kept here: the folder or the file is read-only") as error:
         found.add(label("2"), PAIR)
+    assert str(file.parent) in str(error.value.hint)
     found.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE labels SET dimensions = '{'", "UPDATE pairs SET first = 'x'", "DROP TABLE asked", "DROP TABLE labels"],
+)
+def test_what_is_damaged_within_is_said(file: Path, statement: str) -> None:
+    with Labels(file) as labels:
+        labels.add(label("1"), PAIR)
+    with sqlite3.connect(file) as database:
+        database.execute(statement)
+    database.close()
+    with Labels(file) as labels, pytest.raises(InputError, match="these labels are damaged: ") as error:
+        for read in (labels.of, labels.pairs, labels.asked):
+            read("label")
+    assert ".recover" in str(error.value.hint)
+
+
+def test_a_file_that_was_emptied_is_said(file: Path) -> None:
+    with Labels(file) as labels:
+        labels.add(label("1"), PAIR)
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match="this file is empty, so the labels that were in it are gone"):
+        Labels.open_existing(file)
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_nothing_is_saved_in_a_file_that_nobody_finds_again(file: Path, comes_back: bool) -> None:
+    with Labels(file) as labels:
+        labels.add(label("1"), PAIR)
+        file.rename(file.with_name("away"))
+        if comes_back:
+            Labels(file).close()
+        with pytest.raises(InputError, match="moved or deleted while they were open"):
+            labels.add(label("2"), PAIR)
+        if not comes_back:
+            file.with_name("away").rename(file)
+            assert labels.add(label("2"), PAIR)

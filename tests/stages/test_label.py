@@ -113,6 +113,14 @@ def test_a_conversation_with_tools_keeps_them(make_job) -> None:
     assert recognise([row], "preferences").read(row) == [(prompt, "b", "a")]
 
 
+def test_replies_that_differ_in_space_at_their_ends_are_one(make_job) -> None:
+    rows = [{"prompt": "Q:", "replies": [" yes", "yes\n", " no"]}, {"prompt": "R:", "replies": [" yes", " yes "]}]
+    checks = make_job().recipe.run.parent / "checks.jsonl"
+    job = make_job(rows=rows, check={"path": str(checks)})
+    checks.write_text(json.dumps({"prompt": "P:", "chosen": " right", "rejected": " right "}) + "\n")
+    assert [one.replies for one in label.prepare(job)] == [[" yes", " no"]]
+
+
 def test_people_below_a_bound_are_left_out() -> None:
     def of(name: str, agrees: float | None, right: int, asked: int) -> dict[str, Any]:
         return {"name": name, "agreement": agrees, "checks": {"right": right, "of": asked}}

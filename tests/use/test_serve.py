@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import uvicorn
 
+from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data.encode import encode_records
 from rlhf_pipeline.errors import InputError
@@ -241,7 +242,9 @@ def test_pages_of_others_in_a_browser_here_cannot_ask(served) -> None:
     assert ask(port, "/score", body, Host=f"localhost:{port}").status == 200
     assert ask(port, "/score", body, Content_Type="text/plain").status == 400
     assert ask(port, "/elsewhere").status == 404
-    assert ask(port, "/score").status == 405
+    found = ask(port, "/score")
+    assert (found.status, found.body["error"]) == (405, "/score takes POST, and not GET")
+    assert found.headers["allow"] == "POST"
 
 
 def test_a_port_that_is_taken_is_one_sentence() -> None:
@@ -251,17 +254,33 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
             web.listen("127.0.0.1", port)
 
 
+def test_an_address_is_shown_that_others_can_open() -> None:
+    assert web.reached_at("127.0.0.1") == "127.0.0.1"
+    assert web.reached_at("0.0.0.0") == web.reached_at("::") not in web.EVERY_ADDRESS
+
+
+def test_an_empty_token_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["rlhf-pipeline", "serve", "none", "--token", ""])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "--token: an empty token would let everybody in" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_ends_when_all_who_have_asked_are_answered(tiny_run: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "host"), [(signal.SIGTERM, "127.0.0.1"), (signal.SIGINT, "0.0.0.0")])
+def test_the_command_ends_when_all_who_have_asked_are_answered(
+    tiny_run: Path, number: signal.Signals, host: str
+) -> None:
     """A request that is under way when the signal comes gets its scores, and the command ends with 0."""
-    words = command("rlhf_pipeline", "serve", str(tiny_run), "--port", "0", "--batch-size", "1")
+    words = command("rlhf_pipeline", "serve", str(tiny_run), "--port", "0", "--batch-size", "1", "--token", TOKEN)
+    words += ["--host", host]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         try:
             url = process.stdout.readline().strip()
+            assert url.startswith(f"http://{web.reached_at(host)}:")
             port = int(url.rpartition(":")[2].partition("/")[0])
             while True:
                 try:
@@ -272,7 +291,7 @@ def test_the_command_ends_when_all_who_have_asked_are_answered(tiny_run: Path, n
             replies = [f" It is {word}." for word in range(60)]
             with ThreadPoolExecutor(2) as threads:
                 under_way = [
-                    threads.submit(ask, port, "/score", {"prompts": [PROMPT] * 60, "replies": replies})
+                    threads.submit(ask, port, f"/score?token={TOKEN}", {"prompts": [PROMPT] * 60, "replies": replies})
                     for _ in range(2)
                 ]
                 until = time.monotonic() + 30
