@@ -37,11 +37,13 @@ GRACE_S = 3.0  # for the others to end by themselves when one has failed
 STOP_GRACE_S = 30.0  # and when one has stopped as it was asked to
 OVER, STOP = "over", "stop"  # files in the folder: the first machine has decided; all shall stop
 PORT = 29500  # torchrun's own
-# What an error says that only tells of another rank's end.
-_OF_OTHERS = (
-    "onnection closed", "onnection reset", "roken pipe", "onnection refused", "NCCL", "imed out", "imeout", "TCPStore",
-    "gloo", "ProcessGroup",
-)  # fmt: skip
+# What Gloo, NCCL and their store say where another rank did not answer in time, and what tells that one has ended.
+_TIMED_OUT = re.compile(
+    "Timed out waiting|Application timeout|collective operation timeout|wait timeout after|Socket Timeout"
+)
+_OF_OTHERS = re.compile(
+    f"{_TIMED_OUT.pattern}|onnection (closed|reset|refused)|roken pipe|NCCL|TCPStore|gloo|ProcessGroup"
+)
 
 
 class Ranks:
@@ -85,6 +87,20 @@ class Ranks:
         """What a rank has handed back; empty where it has not."""
         return read_json(self.folder / f"{rank}.result.json") or {}
 
+    def said(self, rank: int, code: int) -> str:
+        """What a rank that failed says of it: its result, or what NCCL writes to the log as it aborts the process."""
+        message = str(self.result(rank).get("message") or "")
+        log = log_of_rank(self.log, rank)
+        if not message and code == -signal.SIGABRT and log.exists():
+            end = log.read_text(errors="replace")[-20_000:]
+            message = next((line for line in end.splitlines() if _TIMED_OUT.search(line)), "")
+        return message
+
+    def refusal(self) -> dict[str, Any] | None:
+        """Why another machine has not started its ranks; None where it says nothing."""
+        found = (read_json(self.folder / f"machine-{machine}.json") for machine in range(1, self.machines))
+        return next(filter(None, found), None)
+
     def listen(self) -> None:
         """Wait, on the first machine, until the others are there.
 
@@ -100,7 +116,9 @@ class Ranks:
             time.sleep(POLL_S)
 
     def is_over(self) -> bool:
-        """Whether there is nothing to wait for: another machine is gone, or the first one has decided."""
+        """Whether there is nothing to wait for: another machine is gone or refuses, or the first one has decided."""
+        if self.machine == 0 and self.refusal():
+            return True
         self.silent = next((m for m, ear in self._ears.items() if ear.silence() > machines.SILENT_S), None)
         return self.silent is not None or (self.machine > 0 and (self.folder / OVER).exists())
 
@@ -224,7 +242,7 @@ def _grace(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]]) -> float:
     if ranks.machine > 0:
         return 5 * GRACE_S  # the first machine decides
     failed = [rank for rank, end in ended.items() if end["code"] not in (0, STOPPED)]
-    misses = failed and all(_is_of_others(str(ranks.result(rank).get("message"))) for rank in failed)
+    misses = failed and all(_OF_OTHERS.search(ranks.said(rank, ended[rank]["code"])) for rank in failed)
     return machines.SILENT_S + GRACE_S if ranks.machines > 1 and misses else GRACE_S
 
 
@@ -232,25 +250,27 @@ def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: sub
     """Make one result of those of all ranks; a worker's exit code."""
     failed = {rank: end for rank, end in ended.items() if end["code"] not in (0, STOPPED)}
     stopped = [rank for rank, end in ended.items() if end["code"] == STOPPED]
-    said = {rank: str(ranks.result(rank).get("message") or "") for rank in failed}
-    if stopped and all(map(_is_of_others, said.values())):  # what failed then misses those that stopped
-        found = next((ranks.result(rank) for rank in stopped if "step" in ranks.result(rank)), None)
-        return _finish(ranks, found, STOPPED)
+    said = {rank: ranks.said(rank, end["code"]) for rank, end in failed.items()}
+    if stopped and all(map(_OF_OTHERS.search, said.values())):  # what failed then misses those that stopped
+        found = (ranks.result(rank) for rank in stopped)
+        return _finish(ranks, next((one for one in found if one.get("step")), {"step": None}), STOPPED)
     if ranks.silent is not None:
         hint = "the same command on all machines resumes from the last checkpoint"
         return _fail(ranks, f"machine {ranks.silent} has given no sign for {machines.SILENT_S:.0f} s", hint)
     running = [rank for rank in range(ranks.count) if rank not in ended]
+    if not failed and (refusal := ranks.refusal()):
+        return _finish(ranks, refusal, 1)
     if not failed and running:
         code = launcher.poll()
         return _fail(ranks, f"`accelerate launch` ended with exit code {code}, and not all of its processes had", None)
     if not failed:
         return _finish(ranks, ranks.result(0), 0)
-    if running and all("imed out" in text or "imeout" in text for text in said.values()):
+    if running and all(map(_TIMED_OUT.search, said.values())):
         ranks.end(signal.SIGABRT)  # its log then says where it is
         time.sleep(0.5)
         at = _was_at(log_of_rank(ranks.log, running[0]))
         return _fail(ranks, f"it did not answer, and the others waited for it in vain{at}", None, rank=running[0])
-    culprit = min(failed, key=lambda rank: (_is_of_others(said[rank]), failed[rank]["at"]))
+    culprit = min(failed, key=lambda rank: (bool(_OF_OTHERS.search(said[rank])), failed[rank]["at"]))
     result = ranks.result(culprit)
     if len(failed) < ranks.count or len(set(said.values())) > 1 or not said[culprit]:
         result |= {"rank": culprit, "ranks": ranks.count, "code": failed[culprit]["code"]}
@@ -265,11 +285,6 @@ def _was_at(log: Path) -> str:
     return f"; it was in `{found[3]}`, {found[1]}:{found[2]}" if found else ""
 
 
-def _is_of_others(message: str) -> bool:
-    """Whether what a rank says only tells that another one has ended."""
-    return any(words in message for words in _OF_OTHERS)
-
-
 def _fail(ranks: Ranks, message: str, hint: str | None, rank: int | None = None) -> int:
     """A result that says what went wrong with all ranks, or with one."""
     result: dict[str, Any] = {"message": message, "hint": hint, "known": hint is not None}
@@ -278,10 +293,13 @@ def _fail(ranks: Ranks, message: str, hint: str | None, rank: int | None = None)
     return _finish(ranks, result, 1)
 
 
-def _finish(ranks: Ranks, result: dict[str, Any] | None, code: int) -> int:
-    """Write the result, which the first machine does for all."""
-    if result is not None and ranks.machine == 0:
+def _finish(ranks: Ranks, result: dict[str, Any], code: int) -> int:
+    """Write the result, which the first machine does for all; another one tells it why it could not start."""
+    if ranks.machine == 0:
         durable.write_text(ranks.job_file.with_name(RESULT), strict_json.dumps(result))
+    elif code == 1 and "rank" not in result:
+        said = result | {"message": f"machine {ranks.machine}: {result['message']}"}
+        durable.write_text(ranks.folder / f"machine-{ranks.machine}.json", strict_json.dumps(said))
     return code
 
 

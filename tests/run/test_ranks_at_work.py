@@ -55,7 +55,9 @@ class Launcher:
     def run(self, job: dict[str, Any], job_file: Path, log: Path) -> int:
         job_file.write_text(json.dumps(job))
         watcher = multiprocessing.get_context("fork").Process(target=_watch, args=(job_file, log, self._sabotage))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # as the server has it
         watcher.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
         deadline = time.monotonic() + 60
         while watcher.is_alive() and time.monotonic() < deadline:
             if self._stop_after and self._stop_after.exists() and not self.stopping:
@@ -74,7 +76,6 @@ def _watch(job_file: Path, log: Path, sabotage: Sabotage) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # as the server does
         ranks._start = functools.partial(_start, sabotage)
         code = ranks.main(job_file)
     finally:
@@ -207,6 +208,20 @@ def test_one_that_hangs_is_named_when_the_others_have_waited_long_enough(recipe,
     assert kept(recipe) == 2
 
 
+def test_one_that_hangs_is_named_where_the_others_are_aborted_as_nccl_does_it(recipe):
+    def sabotage(index: int) -> None:
+        def abort() -> None:
+            os.write(
+                2, b"[rank0]: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 300000 ms\n"
+            )
+            os.abort()
+
+        at_step(index, 3, (lambda: time.sleep(1000)) if index else abort)(index)
+
+    said = failure(recipe, sabotage)
+    assert said.startswith("stage `sft` failed in rank 1 of 2: it did not answer, and the others waited"), said
+
+
 def test_one_that_sees_other_data_is_named_before_anything_is_trained(recipe):
     def sabotage(index: int) -> None:
         usual = sft.read
@@ -239,7 +254,7 @@ def test_a_stop_leaves_one_checkpoint_of_all(recipe):
 
 def test_a_stop_before_they_listen_is_heard(recipe):
     done = train(recipe, Launcher(lambda _: time.sleep(0.5), stop_after=recipe.run / "sft/work" / JOB))
-    assert done.stopped and "step" not in done.result
+    assert done.stopped and done.result == {"step": None}
 
 
 @pytest.mark.parametrize("machines", [1, 2])
