@@ -198,11 +198,16 @@ def test_plan_and_status(command, folder, tmp_path):
     (tmp_path / "ppo").mkdir()
     (tmp_path / "ppo" / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n{"step": 2, "time": 3.5}\n')
     begun = StagePlan("ppo", "ppo", {"init": "base"}, state="partial", progress=Progress("checkpoint", step=2, of=9))
+    labelled = StagePlan("feedback", "label", {"init": "base"}, state="waiting", left_out=["eve"])
     phases = (Phase("backward", {"weights": 5}),)
     known.keep(recipes.load("tiny"), Forecast("a GPU", None, (StageForecast("sft", "sft", phases, 2, 4, 8),)))
     compare(
         command,
-        [output(folder, command, "one.yaml"), output(folder, command, "tiny"), tables.as_json(tmp_path, [begun])],
+        [
+            output(folder, command, "one.yaml"),
+            output(folder, command, "tiny"),
+            tables.as_json(tmp_path, [begun, labelled]),
+        ],
     )
 
 
