@@ -4,6 +4,7 @@ The worker is a fork of this process, which only waits for it and notes its exit
 launcher, which would end all processes a moment after it saw one fail, sees none fail; `run.ranks` decides instead.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -16,6 +17,7 @@ from typing import NoReturn
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, die_with
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import RANKS, log_of_rank
+from rlhf_pipeline.rundir.secrets import scrub
 
 
 def main(job_file: str) -> None:
@@ -31,6 +33,9 @@ def main(job_file: str) -> None:
         _work(job_file, index, folder, me)
     durable.write_text(folder / f"{index}.pid", str(worker))
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    if index:  # the first one's log is the runner's, which may not know the secrets of another machine
+        with contextlib.suppress(OSError):
+            scrub(log_of_rank(Path(json.loads(Path(job_file).read_text())["log"]), index))
     durable.write_text(folder / f"{index}.json", json.dumps({"code": code, "at": time.monotonic()}))
 
 

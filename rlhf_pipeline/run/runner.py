@@ -339,7 +339,8 @@ def _train(
     record = _opening_record(recipe, stage, directory, progress, begun)
     directory.prepare(stage.name, progress)
     _put_damage_aside(stage.name, directory, say)
-    scrub(folder / LOG)
+    for log in folder.glob("log*.txt"):
+        scrub(log)
     directory.write_record(stage.name, record)
     trains = progress is None or progress.point == "checkpoint"
     launch = {"launch": keys} if trains and (keys := recipe.launch_of(stage.name)) else {}

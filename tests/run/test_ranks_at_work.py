@@ -191,12 +191,15 @@ def test_one_whose_memory_ran_out_is_named(recipe):
     assert kept(recipe) == 2
 
 
-def test_what_one_raises_is_shown_with_the_end_of_its_own_log(recipe):
-    def fail() -> None:
-        raise ValueError("nobody foresaw this")
+def test_what_one_raises_is_shown_with_the_end_of_its_own_log_and_without_secrets(recipe, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "hush-hush-0123456789")
 
-    said = failure(recipe, at_step(0, 3, fail))
-    assert said.startswith("stage `sft` failed in rank 0 of 2: ValueError: nobody foresaw this\n  | "), said
+    def fail() -> None:
+        raise ValueError("nobody foresaw hush-hush-0123456789")
+
+    said = failure(recipe, at_step(1, 3, fail))
+    assert said.startswith("stage `sft` failed in rank 1 of 2: ValueError: nobody foresaw ***\n  | "), said
+    assert all("hush" not in log.read_text() for log in (recipe.run / "sft").glob("log*"))
     assert kept(recipe) == 2
 
 

@@ -29,6 +29,7 @@ name: mine
 model: {path: qwen, quantization: nf4, dtype: float16, attention: flash_attention_2}
 lora: {r: 4, lora_alpha: 8, target_modules: [q_proj, down_proj]}
 evaluate: {data: tiny:heldout, judge: "my_judge:judge", n: 50, max_new_tokens: 100}
+launch: {num_processes: 8}
 stages:
   sft:
     data: {mix: [{path: demonstrations.jsonl, weight: 2}, {path: tiny:demonstrations, weight: 1}], eval_fraction: 0.05}
@@ -142,6 +143,7 @@ class TestFourStages:
         ]  # fmt: skip
         assert all(stage["first"] is not None and stage["seconds"] > 0 for stage in report["stages"])
         assert report["notes"] == [
+            "`launch` is left out: one process runs each stage",
             "`dtype: float16` needs a GPU: bfloat16 is used instead",
             "`attention: flash_attention_2` needs a GPU: `auto` is used instead",
             "`tf32`: left out, since a CPU does not use them"
