@@ -21,7 +21,7 @@ import yaml
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
-from rlhf_pipeline.run import machines
+from rlhf_pipeline.run import machines, runner
 
 FIRST, SECOND = "10.77.3.1", "10.77.3.2"
 RECIPE = {
@@ -167,6 +167,13 @@ def test_the_others_end_as_the_first_one_does(far):
         )  # fmt: skip
     assert isinstance(ends(far, KeyboardInterrupt()), Interrupted)
     assert str(ends(far, ZeroDivisionError("h")).message) == "h"
+
+
+def test_a_machine_does_not_wait_where_there_is_nothing_to_do(far, monkeypatch):
+    monkeypatch.setattr(runner.to_do, "find", lambda *_, **__: runner.ToDo({}, compares=False))
+    began = time.monotonic()
+    runner.run(far, say=lambda _: None)
+    assert time.monotonic() - began < machines.COME_S and not (far.run / ".machines").exists()
 
 
 def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far):

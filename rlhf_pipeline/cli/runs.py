@@ -1,5 +1,6 @@
 """Commands that make runs and look after them: run, watch, status, runs, prune, smoke."""
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -61,16 +62,10 @@ def run(
     from rlhf_pipeline.terminal.console import Console
 
     loaded = recipes.load(recipe, overrides or [])
-    if loaded.machine_rank:
-        from rlhf_pipeline.run import machines
-
-        try:
-            machines.follow(loaded, say)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted") from None
-        return
+    first = loaded.machine_rank == 0  # of several machines, this one shows and reports
+    following = live.following(loaded.run, say, recipe=loaded, verbose=verbose)
     try:
-        with live.following(loaded.run, say, recipe=loaded, verbose=verbose) as above:
+        with following if first else contextlib.nullcontext(say) as above:
             plans = runner.run(
                 loaded,
                 until=until,
@@ -84,9 +79,12 @@ def run(
     except KeyboardInterrupt:  # typer has an answer of its own to it
         raise Interrupted("interrupted") from None
     except (RunError, Interrupted, Waiting):
-        _report(loaded.run)
-        _show_alarms(loaded.run, on_stderr=True)
+        if first:
+            _report(loaded.run)
+            _show_alarms(loaded.run, on_stderr=True)
         raise
+    if not first:
+        return
     _report(loaded.run)
     tables.finished(loaded.run, plans, Console())
     verdict = _show_alarms(loaded.run)

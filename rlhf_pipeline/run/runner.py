@@ -107,6 +107,10 @@ def run(
     wanted = find_to_do(plans)
     if not wanted.stages and not (compare and wanted.compares):
         return plans
+    if recipe.machine_rank:  # the first machine holds the lock and does the rest
+        require_devices(recipe, list(wanted.stages))
+        machines.follow(recipe, say)
+        return make_plan()
     directory.refuse_if_locked()
     if to_do.WAIT in list(wanted.stages.values())[:1]:
         raise _waits(next(stage for stage in plans if stage.name in wanted.stages), directory)
