@@ -5,6 +5,7 @@ It takes root. How one hears that another is gone is tried below without, in les
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ import yaml
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
-from rlhf_pipeline.run import machines, runner
+from rlhf_pipeline.run import machines, ranks, runner
 
 FIRST, SECOND = "10.77.3.1", "10.77.3.2"
 RECIPE = {
@@ -209,3 +210,87 @@ def test_a_machine_alone_tells_nobody(tmp_path):
     loaded = recipes.load(str(tmp_path / "far.yaml"))
     with machines.leading(loaded):
         assert not (loaded.run / ".machines").exists()
+
+
+def job_of(far: recipes.Recipe) -> Path:
+    """A job that machine 0 has told of, as a file, with the folder of its ranks."""
+    job = far.run / "sft" / "work" / "job.json"
+    (job.parent / "ranks").mkdir(parents=True)
+    (far.run / ".machines").mkdir()
+    found = {"recipe": far.model_dump(), "launch": far.launch_of("sft"), "log": str(far.run / "sft" / "log.txt")}
+    job.write_text(json.dumps(found))
+    return job
+
+
+class Launched:
+    """`accelerate launch`, which has ended as all that it started here has."""
+
+    def poll(self) -> int:
+        return 0
+
+
+def test_one_whose_ranks_are_done_waits_while_the_first_still_judges(far, monkeypatch):
+    monkeypatch.setattr(ranks, "GRACE_S", 0.1)
+    here = ranks.Ranks(job_of(far), machine=1)
+    (here.folder / "1.json").write_text('{"code": 0, "at": 1.0}')
+    found: list[int] = []
+    waiting = threading.Thread(
+        target=lambda: found.append(ranks._outcome(here, ranks._wait(here, Launched()), Launched()))  # type: ignore[arg-type]
+    )
+    waiting.start()
+    waiting.join(1.5)
+    assert waiting.is_alive() and not found, "for much longer than it waits where something has failed"
+    (here.folder / "over").touch()
+    waiting.join(5)
+    assert found == [0] and not list(here.folder.glob("machine-*"))
+
+
+def test_why_a_machine_cannot_start_its_ranks_ends_the_first_ones(far, monkeypatch):
+    monkeypatch.setattr(ranks, "GRACE_S", 0.1)
+    job = job_of(far)
+    assert ranks._fail(ranks.Ranks(job, machine=1), "there is no room", "make some") == 1
+    first = ranks.Ranks(job, machine=0)
+    assert ranks._outcome(first, ranks._wait(first, Launched()), Launched()) == 1  # type: ignore[arg-type]
+    result = json.loads(job.with_name("result.json").read_text())
+    assert (result["message"], result["hint"]) == ("machine 1: there is no room", "make some")
+
+
+def test_a_machine_is_missed_only_while_its_ranks_are(far, monkeypatch):
+    first = ranks.Ranks(job_of(far), machine=0)
+    beat = far.run / ".machines" / "1.beat"
+    beat.write_text('{"count": 1}')
+    first._ears = {1: machines.Ear(beat.parent, 1)}
+    assert not first.is_over(ended=[])
+    time.sleep(machines.SILENT_S + 0.1)
+    assert not first.is_over(ended=[1]) and first.silent is None
+    assert first.is_over(ended=[0]) and first.silent == 1
+
+
+def test_what_starts_ranks_and_cannot_is_told_of_and_a_new_job_ends_the_former_one(far, monkeypatch):
+    job, said = job_of(far), []
+    machines_folder = far.run / ".machines"
+
+    def start(_recipe: object, told: str, _machine: int) -> subprocess.Popen:
+        said.append(told)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)" if len(said) > 1 else "exit(7)"])
+
+    monkeypatch.setattr(machines, "_start", start)
+
+    def lead() -> None:
+        with machines.leading(far):
+            machines.announce(far.run, job)
+            deadline = time.monotonic() + 10
+            while machines.refusal(job.with_name("ranks"), 1) is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            for _ in range(2):
+                machines.announce(far.run, job)
+                time.sleep(0.4)
+
+    first = threading.Thread(target=lead)
+    first.start()
+    machines.follow(far, lambda _: None)
+    first.join()
+    assert said == ["sft/work/job.json"] * 3
+    refused = machines.refusal(job.with_name("ranks"), 1)
+    assert refused and "machine 1: what starts its processes ended with exit code 7" in refused["message"]
+    assert machines_folder.exists()

@@ -18,9 +18,9 @@ from typing import Any
 from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import signals
-from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, command, environment_of_ranks
+from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, STOPPED, command, environment_of_ranks
 from rlhf_pipeline.rundir import strict_json
-from rlhf_pipeline.rundir.layout import MACHINES, log_of_machine, read_json
+from rlhf_pipeline.rundir.layout import MACHINES, RANKS, log_of_machine, read_json
 
 BEAT_S = 2.0
 SILENT_S = 30.0
@@ -115,6 +115,24 @@ def announce(run: Path, job_file: Path) -> None:
     _write(run / MACHINES / JOB, {"id": uuid.uuid4().hex, "job": str(job_file.relative_to(run))})
 
 
+def refuse(folder: Path, machine: int, why: str, hint: str | None = None) -> None:
+    """Tell machine 0 why another one has not started its ranks.
+
+    Args:
+        folder: in which the ranks of the job say how they ended.
+        machine: the number of this one.
+        why: in one sentence.
+        hint: what to do about it.
+    """
+    said = {"message": f"machine {machine}: {why}", "hint": hint, "known": hint is not None}
+    _write(folder / f"machine-{machine}.json", said)
+
+
+def refusal(folder: Path, machine: int) -> dict[str, Any] | None:
+    """What a machine has said in `refuse`, as a worker's result; None where it has not."""
+    return read_json(folder / f"machine-{machine}.json")
+
+
 def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Be one of the other machines: do what machine 0 tells, until its run is over.
 
@@ -154,15 +172,32 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
                         hint="the same command on all machines resumes from the last checkpoint",
                     )
                 told = read_json(folder / JOB)
-                if told is not None and told["id"] != done and (job is None or job.poll() is not None):
+                if told is not None and told["id"] != done:
+                    _end(job)  # machine 0 is done with the former one
                     done, stopping = told["id"], False
                     job = _start(recipe, told["job"], machine)
                     say(f"machine {machine} takes its part in {Path(told['job']).parts[0]}")
+                elif job is not None and job.poll() not in (None, 0, STOPPED) and told is not None:
+                    _say_that_it_ended(recipe.run / told["job"], machine, job.returncode)
                 time.sleep(POLL_S)
     finally:
-        if job is not None:
-            job.send_signal(END_SIGNAL)
-            job.wait()
+        _end(job)
+
+
+def _end(job: subprocess.Popen[bytes] | None) -> None:
+    """End the ranks of this machine, if there are any."""
+    if job is not None:
+        job.send_signal(END_SIGNAL)
+        job.wait()
+
+
+def _say_that_it_ended(job_file: Path, machine: int, code: int) -> None:
+    """Tell machine 0, which may be waiting for these ranks, unless something was said already."""
+    folder = job_file.with_name(RANKS)
+    if folder.is_dir() and refusal(folder, machine) is None:
+        refuse(
+            folder, machine, f"what starts its processes ended with exit code {code}: see its log.machine-{machine}.txt"
+        )
 
 
 def _wait_for_run(folder: Path, first: Ear) -> dict[str, Any]:

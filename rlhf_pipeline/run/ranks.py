@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,12 +71,16 @@ class Ranks:
         self.run = Path(job["recipe"]["output_dir"]) / job["recipe"]["name"]
         self.count, self.machines = self.keys["num_processes"], self.keys.get("num_machines", 1)
         self.machine = self.keys.get("machine_rank", 0) if machine is None else machine
-        local = self.count // self.machines
-        self.mine = range(self.machine * local, (self.machine + 1) * local)
+        self.mine = self.of(self.machine)
         self.stopping = False
         self.silent: int | None = None
         self._told: set[int] = set()
         self._ears: dict[int, machines.Ear] = {}
+
+    def of(self, machine: int) -> range:
+        """Those of a machine."""
+        each = self.count // self.machines
+        return range(machine * each, (machine + 1) * each)
 
     def ended(self) -> dict[int, dict[str, Any]]:
         """The exit code of each rank that has ended, and when, by this machine's clock."""
@@ -98,7 +102,7 @@ class Ranks:
 
     def refusal(self) -> dict[str, Any] | None:
         """Why another machine has not started its ranks; None where it says nothing."""
-        found = (read_json(self.folder / f"machine-{machine}.json") for machine in range(1, self.machines))
+        found = (machines.refusal(self.folder, machine) for machine in range(1, self.machines))
         return next(filter(None, found), None)
 
     def listen(self) -> None:
@@ -115,11 +119,16 @@ class Ranks:
                 raise LookupError(absent[0])
             time.sleep(POLL_S)
 
-    def is_over(self) -> bool:
-        """Whether there is nothing to wait for: another machine is gone or refuses, or the first one has decided."""
+    def is_over(self, ended: Collection[int]) -> bool:
+        """Whether there is nothing to wait for: another machine is gone or refuses, or the first one has decided.
+
+        Args:
+            ended: the ranks that have; a machine whose ranks all have is not missed any more.
+        """
         if self.machine == 0 and self.refusal():
             return True
-        self.silent = next((m for m, ear in self._ears.items() if ear.silence() > machines.SILENT_S), None)
+        missed = {m: ear for m, ear in self._ears.items() if any(rank not in ended for rank in self.of(m))}
+        self.silent = next((m for m, ear in missed.items() if ear.silence() > machines.SILENT_S), None)
         return self.silent is not None or (self.machine > 0 and (self.folder / OVER).exists())
 
     def tell(self) -> None:
@@ -154,6 +163,9 @@ def main(job_file: Path, machine: int | None = None) -> int:
     if ranks.machine == 0:
         shutil.rmtree(ranks.folder, ignore_errors=True)
         ranks.folder.mkdir()
+    deadline = time.monotonic() + machines.SILENT_S
+    while not ranks.folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(POLL_S)  # a network's file system shows a new folder late
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         ranks.stopping = True
@@ -221,6 +233,7 @@ def _wait(ranks: Ranks, launcher: subprocess.Popen[bytes]) -> dict[int, dict[str
     while True:
         gone = launcher.poll() is not None  # before looking at the ranks, which end earlier
         ended = ranks.ended()
+        gone = gone and any(rank not in ended for rank in ranks.mine)  # it also ends when those of this machine have
         codes = [end["code"] for end in ended.values()]
         if len(ended) == ranks.count:
             return ended
@@ -229,7 +242,7 @@ def _wait(ranks: Ranks, launcher: subprocess.Popen[bytes]) -> dict[int, dict[str
         if deadline is None and (gone or any(codes)):
             orderly = not gone and set(codes) <= {0, STOPPED}
             deadline = time.monotonic() + (STOP_GRACE_S if orderly else _grace(ranks, ended))
-        if ranks.is_over() or (deadline is not None and time.monotonic() > deadline):
+        if ranks.is_over(ended) or (deadline is not None and time.monotonic() > deadline):
             return ended
         time.sleep(POLL_S)
 
@@ -260,6 +273,8 @@ def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: sub
     running = [rank for rank in range(ranks.count) if rank not in ended]
     if not failed and (refusal := ranks.refusal()):
         return _finish(ranks, refusal, 1)
+    if not failed and ranks.machine > 0 and (ranks.folder / OVER).exists():
+        return 0
     if not failed and running:
         code = launcher.poll()
         return _fail(ranks, f"`accelerate launch` ended with exit code {code}, and not all of its processes had", None)
@@ -298,8 +313,7 @@ def _finish(ranks: Ranks, result: dict[str, Any], code: int) -> int:
     if ranks.machine == 0:
         durable.write_text(ranks.job_file.with_name(RESULT), strict_json.dumps(result))
     elif code == 1 and "rank" not in result:
-        said = result | {"message": f"machine {ranks.machine}: {result['message']}"}
-        durable.write_text(ranks.folder / f"machine-{ranks.machine}.json", strict_json.dumps(said))
+        machines.refuse(ranks.folder, ranks.machine, result["message"], result.get("hint"))
     return code
 
 
