@@ -4,6 +4,9 @@ Every process has one thread. The model is a Llama of 60 million parameters with
 in float32, and all texts are equally long. The first step does not count. `apart` is two processes with half the batch
 each that do not know of each other: what the machine itself allows, which has one memory for both.
 
+`CPU` are seconds of processor time, of the process that has most: on a machine where others work they are worth more
+than `step`, which is wall time.
+
 Bytes are those that the loopback device carried in a step, from one process to the other and back, per process. Each
 measurement runs in a network namespace of its own, so that nothing else is counted; that takes root. Without, there are
 no bytes.
@@ -34,11 +37,13 @@ class Kind(NamedTuple):
     Attributes:
         trainer: its keys, beside those that all have.
         data: of the tiny world, of which nothing but the shape is read.
+        rows: of a step, of all processes; of kinds that sample, replies.
         prompt, whole: tokens of a prompt, and of a prompt with its reply.
     """
 
     trainer: dict[str, Any]
     data: str
+    rows: int = 8
     prompt: int = 64
     whole: int = 128
 
@@ -48,11 +53,10 @@ KINDS = {
     "reward": Kind({}, "preferences"),
     "dpo": Kind({}, "preferences"),
     "kto": Kind({}, "thumbs"),
-    "grpo": Kind(GROUPS, "prompts", 32, 80),
-    "rloo": Kind(GROUPS, "prompts", 32, 80),
-    "ppo": Kind({"response_length": 48, "num_ppo_epochs": 2}, "prompts", 32, 80),
+    "grpo": Kind(GROUPS, "prompts", 32, 32, 80),
+    "rloo": Kind(GROUPS, "prompts", 32, 32, 80),
+    "ppo": Kind({"response_length": 48, "num_ppo_epochs": 1}, "prompts", 32, 32, 80),
 }
-ROWS = 8
 RECIPE = """
 name: scaling
 seed: 0
@@ -103,7 +107,7 @@ def measure(kind: str, way: str, folder: Path, steps: int) -> dict[str, float]:
     from rlhf_pipeline.recipe import TINY
 
     processes, tiny = 1 if way == "one" else 2, TINY / "data"
-    trainer = {"gradient_checkpointing": False, "per_device_train_batch_size": ROWS // processes}
+    trainer = {"gradient_checkpointing": False, "per_device_train_batch_size": KINDS[kind].rows // processes}
     filled = {"lora": LORA, "kind": kind, "trainer": json.dumps(trainer | KINDS[kind].trainer), "tiny": tiny}
     stage = RECIPE.format(data=f"{tiny}/{KINDS[kind].data}.jsonl", **filled)
     if kind == "reward":
@@ -173,16 +177,23 @@ def train(kind: str, folder: Path, steps: int) -> dict[str, float]:
                 trainer.rewards = rewards
             else:
                 trainer.score_with(rewards, job.stage.scored_by)
-        seen: list[tuple[float, int, dict[str, float]]] = []
+        seen: list[tuple[float, float, int, dict[str, float]]] = []
 
         class Noting(TrainerCallback):
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 memory = getattr(trainer, "memory", None)
-                seen.append((time.perf_counter(), carried(), dict(memory.unreported[-1]) if memory else {}))
+                seen.append(
+                    (time.perf_counter(), time.process_time(), carried(), dict(memory.unreported[-1]) if memory else {})
+                )
 
         trainer.add_callback(Noting())
         trainer.train()
-    found = {"step": statistics.median(after[0] - before[0] for before, after in itertools.pairwise(seen))}
+    steps_of = [
+        [later - earlier for earlier, later in zip(*two, strict=True)]
+        for two in itertools.pairwise(one[:3] for one in seen)
+    ]
+    wall, processor, sent = (statistics.median(of) for of in zip(*steps_of, strict=True))
+    found = {"step": wall, "CPU": processor}
     if kind == "ppo":
         of = [numbers for *_, numbers in seen[1:]]
         for phase, value in {
@@ -191,11 +202,9 @@ def train(kind: str, folder: Path, steps: int) -> dict[str, float]:
             "optimising": lambda one: one["optimise/seconds"],
         }.items():
             found[phase] = statistics.median(map(value, of))
-    found["bytes"] = (
-        statistics.median(after[1] - before[1] for before, after in itertools.pairwise(seen)) / ranks.count()
-    )
+    found["bytes"] = sent / ranks.count()
     found["trained"] = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
-    return found if ranks.is_first() else {}
+    return found
 
 
 def carried() -> int:

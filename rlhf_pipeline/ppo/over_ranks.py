@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline import ranks
+from rlhf_pipeline.errors import RunError
 from rlhf_pipeline.ppo.numbers import Scored, concatenated
 from rlhf_pipeline.ppo.rollout import concatenate, one_below_another
 
@@ -81,13 +82,13 @@ def require_same(weights: dict[str, int], update: int) -> None:
         update: how many updates they have behind them.
 
     Raises:
-        RuntimeError: they have not; it names a rank and a role.
+        RunError: they have not; it names a rank and a role.
     """
     first, *others = ranks.gathered(weights)
     for rank, theirs in enumerate(others, 1):
         for role, checksum in first.items():
             if theirs.get(role) != checksum:
-                raise RuntimeError(
-                    f"rank {rank} of {ranks.count()} has other weights of `{role}` than rank 0 after {update} updates: "
-                    "all need the same files, the same versions of the libraries, and devices of one kind"
+                raise RunError(
+                    f"rank {rank} of {ranks.count()} has other weights of `{role}` than rank 0 after {update} updates",
+                    hint="all need the same files and libraries, and devices of one kind",
                 )

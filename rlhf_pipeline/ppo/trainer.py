@@ -151,8 +151,8 @@ class PPOTrainer(Trainer):
         Raises:
             ValueError: there is no such checkpoint.
             CheckpointError: it cannot be read, or is of another reference or reward.
-            RuntimeError: too many optimizer steps in a row had gradients that were not finite; or a rank has other
-                weights than the first.
+            RuntimeError: too many optimizer steps in a row had gradients that were not finite.
+            RunError: a rank has other weights than the first.
         """
         self._begin(durable.locate(self.args.output_dir, resume_from_checkpoint))
         within_budget = True
