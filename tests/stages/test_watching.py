@@ -127,19 +127,25 @@ def fresh(folder: Path, stage: str, *overrides: str, **script: Any) -> tuple[Job
 SHORT = {"ppo": "ppo.trainer.total_episodes=8", "grpo": "grpo.trainer.max_steps=2"}  # two steps
 
 
-def test_several_ranks_measure_together_and_the_first_asks_and_writes(folder: Path) -> None:
+@pytest.mark.parametrize(("kind", "size"), [("ppo", 2), ("grpo", 4)])
+def test_several_ranks_measure_together_and_the_first_asks_and_writes(folder: Path, kind: str, size: int) -> None:
     """Nine prompts of `evaluate` on two ranks, whose judge goes on by its script only where it is asked."""
     lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
     (folder / "more.jsonl").write_text("".join(lines + lines[:1]))
     (folder / "script_of_ranks.py").write_text(SCRIPT.format(script=PEAK, asked=0))
     text = (folder / "recipe.yaml").read_text().replace("scripted:", "script_of_ranks:")
     (folder / "ranks.yaml").write_text(text.replace("data: prompts.jsonl, judge", "data: more.jsonl, judge"))
-    overrides = ["name=short", "ppo.watch={keep: best}", "ppo.trainer.per_device_train_batch_size=2", "evaluate.n=9"]
+    overrides = [
+        "name=short",
+        f"{kind}.watch={{keep: best}}",
+        f"{kind}.trainer.per_device_train_batch_size={size}",
+        "evaluate.n=9",
+    ]
     recipe = recipes.load(str(folder / "ranks.yaml"), overrides)
-    job = Job(recipe, "ppo", recipe.run)
+    job = Job(recipe, kind, recipe.run)
     job.work.mkdir(parents=True)
 
-    metrics, nothing = together(lambda: stages.BY_KIND["ppo"].run(job))
+    metrics, nothing = together(lambda: stages.BY_KIND[kind].run(job))
     assert nothing == {} and metrics["watch/kept_step"] == metrics["watch/best_step"] == 2
     found = measured(job)
     assert [one.step for one in found] == [0, 1, 2, 3, 4, 5, 6]
@@ -148,7 +154,8 @@ def test_several_ranks_measure_together_and_the_first_asks_and_writes(folder: Pa
     assert [row["step"] for row in rows if "objective/kl" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "gold/kl" in row] == [0, 1, 2, 3, 4, 5, 6]
     assert found[0].kl == pytest.approx(0, abs=1e-5) and abs(found[-1].kl) > 1e-4
-    then = load_file(job.work / "checkpoint-2" / "policy.safetensors")
+    file = "policy.safetensors" if kind == "ppo" else adapters.WEIGHTS
+    then = load_file(job.work / "checkpoint-2" / file)
     kept = load_file(job.artifact / adapters.WEIGHTS)
     assert sorted(one.sum().item() for one in kept.values()) == sorted(one.sum().item() for one in then.values())
 
