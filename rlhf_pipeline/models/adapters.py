@@ -16,9 +16,11 @@ from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.models.layers import untouched
 from rlhf_pipeline.models.score_head import HEAD, draw
 from rlhf_pipeline.rundir.layout import WEIGHTS as WEIGHTS
@@ -228,29 +230,46 @@ def load_head(folder: Path) -> torch.nn.Linear:
 def save_adapter(model: PeftModel, adapter: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write one adapter as an artifact: weights, configuration, tokenizer; what PEFT's own loader reads.
 
+    Of several ranks the first one writes; where they have divided the model among them, each must take part.
+
     Raises:
-        DivergedError: see `save_weights`.
+        DivergedError: see `write_weights`.
     """
-    folder.mkdir(parents=True)
-    save_weights(model, adapter, folder)
-    tokenizer.save_pretrained(str(folder))
+    weights = whole_weights(model, adapter)
+    if ranks.is_first():
+        folder.mkdir(parents=True)
+        write_weights(weights, model, adapter, folder)
+        tokenizer.save_pretrained(str(folder))
+
+
+def whole_weights(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """One adapter's weights by their names in an artifact, on the CPU.
+
+    Where ranks have divided the model among them, each must take part in collecting them.
+    """
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    pieces = {name: tensor.detach() for name, tensor in state.items()}
+    whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in pieces.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in whole.items()}
 
 
 def save_weights(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Write one adapter's weights and configuration into a folder.
+    """Write one adapter's weights and configuration into a folder; see `write_weights`."""
+    write_weights(whole_weights(model, adapter), model, adapter, folder)
+
+
+def write_weights(weights: dict[str, torch.Tensor], model: PeftModel, adapter: str, folder: Path) -> None:
+    """Write weights from `whole_weights`, and their adapter's configuration, into a folder.
 
     Raises:
         DivergedError: a weight is not finite.
     """
-    state = get_peft_model_state_dict(model, adapter_name=adapter)
-    for name, tensor in state.items():
+    for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise DivergedError(
                 f"the weights at `{_split(name)[0].removeprefix(_PREFIX)}` are no longer finite numbers"
             )
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
     config = model.peft_config[adapter]
     was, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
@@ -258,8 +277,16 @@ def save_weights(model: PeftModel, adapter: str, folder: Path) -> None:
 
 
 def restore(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Give an adapter, with its score head where it has one, the very weights that `save_weights` wrote."""
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=adapter)
+    """Give an adapter, with its score head where it has one, the very weights that `save_weights` wrote.
+
+    Where ranks have divided the model among them, each must take part.
+    """
+    weights, own = load_file(folder / WEIGHTS), get_peft_model_state_dict(model, adapter_name=adapter)
+    for name, tensor in weights.items():
+        place = own.get(name)
+        if isinstance(place, DTensor):
+            weights[name] = distribute_tensor(tensor.to(place.device), place.device_mesh, place.placements)
+    set_peft_model_state_dict(model, weights, adapter_name=adapter)
 
 
 def free_name(model: torch.nn.Module, wanted: str) -> str:

@@ -133,9 +133,9 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    adapters.save_adapter(model, "default", job.artifact, tokenizer)
     if not ranks.is_first():
         return {}
-    adapters.save_adapter(model, "default", job.artifact, tokenizer)
     dropped = len(data.train) - len(trainer.train_dataset)
     metrics = job.trained(final(trainer.state.log_history) | {"dropped_pairs": dropped})
-    return metrics | judge_policy(job, model, tokenizer)
+    return metrics | ({} if trainer.is_fsdp_enabled else judge_policy(job, model, tokenizer))

@@ -57,11 +57,12 @@ def prepare(job: Job, config: type[Config]) -> Inputs:
     args: Any = job.trainer_config(config)
     data = job.reader.read(rows.prompts_with_rows if job.reads_rows else rows.prompts, job.stage.data)
     job.require_eval_data(args, data.held_out)
-    batch = args.generation_batch_size // args.num_generations
+    replies = args.generation_batch_size // ranks.count() * job.recipe.processes(job.name)  # TRL's are of those here
+    batch = replies // args.num_generations
     if len(data.train) < batch:
         raise InputError(
             f"{len(data.train)} prompts are fewer than the {batch} of one batch, which has "
-            f"{args.generation_batch_size} replies in groups of {args.num_generations}",
+            f"{replies} replies in groups of {args.num_generations}",
             place=f"stages.{job.name}",
             hint="give more prompts, raise `num_generations`, or lower `per_device_train_batch_size` or "
             "`gradient_accumulation_steps`",

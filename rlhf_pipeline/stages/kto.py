@@ -165,7 +165,8 @@ def with_mismatched(
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`. Weights of good and bad replies that the recipe does not give are what balances the two."""
     args = job.trainer_config(CONFIG)
-    if args.loss_type != WITHOUT_KL and args.per_device_train_batch_size < 2:
+    batch = args.per_device_train_batch_size * job.recipe.processes(job.name)
+    if args.loss_type != WITHOUT_KL and batch < 2:
         raise InputError(
             "a batch of 1 leaves KTO nothing to compare with: it estimates KL on prompts with replies to other prompts "
             "of the same batch",
@@ -203,10 +204,10 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
+    adapters.save_adapter(model, "default", job.artifact, tokenizer)
     if not ranks.is_first():
         return {}
-    adapters.save_adapter(model, "default", job.artifact, tokenizer)
     weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
     dropped = {"dropped_rows": len(data.train) - len(trainer.train_dataset)}
     metrics = job.trained(final(trainer.state.log_history) | dropped | weights)
-    return metrics | judge_policy(job, model, tokenizer)
+    return metrics | ({} if trainer.is_fsdp_enabled else judge_policy(job, model, tokenizer))

@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_pipeline import ranks
@@ -32,6 +33,7 @@ from rlhf_pipeline.models.base import remove_dropout
 from rlhf_pipeline.ppo.checkpoint import Kept
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.shares import standard_error
+from rlhf_pipeline.stages import sharded
 from rlhf_pipeline.stages.batches import WithSpare, is_spare, share_out
 
 REFERENCE = "ref"  # what TRL calls the adapter that it compares with
@@ -300,7 +302,12 @@ class Resumable(Trainer):
 
     def _to_hold(self) -> dict[str, Any]:
         """What a checkpoint holds of all ranks; each takes part in collecting it."""
-        return {"running_loss": self._running_loss().item(), "random": ranks.gathered(self._random_states())}
+        return {
+            "weights": adapters.whole_weights(self.model, "default"),
+            "optimizer": sharded.optimizer_state(self.model, self.optimizer) if self.is_fsdp_enabled else None,
+            "running_loss": self._running_loss().item(),
+            "random": ranks.gathered(self._random_states()),
+        }
 
     def _random_states(self) -> dict[str, bytes]:
         """Transformers' file of this rank's random states, by its name."""
@@ -309,8 +316,12 @@ class Resumable(Trainer):
             return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
     def _write_checkpoint(self, folder: Path) -> None:
-        adapters.save_weights(self.model, "default", folder)
-        self._save_optimizer_and_scheduler(str(folder))
+        adapters.write_weights(self._held["weights"], self.model, "default", folder)
+        if self.is_fsdp_enabled:
+            torch.save(self._held["optimizer"], folder / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        else:
+            self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         for states in self._held["random"]:
             for name, content in states.items():
@@ -353,7 +364,13 @@ class Resumable(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with durable.taking_up(checkpoint or ""):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint and self.is_fsdp_enabled:
+                folder = Path(checkpoint)
+                state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+                sharded.load_optimizer_state(self.model, self.optimizer, state)
+                self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with durable.taking_up(checkpoint or ""):

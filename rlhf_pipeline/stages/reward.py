@@ -18,6 +18,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
@@ -76,6 +77,12 @@ TRAINER = ResumableRewardTrainer
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
+    if job.stage.members and {"fsdp_config", "deepspeed_config"} & job.recipe.launch_of(job.name).keys():
+        raise InputError(
+            "the members of an ensemble are trained one after the other on one base, which each process must hold whole",
+            place=f"stages.{job.name}.members",
+            hint="train the ensemble without `fsdp_config` and `deepspeed_config`, or one reward model with them",
+        )
     data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)
@@ -93,11 +100,12 @@ def run(job: Job) -> dict[str, Any]:
     if job.stage.members:
         return run_ensemble(job, base, inputs, job.stage.members)
     trainer = train(job, base, inputs)
+    pairs = scores_of_pairs(trainer, inputs.data)
+    adapters.save_adapter(trainer.model, "default", job.artifact, inputs.tokenizer)
     if not ranks.is_first():
         return {}
-    if inputs.data.held_out is not None:
-        ensemble.write_pairs(scores_of_pairs(trainer, inputs.data), inputs.data, job.folder / PAIRS)
-    adapters.save_adapter(trainer.model, "default", job.artifact, inputs.tokenizer)
+    if pairs:
+        ensemble.write_pairs(pairs, inputs.data, job.folder / PAIRS)
     dropped = ensemble.too_long(inputs.data.train, inputs.args.max_length)
     return job.trained(final(trainer.state.log_history) | {"dropped_pairs": dropped})
 
@@ -136,10 +144,11 @@ def run_ensemble(job: Job, base: PreTrainedModel, inputs: Inputs, members: int) 
         if number > 1:
             set_seed(own.args.seed)  # whatever was trained before, all that this one draws is its own
         trainer = train(job, base, own, number)
+        pairs, weights = scores_of_pairs(trainer, own.data), adapters.whole_weights(trainer.model, "default")
         if ranks.is_first():
-            durable.write_folder(folder / ADAPTER, partial(_write_member, trainer, own))
+            durable.write_folder(folder / ADAPTER, partial(_write_member, trainer, pairs, weights))
         base = trainer.model.unload().requires_grad_(False).eval()  # as it was loaded, but for the head, drawn anew
-        del trainer
+        del trainer, weights
         gc.collect()  # the optimizer's state
     if not ranks.is_first():
         return {}
@@ -154,20 +163,24 @@ def run_ensemble(job: Job, base: PreTrainedModel, inputs: Inputs, members: int) 
     return job.trained(numbers | {"dropped_pairs": dropped})
 
 
-def _write_member(trainer: ResumableRewardTrainer, inputs: Inputs, folder: Path) -> None:
+def _write_member(
+    trainer: ResumableRewardTrainer, pairs: dict[str, list[float]], weights: dict[str, Tensor], folder: Path
+) -> None:
     """Write a member's adapter, and what the ensemble's numbers are made of."""
-    adapters.save_weights(trainer.model, "default", folder)
-    pairs, held_out = {}, []
-    if inputs.data.held_out is not None:
-        pairs, held_out = scores_of_pairs(trainer, inputs.data), torch.cat(trainer.held_out, dim=1).tolist()
+    adapters.write_weights(weights, trainer.model, "default", folder)
+    held_out = torch.cat(trainer.held_out, dim=1).tolist() if pairs else []
     ensemble.write_member(folder, ensemble.Trained(final(trainer.state.log_history), pairs, held_out))
 
 
 @torch.no_grad()
 def scores_of_pairs(trainer: RewardTrainer, pairs: rows.Prepared) -> dict[str, list[float]]:
-    """What the model says of held-out pairs, the first 2000: the scores of `chosen` and `rejected`, in their order."""
+    """What the model says of held-out pairs, the first 2000: the scores of `chosen` and `rejected`, in their order.
+
+    Nothing where none are held out. All ranks read all of them, for they may have divided the model among them.
+    """
     held_out = pairs.held_out
-    assert held_out is not None
+    if held_out is None:
+        return {}
     count, tokenizer, model = min(len(held_out), MOST_PAIRS), trainer.processing_class, trainer.model.eval()
     scores: dict[str, list[float]] = {}
     for name in ("chosen", "rejected"):

@@ -71,9 +71,9 @@ def run(job: Job) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()
-    if not ranks.is_first():
-        return {}
     hide_router_logits(model)
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
+    if not ranks.is_first():
+        return {}
     metrics = job.trained(final(trainer.state.log_history))
-    return metrics | judge_policy(job, model, tokenizer)
+    return metrics | ({} if trainer.is_fsdp_enabled else judge_policy(job, model, tokenizer))
