@@ -79,7 +79,7 @@ def prepare(job: Job) -> Inputs:
     args = job.trainer_config(CONFIG)
     if job.stage.members and {"fsdp_config", "deepspeed_config"} & job.recipe.launch_of(job.name).keys():
         raise InputError(
-            "the members of an ensemble are trained one after the other on one base, which each process must hold whole",
+            "an ensemble is trained one member after the other on one base, which each process must hold whole",
             place=f"stages.{job.name}.members",
             hint="train the ensemble without `fsdp_config` and `deepspeed_config`, or one reward model with them",
         )

@@ -83,7 +83,7 @@ def test_a_divided_model_resumes_from_any_of_its_checkpoints(copies, stage):
 
 
 def test_an_ensemble_is_not_trained_on_a_divided_base(copies):
-    launch = "launch={num_processes: 2, use_cpu: true, fsdp_config: {fsdp_version: 2}}"
+    launch = "reward.launch={num_processes: 2, use_cpu: true, fsdp_config: {fsdp_version: 2}}"
     with pytest.raises(InputError, match="which each process must hold whole"):
         reward.prepare(new_job(copies[0], "reward", "reward.members=2", launch))
     reward.prepare(new_job(copies[0], "reward", launch))
