@@ -154,7 +154,7 @@ def test_json_of_a_fresh_directory(folder):
         for stage in object_["stages"]:
             keys = {"name", "kind", "state", "reason", "init", "reward", "rewards", "others", "fingerprint", "wall_s",
                     "metrics", "peak_memory_bytes", "forecast_memory_bytes", "artifact", "taken_from", "log", "step",
-                    "gates", "to_go"}  # fmt: skip
+                    "gates", "to_go", "left_out"}  # fmt: skip
             of_plan = (
                 {"will", "will_run", "data", "class_weights", "memory", "processes"} if command == "plan" else set()
             )
