@@ -207,7 +207,7 @@ def test_raised_until_it_waits_again_and_keeps_its_rows_until_there_are_new_ones
     choose(directory, range(2))
     publish(directory)
     raised = "feedback.until={labels: 3}"
-    said = "2 of 3 labels; the rows of before stay until then"
+    said = "2 of 3 labels; its former rows stay until then"
     stages = make(folder, raised)
     assert (stages["feedback"].state, stages["feedback"].reason) == ("waiting", said)
     assert (stages["dpo"].state, stages["dpo"].reason) == ("blocked", "waits for feedback")
@@ -230,7 +230,7 @@ def test_raised_until_it_waits_again_and_keeps_its_rows_until_there_are_new_ones
     assert told(folder, raised) == ("stale", "labels 2 → 3")
     choose(directory, range(0), undo=True)
     choose(directory, range(0), undo=True)
-    assert told(folder) == ("waiting", "1 of 2 labels; the rows of before stay until then")
+    assert told(folder) == ("waiting", "1 of 2 labels; its former rows stay until then")
 
 
 @pytest.mark.parametrize("taken_from", [None, "other/feedback"])

@@ -316,7 +316,7 @@ def _by_labels(stage: StageState, directory: RunDirectory) -> tuple[State, str]:
             return "done", UP_TO_DATE
         return "done", f"none of the {before} labels that its rows were made of is in {LABELS} any more"
     if not labelled.progress.reached:
-        return "waiting", f"{labelled.progress.text}; the rows of before stay until then"
+        return "waiting", f"{labelled.progress.text}; its former rows stay until then"
     _, digest = stage.record.artifact_files.get(CHOICES, (0, ""))
     if digest == labelled.digest:
         return "done", UP_TO_DATE
