@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -303,11 +304,22 @@ class Resumable(Trainer):
     def _to_hold(self) -> dict[str, Any]:
         """What a checkpoint holds of all ranks; each takes part in collecting it."""
         return {
+            "deepspeed": self._of_deepspeed() if self.is_deepspeed_enabled else None,
             "weights": adapters.whole_weights(self.model, "default"),
             "optimizer": sharded.optimizer_state(self.model, self.optimizer) if self.is_fsdp_enabled else None,
             "running_loss": self._running_loss().item(),
             "random": ranks.gathered(self._random_states()),
         }
+
+    def _of_deepspeed(self) -> Path:
+        """A folder in which all ranks have put what DeepSpeed knows, which writes a part on each."""
+        folder = Path(self.args.output_dir) / ".new-deepspeed"
+        if ranks.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+        ranks.any_of(False)
+        self._save_optimizer_and_scheduler(str(folder))
+        ranks.any_of(False)
+        return folder
 
     def _random_states(self) -> dict[str, bytes]:
         """Transformers' file of this rank's random states, by its name."""
@@ -320,6 +332,9 @@ class Resumable(Trainer):
         if self.is_fsdp_enabled:
             torch.save(self._held["optimizer"], folder / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        elif self.is_deepspeed_enabled:
+            shutil.copytree(self._held["deepspeed"], folder, dirs_exist_ok=True, copy_function=shutil.move)
+            shutil.rmtree(self._held["deepspeed"])
         else:
             self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
@@ -351,15 +366,20 @@ class Resumable(Trainer):
             with durable.taking_up(self._checkpoint):
                 durable.check_state(self._checkpoint)
                 TrainerState.load_from_json(str(self._checkpoint / durable.STATE))
+                if self.is_deepspeed_enabled:  # which restores the weights itself, from files of its own
+                    self._load_memory(self._checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         with durable.taking_up(folder):
             adapters.restore(self.model, "default", folder)
-            self._memory = json.loads((folder / MEMORY).read_text())
-            if self.watch is not None:
-                self.watch.read(folder)
+            self._load_memory(folder)
+
+    def _load_memory(self, folder: Path) -> None:
+        self._memory = json.loads((folder / MEMORY).read_text())
+        if self.watch is not None:
+            self.watch.read(folder)
         self.args.eval_on_start = False  # that was then
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

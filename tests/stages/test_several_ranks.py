@@ -240,10 +240,14 @@ DROPOUT = {"sft": (), "dpo": ("dpo.trainer.disable_dropout=false",), "grpo": ()}
 
 def keep_checkpoint(source: Path, target: Path, stage: str, step: int) -> None:
     """Leave in the target what a run that broke off after a checkpoint leaves."""
+    kept = source.parent / f"kept-{step}"
+    shutil.copytree(source / "runs/short" / stage / f"work/checkpoint-{step}", kept)
     work = target / "runs/short" / stage / "work"
     shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(source / "runs/short" / stage / f"work/checkpoint-{step}", work / f"checkpoint-{step}")
-    shutil.copy(source / "runs/short" / stage / "metrics.jsonl", work.parent)
+    work.mkdir(parents=True)
+    kept.rename(work / f"checkpoint-{step}")
+    if source != target:
+        shutil.copy(source / "runs/short" / stage / "metrics.jsonl", work.parent)
 
 
 def random_states(folder: Path, stage: str) -> list[Path]:

@@ -1,8 +1,9 @@
-"""Two ranks that divide the model between them, by FSDP2, train as one process that holds all of it.
+"""Two ranks that divide the model between them, by FSDP2 or ZeRO-2, train as one process that holds all of it.
 
 Accelerate takes FSDP for GPUs alone. The CPU passes for some here; all else is as `accelerate launch` has it.
 """
 
+import importlib
 import math
 import os
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from test_several_ranks import adapter, assert_same, copies, keep_checkpoint, logged, new_job, prepared, train
-from together import together
+from together import connect, together
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.stages import reward
+from rlhf_pipeline.stages import dpo, reward
 from rlhf_pipeline.stages.resumable import Resumable
 
 __all__ = ["copies", "prepared"]  # fixtures
@@ -87,3 +88,39 @@ def test_an_ensemble_is_not_trained_on_a_divided_base(copies):
     with pytest.raises(InputError, match="which each process must hold whole"):
         reward.prepare(new_job(copies[0], "reward", "reward.members=2", launch))
     reward.prepare(new_job(copies[0], "reward", launch))
+
+
+def test_zero_3_is_refused(copies, tmp_path):
+    """Also where a file of DeepSpeed's own says it."""
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for config in ("{zero_stage: 3}", f"{{deepspeed_config_file: {tmp_path / 'zero.json'}}}"):
+        launch = f"dpo.launch={{num_processes: 2, use_cpu: true, deepspeed_config: {config}}}"
+        with pytest.raises(InputError, match="ZeRO-3"):
+            dpo.prepare(new_job(copies[0], "dpo", launch))
+    dpo.prepare(new_job(copies[0], "dpo", launch.replace(config, "{zero_stage: 2}")))
+
+
+def with_deepspeed(folder: Path, stage: str, *overrides: str) -> dict[str, Any]:
+    """Run a stage on this rank with ZeRO-2 and without the kernels that DeepSpeed would compile for a CPU."""
+    connect()
+    backend = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm").init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    build = AcceleratorState.__init__
+    AcceleratorState.__init__ = lambda *of, **given: build(*of, **given | {"cpu": False})
+    del os.environ["ACCELERATE_USE_CPU"]
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+    return train(folder, stage, *overrides)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_zero_2_trains_and_resumes_as_one_process(copies, stage):
+    pytest.importorskip("deepspeed")
+    one, two = copies
+    size = f"{stage}.trainer.per_device_train_batch_size="
+    train(one, stage, f"{size}2")
+    together(with_deepspeed, two, stage, f"{size}1")
+    assert_same(one, two, stage)
+    keep_checkpoint(two, two, stage, 1)
+    together(with_deepspeed, two, stage, f"{size}1")
+    assert_same(one, two, stage)
