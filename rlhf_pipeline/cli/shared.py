@@ -121,7 +121,7 @@ def quiet_libraries() -> Iterator[None]:
     os.environ.update(ENVIRONMENT | one_device(os.environ) | {"TRANSFORMERS_VERBOSITY": "error"})
     if not (sys.stderr and sys.stderr.isatty()):
         os.environ.update({"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
-    # On some processors it asks for a package that would compute in 4 bits faster, and less exactly; see models.loading.
+    # On some processors it asks for a package that computes in 4 bits faster, and less exactly; see models.loading.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own use of each other
