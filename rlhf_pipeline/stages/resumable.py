@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
@@ -106,6 +107,10 @@ class Resumable(Trainer):
                 processing_class=tokenizer,
                 callbacks=list(callbacks),
             )
+        if ranks.count() > 1:  # DDP would send all of the base to all ranks, which have read it themselves
+            own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            others = [name for of in (model.named_parameters(), model.named_buffers()) for name, _ in of]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*others} - own)
         if REFERENCE in model.peft_config:
             adapters.copy_adapter(model, "default", REFERENCE)
         return trainer

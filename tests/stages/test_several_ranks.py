@@ -158,7 +158,9 @@ def copies(prepared: Path, tmp_path: Path) -> tuple[Path, Path]:
     [
         ("sft", 1, ()),
         ("reward", 1, ()),
+        ("reward", 1, ("reward.members=2",)),
         ("dpo", 1, ()),
+        ("dpo", 1, ("dpo.trainer.precompute_ref_log_probs=true",)),
         ("kto", 2, ("kto.reference=base",)),
         ("kto", 2, ("kto.reference=base", "kto.data.limit=5")),
     ],
