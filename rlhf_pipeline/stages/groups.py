@@ -219,9 +219,13 @@ class GroupTrainer(Resumable):
     # Sampling, reading and scoring
 
     def roll_out(
-        self, prompts: Sequence[Sequence[int]], temperature: float | None = None, response_length: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperature: float | None = None,
+        response_length: int | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Episodes:
-        """Sample a reply to each prompt, by default as training does."""
+        """Sample a reply to each prompt, by default as training does; `seeds` as in `sample`."""
         with self.accelerator.autocast():
             return sample(
                 self.policy,
@@ -231,6 +235,7 @@ class GroupTrainer(Resumable):
                 stop_token_id=self._stop_token_id,
                 pad_token_id=self.processing_class.pad_token_id,
                 at_once=len(prompts),
+                seeds=seeds,
                 engine=self.engine,
             )
 

@@ -36,6 +36,7 @@ from rlhf_pipeline.judges.question import Judge
 from rlhf_pipeline.models.roles import PolicyView, Roles
 from rlhf_pipeline.ppo import checkpoint, over_ranks
 from rlhf_pipeline.ppo.numbers import Scored, Scores, concatenated
+from rlhf_pipeline.ppo.prompts import seeds
 from rlhf_pipeline.recipe.schema import Evaluate, Watch
 from rlhf_pipeline.recipe.watch import AUTO
 from rlhf_pipeline.rewards.mixture import Rewards
@@ -287,11 +288,11 @@ class Watcher(TrainerCallback):
         parts: list[Scores] = []
         kls: list[float] = []
         with torch.random.fork_rng():
-            torch.manual_seed(trainer.args.seed + repeat + 100_003 * ranks.index())
+            torch.manual_seed(trainer.args.seed + repeat)
             at_once = prompts.batch_size * ranks.count()
             for start in range(0, len(ids), at_once):
                 part = slice(start, start + at_once)
-                scored = self._scored(ids[part], rows and rows[part])
+                scored = self._scored(ids[part], rows and rows[part], repeat, start)
                 episodes = scored.episodes
                 tokens = episodes.tokens
                 texts = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
@@ -308,13 +309,17 @@ class Watcher(TrainerCallback):
                 kls += scored.kl.sum(1).tolist()
         return Sampled(replies, concatenated(parts), np.array(kls))
 
-    def _scored(self, prompts: list[list[int]], rows: list[str] | None) -> Scored:
-        """A reply to each prompt with its scores; each rank makes its share."""
+    def _scored(self, prompts: list[list[int]], rows: list[str] | None, repeat: int, first: int) -> Scored:
+        """A reply to each prompt with its scores; each rank makes its share. The first prompt's place is `first`."""
         trainer, temperature = self.trainer, self.prompts.temperature
         mine = ranks.share(len(prompts))
         scored = None
         if some := prompts[mine]:
-            episodes = trainer.roll_out(some, temperature, self.prompts.length)
+            drawn: dict[str, Any] = {}
+            if ranks.count() > 1:  # the same replies by any number of them
+                places = range(first + mine.start, first + mine.stop)
+                drawn["seeds"] = seeds(trainer.args.seed, "watch", repeat, places=places)
+            episodes = trainer.roll_out(some, temperature, self.prompts.length, **drawn)
             scored = trainer.score(episodes, rows and rows[mine], temperature or 1.0)
         return over_ranks.of_all(scored, trainer.policy.device)
 

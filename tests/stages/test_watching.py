@@ -160,6 +160,23 @@ def test_several_ranks_measure_together_and_the_first_asks_and_writes(folder: Pa
     assert sorted(one.sum().item() for one in kept.values()) == sorted(one.sum().item() for one in then.values())
 
 
+def test_any_number_of_ranks_measures_the_same(folder: Path) -> None:
+    def first(processes: int) -> Measurement:
+        recipe = recipes.load(
+            str(folder / "recipe.yaml"),
+            ["ppo.trainer.per_device_train_batch_size=2", "ppo.trainer.total_episodes=1"],
+        )
+        job = Job(recipe, "ppo", recipe.run)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        job.work.mkdir(parents=True)
+        together(lambda: stages.BY_KIND["ppo"].run(job), processes=processes)
+        return measured(job)[0]
+
+    two, three = first(2), first(3)
+    assert two.by_prompt["reward"] == pytest.approx(three.by_prompt["reward"], abs=1e-5)
+    assert len(set(two.by_prompt["reward"])) == len(two.by_prompt["reward"]) == 8
+
+
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
 def test_the_policy_of_the_best_measurement_is_the_one_that_training_had_then(folder: Path, kind: str) -> None:
     """The judge likes the policy of step 2 best: what is left is what two steps leave that nothing measures."""
