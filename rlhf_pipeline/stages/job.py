@@ -206,7 +206,15 @@ class Job:
         Raises:
             InputError: it is not.
         """
-        config = self.recipe.launch_of(self.name).get("deepspeed_config") or {}
+        keys = self.recipe.launch_of(self.name)
+        key = next((one for one in ("fsdp_config", "deepspeed_config") if keys.get(one)), None)
+        if key and keys.get("use_cpu"):
+            raise InputError(
+                f"Accelerate divides a model among GPUs alone, so that with `use_cpu` `{key}` would change nothing",
+                place=f"stages.{self.name}",
+                hint="remove one of the two",
+            )
+        config = keys.get("deepspeed_config") or {}
         stage = config.get("zero_stage")
         if isinstance(file := config.get("deepspeed_config_file"), str):
             stage = ((read_json(Path(file)) or {}).get("zero_optimization") or {}).get("stage")
