@@ -6,6 +6,7 @@ to a log. Here it is an error.
 """
 
 import copy
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,8 @@ def quantization_config(spec: Model, dtype: torch.dtype) -> BitsAndBytesConfig |
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            # FSDP divides what is stored as numbers of 16 or 32 bits, and would leave bytes whole.
+            bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
 

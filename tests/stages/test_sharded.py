@@ -52,6 +52,7 @@ def sharded(folder: Path, stage: str, *overrides: str) -> dict[str, Any]:
     ("stage", "of_each", "more"),
     [
         ("sft", 1, ()),
+        ("sft", 1, ("model.quantization=nf4",)),
         ("reward", 1, ()),
         ("dpo", 1, ("dpo.trainer.loss_type=[sigmoid]", "dpo.trainer.loss_weights=null")),
         ("kto", 2, ("kto.reference=base",)),
