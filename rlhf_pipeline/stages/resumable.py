@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ class Resumable(Trainer):
     """
 
     kind: Kind
+    control: TrainerControl
     watch: Kept | None = None
     neighbours = False
     group = 1
@@ -131,6 +133,8 @@ class Resumable(Trainer):
         super().__init__(*args, **kwargs)
         self._checkpoint = Path()
         self._memory: dict[str, Any] | None = None
+        self._last_step: tuple[float | None, float | None] = None, None  # its gradient's norm, and its learning rate
+        self._epoch_ended_at, self._ended_after_resuming = -1, False
         self._epoch_start = torch.get_rng_state()
         self._usual: dict[Over, float] = {}  # what a batch is over on average, among those that it is weighed against
         self._parts: dict[str, list[tuple[float, float]]] = defaultdict(list)  # the numbers of an unfinished step
@@ -355,6 +359,8 @@ class Resumable(Trainer):
             "means": {mode: dict(values) for mode, values in self._metrics.items()},
             "train_tokens": self._total_train_tokens,
             "training": self.model.training,  # what is logged at the end depends on whether evaluation came last
+            "last_step": self._last_step,
+            "epoch_ended": self._epoch_ended_at == self.state.global_step,
         }
         (folder / MEMORY).write_text(json.dumps(memory))
         if self.watch is not None:
@@ -430,6 +436,26 @@ class Resumable(Trainer):
             self._metrics[mode].update(values)
         self._total_train_tokens = memory["train_tokens"]
         self.model.train(memory["training"])
+        self._last_step = memory.get("last_step", self._last_step)
+        at_end = float(self.state.epoch or 0.0).is_integer() or self.state.global_step >= self.state.max_steps
+        if at_end and not memory.get("epoch_ended", True):
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """Log, evaluate and save as the end of an epoch wants it, of which the checkpoint has the last step alone."""
+        self._load_rng_state(str(self._checkpoint))
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        norm, rate = self._last_step
+        self._maybe_log_save_evaluate(
+            self._tr_loss, norm, self.model, None, self.state.epoch or 0.0, None, time.time(), learning_rate=rate
+        )
+        self._ended_after_resuming = True
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, learning_rate: float | None = None
+    ) -> None:
+        self._last_step = None if grad_norm is None else float(grad_norm), learning_rate
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
@@ -444,6 +470,8 @@ class Resumable(Trainer):
         if ranks.count() > 1 and not self.gathers:  # those have an order of their own, and each rank its numbers
             torch.set_rng_state(ranks.gathered(torch.get_rng_state())[0])  # one order of rows
         self._epoch_start = torch.get_rng_state()
+        if self._ended_after_resuming:  # and what that has drawn counts
+            kwargs["resume_from_checkpoint"] = None
         super()._run_epoch(*args, **kwargs)
 
 
@@ -472,10 +500,13 @@ class _Alone:
 
 
 class _Remember(TrainerCallback):
-    """Tells the trainer when it may take up its sums: after they were set to zero, before the first step."""
+    """Tells the trainer when it may take up its sums, after they were set to zero; and when an epoch has ended."""
 
     def __init__(self, trainer: Resumable) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.recall()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._epoch_ended_at = state.global_step

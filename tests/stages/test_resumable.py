@@ -83,6 +83,14 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("sft", ()),
     "sft, nf4": ("sft", NF4),
     "sft, amid a pass": ("sft", ("sft.trainer.max_steps=3",)),
+    "sft, by the pass": (
+        "sft",
+        (
+            "sft.trainer={num_train_epochs: 2, per_device_train_batch_size: 2, learning_rate: 5e-3, "
+            "gradient_accumulation_steps: 2, gradient_checkpointing: false, eval_strategy: epoch, "
+            "logging_strategy: epoch, save_steps: 1, save_total_limit: 9}",
+        ),
+    ),
     "reward": ("reward", ()),
     "dpo": ("dpo", ()),
     "grpo": ("grpo", ()),
@@ -91,7 +99,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # To resume from: amid the first pass, at its end, after a step that was logged, and the last. What differs between
 # the trainers is what they remember of steps not logged yet; what does not is tried on the first alone.
-CHECKPOINTS = {"sft": (1, 2, 3, 4), "sft, nf4": (1,), "sft, amid a pass": (3,), "reward": (1,), "dpo": (1,),
+CHECKPOINTS = {"sft": (1, 2, 3, 4), "sft, nf4": (1,), "sft, amid a pass": (3,), "sft, by the pass": (2, 4),
+               "reward": (1,), "dpo": (1,),
                "grpo": (1, 6), "rloo": (7,), "kto": (1,)}  # fmt: skip
 pytestmark = pytest.mark.slow
 
