@@ -181,6 +181,14 @@ def test_a_command_that_is_wrong_would_be_found(folder, monkeypatch):
             understood(Step(line).words)
 
 
+def test_every_key_at_the_top_of_a_recipe_is_explained():
+    explained = recipe.shipped()["full-pipeline"].read_text(encoding="utf-8")
+    table = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").partition("\n## Keys\n")[2]
+    for key in recipe.Recipe.model_fields:
+        assert re.search(rf"^(# )?{key}:", explained, re.MULTILINE), key
+        assert re.search(rf"^\|.*`{key}[`.].* \|", table, re.MULTILINE), key
+
+
 # The tutorial, from top to bottom
 
 # What a reader types and this cannot: it installs, or sets up the reader's own shell.

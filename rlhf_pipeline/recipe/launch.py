@@ -7,25 +7,31 @@ import functools
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import yaml as pyyaml
 
 from rlhf_pipeline import devices
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe import library_keys
-from rlhf_pipeline.recipe.origins import Problems
+from rlhf_pipeline.recipe.origins import Origin, Problems, Source
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.recipe.validation import check_section
-from rlhf_pipeline.recipe.yaml import KeyPath, shown
+from rlhf_pipeline.recipe.yaml import KeyPath, Mark, dump_inline, read_document, shown
 
 KEY = "launch"
 SHARDING = {"fsdp_config": "FSDP", "deepspeed_config": "DeepSpeed"}  # keys, and what divides the model by them
 BATCH = "per_device_train_batch_size"
 # What `accelerate config` writes for a key that says nothing.
 _UNSET: tuple[Any, ...] = (None, False, "no", "NO", "main", {}, [], {"dynamo_backend": "NO"}, {"dynamo_backend": "no"})
+# Keys that Accelerate had before: what replaced them, or why they do nothing.
+_FORMER = {
+    "dynamo_backend": library_keys.refusal(KEY, "dynamo_config"),
+    "ipex_config": "Accelerate does not read it any more",
+}
+_FORMS = "`auto`, or a mapping: {num_processes: 2}"
+_LAST = 999  # the level of files that are no recipes: what is wrong with them is said after the recipes' own faults
 # Of `model.dtype`, by `mixed_precision`: what agrees with it. `auto` is bfloat16 where a GPU computes in it.
 _AGREE = {"no": ("auto", "float32"), "bf16": ("auto", "bfloat16"), "fp16": ("float16",), "fp8": ()}
 
@@ -45,6 +51,7 @@ def resolve_launch(recipe: Recipe, content: dict[str, Any], problems: Problems) 
         if stage.launch is None:
             path = (KEY,)
         elif stage.facts.trains:
+            _require_whole_base(recipe, name, path, stage.launch, problems)  # before what else it lacks
             stage.launch = _resolved(recipe, stage.launch, path, content, problems)
             if stage.launch.pop("machine_rank", None) is not None and not problems.within(path):
                 hint = "`launch.machine_rank` at the top is that of all stages"
@@ -63,14 +70,16 @@ def _resolved(
         of_file: KeyPath = (*path, "config_file")
         found = _read(file, of_file, problems)
         found = _checked(found, of_file, content, problems)
-        problems.origins.derived |= dict.fromkeys(((*path, key) for key in found), f"from {Path(file).name}")
+        for key in found.keys() - values.keys():
+            problems.origins.derived[*path, key] = f"from {Path(file).name}"
+            _locate(key, of_file, path, problems)
         values = found | values
     if problems.within(path):
         return values
     if "fsdp_config" in values and "deepspeed_config" in values:
         problems.add(path, "`fsdp_config` and `deepspeed_config` exclude each other", "remove one of them")
     _check_precision(recipe, values, path, problems)
-    _count(values, path, problems)
+    _count(recipe, values, path, problems)
     if isinstance(file := (values.get("deepspeed_config") or {}).get("deepspeed_config_file"), str):
         place = resolved(problems.origins.folder(path) / expanded(file))
         values["deepspeed_config"] = values["deepspeed_config"] | {"deepspeed_config_file": str(place)}
@@ -107,27 +116,63 @@ def _checked(written: dict[str, Any], path: KeyPath, content: dict[str, Any], pr
 def _read(name: str, path: KeyPath, problems: Problems) -> dict[str, Any]:
     """What `accelerate config` wrote; nothing where it cannot be read."""
     hint = "`accelerate config --config_file FILE` writes one; the path starts from the recipe's folder"
-    file = resolved(problems.origins.folder(path) / expanded(name))
+    folder = problems.origins.folder(path)
+    file = resolved(folder / expanded(name))
+    source = Source(min(str(file), os.path.relpath(file), key=len), folder, _LAST, at=path)
+    marks: dict[KeyPath, Mark] = {(): Mark((0, 0), (0, 0))}
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else pyyaml.safe_load(text)
+        if file.suffix == ".json":
+            content = json.loads(text)
+        else:
+            document = read_document(text, source.name, look_up=False)
+            content, marks = document.value, document.marks | marks
+            for fault in document.all_faults:
+                problems.add_fault(fault, source)
+                problems.break_((*path, *fault.path))
     except FileNotFoundError:
-        problems.add(path, f"there is no file {name}", f"{hint}; or write `auto`, or a mapping: {{num_processes: 2}}")
+        problems.add(path, f"there is no file {name}", _instead_of_file(name) or f"{hint}; or write {_FORMS}")
         return {}
-    except (OSError, ValueError, pyyaml.YAMLError) as error:
+    except InputError as error:
+        problems.add_error(error, source)
+        problems.break_(path)
+        return {}
+    except (OSError, ValueError) as error:
         problems.add(path, f"{name} cannot be read: {str(error).splitlines()[0]}", hint)
         return {}
     if not isinstance(content, dict):
         problems.add(path, f"{name} is no file of `accelerate config`: it holds {shown(content)}", hint)
         return {}
+    problems.origins.written |= {(*path, *inner): Origin(source, mark) for inner, mark in marks.items()}
+    if content.get("compute_environment") == "AMAZON_SAGEMAKER":
+        said = "this file is for SageMaker, which starts machines of its own: nothing runs there"
+        problems.add((*path, "compute_environment"), said, "`accelerate config` writes one for `This machine`, too")
+        return {}
     return content
+
+
+def _locate(key: str, of_file: KeyPath, path: KeyPath, problems: Problems) -> None:
+    """Note that a value of a section is where its file has it."""
+    for one in problems.origins.inside((*of_file, key)):
+        origin = problems.origins.written[one]
+        source = replace(origin.source, at=path)
+        problems.origins.written[*path, *one[len(of_file) :]] = replace(origin, source=source)
+
+
+def _instead_of_file(name: str) -> str | None:
+    """A hint on a word that names no file, and was not meant to."""
+    if name.isdecimal():
+        return f"write {{num_processes: {int(name)}}}"
+    if name.lower() == "auto":
+        return "did you mean `auto`?"
+    if name.lower() in ("none", "no", "off", "false"):
+        return "{num_processes: 1} trains by one process"
+    return None
 
 
 def _tidied(values: dict[str, Any], path: KeyPath, problems: Problems) -> dict[str, Any]:
     """Without keys that say nothing, and those that only say again what others do."""
     values = copy.deepcopy(values)
-    if values.get("mixed_precision") is False:  # YAML reads `no` so
-        values["mixed_precision"] = "no"
     if values.get("compute_environment") == "LOCAL_MACHINE":
         del values["compute_environment"]
     for key in [key for key in values if key != "distributed_type" and values[key] in _UNSET]:
@@ -136,22 +181,30 @@ def _tidied(values: dict[str, Any], path: KeyPath, problems: Problems) -> dict[s
     for key in SHARDING:
         if key in values and not values[key]:
             del values[key]
+    for key, reason in _FORMER.items():
+        value = values.pop(key, None)
+        if value not in _UNSET and not (isinstance(value, dict) and not any(value.values())):
+            problems.add((*path, key), f"`{key}` cannot be set: {reason}", "remove it", of_key=True)
     said = values.pop("distributed_type", None)
     if said is None:
         return values
     sharded = next((name.upper() for key, name in SHARDING.items() if key in values), None)
     several = values.get("num_processes") not in (1, None)
-    fits = (sharded,) if sharded else ("MULTI_GPU", "MULTI_CPU") if several else ("NO", "MULTI_GPU", "MULTI_CPU")
+    multi = "MULTI_CPU" if values.get("use_cpu") is True else "MULTI_GPU"
+    fits = (sharded,) if sharded else (multi,) if several else ("NO", multi)
     if said in fits:
         return values
-    if said in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
+    if said in ("XLA", "TPU"):
+        message = f"`distributed_type: {said}` is of TPUs, on which nothing is trained here"
+        problems.add((*path, "distributed_type"), message, f"it may be {', '.join(fits)}", of_key=True)
+    elif said in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
         problems.add(
             (*path, "distributed_type"), f"`distributed_type: {said}` contradicts the other keys",
-            "remove it: `num_processes`, `fsdp_config` and `deepspeed_config` tell it", of_key=True,
+            "remove it: `num_processes`, `use_cpu`, `fsdp_config` and `deepspeed_config` tell it", of_key=True,
         )  # fmt: skip
     else:
         problems.add(
-            (*path, "distributed_type"), f"nothing is trained with `distributed_type: {said}` here",
+            (*path, "distributed_type"), f"nothing is trained with `distributed_type: {dump_inline(said)}` here",
             f"it may be {', '.join(fits)}", of_key=True,
         )  # fmt: skip
     return values
@@ -183,13 +236,15 @@ def _check_precision(recipe: Recipe, values: dict[str, Any], path: KeyPath, prob
         )
 
 
-def _count(values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
     """Work out how many processes there are, and see that they fit on the machines; in place."""
     machines, rank = values.get("num_machines", 1), values.get("machine_rank", 0)
     number: KeyPath = (*path, "num_processes")
     processes = values.get("num_processes")
     if processes is None:
-        problems.add(number, "`num_processes` is missing", "set it, or write `launch: auto` for all devices here")
+        hint = "set it, or write `launch: auto` for all devices here"
+        hint += "; a stage's own `launch` replaces that at the top" if path != (KEY,) and recipe.launch else ""
+        problems.add(number, "`num_processes` is missing", hint)
         return
     if processes == "auto":
         here = 0 if values.get("use_cpu") else len(devices.gpus(os.environ))
@@ -234,13 +289,21 @@ def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Proble
             ("stages", name, "rollout", "engine"), "vLLM samples for one process alone",
             f"set `engine: transformers`, or have stage `{name}` trained by one: `launch: {{num_processes: 1}}`",
         )  # fmt: skip
+    _require_whole_base(recipe, name, path, keys, problems)
+
+
+def _require_whole_base(recipe: Recipe, name: str, path: KeyPath, keys: dict[str, Any], problems: Problems) -> None:
+    """See that the model is not divided in a stage that samples."""
+    stage = recipe.stages[name]
+    said = (keys.get("num_processes"), (recipe.launch or {}).get("num_processes"), 2)
+    processes = next(one for one in said if isinstance(one, int) or one == "auto")
     for key in SHARDING:
-        if key in keys and stage.facts.samples:
+        if keys.get(key) and stage.facts.samples:
             problems.add(
                 (*path, key),
                 f"a stage of kind `{stage.kind}` samples from a base that each process holds whole, so `{key}` cannot "
                 "divide it",
-                f"train stage `{name}` without it: `launch: {{num_processes: {recipe.processes(name)}}}` in the stage",
+                f"train stage `{name}` without it: `launch: {{num_processes: {processes}}}` in the stage",
                 of_key=True,
             )
 

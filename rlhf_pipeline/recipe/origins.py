@@ -16,11 +16,13 @@ class Source:
         name: the file as messages show it.
         folder: the folder that relative paths in it start from.
         level: how often `extends` led to it; 0 for the recipe itself.
+        at: of a file that is no recipe, the key path that its content has in the recipe.
     """
 
     name: str
     folder: Path
     level: int = 0
+    at: KeyPath = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Origins:
         origin, own = self.nearest(path)
         if origin.override is not None:
             return f"override `{origin.override}`"
-        key = self.as_written(".".join(str(part) for part in path))
+        key = self.as_written(".".join(str(part) for part in path[len(origin.source.at) :]))
         line, column = self._position(origin, own, of_key)
         where = f"{origin.source.name}:{line}:{column}" if line else origin.source.name
         return f"{where}: {key}" if key else where

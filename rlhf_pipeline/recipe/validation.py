@@ -228,6 +228,9 @@ def _hint(kind: str, path: KeyPath, given: Any, context: dict[str, Any]) -> str 
         return _written_otherwise(given, boolean=kind == "bool_type")
     if path == ("rounds",):
         return OF_ROUNDS
+    if path[-1] == "launch" and kind == "dict_type":
+        processes = given if type(given) is int and given > 0 else 2
+        return f"write {{num_processes: {processes}}}, or `auto`, or the path of a file of `accelerate config`"
     if kind in ("model_type", "dict_type") and given is None:
         return "is what belongs to it indented?"
     if path == ("model",) and isinstance(given, str):

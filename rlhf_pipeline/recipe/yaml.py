@@ -166,14 +166,19 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, Mark]]:
     return document.value, document.marks
 
 
-def read_document(text: str, source: str) -> Document:
+def read_document(text: str, source: str, *, look_up: bool = True) -> Document:
     """Read a YAML document as far as it can be read.
+
+    Args:
+        text: the document.
+        source: the file's name, for messages.
+        look_up: whether `${NAME}` is the variable of that name.
 
     Raises:
         InputError: nothing of it can be read: it is not YAML, a key is no plain word, or a value contains itself.
     """
     try:
-        return _Reader(source, look_up=True).read(text)
+        return _Reader(source, look_up=look_up).read(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source

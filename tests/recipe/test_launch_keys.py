@@ -12,6 +12,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, stage_inputs
 from rlhf_pipeline.recipe import library_keys
 from rlhf_pipeline.recipe.launch import options, require_devices
+from rlhf_pipeline.recipe.show import origin_of
 
 RECIPE = """\
 name: r
@@ -72,9 +73,67 @@ def test_a_file_of_accelerate_is_read_and_the_other_keys_go_before_it(tmp_path):
     with pytest.raises(InputError) as refused:
         load(tmp_path, "launch: b.yaml")
     assert [str(error.place).partition(": ")[2] for error in refused.value.all] == [
-        "launch.config_file.tpu_name",
-        "launch.config_file.fsdp_config.fsdp_verzion",
+        "fsdp_config.fsdp_verzion",
+        "tpu_name",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message", "hint"),
+    [
+        ("debug: false\nnum_processes: two\n", "a.yaml:2:16: num_processes", "got 'two'", "see `accelerate config`"),
+        ("num_processes: 3\nnum_machines: 2\nmain_process_ip: b", "a.yaml:1:16: num_processes", "do not div", "each"),
+        ("num_processes: 2\n  debug: b\n", "a.yaml:2:8", "this is not YAML", "check indentation"),
+        ("debug: false\ndebug: true\n", "a.yaml:2:1: debug", "is written twice", "keep one"),
+        ("num_processes: 2\ndistributed_type: NO\n", "a.yaml:2:1: distributed_type", "NO` contradicts", "remove it"),
+        ("num_processes: 2\ndistributed_type: false\n", "a.yaml:2:1: distributed_type", "type: false`", "MULTI_GPU"),
+        ("num_processes: 2\ndistributed_type: XLA\n", "a.yaml:2:1: distributed_type", "TPU", "it may be MULTI_GPU"),
+        ("num_processes: 2\nuse_cpu: true\ndistributed_type: MULTI_GPU\n", "a.yaml:3:1: distributed_type",
+         "MULTI_GPU` contradicts", "`use_cpu`"),
+        # Keys of Accelerate's SageMakerConfig.
+        ("base_job_name: accelerate-sagemaker-1\ncompute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n"
+         "ec2_instance_type: ml.p3.2xlarge\niam_role_name: role\nmixed_precision: 'no'\nnum_machines: 2\nregion: us\n",
+         "a.yaml:2:22: compute_environment", "this file is for SageMaker", "`This machine`"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said_of_its_own_line_and_key(tmp_path, monkeypatch, text, place, message, hint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    for written in (["launch: a.yaml"], ["", "launch=a.yaml"]):
+        with pytest.raises(InputError) as refused:
+            load(tmp_path, *written)
+        (error,) = refused.value.all
+        assert error.place == place and message in error.message and hint in error.hint
+
+
+def test_a_file_in_json_has_keys_without_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text('{"num_processes": "two"}')
+    with pytest.raises(InputError) as refused:
+        load(tmp_path, "launch: a.json")
+    assert refused.value.place == "a.json: num_processes"
+
+
+def test_a_file_is_read_as_recipes_are_and_what_is_switched_off_is_passed_over(tmp_path):
+    off = "dynamo_backend: NO\nipex_config: {ipex: false}\ndowncast_bf16: no\nmixed_precision: no\n"
+    (tmp_path / "a.yaml").write_text(f"distributed_type: NO\nnum_processes: 1\n{off}")
+    loaded, origins = recipe.load_with_origins(write(tmp_path, "launch: a.yaml"), ["model.dtype=float32"])
+    assert loaded.launch == {"num_processes": 1}
+    assert origin_of(("launch", "num_processes"), origins) == "a.yaml:2"
+    (tmp_path / "a.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
+    assert load(tmp_path, "launch: a.yaml").processes("sft") == 2
+
+
+def test_a_model_cannot_be_divided_by_keys_of_a_stage_that_samples(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {path: tiny}\nlaunch: {num_processes: 4}\nstages:\n  sft: {data: tiny:demonstrations}\n"
+                    "  reward: {data: tiny:preferences}\n  ppo: {data: tiny:prompts}\n")  # fmt: skip
+    with pytest.raises(InputError, match="samples from a base that each process holds whole") as refused:
+        recipe.load(str(file), ["ppo.launch.fsdp_config.fsdp_version=2"])
+    assert len(refused.value.all) == 1 and "{num_processes: 4}" in refused.value.hint
+    with pytest.raises(InputError, match="`num_processes` is missing") as refused:
+        recipe.load(str(file), ["sft.launch.fsdp_config.fsdp_version=2"])
+    assert "replaces that at the top" in refused.value.hint
 
 
 def test_auto_is_as_many_as_there_are_gpus_or_one_without(tmp_path, monkeypatch):
