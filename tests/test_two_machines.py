@@ -82,7 +82,7 @@ class Machine:
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [*words, f"launch.machine_rank={number}"], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -108,7 +108,7 @@ def test_two_machines_stop_together_and_one_misses_the_other(tmp_path, namespace
 
     both = start()
     wait_for(4, both)
-    both[1].process.send_signal(signal.SIGTERM)
+    os.killpg(both[1].process.pid, signal.SIGTERM)  # as a terminal's Ctrl-C, and SLURM, which reach all processes
     assert [one.process.wait(60) for one in both] == [130, 130], [one.said for one in both]
     step = short_run.sound_step(work)
     for one in both:
@@ -133,7 +133,7 @@ def test_two_machines_stop_together_and_one_misses_the_other(tmp_path, namespace
 @pytest.fixture
 def far(tmp_path, monkeypatch) -> recipes.Recipe:
     """The recipe on the second machine, with short times."""
-    for name, value in (("BEAT_S", 0.05), ("SILENT_S", 0.6), ("COME_S", 1.0), ("POLL_S", 0.02)):
+    for name, value in (("BEAT_S", 0.1), ("SILENT_S", 0.6), ("COME_S", 1.0), ("POLL_S", 0.02)):
         monkeypatch.setattr(machines, name, value)
     (tmp_path / "far.yaml").write_text(yaml.safe_dump(RECIPE))
     return recipes.load(str(tmp_path / "far.yaml"), ["launch.machine_rank=1"])
@@ -202,6 +202,19 @@ def test_a_first_machine_that_falls_silent_is_said(far, monkeypatch):
     said.set()
     thread.join()
     assert next(counts) >= 10, "not while it counted"
+
+
+def test_a_machine_is_one_process(far):
+    folder = far.run / ".machines"
+    with machines.beating(folder, 1):
+        while not (folder / "1.beat").exists():
+            time.sleep(0.01)
+        with pytest.raises(RunError, match=f"machine 1 is at work on this run already: process {os.getpid()} on"):
+            machines.follow(far, lambda _: None)
+    assert not (folder / "1.beat").exists(), "it has said that it is gone"
+    (folder / "1.beat").write_text('{"of": "yesterday", "count": 7}')
+    with pytest.raises(RunError, match="machine 0 has not begun within"):
+        machines.follow(far, lambda _: None)
 
 
 def test_a_machine_alone_tells_nobody(tmp_path):

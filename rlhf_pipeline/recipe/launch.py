@@ -4,6 +4,7 @@ import ast
 import copy
 import difflib
 import functools
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -309,13 +310,17 @@ def _require_whole_base(recipe: Recipe, name: str, path: KeyPath, keys: dict[str
 
 
 def require_devices(recipe: Recipe, names: Sequence[str]) -> None:
-    """See that each process of this machine gets a GPU of its own.
+    """See that each process of this machine gets a GPU of its own, and what divides the model is installed.
 
     Raises:
-        InputError: there are fewer GPUs here than a stage needs.
+        InputError: there are fewer GPUs here than a stage needs, or there is no DeepSpeed.
     """
     for name in names:
         keys = recipe.launch_of(name)
+        if keys.get("deepspeed_config") and importlib.util.find_spec("deepspeed") is None:
+            where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
+            place = recipe.place(*where, "deepspeed_config")
+            raise InputError("DeepSpeed is not installed", place=place, hint="pip install deepspeed")
         if not keys or keys.get("use_cpu"):
             continue
         needed, there = keys["num_processes"] // keys.get("num_machines", 1), len(devices.gpus(os.environ))

@@ -7,6 +7,7 @@ and all listen: whoever has been silent for half a minute is taken for dead. No 
 
 import contextlib
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -38,13 +39,13 @@ def several(recipe: Recipe) -> int:
 def beating(folder: Path, machine: int) -> Iterator[None]:
     """Give signs of life while the block runs."""
     over = threading.Event()
-    mine = uuid.uuid4().hex
+    mine = {"of": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
 
     def beat() -> None:
         count = 0
         while True:
             with contextlib.suppress(OSError):  # a disk that is full for a moment
-                _write(folder / f"{machine}.beat", {"of": mine, "count": count})
+                _write(folder / f"{machine}.beat", mine | {"count": count})
             count += 1
             if over.wait(BEAT_S):
                 return
@@ -57,6 +58,27 @@ def beating(folder: Path, machine: int) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+        with contextlib.suppress(OSError):
+            (folder / f"{machine}.beat").unlink(missing_ok=True)
+
+
+def refuse_if_taken(folder: Path, machine: int) -> None:
+    """See that no other process is this machine, which takes a moment where one was ended before it could say so.
+
+    Raises:
+        RunError: one is.
+    """
+    file = folder / f"{machine}.beat"
+    ear, deadline = Ear(folder, machine), time.monotonic() + 2.5 * BEAT_S
+    while file.exists() and time.monotonic() < deadline:
+        if ear.has_come:
+            other = read_json(file) or {}
+            raise RunError(
+                f"machine {machine} is at work on this run already: process {other.get('process')} on "
+                f"{other.get('host')}",
+                hint="each machine has a `launch.machine_rank` of its own",
+            )
+        time.sleep(POLL_S)
 
 
 class Ear:
@@ -138,10 +160,11 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
 
     Raises:
         Interrupted: the run was stopped, here or there.
-        RunError: it failed, or machine 0 did not come, or is gone.
+        RunError: it failed, or machine 0 did not come, or is gone; or another process is this machine.
         Waiting: people have to label first.
     """
     folder, machine = recipe.run / MACHINES, recipe.machine_rank
+    refuse_if_taken(folder, machine)
     job: subprocess.Popen[bytes] | None = None
     stopping = False
 

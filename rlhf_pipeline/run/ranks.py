@@ -362,6 +362,8 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # here and in all that it starts: who asked for this job decides
     adopt_orphans()
     signal.signal(END_SIGNAL, _end)
     die_with(int(sys.argv[2]), END_SIGNAL)

@@ -1,5 +1,6 @@
 """`launch` in a recipe: Accelerate's own keys, its files, and what of them decides a stage's result."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -168,6 +169,14 @@ def test_the_fingerprint_has_the_rows_of_a_step_and_not_where_they_are(tmp_path)
     assert divided == two | {"launch.fsdp_config.fsdp_offload_params": True, "launch.fsdp_config.fsdp_version": 2}
     of_dpo = inputs(load(tmp_path, "launch: {num_processes: 2}"), "dpo")
     assert of_dpo["trainer.per_device_train_batch_size"] == 16, "TRL's default for each is 8"
+
+
+def test_deepspeed_that_is_not_installed_is_said_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    loaded = load(tmp_path, "launch: {num_processes: 2, deepspeed_config: {zero_stage: 2}}")
+    with pytest.raises(InputError, match="DeepSpeed is not installed") as raised:
+        require_devices(loaded, ["sft"])
+    assert (raised.value.hint, "launch.deepspeed_config" in str(raised.value.place)) == ("pip install deepspeed", True)
 
 
 def test_a_file_of_deepspeed_counts_by_what_it_holds(tmp_path):

@@ -110,6 +110,8 @@ def _be_rank(sabotage: Sabotage, index: int, all_of_them: ranks.Ranks, port: int
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     torch.set_num_threads(1)
+    # A fork makes torch's pool of threads anew when it first uses it, which must not be in two threads at once.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     sabotage(index)
     rank.main(str(all_of_them.job_file))
     os._exit(0)
