@@ -91,11 +91,17 @@ class Interrupted(Exception):  # noqa: N818  it is no error
 
     Args:
         message: how far it is, in one sentence.
+        then: what the same command does after that, in one sentence.
+        at_once: it was asked twice, and nothing more is to be done before the command ends.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(
+        self, message: str, *, then: str = "the same command resumes from here", at_once: bool = False
+    ) -> None:
         super().__init__(message)
         self.message = message
+        self.then = then
+        self.at_once = at_once
 
 
 class Waiting(Exception):  # noqa: N818  it is no error

@@ -14,6 +14,7 @@ from rlhf_pipeline.data.shapes import Wanted, recognise
 from rlhf_pipeline.errors import ColumnsError, InputError, InputErrors
 from rlhf_pipeline.fingerprint import Digests, judging_inputs, pin, short_hash, stage_inputs
 from rlhf_pipeline.recipe import Data, Recipe, gates
+from rlhf_pipeline.recipe.launch import BATCH
 from rlhf_pipeline.recipe.rewards import uses_of_columns
 from rlhf_pipeline.recipe.schema import Source
 from rlhf_pipeline.rundir import state, waiting
@@ -110,7 +111,9 @@ def make(
         plan.judging = judging_inputs(recipe, name, earlier, digests)
         parents = [there[parent] for parent in plan.parents.values() if parent in there]
         changed = (
-            [*_changes(record.inputs, plan), *other_versions(record, installed)] if record.model_fields_set else []
+            [*_changes(record.inputs, plan, recipe.processes(name)), *other_versions(record, installed)]
+            if record.model_fields_set
+            else []
         )
         find_state(plan, parents, directory, digests, running, changed)
         _look_at_judging_and_gates(plan, stage.gates, ignore_gates)
@@ -267,9 +270,10 @@ def _minor(version: str) -> list[str]:
     return version.partition("+")[0].split(".")[:2]
 
 
-def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
-    """What differs between the inputs in a record and the current ones."""
+def _changes(old: dict[str, Any], plan: StagePlan, processes: int) -> list[str]:
+    """What differs between the inputs in a record and the current ones, of as many processes."""
     changes = []
+    several = processes > 1 or plan.record.machine.get("processes", 1) != 1
     for key in sorted(old.keys() | plan.inputs.keys()):
         before, now = old.get(key), plan.inputs.get(key)
         if before == now:
@@ -280,7 +284,9 @@ def _changes(old: dict[str, Any], plan: StagePlan) -> list[str]:
         elif (isinstance(now, str) and "@" in now) or (isinstance(before, str) and "@" in before):
             changes.append(f"{key} changed: {_named(before)} → {_named(now)}")
         else:
-            changes.append(f"{key} {_shown(before)} → {_shown(now)}")
+            # Of several processes it is a product, which nobody wrote; see `launch_inputs`.
+            name = "rows at once of all processes" if several and key == f"trainer.{BATCH}" else key
+            changes.append(f"{name} {_shown(before)} → {_shown(now)}")
     return changes
 
 

@@ -904,3 +904,18 @@ def test_a_stage_that_makes_rows_is_not_said_to_train(tmp_path: Path) -> None:
     loaded = recipe.load(str(tmp_path / "r.yaml"))
     found = to_do.find(loaded, plan.make(loaded))
     assert found.stages == {"sft": "train", "candidates": "make rows"}
+
+
+def test_a_product_of_rows_and_processes_is_not_shown_as_what_somebody_wrote(folder):
+    """Done by two processes of 4 rows each, then planned for one, with `launch` and without it."""
+    text = (folder / "r.yaml").read_text().replace("learning_rate: 1e-3", "per_device_train_batch_size: 4")
+    (folder / "r.yaml").write_text(text + "launch: {num_processes: 2, use_cpu: true}\n")
+    finish(folder, "sft", machine={"processes": 2})
+    said = "rows at once of all processes 8 → 4"
+    assert make(folder, "launch.num_processes=1")["sft"].reason == said
+    (folder / "r.yaml").write_text(text)
+    assert make(folder)["sft"].reason == said
+    finish(folder, "sft")
+    assert make(folder, "sft.trainer.per_device_train_batch_size=8")["sft"].reason == (
+        "trainer.per_device_train_batch_size 4 → 8"
+    )

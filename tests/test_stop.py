@@ -81,14 +81,14 @@ def steps(run: Path, stage: str) -> set[str]:
     return {path.name for path in (run / stage / "work").glob("checkpoint-*")}
 
 
-def stop(command: Command, number: int, alone: bool = False) -> str:
+def stop(command: Command, number: int, alone: bool = False, then: str = "\nthe same command resumes from here") -> str:
     """Send a signal, to the runner alone or to its whole process group as a terminal does; what the command said."""
     if alone:
         command.process.send_signal(number)
     else:
         command.signal_all(number)
     assert command.end(60) == 130, command.said
-    assert command.said.endswith("\nthe same command resumes from here\n") and "Traceback" not in command.said
+    assert command.said.endswith(f"{then}\n") and "Traceback" not in command.said
     return command.said
 
 
@@ -203,6 +203,7 @@ def test_a_second_signal_stops_within_a_step(copied: Path, start: Callable[..., 
     time.sleep(1.0)
     assert command.process.poll() is None, command.said
     asked = time.monotonic()
-    assert "\ninterrupted\n" in stop(command, signal.SIGINT)
+    said = stop(command, signal.SIGINT, then="the same command begins this one again")
     assert time.monotonic() - asked < 1.5
+    assert "\nstage `ppo` stopped before its first checkpoint\n" in said
     assert state(run, "ppo") == "failed" and state(run, "sft") == state(run, "dpo") == "done"

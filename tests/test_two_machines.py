@@ -167,13 +167,16 @@ def test_the_others_end_as_the_first_one_does(far):
             type(error), error.message, getattr(error, "hint", None),
         )  # fmt: skip
     assert isinstance(ends(far, KeyboardInterrupt()), Interrupted)
+    assert ends(far, Interrupted("stopped", then="it begins again")).then == "it begins again"
     assert str(ends(far, ZeroDivisionError("h")).message) == "h"
 
 
 def test_a_machine_does_not_wait_where_there_is_nothing_to_do(far, monkeypatch):
     monkeypatch.setattr(runner.to_do, "find", lambda *_, **__: runner.ToDo({}, compares=False))
     began = time.monotonic()
-    runner.run(far, say=lambda _: None)
+    said: list[str] = []
+    runner.run(far, say=said.append)
+    assert said == [f"machine 1: there is nothing to do in {far.run}, all is done"]
     assert time.monotonic() - began < machines.COME_S and not (far.run / ".machines").exists()
 
 
@@ -182,8 +185,10 @@ def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far):
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"id": "of yesterday", "over": null}')
     (folder / "0.beat").write_text('{"of": "yesterday", "count": 7}')
+    said: list[str] = []
     with pytest.raises(RunError, match="machine 0 has not begun within"):
-        machines.follow(far, lambda _: None)
+        machines.follow(far, said.append)
+    assert said == [f"machine 1 waits for machine 0 ({FIRST}) in {far.run}; Ctrl-C ends it"]
 
 
 def test_a_first_machine_that_falls_silent_is_said(far, monkeypatch):
@@ -266,6 +271,17 @@ def test_why_a_machine_cannot_start_its_ranks_ends_the_first_ones(far, monkeypat
     assert ranks._outcome(first, ranks._wait(first, Launched()), Launched()) == 1  # type: ignore[arg-type]
     result = json.loads(job.with_name("result.json").read_text())
     assert (result["message"], result["hint"]) == ("machine 1: there is no room", "make some")
+
+
+def test_a_launcher_that_is_killed_is_said(far):
+    class Killed(Launched):
+        def poll(self) -> int:
+            return -9
+
+    first = ranks.Ranks(job_of(far), machine=0)
+    assert ranks._outcome(first, {}, Killed()) == 1  # type: ignore[arg-type]
+    said = json.loads((first.job_file.parent / "result.json").read_text())["message"]
+    assert said == "`accelerate launch` was ended by signal 9, and not all of its processes had ended"
 
 
 def test_a_machine_is_missed_only_while_its_ranks_are(far, monkeypatch):

@@ -40,7 +40,7 @@ def main() -> None:
         sys.exit(1)
     except Interrupted as stop:
         say(stop.message)
-        say("the same command resumes from here")
+        say(stop.then)
         sys.exit(130)
     except Waiting as waiting:
         say(waiting.message)

@@ -78,8 +78,8 @@ def run(
             )
     except KeyboardInterrupt:  # typer has an answer of its own to it
         raise Interrupted("interrupted") from None
-    except (RunError, Interrupted, Waiting):
-        if first:
+    except (RunError, Interrupted, Waiting) as end:
+        if first and not (isinstance(end, Interrupted) and end.at_once):
             _report(loaded.run)
             _show_alarms(loaded.run, on_stderr=True)
         raise

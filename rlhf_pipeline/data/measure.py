@@ -41,7 +41,8 @@ class Trainer(NamedTuple):
     Attributes:
         max_length: TRL's limit on prompt and reply together; None where there is none.
         keep_end: whether TRL keeps the end of a row that is longer, and not its beginning.
-        batch: the rows of one optimizer step; of a policy that samples, the prompts.
+        batch: the rows of one optimizer step, of all processes; of a policy that samples, the prompts.
+        processes: how many share a batch.
         response_length: the limit on sampled replies.
         stop_tokens: the tokens that end sampled replies, from `reply_end.stop_tokens`.
         max_positions: how many tokens the model has positions for; None where it does not say.
@@ -50,18 +51,22 @@ class Trainer(NamedTuple):
     max_length: int | None = None
     keep_end: bool = False
     batch: int = 1
+    processes: int = 1
     response_length: int | None = None
     stop_tokens: Sequence[int] = ()
     max_positions: int | None = None
 
     @classmethod
-    def of(cls, args: Any, max_positions: int | None = None, reply_limit: str | None = None) -> "Trainer":
+    def of(
+        cls, args: Any, max_positions: int | None = None, reply_limit: str | None = None, processes: int = 1
+    ) -> "Trainer":
         """Read it from TRL's config, but for the stop tokens, which that alone does not say.
 
         Args:
             args: the config.
             max_positions: see there.
             reply_limit: its key for `response_length`; see `Kind.reply_limit`.
+            processes: see there.
         """
         # Packed rows are cut into pieces of `max_length` with nothing lost, except by `bfd`.
         packed = getattr(args, "packing", False) and args.packing_strategy != "bfd"
@@ -71,9 +76,11 @@ class Trainer(NamedTuple):
             batch=(
                 args.per_device_train_batch_size
                 * args.gradient_accumulation_steps
+                * processes
                 // getattr(args, "num_generations", 1)
                 or 1
             ),
+            processes=processes,
             response_length=getattr(args, reply_limit) if reply_limit else None,
             max_positions=max_positions,
         )
@@ -122,6 +129,7 @@ def measure(
         ),
         "labels": {"good": good, "bad": bad} if good or bad else None,
         "batch": trainer.batch,
+        "processes": trainer.processes,
         "lengths": {name: _percentiles(values) for name, values in lengths.items()},
         "limits": {
             "max_prompt_length": spec.max_prompt_length,

@@ -77,8 +77,9 @@ def _warnings(numbers: dict[str, Any]) -> Iterator[str]:
     if not rows:
         return
     if rows < numbers["batch"]:
+        of = f", which {numbers['processes']} processes share" if numbers["processes"] > 1 else ""
         yield (
-            f"{rows} rows are fewer than one batch of {numbers['batch']}: lower `per_device_train_batch_size` or "
+            f"{rows} rows are fewer than one batch of {numbers['batch']}{of}: lower `per_device_train_batch_size` or "
             "`gradient_accumulation_steps`, or add rows"
         )
     turns, all_rows = numbers["conversations"], rows + (numbers["held_out_rows"] or 0)

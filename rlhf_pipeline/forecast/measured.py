@@ -72,7 +72,8 @@ def _steps(job: Job, args: Any) -> int:
         return int(args.num_total_batches)
     if args.max_steps > 0:
         return int(args.max_steps) * (job.stage.members or 1)
-    of_epoch = math.ceil(rows / Trainer.of(args).batch) * getattr(args, "num_iterations", 1)
+    batch = Trainer.of(args, processes=job.recipe.processes(job.name)).batch
+    of_epoch = math.ceil(rows / batch) * getattr(args, "num_iterations", 1)
     return math.ceil(args.num_train_epochs * of_epoch) * (job.stage.members or 1)
 
 

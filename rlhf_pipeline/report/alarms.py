@@ -14,7 +14,7 @@ from rlhf_pipeline.report import measures, watched
 from rlhf_pipeline.report.fall import drop, fell_since
 from rlhf_pipeline.report.gather import EMPTY, Numbers, Run, Series, Stage, mapping, number, read_run
 from rlhf_pipeline.rundir.record import GATE_CLOSED
-from rlhf_pipeline.rundir.state import DONE
+from rlhf_pipeline.rundir.state import DONE, STOPPED_EARLY
 from rlhf_pipeline.rundir.words import short
 from rlhf_pipeline.shares import interval
 
@@ -117,7 +117,10 @@ def _of_record(stage: Stage) -> Iterator[Alarm]:
         metric: gate for metric, gate in record.gates.items()
         if gate.get("passed") is False and metric not in record.gates_ignored
     }  # fmt: skip
-    if stage.state == "failed" and not closed:
+    if stage.state == "failed" and stage.reason == STOPPED_EARLY:  # by somebody who knows it
+        said = f"{STOPPED_EARLY.capitalize()}. The same command begins it again."
+        yield Alarm("look", name, "a stopped stage", said, is_state=True)
+    elif stage.state == "failed" and not closed:
         yield Alarm("bad", name, "a failure", f"Failed: {stage.reason}.", is_state=True)
     if stage.state == "partial":
         yield Alarm(

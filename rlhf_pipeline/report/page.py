@@ -293,7 +293,9 @@ def _git(record: Record) -> str:
 
 
 def _machine(record: Record) -> str:
-    return ", ".join(str(value) for value in record.machine.values() if value)
+    return ", ".join(
+        f"{value} processes" if key == "processes" else str(value) for key, value in record.machine.items() if value
+    )
 
 
 def _data(run: Run) -> Iterator[tuple[str, str, str, str]]:

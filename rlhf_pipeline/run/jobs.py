@@ -1,5 +1,6 @@
 """One job in a worker, and what became of it: its result, or in one sentence why there is none. No torch."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,11 @@ from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, WAITING, Launcher
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import RESULT, log_of_rank, read_json
 from rlhf_pipeline.rundir.secrets import redact, scrub
+
+# What a log holds besides what went wrong: progress bars, and warnings with the line of code below each.
+_NOISE = re.compile(
+    r"^.*?\d+%\|[^|\n]*\|[^]\n]*\]?|^\S+:\d+: \w*Warning: .*(\n  .*)?|^(\[rank\d+\]:)?\[W\d.*", re.MULTILINE
+)
 
 
 class Ended(NamedTuple):
@@ -84,7 +90,7 @@ def _failure(
         code, log = result["code"], log_of_rank(log, result["rank"])
         of_rank = f" in rank {result['rank']} of {result['ranks']}"
     text = log.read_text(errors="replace") if log.exists() else ""
-    tail = [line for line in text.splitlines() if line.strip()][-8:]
+    tail = [line for line in _NOISE.sub("", text).splitlines() if line.strip()][-8:]
     if code < 0:
         cause, hint = explain_signal(-code, memory_ran_out, recipe, name)
     elif result is not None and "message" in result:

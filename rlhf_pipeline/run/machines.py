@@ -124,7 +124,8 @@ def leading(recipe: Recipe) -> Iterator[None]:
             yield
             over = {"kind": "", "message": "", "hint": None}
         except BaseException as error:
-            message, hint = str(getattr(error, "message", None) or error), getattr(error, "hint", None)
+            message = str(getattr(error, "message", None) or error)
+            hint = error.then if isinstance(error, Interrupted) else getattr(error, "hint", None)
             over = {"kind": type(error).__name__, "message": message, "hint": hint}
             raise
         finally:
@@ -180,7 +181,8 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
     try:
         with beating(folder, machine), signals.stopping(at_work, stop, say):
             first = Ear(folder, 0)
-            say(f"machine {machine} waits for machine 0 in {recipe.run}")
+            where = (recipe.launch or {}).get("main_process_ip")
+            say(f"machine {machine} waits for machine 0 ({where}) in {recipe.run}; Ctrl-C ends it")
             run = _wait_for_run(folder, first)
             done: str | None = None
             while True:
@@ -254,7 +256,7 @@ def _end_as(over: dict[str, Any]) -> None:
     if not over["kind"]:
         return
     if over["kind"] in ("Interrupted", "KeyboardInterrupt"):
-        raise Interrupted(message or "interrupted")
+        raise Interrupted(message or "interrupted", **({"then": hint} if hint else {}))
     if over["kind"] == "Waiting":
         raise Waiting(message, hint=hint)
     if over["kind"] in ("InputError", "InputErrors", "ColumnsError"):

@@ -277,7 +277,8 @@ def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: sub
         return 0
     if not failed and running:
         code = launcher.poll()
-        return _fail(ranks, f"`accelerate launch` ended with exit code {code}, and not all of its processes had", None)
+        how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return _fail(ranks, f"`accelerate launch` {how}, and not all of its processes had ended", None)
     if not failed:
         return _finish(ranks, ranks.result(0), 0)
     if running and all(map(_TIMED_OUT.search, said.values())):

@@ -44,6 +44,7 @@ from rlhf_pipeline.rundir.layout import (
 from rlhf_pipeline.rundir.pace import ToGo
 from rlhf_pipeline.rundir.record import Record
 from rlhf_pipeline.rundir.secrets import redact, scrub
+from rlhf_pipeline.rundir.state import STOPPED_EARLY
 from rlhf_pipeline.rundir.words import duration
 
 Say = Callable[[str], None]
@@ -106,6 +107,8 @@ def run(
     plans = make_plan()
     wanted = find_to_do(plans)
     if not wanted.stages and not (compare and wanted.compares):
+        if recipe.machine_rank:  # which shows no table
+            say(f"machine {recipe.machine_rank}: there is nothing to do in {recipe.run}, all is done")
         return plans
     if recipe.machine_rank:  # the first machine holds the lock and does the rest
         require_devices(recipe, list(wanted.stages))
@@ -371,7 +374,7 @@ def _train(
             if outcome.waits:
                 raise _waits(dataclasses.replace(stage, reason=outcome.waits), directory)
             if outcome.stopped:
-                raise Interrupted(_stopped_at(stage.name, answer.get("step"), directory))
+                raise _stopped(stage.name, answer.get("step"), directory)
         else:
             answer = read_json(work / RESULT) or {}
         files = directory.publish(stage.name)
@@ -402,6 +405,8 @@ def _train(
                 ended["error"] = redact(explain(error, recipe, stage.name, folder)[0])
             with contextlib.suppress(OSError):  # a disk that is full stays so; the record of the start is there
                 directory.write_record(stage.name, record.updated(**ended))
+            if isinstance(error, KeyboardInterrupt) and directory.progress(stage.name) is None:
+                raise _stopped(stage.name, None, directory, at_once=True) from None
         raise
     say(f"{stage.name:<7} done in {duration(took)}" + _judged(stage, answer["metrics"]))
     for line in _watched(recipe.stages[stage.name], answer["metrics"]):
@@ -560,7 +565,12 @@ def _opening_record(
         command=redact(shlex.join(sys.argv)),
         recipe_folder=str(recipe.folder),
         git=_git(recipe.folder),
-        machine={"host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version()},
+        machine={
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            **({"processes": processes} if (processes := recipe.processes(stage.name)) > 1 else {}),
+        },
         wall_s=wall_s,
     )
 
@@ -573,12 +583,16 @@ def _time_to(progress: Progress, work: Path) -> float:
         return 0.0
 
 
-def _stopped_at(name: str, step: int | None, directory: RunDirectory) -> str:
+def _stopped(name: str, step: int | None, directory: RunDirectory, at_once: bool = False) -> Interrupted:
+    """What ends a run whose stage was stopped, and from where that goes on."""
     progress: Progress | None = directory.progress(name)
     if step is not None and not (progress and progress.makes_rows):
         of_member = f" of member {progress.member} of {progress.members}" if progress and progress.member else ""
-        return f"stage `{name}` stopped, with a checkpoint at step {step}{of_member}"
-    return f"stage `{name}` stopped" + (f": {progress}" if progress else " before its first checkpoint")
+        return Interrupted(f"stage `{name}` stopped, with a checkpoint at step {step}{of_member}", at_once=at_once)
+    if progress:
+        return Interrupted(f"stage `{name}` stopped: {progress}", at_once=at_once)
+    then = "stages that are done stay usable; the same command begins this one again"
+    return Interrupted(f"stage `{name}` {STOPPED_EARLY}", then=then, at_once=at_once)
 
 
 def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, say: Say) -> Record:

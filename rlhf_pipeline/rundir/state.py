@@ -21,6 +21,7 @@ State = Literal[
     "stale", "partial", "failed", "missing", "blocked", "running", "waiting",
 ]  # fmt: skip
 UP_TO_DATE = "up to date"  # the reason of a stage that is done and of which nothing else is to be said
+STOPPED_EARLY = "stopped before its first checkpoint"  # the reason of one that somebody stopped too early to resume it
 DONE = ("done", GATE_CLOSED, "done, to be judged again")  # those in which nothing is to be trained
 
 
@@ -303,6 +304,8 @@ def _of_unfinished(
     if stage.progress:
         return "partial", f"{happened}; {stage.progress}"
     damaged = directory.damaged(stage.name)
+    if record.stopped and not damaged:
+        return "failed", STOPPED_EARLY
     return "failed", "; ".join([happened, *(f"{name} is damaged: {why}" for name, why in damaged.items())])
 
 

@@ -446,7 +446,7 @@ def _stage_report(job: Job) -> tuple[dict[str, Any], list[InputError]]:
             trainer = trainer._replace(response_length=stage.sampling.max_new_tokens, stop_tokens=stops)
         if stage.facts.trains:
             args = job.trainer_config(stages.BY_KIND[stage.kind].CONFIG)
-            trainer = Trainer.of(args, positions, stage.facts.reply_limit)
+            trainer = Trainer.of(args, positions, stage.facts.reply_limit, job.recipe.processes(job.name))
         if stage.facts.samples:
             stops = stop_tokens(tokenizer, job.reader.generation_config, stage.trainer)
             trainer = trainer._replace(stop_tokens=stops)

@@ -12,8 +12,10 @@ from rich.text import Text
 
 from rlhf_pipeline import kinds
 from rlhf_pipeline.data import balance
+from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, outside
+from rlhf_pipeline.recipe.launch import require_devices
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series
@@ -168,6 +170,10 @@ def say_processes(recipe: Recipe, console: Console) -> None:
         if keys:
             machines = keys.get("num_machines", 1)
             said = f"{number} process{'es' * (number != 1)}" + (f" on {machines} machines" if machines > 1 else "")
+            try:
+                require_devices(recipe, [name])
+            except InputError as error:
+                said += f"; `run` refuses that here: {error.message}"
             together.setdefault(said, []).append(name)
     for said, names in together.items():
         console.print(Text(f"{', '.join(names)}: trained by {said}"), highlight=False, soft_wrap=True)

@@ -396,6 +396,11 @@ class TestWarnings:
             "`gradient_accumulation_steps`, or add rows"
         ]
 
+    def test_fewer_rows_than_a_batch_of_several_processes(self, data, measure, tmp_path):
+        args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
+        _, warnings = found(measure("sft", data(demonstrations(10)), Trainer.of(args, processes=4)))
+        assert len(warnings) == 1 and "10 rows are fewer than one batch of 16, which 4 processes share: " in warnings[0]
+
     @pytest.mark.parametrize("kind", ["sft", "reward", "ppo", "dpo"])
     def test_rows_beyond_the_models_positions(self, data, measure, kind, tokenizer):
         spec = data(pairs(30, longer=15))

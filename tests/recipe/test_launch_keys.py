@@ -1,12 +1,14 @@
 """`launch` in a recipe: Accelerate's own keys, its files, and what of them decides a stage's result."""
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from rich.console import Console
 
 from rlhf_pipeline import recipe
 from rlhf_pipeline.errors import InputError
@@ -14,6 +16,7 @@ from rlhf_pipeline.fingerprint import Digests, stage_inputs
 from rlhf_pipeline.recipe import library_keys
 from rlhf_pipeline.recipe.launch import options, require_devices
 from rlhf_pipeline.recipe.show import origin_of
+from rlhf_pipeline.terminal.tables import say_processes
 
 RECIPE = """\
 name: r
@@ -152,6 +155,9 @@ def test_fewer_gpus_than_processes_are_said_before_anything_trains(tmp_path, mon
     with pytest.raises(InputError, match="2 processes on this machine need a GPU each, and there is 1 here"):
         require_devices(loaded, ["sft"])
     require_devices(loaded, ["candidates"])
+    said = io.StringIO()
+    say_processes(loaded, Console(file=said, width=200))
+    assert "sft, dpo: trained by 2 processes; `run` refuses that here: 2 processes on this machine" in said.getvalue()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     require_devices(loaded, ["sft"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

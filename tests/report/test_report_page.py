@@ -368,7 +368,7 @@ def test_a_sound_run_has_no_alarms(run):
     [
         ("dpo", {"state": "failed", "artifact": None, "error": "no memory"}, [], "bad dpo Failed: no memory"),
         ("dpo", {"state": "running", "artifact": None}, [], "bad dpo Failed: the run ended before the stage did"),
-        ("dpo", {"state": "failed", "artifact": None, "stopped": True}, [], "bad dpo Failed: stopped"),
+        ("dpo", {"state": "failed", "artifact": None, "stopped": True}, [], "look dpo Stopped before its first"),
         ("sft", {"gates": {"loss": {"bound": "<= 0.1", "passed": False}}}, [], "bad sft A gate is closed: loss"),
         ("sft", {"gates_ignored": {"loss": "<= 0.1"}}, [], "look sft A closed gate was ignored: loss"),
         ("ppo", {"built_on": {"sft": "other"}}, [], "look ppo Stale: sft ran again"),

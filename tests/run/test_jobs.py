@@ -16,13 +16,15 @@ TASKS = ("check", "train", "judge", "compare")
 
 
 class Played:
-    """A launcher whose worker leaves `result` and ends with `code`."""
+    """A launcher whose worker leaves `result` and `log`, and ends with `code`."""
+
+    log = "it began\nthe last thing it did\n"
 
     def __init__(self, code: int, result: dict[str, Any] | None = None, stopping: bool = False) -> None:
         self.code, self.result, self.stopping = code, result, stopping
 
     def run(self, job: dict[str, Any], job_file: Path, log: Path) -> int:
-        log.write_text("it began\nthe last thing it did\n")
+        log.write_text(self.log)
         if self.result is not None:
             job_file.with_name("result.json").write_text(json.dumps(self.result))
         return self.code
@@ -88,3 +90,20 @@ def test_a_worker_that_says_what_is_wrong_is_believed(do: Any) -> None:
         do("train", Played(1, {"message": "no room", "hint": "free some", "known": True}, stopping=True))
     with pytest.raises(RunError, match="ended by signal 11"):
         do("judge", Played(-11))
+
+
+def test_of_a_log_progress_bars_and_warnings_are_not_shown(do: Any) -> None:
+    played = Played(-9)
+    played.log = (
+        "it began\n"
+        "\rLoading weights:   0%|          | 0/29 [00:00<?, ?it/s]\rLoading weights: 100%|██████| 29/29 [00:00<00:00]\n"
+        "/x/modeling_utils.py:3312: FutureWarning: `a` is deprecated\n  warnings.warn(\n"
+        "[rank1]:[W1129 17:16:35.900249701 reducer.cpp:1529] Warning: find_unused_parameters=True\n"
+        "  3%|▎         | 3/100 [00:00<00:05, 18it/s]Traceback (most recent call last):\n"
+        "UserWarning: which somebody raised\n"
+    )
+    with pytest.raises(RunError) as caught:
+        do("judge", played)
+    assert caught.value.message.splitlines()[1:] == [
+        "  | it began", "  | Traceback (most recent call last):", "  | UserWarning: which somebody raised"
+    ]  # fmt: skip

@@ -28,6 +28,7 @@ from rlhf_pipeline.report import alarms
 from rlhf_pipeline.run import runner, server
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.rundir.record import Record
 
 pytestmark = pytest.mark.slow
 
@@ -78,13 +79,26 @@ def test_what_ends_a_stage_is_recorded_as_what_it_is(tmp_path: Path, error: Base
         raise error
 
     directory, (sft, _) = RunDirectory(recipe.run), plan.make(recipe)
-    with pytest.raises(type(error)):
+    with pytest.raises((Interrupted, type(error))) as raised:
         runner._train(recipe, sft, directory, SimpleNamespace(run=fail, stopping=False), lambda line: None, False)
+    assert raised.type is (Interrupted if stopped else type(error))
     record = directory.record("sft")
     assert (record.state, record.stopped) == ("failed", stopped)
     assert record.error is None if said is None else said in record.error
     sft = plan.make(recipe)[0]
-    assert (sft.state, sft.reason) == ("failed", "stopped" if stopped else record.error)
+    assert (sft.state, sft.reason) == ("failed", "stopped before its first checkpoint" if stopped else record.error)
+    if isinstance(error, KeyboardInterrupt):
+        assert str(raised.value) == "stage `sft` stopped before its first checkpoint" and raised.value.at_once
+        assert raised.value.then.endswith("the same command begins this one again")
+
+
+def test_the_record_says_by_how_many_processes_a_stage_is_trained(tmp_path: Path):
+    recipe = write(tmp_path, FINE)
+    recipe.launch = {"num_processes": 2, "use_cpu": True}
+    stage, directory = plan.make(recipe)[0], RunDirectory(recipe.run)
+    assert runner._opening_record(recipe, stage, directory, None, Record()).machine["processes"] == 2
+    recipe.launch = None
+    assert "processes" not in runner._opening_record(recipe, stage, directory, None, Record()).machine
 
 
 FINE = """

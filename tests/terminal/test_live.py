@@ -185,7 +185,7 @@ def test_states_are_honest(run):
     assert dpo.split() == ["✗", "dpo", "stale", "16", "s", "sft", "ran", "again"]
     (run / "ppo" / "stage.json").write_text('{"kind": "ppo", "state": "failed", "error": "stopped"}')
     stopped = seen(run)
-    assert (stopped.stages[2].state, stopped.stages[2].reason) == ("failed", "stopped")
+    assert (stopped.stages[2].state, stopped.stages[2].reason) == ("failed", "stopped before its first checkpoint")
 
 
 def test_what_an_earlier_worker_told_is_not_shown(run):
