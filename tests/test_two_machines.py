@@ -284,6 +284,16 @@ def test_a_launcher_that_is_killed_is_said(far):
     assert said == "`accelerate launch` was ended by signal 9, and not all of its processes had ended"
 
 
+def test_one_that_only_misses_the_store_of_a_stopped_one_has_not_failed(far):
+    here = ranks.Ranks(job_of(far), machine=0)
+    said = (
+        "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"
+    )
+    (here.folder / "1.result.json").write_text(json.dumps({"message": said}))
+    ended = {0: {"code": ranks.STOPPED, "at": 1.0}, 1: {"code": 1, "at": 1.1}}
+    assert ranks._outcome(here, ended, Launched()) == ranks.STOPPED  # type: ignore[arg-type]
+
+
 def test_a_machine_is_missed_only_while_its_ranks_are(far, monkeypatch):
     first = ranks.Ranks(job_of(far), machine=0)
     beat = far.run / ".machines" / "1.beat"

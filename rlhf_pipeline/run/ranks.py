@@ -42,7 +42,7 @@ _TIMED_OUT = re.compile(
     "Timed out waiting|Application timeout|collective operation timeout|wait timeout after|Socket Timeout"
 )
 _OF_OTHERS = re.compile(
-    f"{_TIMED_OUT.pattern}|onnection (closed|reset|refused)|roken pipe|NCCL|TCPStore|gloo|ProcessGroup"
+    f"{_TIMED_OUT.pattern}|onnection (was likely )?(closed|reset|refused)|roken pipe|NCCL|TCPStore|gloo|ProcessGroup"
 )
 
 
