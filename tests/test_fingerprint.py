@@ -437,7 +437,7 @@ class TestPin:
     def test_the_reason_names_both_commits(self, hub, load):
         before = planned(load())
         hub.commits["/api/models/org/base"] = NEW
-        (reason,) = plan._changes(before["sft"].inputs, planned(load())["sft"])
+        (reason,) = plan._changes(before["sft"].inputs, planned(load())["sft"], processes=1)
         assert reason == f"model changed: org/base ({OLD[:8]}) → org/base ({NEW[:8]})"
 
     def test_the_sources_of_a_mix_and_held_out_data_are_asked_as_well(self, hub, load):

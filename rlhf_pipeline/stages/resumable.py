@@ -477,11 +477,12 @@ class Resumable(Trainer):
 
 def _over_all(over: Over, batches: list[tuple[float, float]]) -> float:
     """One number of all batches, from each one's and what that is over."""
+    counted = [(value, count) for value, count in batches if count]  # over nothing, it may be no number
     if over in ("least", "most"):
-        values = [value for value, count in batches if count]
+        values = [value for value, _ in counted]
         return min(values) if over == "least" else max(values)
-    whole = sum(count for _, count in batches)
-    return sum(value * count for value, count in batches) / whole if whole else 0.0
+    whole = sum(count for _, count in counted)
+    return sum(value * count for value, count in counted) / whole if whole else 0.0
 
 
 class _Alone:
