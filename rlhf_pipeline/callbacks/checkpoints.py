@@ -98,6 +98,7 @@ class Checkpoints(TrainerCallback):
         Raises:
             Stopped: one was noted.
         """
-        REQUEST.noted = ranks.any_of(REQUEST.noted)
+        if ranks.any_of(REQUEST.noted):  # it is only ever set: a request may come while this is found out
+            REQUEST.noted = True
         REQUEST.training = False
         REQUEST.stop_unless_training()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_pipeline import ranks, stages
 from rlhf_pipeline import recipe as recipes
-from rlhf_pipeline import stages
 from rlhf_pipeline.callbacks import checkpoints
 from rlhf_pipeline.callbacks.checkpoints import REQUEST, SECONDS_BETWEEN, Checkpoints, Stopped
 from rlhf_pipeline.recipe import TINY
@@ -226,6 +226,19 @@ def test_while_it_trains_a_request_waits_for_a_checkpoint():
     with pytest.raises(Stopped) as stopped:
         happen("save", 3)
     assert stopped.value.step == 3
+
+
+def test_a_request_while_ranks_agree_that_training_ends_is_not_forgotten(monkeypatch):
+    def any_of(noted: bool) -> bool:
+        ask()  # it comes after this rank has said that it knows of none
+        return noted
+
+    _, happen = events(every_s=None)
+    REQUEST.listen(signal.SIGUSR1)
+    happen("train_begin")
+    monkeypatch.setattr(ranks, "any_of", any_of)
+    with pytest.raises(Stopped):
+        happen("train_end")
 
 
 def test_a_request_after_the_last_checkpoint_is_granted_when_training_ends():
