@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
@@ -33,7 +32,7 @@ from rlhf_pipeline.kinds import Kind, Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
 from rlhf_pipeline.models.base import remove_dropout
-from rlhf_pipeline.ppo.checkpoint import Kept
+from rlhf_pipeline.ppo.checkpoint import Kept, random_states
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.shares import standard_error
 from rlhf_pipeline.stages import sharded
@@ -317,7 +316,7 @@ class Resumable(Trainer):
             "weights": adapters.whole_weights(self.model, "default"),
             "optimizer": sharded.optimizer_state(self.model, self.optimizer) if self.is_fsdp_enabled else None,
             "running_loss": self._running_loss().item(),
-            "random": ranks.gathered(self._random_states()),
+            "random": random_states(self),
         }
 
     def _of_deepspeed(self) -> Path:
@@ -330,12 +329,6 @@ class Resumable(Trainer):
         ranks.any_of(False)
         return folder
 
-    def _random_states(self) -> dict[str, bytes]:
-        """Transformers' file of this rank's random states, by its name."""
-        with TemporaryDirectory() as folder:
-            self._save_rng_state(folder)
-            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-
     def _write_checkpoint(self, folder: Path) -> None:
         adapters.write_weights(self._held["weights"], self.model, "default", folder)
         if self.is_fsdp_enabled:
@@ -347,9 +340,8 @@ class Resumable(Trainer):
         else:
             self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
-        for states in self._held["random"]:
-            for name, content in states.items():
-                (folder / name).write_bytes(content)
+        for name, content in self._held["random"].items():
+            (folder / name).write_bytes(content)
         torch.save(self._epoch_start, folder / EPOCH_START)
         self.state.save_to_json(str(folder / durable.STATE))
         memory = {
