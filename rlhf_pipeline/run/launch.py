@@ -68,10 +68,14 @@ def environment() -> dict[str, str]:
     return PREFERENCES | os.environ | ENVIRONMENT | one_device(os.environ)
 
 
-def environment_of_ranks() -> dict[str, str]:
-    """The environment of what starts several processes on this machine: each takes one of all visible devices."""
-    lists = {name: os.environ[name] for name in DEVICE_LISTS if name in os.environ}
-    return {name: value for name, value in environment().items() if name not in DEVICE_LISTS} | lists
+def all_devices() -> dict[str, str]:
+    """The variables of `DEVICE_LISTS` as this process has them: those of several processes, each of which takes one."""
+    return {name: os.environ[name] for name in DEVICE_LISTS if name in os.environ}
+
+
+def with_devices(environment: Mapping[str, str], lists: Mapping[str, str]) -> dict[str, str]:
+    """An environment with these lists of devices, and none of its own."""
+    return {name: value for name, value in environment.items() if name not in DEVICE_LISTS} | dict(lists)
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -148,7 +152,7 @@ class Launcher:
         durable.write_text(job_file, json.dumps(job))
         request: dict[str, Any] = {"job": str(job_file), "log": str(log)}
         if job.get("launch"):
-            request["devices"] = {name: os.environ[name] for name in DEVICE_LISTS if name in os.environ}
+            request["devices"] = all_devices()
         answer = self._ask(request)
         if "unsafe" in answer:  # to fork: have workers spawned from now on
             self.__exit__()

@@ -19,7 +19,7 @@ from typing import Any
 from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import signals
-from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, STOPPED, command, environment_of_ranks
+from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, STOPPED, all_devices, command, environment, with_devices
 from rlhf_pipeline.rundir import strict_json
 from rlhf_pipeline.rundir.layout import MACHINES, RANKS, log_of_machine, read_json
 
@@ -246,7 +246,7 @@ def _start(recipe: Recipe, job: str, machine: int) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         return subprocess.Popen(
             [*command("rlhf_pipeline.run.ranks", str(file), str(os.getpid()), str(machine))],
-            env=environment_of_ranks(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env=with_devices(environment(), all_devices()), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any, TextIO
 
 from rlhf_pipeline.run.launch import (
-    DEVICE_LISTS,
     END_SIGNAL,
     STOP_SIGNAL,
     STOPPED,
@@ -26,6 +25,7 @@ from rlhf_pipeline.run.launch import (
     command,
     die_with,
     end_children,
+    with_devices,
 )
 
 SPOILED = 113  # the exit code of a fork in which CUDA cannot be used; no worker uses it
@@ -125,13 +125,10 @@ def _fork(request: dict[str, Any]) -> int:
 def _spawn(request: dict[str, Any]) -> int:
     """Start a worker that imports for itself, or what starts several; its process id."""
     devices = request.get("devices")
-    environment = dict(os.environ)
-    if devices is not None:  # each process takes one of all that are visible
-        environment = {key: value for key, value in environment.items() if key not in DEVICE_LISTS} | devices
     with Path(request["log"]).open("a") as output:
         return subprocess.Popen(
             command(f"rlhf_pipeline.run.{'worker' if devices is None else 'ranks'}", request["job"], str(os.getpid())),
-            env=environment,
+            env=None if devices is None else with_devices(os.environ, devices),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
