@@ -315,17 +315,17 @@ def require_devices(recipe: Recipe, names: Sequence[str]) -> None:
     Raises:
         InputError: there are fewer GPUs here than a stage needs, or there is no DeepSpeed.
     """
-    for name in names:
-        keys = recipe.launch_of(name)
+    launches = {name: keys for name in names if (keys := recipe.launch_of(name))}
+    if not launches:
+        return
+    there = len(devices.gpus(os.environ))
+    for name, keys in launches.items():
+        where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
         if keys.get("deepspeed_config") and importlib.util.find_spec("deepspeed") is None:
-            where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
             place = recipe.place(*where, "deepspeed_config")
             raise InputError("DeepSpeed is not installed", place=place, hint="pip install deepspeed")
-        if not keys or keys.get("use_cpu"):
-            continue
-        needed, there = keys["num_processes"] // keys.get("num_machines", 1), len(devices.gpus(os.environ))
+        needed = 0 if keys.get("use_cpu") else keys["num_processes"] // keys.get("num_machines", 1)
         if there < needed and (there or devices.can_be_counted()):
-            where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
             few = f"there {'is' if there == 1 else 'are'} {there or 'none'}"
             raise InputError(
                 f"{needed} process{'es' * (needed != 1)} on this machine need a GPU each, and {few} here",

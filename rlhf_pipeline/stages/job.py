@@ -18,6 +18,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_config, load_generation_config, resolve_dtype
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import library_keys, outside
+from rlhf_pipeline.recipe.launch import SHARDING
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import ADAPTER, STAGED_ROWS, TRAINED, WORK, read_json
@@ -207,7 +208,7 @@ class Job:
             InputError: it is not.
         """
         keys = self.recipe.launch_of(self.name)
-        key = next((one for one in ("fsdp_config", "deepspeed_config") if keys.get(one)), None)
+        key = next(filter(keys.get, SHARDING), None)
         if key and keys.get("use_cpu"):
             raise InputError(
                 f"Accelerate divides a model among GPUs alone, so that with `use_cpu` `{key}` would change nothing",

@@ -22,6 +22,7 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.recipe.launch import SHARDING
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import ADAPTER, MEMBER, METRICS, PAIRS
 from rlhf_pipeline.stages import ensemble
@@ -77,7 +78,7 @@ TRAINER = ResumableRewardTrainer
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
-    if job.stage.members and {"fsdp_config", "deepspeed_config"} & job.recipe.launch_of(job.name).keys():
+    if job.stage.members and SHARDING.keys() & job.recipe.launch_of(job.name).keys():
         raise InputError(
             "an ensemble is trained one member after the other on one base, which each process must hold whole",
             place=f"stages.{job.name}.members",

@@ -163,19 +163,21 @@ def _balance(name: str, found: dict[str, Any]) -> str:
 
 
 def say_processes(recipe: Recipe, console: Console) -> None:
-    """Print by how many processes stages are trained, a line for those that have as many."""
-    together: dict[str, list[str]] = {}
+    """Print by how many processes stages are trained, a line for those of which the same is to be said."""
+    alike: dict[str, list[str]] = {}  # the names of stages, by Accelerate's keys
     for name in recipe.stages:
-        keys, number = recipe.launch_of(name), recipe.processes(name)
-        if keys:
-            machines = keys.get("num_machines", 1)
-            said = f"{number} process{'es' * (number != 1)}" + (f" on {machines} machines" if machines > 1 else "")
-            try:
-                require_devices(recipe, [name])
-            except InputError as error:
-                said += f"; `run` refuses that here: {error.message}"
-            together.setdefault(said, []).append(name)
-    for said, names in together.items():
+        if keys := recipe.launch_of(name):
+            alike.setdefault(repr(keys), []).append(name)
+    lines: dict[str, list[str]] = {}
+    for names in alike.values():
+        number, machines = recipe.processes(names[0]), recipe.launch_of(names[0]).get("num_machines", 1)
+        said = f"{number} process{'es' * (number != 1)}" + (f" on {machines} machines" if machines > 1 else "")
+        try:
+            require_devices(recipe, names)
+        except InputError as error:
+            said += f"; `run` refuses that here: {error.message}"
+        lines.setdefault(said, []).extend(names)
+    for said, names in lines.items():
         console.print(Text(f"{', '.join(names)}: trained by {said}"), highlight=False, soft_wrap=True)
 
 
