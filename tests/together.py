@@ -1,9 +1,12 @@
 """Several processes that train together, as `accelerate launch` starts them, but forked from the test's own process."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,15 +33,18 @@ def together(function: Callable[..., Any], *args: Any, processes: int = 2, secon
         ]
         for one in ranks:
             one.start()
+        deadline = time.monotonic() + seconds
         for one in ranks:
-            one.join(seconds)
+            one.join(max(0.0, deadline - time.monotonic()))
         for one in ranks:
+            if one.is_alive():
+                os.kill(one.pid, signal.SIGABRT)  # it says where it is
+            one.join(5)
             one.kill()
             one.join()
-        said = [file.read_text() for file in sorted(Path(folder).glob("*.error"))]
-        assert not said, "\n".join(said)
         codes = [one.exitcode for one in ranks]
-        assert codes == [0] * processes, f"ranks ended with {codes} after at most {seconds} s"
+        said = [file.read_text() for file in sorted(Path(folder).glob("*.error"))]
+        assert codes == [0] * processes, "\n".join([f"ranks ended with {codes}, after at most {seconds} s", *said])
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
@@ -56,10 +62,12 @@ def _run(function: Callable[..., Any], args: tuple, rank: int, processes: int, p
     for state in (AcceleratorState, PartialState, GradientState):  # those of the process that this one is forked from
         state._reset_state()
     torch.set_num_threads(1)
+    error = (folder / f"{rank}.error").open("w")
+    faulthandler.enable(error)
     try:
         torch.save(function(*args), folder / f"{rank}.pt")
     except BaseException:
-        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        print(f"rank {rank}:\n{traceback.format_exc()}", file=error, flush=True)
         sys.exit(1)
     finally:
         sys.stdout.flush()
