@@ -26,12 +26,21 @@ SHARDING = {"fsdp_config": "FSDP", "deepspeed_config": "DeepSpeed"}  # keys, and
 BATCH = "per_device_train_batch_size"
 # What `accelerate config` writes for a key that says nothing.
 _UNSET: tuple[Any, ...] = (None, False, "no", "NO", "main", {}, [], {"dynamo_backend": "NO"}, {"dynamo_backend": "no"})
+# Keys that FSDP2 passes over, or ends at; a file that has them was written for FSDP's first version.
+_FSDP_1 = tuple(
+    f"fsdp_{key}"
+    for key in ("sharding_strategy", "backward_prefetch", "forward_prefetch", "sync_module_states", "use_orig_params")
+)
+_TO_FSDP_2 = "`accelerate to-fsdp2` converts a file of `accelerate config`"
 # Keys that Accelerate had before: what replaced them, or why they do nothing.
 _FORMER = {
+    "fp16": "`mixed_precision: fp16` says it now",
     "dynamo_backend": library_keys.refusal(KEY, "dynamo_config"),
     "ipex_config": "Accelerate does not read it any more",
 }
 _FORMS = "`auto`, or a mapping: {num_processes: 2}"
+# What PyYAML, by which Accelerate reads its files, takes for true or false, and recipes take for words.
+_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 _LAST = 999  # the level of files that are no recipes: what is wrong with them is said after the recipes' own faults
 # Of `model.dtype`, by `mixed_precision`: what agrees with it. `auto` is bfloat16 where a GPU computes in it.
 _AGREE = {"no": ("auto", "float32"), "bf16": ("auto", "bfloat16"), "fp16": ("float16",), "fp8": ()}
@@ -66,11 +75,12 @@ def _resolved(
 ) -> dict[str, Any]:
     """What a section says in the end, without what says nothing and what was only written down for Accelerate."""
     values = _checked(written, path, content, problems)
+    _locate_deepspeed(values, path, problems)
     file = values.pop("config_file", None)
     if file is not None:
         of_file: KeyPath = (*path, "config_file")
-        found = _read(file, of_file, problems)
-        found = _checked(found, of_file, content, problems)
+        found = _checked(_read(file, of_file, problems), of_file, content, problems)
+        _locate_deepspeed(found, of_file, problems)
         for key in found.keys() - values.keys():
             problems.origins.derived[*path, key] = f"from {Path(file).name}"
             _locate(key, of_file, path, problems)
@@ -79,14 +89,26 @@ def _resolved(
         return values
     if "fsdp_config" in values and "deepspeed_config" in values:
         problems.add(path, "`fsdp_config` and `deepspeed_config` exclude each other", "remove one of them")
+    for key in SHARDING:
+        if key in values and values.get("use_cpu"):
+            message = (
+                f"Accelerate divides a model among GPUs alone, so that beside `use_cpu` `{key}` would change nothing"
+            )
+            problems.add((*path, key), message, "remove one of the two", of_key=True)
     _check_precision(recipe, values, path, problems)
     _count(recipe, values, path, problems)
-    if isinstance(file := (values.get("deepspeed_config") or {}).get("deepspeed_config_file"), str):
-        place = resolved(problems.origins.folder(path) / expanded(file))
-        values["deepspeed_config"] = values["deepspeed_config"] | {"deepspeed_config_file": str(place)}
-        if not place.is_file():
-            problems.add((*path, "deepspeed_config", "deepspeed_config_file"), f"there is no file {place}")
     return values
+
+
+def _locate_deepspeed(values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """Have the path of a file of DeepSpeed's own start from the folder of the file that has it; in place."""
+    name = (values.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if isinstance(name, str):
+        of_name: KeyPath = (*path, "deepspeed_config", "deepspeed_config_file")
+        file = resolved(problems.origins.folder(of_name) / expanded(name))
+        values["deepspeed_config"]["deepspeed_config_file"] = str(file)
+        if not file.is_file():
+            problems.add(of_name, f"there is no file {file}", "the path starts from the folder of the file that has it")
 
 
 def _checked(written: dict[str, Any], path: KeyPath, content: dict[str, Any], problems: Problems) -> dict[str, Any]:
@@ -108,18 +130,28 @@ def _checked(written: dict[str, Any], path: KeyPath, content: dict[str, Any], pr
                 problems.add((*path, section, key), f"unknown key `{key}`", hint, of_key=True)
     if "fsdp_config" in values:
         values["fsdp_config"] = {"fsdp_version": 2} | values["fsdp_config"]  # Accelerate's own default is 1
+        former = [key for key in _FSDP_1 if key in values["fsdp_config"]]
         if str(values["fsdp_config"]["fsdp_version"]) != "2":
             said = "FSDP's first version is not used here"
-            problems.add((*path, "fsdp_config", "fsdp_version"), said, "set `fsdp_version: 2`")
+            problems.add((*path, "fsdp_config", "fsdp_version"), said, f"set `fsdp_version: 2`; {_TO_FSDP_2}")
+        elif former:
+            said = f"{_words(former)} of FSDP's first version, and not read by FSDP2"
+            hint = f"remove {'them' if former[1:] else 'it'}; {_TO_FSDP_2}"
+            problems.add((*path, "fsdp_config", former[0]), said, hint, of_key=True)
     return values
+
+
+def _words(keys: Sequence[str]) -> str:
+    """Keys, and whether it is one or several."""
+    quoted = [f"`{key}`" for key in keys]
+    return f"{', '.join(quoted[:-1])} and {quoted[-1]} are" if keys[1:] else f"{quoted[0]} is"
 
 
 def _read(name: str, path: KeyPath, problems: Problems) -> dict[str, Any]:
     """What `accelerate config` wrote; nothing where it cannot be read."""
     hint = "`accelerate config --config_file FILE` writes one; the path starts from the recipe's folder"
-    folder = problems.origins.folder(path)
-    file = resolved(folder / expanded(name))
-    source = Source(min(str(file), os.path.relpath(file), key=len), folder, _LAST, at=path)
+    file = resolved(problems.origins.folder(path) / expanded(name))
+    source = Source(min(str(file), os.path.relpath(file), key=len), file.parent, _LAST, at=path)
     marks: dict[KeyPath, Mark] = {(): Mark((0, 0), (0, 0))}
     try:
         text = file.read_text(encoding="utf-8")
@@ -149,7 +181,19 @@ def _read(name: str, path: KeyPath, problems: Problems) -> dict[str, Any]:
         said = "this file is for SageMaker, which starts machines of its own: nothing runs there"
         problems.add((*path, "compute_environment"), said, "`accelerate config` writes one for `This machine`, too")
         return {}
-    return content
+    if content.pop("config_file", None) is not None:
+        problems.add(
+            (*path, "config_file"), "a file of `accelerate config` names no other one", "remove it", of_key=True
+        )
+    return {key: _with_booleans(key, value) for key, value in content.items()}
+
+
+def _with_booleans(key: str, value: Any) -> Any:
+    """A value as Accelerate has it: where it means true or false, also by a word."""
+    if key in SHARDING and isinstance(value, dict):
+        return {name: _BOOLEANS.get(str(one).lower(), one) for name, one in value.items()}
+    is_boolean = "bool" in library_keys.accepted(KEY).get(key, "")
+    return _BOOLEANS.get(str(value).lower(), value) if is_boolean else value
 
 
 def _locate(key: str, of_file: KeyPath, path: KeyPath, problems: Problems) -> None:
@@ -177,7 +221,7 @@ def _tidied(values: dict[str, Any], path: KeyPath, problems: Problems) -> dict[s
     if values.get("compute_environment") == "LOCAL_MACHINE":
         del values["compute_environment"]
     for key in [key for key in values if key != "distributed_type" and values[key] in _UNSET]:
-        if key in library_keys.accepted(KEY) and library_keys.refusal(KEY, key):
+        if key in library_keys.accepted(KEY) and (values[key] is None or library_keys.refusal(KEY, key)):
             del values[key]
     for key in SHARDING:
         if key in values and not values[key]:
@@ -193,11 +237,19 @@ def _tidied(values: dict[str, Any], path: KeyPath, problems: Problems) -> dict[s
     several = values.get("num_processes") not in (1, None)
     multi = "MULTI_CPU" if values.get("use_cpu") is True else "MULTI_GPU"
     fits = (sharded,) if sharded else (multi,) if several else ("NO", multi)
+    if said == "NO" and values.get("num_processes") is None and "config_file" not in values:
+        values["num_processes"] = 1  # as Accelerate has it
     if said in fits:
         return values
     if said in ("XLA", "TPU"):
         message = f"`distributed_type: {said}` is of TPUs, on which nothing is trained here"
         problems.add((*path, "distributed_type"), message, f"it may be {', '.join(fits)}", of_key=True)
+    elif said == "NO" and several and not sharded:
+        problems.add(
+            (*path, "distributed_type"),
+            f"`distributed_type: NO` contradicts `num_processes: {values['num_processes']}`",
+            "remove it to train by so many; else set `num_processes: 1`", of_key=True,
+        )  # fmt: skip
     elif said in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
         problems.add(
             (*path, "distributed_type"), f"`distributed_type: {said}` contradicts the other keys",
@@ -284,11 +336,17 @@ def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Proble
     stage, keys = recipe.stages[name], recipe.launch_of(name)
     if not keys:
         return
-    several = recipe.processes(name) > 1
-    if several and stage.rollout is not None and stage.rollout.is_vllm:
+    if recipe.processes(name) > 1 and stage.rollout is not None and stage.rollout.is_vllm:
         problems.add(
             ("stages", name, "rollout", "engine"), "vLLM samples for one process alone",
             f"set `engine: transformers`, or have stage `{name}` trained by one: `launch: {{num_processes: 1}}`",
+        )  # fmt: skip
+    if stage.members and SHARDING.keys() & keys.keys():
+        problems.add(
+            ("stages", name, "members"),
+            "an ensemble is trained one member after the other on one base, which each process must hold whole",
+            "train the ensemble without `fsdp_config` and `deepspeed_config`, or one reward model with them",
+            of_key=True,
         )  # fmt: skip
     _require_whole_base(recipe, name, path, keys, problems)
 

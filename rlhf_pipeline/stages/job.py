@@ -18,7 +18,6 @@ from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.base import load_config, load_generation_config, resolve_dtype
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import library_keys, outside
-from rlhf_pipeline.recipe.launch import SHARDING
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable, strict_json
 from rlhf_pipeline.rundir.layout import ADAPTER, STAGED_ROWS, TRAINED, WORK, read_json
@@ -207,15 +206,7 @@ class Job:
         Raises:
             InputError: it is not.
         """
-        keys = self.recipe.launch_of(self.name)
-        key = next(filter(keys.get, SHARDING), None)
-        if key and keys.get("use_cpu"):
-            raise InputError(
-                f"Accelerate divides a model among GPUs alone, so that with `use_cpu` `{key}` would change nothing",
-                place=f"stages.{self.name}",
-                hint="remove one of the two",
-            )
-        config = keys.get("deepspeed_config") or {}
+        config = self.recipe.launch_of(self.name).get("deepspeed_config") or {}
         stage = config.get("zero_stage")
         if isinstance(file := config.get("deepspeed_config_file"), str):
             stage = ((read_json(Path(file)) or {}).get("zero_optimization") or {}).get("stage")

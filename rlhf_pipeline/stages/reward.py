@@ -18,11 +18,9 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
-from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Over
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
-from rlhf_pipeline.recipe.launch import SHARDING
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import ADAPTER, MEMBER, METRICS, PAIRS
 from rlhf_pipeline.stages import ensemble
@@ -78,12 +76,6 @@ TRAINER = ResumableRewardTrainer
 def prepare(job: Job) -> Inputs:
     """See `sft.prepare`."""
     args = job.trainer_config(CONFIG)
-    if job.stage.members and SHARDING.keys() & job.recipe.launch_of(job.name).keys():
-        raise InputError(
-            "an ensemble is trained one member after the other on one base, which each process must hold whole",
-            place=f"stages.{job.name}.members",
-            hint="train the ensemble without `fsdp_config` and `deepspeed_config`, or one reward model with them",
-        )
     data = job.reader.read(read, job.stage.data)
     job.require_eval_data(args, data.held_out)
     return Inputs(args, job.reader.tokenizer, data)

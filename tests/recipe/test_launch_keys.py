@@ -35,6 +35,7 @@ ASKED = {
     "tpu_use_cluster": False, "tpu_use_sudo": False, "use_cpu": False, "megatron_lm_config": {}, "fp8_config": None,
     "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
 }  # fmt: skip
+TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "accelerate_configs"
 
 
 def write(folder: Path, launch: str = "", own: str = "") -> str:
@@ -92,6 +93,10 @@ def test_a_file_of_accelerate_is_read_and_the_other_keys_go_before_it(tmp_path):
         ("num_processes: 2\ndistributed_type: NO\n", "a.yaml:2:1: distributed_type", "NO` contradicts", "remove it"),
         ("num_processes: 2\ndistributed_type: false\n", "a.yaml:2:1: distributed_type", "type: false`", "MULTI_GPU"),
         ("num_processes: 2\ndistributed_type: XLA\n", "a.yaml:2:1: distributed_type", "TPU", "it may be MULTI_GPU"),
+        ("config_file: b.yaml\nnum_processes: 2\n", "a.yaml:1:1: config_file", "names no other one", "remove it"),
+        ("num_processes: 2\nfp16: true\n", "a.yaml:2:1: fp16", "mixed_precision: fp16", "remove it"),
+        ("num_processes: 2\nfsdp_config:\n  fsdp_sharding_strategy: 1\n  fsdp_use_orig_params: true\n",
+         "a.yaml:3:3: fsdp_config.fsdp_sharding_strategy", "`fsdp_use_orig_params` are of FSDP's", "to-fsdp2"),
         ("num_processes: 2\nuse_cpu: true\ndistributed_type: MULTI_GPU\n", "a.yaml:3:1: distributed_type",
          "MULTI_GPU` contradicts", "`use_cpu`"),
         # Keys of Accelerate's SageMakerConfig.
@@ -116,6 +121,44 @@ def test_a_file_in_json_has_keys_without_lines(tmp_path, monkeypatch):
     with pytest.raises(InputError) as refused:
         load(tmp_path, "launch: a.json")
     assert refused.value.place == "a.json: num_processes"
+
+
+@pytest.mark.parametrize("file", sorted(TEMPLATES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_file_that_trl_ships_is_taken_or_refused_for_a_reason(tmp_path, file):
+    refused = {"fsdp1": "first version", "single_gpu": "`distributed_type: NO` contradicts `num_processes: 8`"}
+    if file.stem in refused:
+        with pytest.raises(InputError, match=refused[file.stem]):
+            load(tmp_path, f"launch: {file}")
+    else:
+        assert load(tmp_path, f"launch: {file}").processes("sft") == 8
+
+
+def test_words_in_a_file_are_true_or_false_where_accelerate_takes_them_so(tmp_path):
+    """PyYAML reads YAML 1.1."""
+    text = "distributed_type: NO\ndebug: no\nsame_network: yes\ntpu_use_sudo: off\nuse_cpu: On\nfp16: no\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert load_config_from_file(str(tmp_path / "a.yaml")).use_cpu is True
+    assert load(tmp_path, "launch: a.yaml").launch == {"debug": False, "use_cpu": True, "num_processes": 1}
+    (tmp_path / "a.yaml").write_text(
+        "num_processes: 2\nmain_process_port: null\nfsdp_config: {fsdp_offload_params: no}"
+    )
+    divided = {"fsdp_version": 2, "fsdp_offload_params": False}
+    assert load(tmp_path, "launch: a.yaml").launch == {"num_processes": 2, "fsdp_config": divided}
+    with pytest.raises(InputError, match="expected true or false, got 'no'"):
+        load(tmp_path, "launch: {num_processes: 2, use_cpu: no}")
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_a_file_of_deepspeed_is_sought_beside_the_file_that_names_it(tmp_path, name):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "ds.json").write_text("{}")
+    config = {"deepspeed_config_file": "ds.json"}
+    (tmp_path / "configs" / name).write_text(json.dumps({"num_processes": 2, "deepspeed_config": config}))
+    for written in ([f"launch: configs/{name}"], ["", f"launch=configs/{name}"]):
+        found = load(tmp_path, *written).launch["deepspeed_config"]["deepspeed_config_file"]
+        assert found == str(tmp_path / "configs" / "ds.json")
+    own = f"launch: {{config_file: configs/{name}, deepspeed_config: {{deepspeed_config_file: configs/ds.json}}}}"
+    assert load(tmp_path, own).launch["deepspeed_config"]["deepspeed_config_file"] == found
 
 
 def test_a_file_is_read_as_recipes_are_and_what_is_switched_off_is_passed_over(tmp_path):

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.stages import dpo, reward
+from rlhf_pipeline.stages import dpo
 from rlhf_pipeline.stages.resumable import Resumable
 
 __all__ = ["copies", "prepared"]  # fixtures
@@ -84,13 +84,6 @@ def test_a_divided_model_resumes_from_any_of_its_checkpoints(copies, stage):
     assert adapter(one, stage).keys() == adapter(two, stage).keys()
 
 
-def test_an_ensemble_is_not_trained_on_a_divided_base(copies):
-    launch = "reward.launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
-    with pytest.raises(InputError, match="which each process must hold whole"):
-        reward.prepare(new_job(copies[0], "reward", "reward.members=2", launch))
-    reward.prepare(new_job(copies[0], "reward", launch))
-
-
 def test_zero_3_is_refused(copies, tmp_path):
     """Also where a file of DeepSpeed's own says it."""
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
@@ -99,12 +92,6 @@ def test_zero_3_is_refused(copies, tmp_path):
         with pytest.raises(InputError, match="ZeRO-3"):
             dpo.prepare(new_job(copies[0], "dpo", launch))
     dpo.prepare(new_job(copies[0], "dpo", launch.replace(config, "{zero_stage: 2}")))
-
-
-def test_nothing_is_divided_among_processors(copies):
-    launch = "dpo.launch={num_processes: 2, use_cpu: true, fsdp_config: {fsdp_version: 2}}"
-    with pytest.raises(InputError, match="`fsdp_config` would change nothing"):
-        dpo.prepare(new_job(copies[0], "dpo", launch))
 
 
 def with_deepspeed(folder: Path, stage: str, *overrides: str) -> dict[str, Any]:
