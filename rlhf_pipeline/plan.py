@@ -1,6 +1,7 @@
 """Recipe and run directory in, stages out: which will run, and why. No torch."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -352,11 +353,13 @@ def select(plans: list[StagePlan], until: str | None, only: str | None, force: l
 
 def versions() -> dict[str, str]:
     """The installed versions of the libraries that decide results, without importing them."""
-    found = {}
-    for name in ("rlhf-pipeline", *LIBRARIES, *ENGINES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name not in ENGINES:
-                found[name] = "not installed"
-    return found
+    found = {name: _version(name) for name in ("rlhf-pipeline", *LIBRARIES, *ENGINES)}
+    return {name: version or "not installed" for name, version in found.items() if version or name not in ENGINES}
+
+
+@functools.cache  # each reads a file of many lines
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -501,6 +501,7 @@ def installed(monkeypatch) -> Callable[..., None]:
         real = importlib.metadata.version
         fake = {name.replace("_", "-"): version for name, version in versions.items()}
         monkeypatch.setattr(importlib.metadata, "version", lambda name: fake.get(name) or real(name))
+        monkeypatch.setattr(plan, "_version", plan._version.__wrapped__)
 
     return install
 
