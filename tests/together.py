@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+
+# As `accelerate launch` says it of `fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}`.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "ACCELERATE_TORCH_DEVICE": "cpu"}  # fmt: skip
 
 
 def together(function: Callable[..., Any], *args: Any, processes: int = 2, seconds: float = 120.0) -> list[Any]:
@@ -51,6 +56,19 @@ def together(function: Callable[..., Any], *args: Any, processes: int = 2, secon
 def connect() -> None:
     """Connect this rank with the others, where no trainer does."""
     PartialState(cpu=True)
+
+
+def divide() -> None:
+    """Have Accelerate divide the models of this process, which is a fork, by FSDP2, which it takes for GPUs alone."""
+    build = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        build(self, *args, **kwargs)
+
+    os.environ.update(FSDP)
+    AcceleratorState.__init__ = init
 
 
 def _run(function: Callable[..., Any], args: tuple, rank: int, processes: int, port: int, folder: Path) -> None:

@@ -263,6 +263,7 @@ def generate(
             attention_mask=mask,
             generation_config=settings,
             logits_processor=LogitsProcessorList([writes]),
+            synced_gpus=False,  # else ranks that have divided a model would have to sample as many batches each
         )
 
 

@@ -682,6 +682,10 @@ class Recipe(_Strict):
         )
         return {**keys, "machine_rank": self.machine_rank} if keys and several else {}
 
+    def divides(self, name: str) -> bool:
+        """Whether the processes that train a stage divide its base among them; then they judge its policy together."""
+        return bool(self.launch_of(name).get("fsdp_config"))
+
     def processes(self, name: str) -> int:
         """How many processes train a stage, on all machines together."""
         return self.launch_of(name).get("num_processes", 1)

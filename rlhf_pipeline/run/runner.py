@@ -156,7 +156,7 @@ def run(
                     trained.add(stage.name)
                 elif stage.needs_judging:
                     directory.note(f"judging {stage.name} again")
-                    record = _judge(recipe, stage, launcher, scratch, say)
+                    record = _judge(recipe, stage, directory, launcher, scratch, say)
                 else:
                     record = stage.record
                 record = to_do.settled(recipe, stage.name, record, trust_versions, ignore_gates)
@@ -350,7 +350,7 @@ def _train(
         scrub(log)
     directory.write_record(stage.name, record)
     trains = progress is None or progress.point == "checkpoint"
-    launch = {"launch": keys} if trains and (keys := recipe.launch_of(stage.name)) else {}
+    launch = _launch(recipe, stage.name, trains)
     began = time.perf_counter()
 
     def so_far() -> float:
@@ -446,6 +446,14 @@ def _begins(stage: Stage) -> str:
     if stage.weighed:
         said.append(f"with the reward of {', '.join(reward.label for reward in stage.weighed)}")
     return ", ".join(said)
+
+
+def _launch(recipe: Recipe, name: str, trains: bool) -> dict[str, dict[str, Any]]:
+    """What a job is given beside the rest, where it is one for several processes: one that trains, or that judges what
+    they hold in parts alone.
+    """
+    keys = recipe.launch_of(name) if trains or recipe.divides(name) else {}
+    return {"launch": keys} if keys else {}
 
 
 def _with(launch: dict[str, dict[str, Any]]) -> str:
@@ -595,11 +603,16 @@ def _stopped(name: str, step: int | None, directory: RunDirectory, at_once: bool
     return Interrupted(f"stage `{name}` {STOPPED_EARLY}", then=then, at_once=at_once)
 
 
-def _judge(recipe: Recipe, stage: StagePlan, launcher: Launcher, scratch: Path, say: Say) -> Record:
+def _judge(
+    recipe: Recipe, stage: StagePlan, directory: RunDirectory, launcher: Launcher, scratch: Path, say: Say
+) -> Record:
     """Judge a stage that is done by the recipe's new `evaluate`; returns its record."""
+    launch = _launch(recipe, stage.name, trains=False)
+    folder = directory.work(stage.name) / "judging" if launch else scratch  # one that other machines see
+    folder.mkdir(parents=True, exist_ok=True)
     done = jobs.do(
-        recipe, launcher, "judge", scratch / "judge.json", scratch / "judge.log", f"judging stage `{stage.name}`",
-        stage=stage.name,
+        recipe, launcher, "judge", folder / "judge.json", folder / "judge.log", f"judging stage `{stage.name}`",
+        stage=stage.name, **launch,
     )  # fmt: skip
     if done.stopped:
         raise Interrupted(f"stopped while stage `{stage.name}` was judged again")

@@ -81,7 +81,8 @@ def main(job_file: str, result_file: Path | None = None) -> int:
                 with trackers.reporting(report_to, recipe.name, stage.folder, job["record"]["started_at"]):
                     metrics = train(stage)
             else:
-                metrics = evaluate.judge_artifact(stage, stage.published) | win_rates.against_start(stage)
+                metrics = evaluate.judge_artifact(stage, stage.published)
+                metrics |= win_rates.against_start(stage) if ranks.is_first() else {}
             day = pinned_day(stage.reader.tokenizer.chat_template)
             result = {"metrics": metrics, "peak_memory_bytes": peak_memory(), "device": device_name()}
             result, code = result | {"allocator": torch.cuda.is_available(), "template_day": day}, 0
@@ -146,17 +147,15 @@ def first_saving(recipe: Recipe, name: str) -> str | None:
 def train(job: Job) -> dict[str, Any]:
     """Train a stage and judge it, or judge what an earlier worker trained; returns its final metrics.
 
-    Of several processes only the first one judges, and has metrics.
+    Of several processes only the first one has metrics; the others judge with it where they have divided the model.
     """
     trained = read_json(job.work / TRAINED)
     if trained is None:
         metrics = stages.BY_KIND[job.stage.kind].run(job)
-        if not ranks.is_first():
-            return {}
     else:
         policy = job.stage.facts.is_policy
         metrics = trained["metrics"] | (evaluate.judge_artifact(job, job.artifact) if policy else {})
-    return metrics | win_rates.against_start(job)
+    return metrics | win_rates.against_start(job) if ranks.is_first() else {}
 
 
 def device_name() -> str:

@@ -134,8 +134,6 @@ def run(job: Job) -> dict[str, Any]:
     if data.held_out is not None:
         trainer.evaluate()
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
-    if not ranks.is_first():
-        return {}
     dropped = len(data.train) - len(trainer.train_dataset)
-    metrics = job.trained(final(trainer.state.log_history) | {"dropped_pairs": dropped})
-    return metrics | ({} if trainer.is_fsdp_enabled else judge_policy(job, model, tokenizer))
+    metrics = final(trainer.state.log_history) | {"dropped_pairs": dropped}
+    return (job.trained(metrics) if ranks.is_first() else {}) | judge_policy(job, model, tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_pipeline import kinds, user_code
+from rlhf_pipeline import kinds, ranks, user_code
 from rlhf_pipeline.data.encode import encode_prompts
 from rlhf_pipeline.data.prepare import first_prompts
 from rlhf_pipeline.data.turns import Prompt, as_text, as_turns
@@ -18,6 +18,7 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.models.tokenizer import load_tokenizer
+from rlhf_pipeline.ppo.prompts import seeds
 from rlhf_pipeline.ppo.rollout import Engine, sample
 from rlhf_pipeline.ppo.vllm_engine import VLLMEngine
 from rlhf_pipeline.recipe.schema import Evaluate
@@ -25,7 +26,7 @@ from rlhf_pipeline.rewards.trial import a_reply
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.layout import SAMPLES
 from rlhf_pipeline.shares import standard_error
-from rlhf_pipeline.stages import engine, soundness
+from rlhf_pipeline.stages import engine, sharded, soundness
 from rlhf_pipeline.stages.job import Job
 from rlhf_pipeline.user_code import FunctionError
 
@@ -83,6 +84,9 @@ def judge_policy(
 
     Every stage samples with the recipe's seed, so that stages differ by their weights alone.
 
+    Of several ranks the first one does all that alone, and has the numbers. Where they have divided the model among
+    them, each must take part: they share the replies, and the first one alone reads the data and asks the judge.
+
     Args:
         job: the stage.
         model: what has `generate` and answers as the stage's policy.
@@ -96,10 +100,11 @@ def judge_policy(
     Raises:
         FunctionError: see `ask`.
     """
-    prepared = prepare(job)
-    if prepared is None:
+    spec = job.recipe.evaluate
+    if spec is None or not (ranks.is_first() or sharded.is_divided(model)):
         return {}
-    spec, judge, asked = prepared
+    prepared = prepare(job) if ranks.is_first() else None
+    judge, asked = prepared[1:] if prepared else (None, [])
     times, wants_engine = spec.samples, spec.rollout is not None and spec.rollout.is_vllm
     sampler = of_training if wants_engine else None
     if wants_engine and sampler is None:
@@ -117,17 +122,23 @@ def judge_policy(
         stop_tokens(tokenizer, model.generation_config, job.stage.trainer),
         lambda done: job.progress.tell("judging", done, len(prompts)),
         sampler,
+        job.recipe.divides(job.name),
     )
+    gap: float | None = None
+    with sharded.in_step(model) as policy:
+        if ranks.is_first():
+            some = encode_prompts(tokenizer, spec.data, prompts[: soundness.PROMPTS])
+            gap = soundness.generation_gap(policy, some, tokenizer.pad_token_id, sampler)
+    if sampler is not None and sampler is not of_training:
+        sampler.close()
+    if gap is None:
+        return {}
     scores = ask(judge, asked, replies) if judge is not None else [None] * len(replies)
     judged = (
         {"prompt": prompt, "completion": reply, "judge": score}
         for prompt, reply, score in zip(prompts, replies, scores, strict=True)
     )
     jsonl.rewrite(job.folder / SAMPLES, lambda row: "judge" not in row, judged)
-    some = encode_prompts(tokenizer, spec.data, prompts[: soundness.PROMPTS])
-    gap = soundness.generation_gap(model, some, tokenizer.pad_token_id, sampler)
-    if sampler is not None and sampler is not of_training:
-        sampler.close()
     return (summary(scores, times) if judge is not None else {}) | {kinds.GAP: gap}
 
 
@@ -196,14 +207,14 @@ def ask(judge: Judge, asked: Asked, replies: Sequence[str]) -> list[float | None
 
 
 def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
-    """Judge the policy that a stage left; see `judge_policy`."""
+    """Judge the policy that a stage left; see `judge_policy`. Ranks divide it among them as training did."""
     if job.recipe.evaluate is None:
         return {}
     job.progress.tell("loading")
     tokenizer = load_tokenizer(job.recipe.model)
     base = load_base(job.recipe.model, tokenizer)
     policy = adapters.with_policy_adapter(base, job.stage.lora, artifact)
-    return judge_policy(job, policy, tokenizer)
+    return judge_policy(job, sharded.divide(policy), tokenizer)
 
 
 def sample_replies(
@@ -215,28 +226,48 @@ def sample_replies(
     stops: list[int],
     tell: Callable[[int], None] = lambda done: None,
     sampler: Engine | None = None,
+    by_place: bool = False,
 ) -> list[str]:
     """One reply per prompt, without special tokens; greedy where the temperature is 0.
 
-    `stops` are from `reply_end.stop_tokens`. `tell` is called before each batch with how many replies there are.
-    `sampler` is what samples, if not the model itself: all replies are one batch to it.
+    Of a model that ranks have divided among them, each samples some of the batches, and has all replies.
+
+    Args:
+        model: what answers.
+        tokenizer: its tokenizer.
+        spec: the recipe's `evaluate`.
+        prompts: of several ranks, those of the first one count.
+        seed: decides the random numbers.
+        stops: from `reply_end.stop_tokens`.
+        tell: is called before each batch with how many replies there are.
+        sampler: what samples, if not the model itself: all replies are one batch to it.
+        by_place: each reply has random numbers of its own, so that they are the same by any number of ranks; else a
+            batch has those that follow on the batch before it.
     """
     torch.manual_seed(seed)
     model.eval()
-    replies: list[str] = []
+    given, is_divided = prompts, sharded.is_divided(model)
+    prompts = ranks.from_first(lambda: given) if is_divided else given
     at_once = spec.batch_size if sampler is None else len(prompts)
-    for start in range(0, len(prompts), at_once):
-        tell(len(replies))
-        batch = encode_prompts(tokenizer, spec.data, prompts[start : start + at_once])
-        episodes = sample(
-            model,
-            batch,
-            response_length=spec.max_new_tokens,
-            temperature=spec.temperature,
-            stop_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
-            at_once=len(batch),
-            engine=sampler,
-        )
-        replies += tokenizer.batch_decode(episodes.tokens, skip_special_tokens=True)
-    return replies
+    starts = range(0, len(prompts), at_once)
+    mine = starts[ranks.index() :: ranks.count()] if is_divided else starts
+    own: dict[int, list[str]] = {}
+    with sharded.in_step(model) as policy:
+        for start in mine:
+            tell(start)
+            batch = encode_prompts(tokenizer, spec.data, prompts[start : start + at_once])
+            episodes = sample(
+                policy,
+                batch,
+                response_length=spec.max_new_tokens,
+                temperature=spec.temperature,
+                stop_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+                at_once=len(batch),
+                seeds=seeds(seed, "evaluate", places=range(start, start + len(batch))) if by_place else None,
+                engine=sampler,
+            )
+            own[start] = tokenizer.batch_decode(episodes.tokens, skip_special_tokens=True)
+    parts = ranks.gathered(own) if is_divided else [own]
+    by_start = {start: replies for part in parts for start, replies in part.items()}
+    return [reply for start in starts for reply in by_start[start]]

@@ -205,9 +205,7 @@ def run(job: Job) -> dict[str, Any]:
     if data.held_out is not None:
         trainer.evaluate()
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
-    if not ranks.is_first():
-        return {}
     weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
     dropped = {"dropped_rows": len(data.train) - len(trainer.train_dataset)}
-    metrics = job.trained(final(trainer.state.log_history) | dropped | weights)
-    return metrics | ({} if trainer.is_fsdp_enabled else judge_policy(job, model, tokenizer))
+    metrics = final(trainer.state.log_history) | dropped | weights
+    return (job.trained(metrics) if ranks.is_first() else {}) | judge_policy(job, model, tokenizer)

@@ -73,7 +73,5 @@ def run(job: Job) -> dict[str, Any]:
         trainer.evaluate()
     hide_router_logits(model)
     adapters.save_adapter(model, "default", job.artifact, tokenizer)
-    if not ranks.is_first():
-        return {}
-    metrics = job.trained(final(trainer.state.log_history))
-    return metrics | ({} if trainer.is_fsdp_enabled else judge_policy(job, model, tokenizer))
+    metrics = final(trainer.state.log_history)
+    return (job.trained(metrics) if ranks.is_first() else {}) | judge_policy(job, model, tokenizer)

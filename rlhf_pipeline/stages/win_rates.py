@@ -88,6 +88,7 @@ def against_start(job: Job) -> dict[str, float]:
         job.recipe.seed,
         stop_tokens(staged.tokenizer, view.generation_config, finished.trained_with(job.run, start)),
         lambda done: job.progress.tell("judging", done, len(prompts)),
+        by_place=job.recipe.divides(job.name),
     )
     judge = load(ai, job.recipe, PLACE, staged, job.run / ANSWERS)
     own = {job.name: 0, start: 1}.get(ai.model)

@@ -20,14 +20,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from together import divide
 
+from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import RunError
-from rlhf_pipeline.run import jobs, meeting, rank, ranks, worker
+from rlhf_pipeline.run import jobs, meeting, rank, ranks, runner, worker
 from rlhf_pipeline.run.launch import STOP_SIGNAL, adopt_orphans
 from rlhf_pipeline.rundir.layout import JOB, LOG, RunDirectory, read_json
 from rlhf_pipeline.rundir.record import Record
-from rlhf_pipeline.stages import sft
+from rlhf_pipeline.stages import evaluate, sft, sharded
 
 RECIPE = """\
 name: run
@@ -249,6 +251,57 @@ def test_one_with_other_libraries_is_named_before_anything_is_trained(recipe):
 
     said = failure(recipe, sabotage)
     assert "has other versions of the libraries than rank 0" in said and "trl is 0.1 there" in said, said
+
+
+EVALUATE = (
+    "evaluate={data: tiny:prompts, judge: 'judged:judge', ai_judge: {model: 'judged:prefer'}, n: 3, batch_size: 2, "
+    "max_new_tokens: 8, temperature: 0}"
+)
+JUDGE = """
+def judge(completions):
+    {}
+    return [len(one) for one in completions]
+
+
+def prefer(firsts):
+    return [0.75 for _ in firsts]
+"""
+
+
+def divided(_index: int) -> None:
+    """Have a rank divide the base, and see that it has when it judges."""
+    divide()
+    usual = evaluate.sample_replies
+
+    def sample_replies(model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        assert sharded.is_divided(model)
+        return usual(model, *args, **kwargs)
+
+    evaluate.sample_replies = sample_replies
+
+
+def test_what_is_divided_is_judged_by_all_also_later(tmp_path, recipe):
+    """Where the judge had failed, and where `evaluate` has changed; with no process that holds the base whole."""
+    judge, launch = tmp_path / "judged.py", "launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
+    judge.write_text(JUDGE.format('raise ValueError(f"no opinion on {len(completions)}")'))
+    said: list[str] = []
+
+    def of(*overrides: str) -> tuple[Any, ...]:
+        new = recipes.load(str(tmp_path / "run.yaml"), (launch, EVALUATE, *overrides))
+        return new, plan.make(new)[0], RunDirectory(new.run)
+
+    with pytest.raises(RunError, match="stage `sft` failed in rank 0 of 2: ValueError: no opinion on 3"):
+        runner._train(*of(), Launcher(divided), said.append, True)
+    trained = (recipe.run / "sft/work/adapter/adapter_model.safetensors").read_bytes()
+    judge.write_text(JUDGE.format("pass"))
+    record = runner._train(*of(), Launcher(divided), said.append, False)
+    assert "sft     trained, to be judged" in said
+    assert (recipe.run / "sft/adapter/adapter_model.safetensors").read_bytes() == trained
+    assert record.metrics["judge_replies"] == 3 and record.metrics["loss"] > 0 and "win_rate" in record.metrics
+    assert read_json(recipe.run / "sft/work/ranks/1.result.json")["metrics"] == {}
+    again = runner._judge(*of("evaluate.n=5"), Launcher(divided), tmp_path, said.append)
+    assert again.metrics["judge_replies"] == 5 and again.metrics["loss"] == record.metrics["loss"]
+    assert read_json(recipe.run / "sft/work/judging/ranks/1.result.json")["metrics"] == {}
 
 
 def test_a_stop_leaves_one_checkpoint_of_all(recipe):

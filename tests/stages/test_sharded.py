@@ -1,41 +1,38 @@
 """Two ranks that divide the model between them, by FSDP2 or ZeRO-2, train as one process that holds all of it.
 
-Accelerate takes FSDP for GPUs alone. The CPU passes for some here; all else is as `accelerate launch` has it.
+The CPU passes for GPUs here; all else is as `accelerate launch` has it.
 """
 
 import importlib
+import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
 from test_several_ranks import adapter, assert_same, copies, keep_checkpoint, logged, new_job, prepared, train
-from together import connect, together
+from test_soundness import model_of
+from together import connect, divide, together
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rlhf_pipeline import ranks
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.stages import dpo
+from rlhf_pipeline.models import adapters
+from rlhf_pipeline.ppo.rollout import sample
+from rlhf_pipeline.stages import dpo, evaluate
+from rlhf_pipeline.stages import sharded as stage_sharded
 from rlhf_pipeline.stages.resumable import Resumable
 
 __all__ = ["copies", "prepared"]  # fixtures
-# As `accelerate launch` says it of `fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}`.
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "ACCELERATE_TORCH_DEVICE": "cpu"}  # fmt: skip
 pytestmark = pytest.mark.slow
 
 
 def sharded(folder: Path, stage: str, *overrides: str) -> dict[str, Any]:
     """Run a stage on this rank, and see that the model is divided."""
-    build, finish = AcceleratorState.__init__, Resumable._finalize_training
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if PartialState._shared_state:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        build(self, *args, **kwargs)
+    finish = Resumable._finalize_training
 
     def finish_and_look(self: Any, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self.model, FSDPModule)
@@ -43,8 +40,8 @@ def sharded(folder: Path, stage: str, *overrides: str) -> dict[str, Any]:
         assert layers and all(isinstance(one, DTensor) for one in layers)
         return finish(self, *args, **kwargs)
 
-    os.environ.update(FSDP)
-    AcceleratorState.__init__, Resumable._finalize_training = init, finish_and_look  # this process is a fork
+    divide()
+    Resumable._finalize_training = finish_and_look
     return train(folder, stage, *overrides)
 
 
@@ -82,6 +79,118 @@ def test_a_divided_model_resumes_from_any_of_its_checkpoints(copies, stage):
     together(sharded, two, stage, size)
     assert_same(one, two, stage, within=0)
     assert adapter(one, stage).keys() == adapter(two, stage).keys()
+
+
+JUDGE = """
+def judge(prompts, completions, **_):
+    return [len(prompt) / (1 + len(completion)) for prompt, completion in zip(prompts, completions)]
+
+
+def fails(completions):
+    raise ValueError(f"no opinion on {len(completions)} replies")
+"""
+EVALUATE = (
+    "evaluate={{data: held_out.jsonl, judge: 'judged:{}', n: 5, batch_size: 2, max_new_tokens: 24, temperature: {}}}"
+)
+DIVIDED = "start.launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
+
+
+def with_judge(folder: Path) -> Path:
+    (folder / "judged.py").write_text(JUDGE)
+    return folder
+
+
+def samples(folder: Path, stage: str) -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "runs/short" / stage / "samples.jsonl").read_text().splitlines())
+    return [row for row in rows if "judge" in row]
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("sft", ()),
+        ("sft", ("model.quantization=nf4",)),
+        ("dpo", ()),
+        ("kto", ("kto.trainer.loss_type=apo_zero_unpaired",)),
+    ],
+)
+def test_two_ranks_judge_the_policy_that_they_have_divided(copies, stage, more):
+    one, two = map(with_judge, copies)
+    more += (EVALUATE.format("judge", 0), f"{stage}.trainer.max_steps=2", f"{stage}.trainer.eval_strategy=no")
+    size = f"{stage}.trainer.per_device_train_batch_size="
+    alone = train(one, stage, f"{size}2", *more)
+    first, second = together(sharded, two, stage, f"{size}1", *more)
+    assert samples(two, stage) == samples(one, stage)
+    assert len(samples(one, stage)) == 5
+    assert second == {} and first == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    assert first["judge_mean"] == alone["judge_mean"] and 0 < first["generation_gap"] < 1e-5
+
+
+def judge(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Judge the stage `start` on this rank."""
+    job = new_job(folder, "start", *overrides)
+    return evaluate.judge_artifact(job, job.published)
+
+
+def judge_divided(folder: Path, *overrides: str) -> dict[str, Any] | str:
+    """The same of a divided model; or what the judge raises."""
+    connect()
+    divide()
+    try:
+        return judge(folder, *overrides)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_replies_and_numbers_of_two_ranks_are_those_of_one_process(copies, temperature):
+    """Of five prompts in batches of two, a rank has two batches, and the other one; replies are of unlike length.
+
+    With one batch in all, the other rank has none.
+    """
+    one, two = map(with_judge, copies)
+    for more in ("evaluate.batch_size=2", "evaluate.batch_size=8"):
+        settings = (EVALUATE.format("judge", temperature), DIVIDED, more)
+        alone = judge(one, *settings)
+        first, second = together(judge_divided, two, *settings)
+        assert samples(two, "start") == samples(one, "start")
+        assert len(samples(two, "start")) == 5
+        assert len({len(row["completion"]) for row in samples(two, "start")}) > 2
+        assert second == {} and first == alone
+
+
+def test_a_judge_that_raises_leaves_no_rank_waiting(copies):
+    two = with_judge(copies[1])
+    assert together(judge_divided, two, EVALUATE.format("fails", 0)) == ["no opinion on 5 replies", {}]
+
+
+def reply(name: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy replies of a small random model with a fresh adapter."""
+    model = adapters.with_policy_adapter(model_of(name), {"r": 4, "target_modules": "all-linear"}, None)
+    model = stage_sharded.divide(model).eval()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # as after a step of training
+    with stage_sharded.in_step(model) as policy:
+        if not prompts:
+            return []
+        episodes = sample(
+            policy, prompts, response_length=tokens, temperature=0.0, stop_token_id=None, pad_token_id=0, at_once=2
+        )
+    return episodes.tokens
+
+
+def reply_divided(name: str, asked: list[tuple[list[list[int]], int]]) -> list[list[int]]:
+    connect()
+    divide()
+    return reply(name, *asked[ranks.index()])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mamba"])
+def test_ranks_sample_as_much_as_each_of_them_wants(name):
+    """Also what is of no layer, as GPT-2's positions, is whole; Mamba replies by Transformers' own `generate`."""
+    asked = [([[7, 8, 9], [5], [6, 6]], 9), ([[11, 12]], 4)]
+    assert together(reply_divided, name, asked) == [reply(name, *one) for one in asked]
+    assert together(reply_divided, name, [([], 1), asked[0]]) == [[], reply(name, *asked[0])]
 
 
 def test_zero_3_is_refused(copies, tmp_path):
