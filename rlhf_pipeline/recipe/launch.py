@@ -348,6 +348,13 @@ def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Proble
             "train the ensemble without `fsdp_config` and `deepspeed_config`, or one reward model with them",
             of_key=True,
         )  # fmt: skip
+    rollout = recipe.evaluate.rollout if recipe.evaluate else None
+    if stage.facts.is_policy and recipe.divides(name) and rollout is not None and rollout.is_vllm:
+        problems.add(
+            ("evaluate", "rollout", "engine"),
+            f"vLLM loads the base whole on one GPU, and the processes that train stage `{name}` divide it among them",
+            "set `engine: transformers`: then all of them sample",
+        )  # fmt: skip
     _require_whole_base(recipe, name, path, keys, problems)
 
 

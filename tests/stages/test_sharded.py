@@ -30,6 +30,30 @@ __all__ = ["copies", "prepared"]  # fixtures
 pytestmark = pytest.mark.slow
 
 
+JUDGE = """
+def judge(prompts, completions, **_):
+    return [len(prompt) / (1 + len(completion)) for prompt, completion in zip(prompts, completions)]
+
+
+def fails(completions):
+    raise ValueError(f"no opinion on {len(completions)} replies")
+"""
+EVALUATE = (
+    "evaluate={{data: held_out.jsonl, judge: 'judged:{}', n: 5, batch_size: 2, max_new_tokens: 24, temperature: {}}}"
+)
+DIVIDED = "start.launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
+
+
+def with_judge(folder: Path) -> Path:
+    (folder / "judged.py").write_text(JUDGE)
+    return folder
+
+
+def samples(folder: Path, stage: str) -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "runs/short" / stage / "samples.jsonl").read_text().splitlines())
+    return [row for row in rows if "judge" in row]
+
+
 def sharded(folder: Path, stage: str, *overrides: str) -> dict[str, Any]:
     """Run a stage on this rank, and see that the model is divided."""
     finish = Resumable._finalize_training
@@ -56,8 +80,12 @@ def sharded(folder: Path, stage: str, *overrides: str) -> dict[str, Any]:
     ],
 )
 def test_two_ranks_that_divide_the_model_end_as_one_process(copies, stage, of_each, more):
-    """The artifact is the same files; of DPO, the first loss says that policy and reference are one."""
-    one, two = copies
+    """The artifact is the same files; of DPO, the first loss says that policy and reference are one.
+
+    A policy says the same to the same prompts, and is judged alike.
+    """
+    one, two = map(with_judge, copies)
+    more += (EVALUATE.format("judge", 0),)
     size = f"{stage}.trainer.per_device_train_batch_size="
     alone = train(one, stage, f"{size}{2 * of_each}", f"{stage}.trainer.per_device_eval_batch_size=2", *more)
     first, second = together(sharded, two, stage, f"{size}{of_each}", *more)
@@ -67,6 +95,9 @@ def test_two_ranks_that_divide_the_model_end_as_one_process(copies, stage, of_ea
         sorted(path.name for path in (folder / "runs/short" / stage / "work/adapter").iterdir()) for folder in copies
     ]
     assert files[0] == files[1]
+    if stage != "reward":
+        assert samples(two, stage) == samples(one, stage)
+        assert first["judge_mean"] == alone["judge_mean"] and 0 < first["generation_gap"] < 1e-5
     assert stage != "dpo" or logged(two, stage)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -79,51 +110,6 @@ def test_a_divided_model_resumes_from_any_of_its_checkpoints(copies, stage):
     together(sharded, two, stage, size)
     assert_same(one, two, stage, within=0)
     assert adapter(one, stage).keys() == adapter(two, stage).keys()
-
-
-JUDGE = """
-def judge(prompts, completions, **_):
-    return [len(prompt) / (1 + len(completion)) for prompt, completion in zip(prompts, completions)]
-
-
-def fails(completions):
-    raise ValueError(f"no opinion on {len(completions)} replies")
-"""
-EVALUATE = (
-    "evaluate={{data: held_out.jsonl, judge: 'judged:{}', n: 5, batch_size: 2, max_new_tokens: 24, temperature: {}}}"
-)
-DIVIDED = "start.launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
-
-
-def with_judge(folder: Path) -> Path:
-    (folder / "judged.py").write_text(JUDGE)
-    return folder
-
-
-def samples(folder: Path, stage: str) -> list[dict[str, Any]]:
-    rows = map(json.loads, (folder / "runs/short" / stage / "samples.jsonl").read_text().splitlines())
-    return [row for row in rows if "judge" in row]
-
-
-@pytest.mark.parametrize(
-    ("stage", "more"),
-    [
-        ("sft", ()),
-        ("sft", ("model.quantization=nf4",)),
-        ("dpo", ()),
-        ("kto", ("kto.trainer.loss_type=apo_zero_unpaired",)),
-    ],
-)
-def test_two_ranks_judge_the_policy_that_they_have_divided(copies, stage, more):
-    one, two = map(with_judge, copies)
-    more += (EVALUATE.format("judge", 0), f"{stage}.trainer.max_steps=2", f"{stage}.trainer.eval_strategy=no")
-    size = f"{stage}.trainer.per_device_train_batch_size="
-    alone = train(one, stage, f"{size}2", *more)
-    first, second = together(sharded, two, stage, f"{size}1", *more)
-    assert samples(two, stage) == samples(one, stage)
-    assert len(samples(one, stage)) == 5
-    assert second == {} and first == pytest.approx(alone, rel=1e-4, abs=1e-5)
-    assert first["judge_mean"] == alone["judge_mean"] and 0 < first["generation_gap"] < 1e-5
 
 
 def judge(folder: Path, *overrides: str) -> dict[str, Any]:
