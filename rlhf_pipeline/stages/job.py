@@ -176,7 +176,6 @@ class Job:
             "save_total_limit": 2,  # the last one, and one before it should that be damaged
             "logging_nan_inf_filter": False,  # a loss that is not finite ends the stage
             "disable_tqdm": True,
-            "ddp_timeout": 300,  # seconds that a rank waits for another
             "ddp_broadcast_buffers": False,  # they are constants
             # Of a mixture's adapters, or those of a part that reads pictures, some may be without use in a batch; but
             # reentrant checkpoints do not get along with looking for them.

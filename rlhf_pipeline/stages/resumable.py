@@ -135,6 +135,7 @@ class Resumable(Trainer):
         self._last_step: tuple[float | None, float | None] = None, None  # its gradient's norm, and its learning rate
         self._epoch_ended_at, self._ended_after_resuming = -1, False
         self._epoch_start = torch.get_rng_state()
+        self._draws_alike = False  # this rank has the random state of the first one
         self._usual: dict[Over, float] = {}  # what a batch is over on average, among those that it is weighed against
         self._parts: dict[str, list[tuple[float, float]]] = defaultdict(list)  # the numbers of an unfinished step
         self._tokens, self._diverged = 0.0, None  # of the same: what this rank read, and a loss that is not finite
@@ -163,6 +164,10 @@ class Resumable(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches that one optimizer step is divided into; see `weight`."""
         batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._draws_alike:  # the order is drawn: what follows, as dropout, is each rank's own
+            self._draws_alike = False
+            if not ranks.is_first():
+                self._draw_anew(self.state.global_step)
         self.weigh_against(batches)
         return batches, items
 
@@ -401,12 +406,15 @@ class Resumable(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint and not (Path(checkpoint) / self._random_file()).is_file():  # it is of fewer ranks, or of one
-            step = durable.step(Path(checkpoint))
-            drawn = np.random.SeedSequence((self.args.seed, step, ranks.index())).generate_state(1)[0]
-            set_seed(int(drawn))
+            self._draw_anew(durable.step(Path(checkpoint)))
             return
         with durable.taking_up(checkpoint or ""):
             super()._load_rng_state(checkpoint)
+
+    def _draw_anew(self, step: int) -> None:
+        """Begin random numbers that follow from the seed, a step and this rank."""
+        drawn = np.random.SeedSequence((self.args.seed, step, ranks.index())).generate_state(1)[0]
+        set_seed(int(drawn))
 
     def _random_file(self) -> str:
         return f"rng_state_{ranks.index()}.pth" if ranks.count() > 1 else "rng_state.pth"
@@ -459,11 +467,15 @@ class Resumable(Trainer):
             # generator's later state itself, once it has skipped what was trained on.
             with durable.taking_up(resumed):
                 torch.set_rng_state(torch.load(Path(resumed) / EPOCH_START, weights_only=True))
+        elif resumed is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            # Transformers would do this too late for what follows.
+            if not self._ended_after_resuming:  # else what that has drawn counts
+                self._load_rng_state(resumed)
+            kwargs["resume_from_checkpoint"] = None
         if ranks.count() > 1 and not self.gathers:  # those have an order of their own, and each rank its numbers
             torch.set_rng_state(ranks.gathered(torch.get_rng_state())[0])  # one order of rows
+            self._draws_alike = True
         self._epoch_start = torch.get_rng_state()
-        if self._ended_after_resuming:  # and what that has drawn counts
-            kwargs["resume_from_checkpoint"] = None
         super()._run_epoch(*args, **kwargs)
 
 

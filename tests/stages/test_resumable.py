@@ -17,7 +17,7 @@ from transformers import OPTConfig, OPTForCausalLM, TrainerControl, TrainerState
 
 from rlhf_pipeline import kinds, stages
 from rlhf_pipeline import recipe as recipes
-from rlhf_pipeline.callbacks.checkpoints import Checkpoints
+from rlhf_pipeline.callbacks.checkpoints import REQUEST, Checkpoints, Stopped
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.adapters import DivergedError
 from rlhf_pipeline.models.score_head import with_score_head
@@ -26,6 +26,7 @@ from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import WEIGHTS
 from rlhf_pipeline.stages import trial
 from rlhf_pipeline.stages.job import Job
+from rlhf_pipeline.stages.resumable import Resumable
 
 # Two passes of two steps over six rows: a pass ends amid a gradient accumulation, a step is logged long after its
 # checkpoint, and evaluation comes between. Dropout draws from the global generators at every step.
@@ -43,6 +44,7 @@ GROUPS = (
     "lr_scheduler_type: cosine, logging_steps: 3, eval_steps: 2, eval_on_start: true, save_steps: 1, "
     "save_total_limit: 9"
 )
+BY_LENGTH = "train_sampling_strategy: group_by_length"
 RECIPE = f"""
 name: short
 seed: 7
@@ -56,7 +58,7 @@ stages:
   sft:
     init: start
     data: {{path: demonstrations.jsonl, eval_fraction: 0.25}}
-    trainer: {{{TRAINER}, train_sampling_strategy: group_by_length}}
+    trainer: {{{TRAINER}, {BY_LENGTH}}}
   reward:
     init: start
     data: {{path: preferences.jsonl, eval_fraction: 0.25}}
@@ -205,6 +207,29 @@ def test_going_on_from_any_checkpoint_ends_the_same(whole, broken_off, kind):
             one, other = (of.work / f"checkpoint-{later}" for of in (job, expected.job))
             assert load_file(one / WEIGHTS).keys() == load_file(other / WEIGHTS).keys()
             assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+
+
+def test_what_was_resumed_at_the_end_of_a_pass_may_be_stopped_in_the_next_one(whole, prepared, tmp_path, monkeypatch):
+    """The first checkpoint is one that `save_strategy: epoch` asks for; rows are in an order of their lengths."""
+    by_pass = f"sft.trainer={{{TRAINER.replace('save_steps: 1', 'save_strategy: epoch')}, {BY_LENGTH}}}"
+    job = new_job(Path(shutil.copytree(prepared, tmp_path / "copy")), "sft", by_pass)
+    run(job)
+    for later in (job.artifact, job.work / "checkpoint-4"):
+        shutil.rmtree(later)
+    step = Resumable.training_step
+
+    def stop(self: Resumable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        REQUEST._take(0, None)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(REQUEST, "noted", False)
+        patch.setattr(Resumable, "training_step", stop)
+        run(job)
+    REQUEST.training = False
+    assert durable.step(durable.newest_first(job.work)[0]) == 3
+    run(job)
+    assert (job.artifact / WEIGHTS).read_bytes() == (whole("sft").job.artifact / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto"])

@@ -213,17 +213,44 @@ def trainer_of(job: Job, kind: type[sft.ResumableSFTTrainer], *callbacks: Traine
     return kind.over(model, args, tokenizer, data.train, data.held_out, callbacks)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
-def test_two_ranks_resume_with_the_random_numbers_and_the_replies_of_each(copies, stage):
-    """Bit for bit."""
+def masks(folder: Path) -> list[list[float]]:
+    """What dropout would draw on this rank, step by step."""
+    drawn = []
+
+    class Noted(sft.ResumableSFTTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with torch.random.fork_rng():
+                drawn.append(torch.nn.functional.dropout(torch.ones(32)).tolist())
+            return super().training_step(*args, **kwargs)
+
+    trainer_of(new_job(folder, "sft", "sft.trainer.per_device_train_batch_size=1"), Noted).train()
+    return drawn
+
+
+def test_each_rank_draws_dropout_for_itself_in_each_pass(copies):
+    """Here nothing else is drawn, so that ranks that begin alike would stay so."""
+    first, second = together(masks, copies[0])
+    assert len(first) == len(second) == 8
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    assert second[0] != second[4]
+
+
+BY_PASS = (f"sft.trainer={{{TRAINER.replace('save_steps: 1', 'save_strategy: epoch')}}}",)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "more"), [("sft", 1, ()), ("sft", 2, ()), ("sft", 2, BY_PASS), ("dpo", 1, ()), ("grpo", 1, ())]
+)
+def test_two_ranks_resume_with_the_random_numbers_and_the_replies_of_each(copies, stage, step, more):
+    """Bit for bit: amid a pass, where one ends, and of grpo amid a batch of replies."""
     one, two = copies
     size = f"{stage}.trainer.per_device_train_batch_size={2 if stage == 'grpo' else 1}"
-    dropout = ("lora.lora_dropout=0.2", *DROPOUT[stage])
-    together(train, one, stage, size, *dropout)
-    keep_checkpoint(one, two, stage, 1)  # of grpo, amid a batch of replies
-    together(train, two, stage, size, *dropout)
+    overrides = (*more, size, "lora.lora_dropout=0.2", *DROPOUT[stage])
+    together(train, one, stage, *overrides)
+    keep_checkpoint(one, two, stage, step)
+    together(train, two, stage, *overrides)
     assert_same(one, two, stage, within=0)
-    assert not torch.equal(*(torch.load(state, weights_only=False)["cpu"] for state in random_states(one, stage)))
+    assert not torch.equal(*(torch.load(state, weights_only=False)["cpu"] for state in random_states(two, stage)))
 
 
 def test_another_number_of_ranks_resumes_on_the_same_rows(copies):
@@ -237,7 +264,11 @@ def test_another_number_of_ranks_resumes_on_the_same_rows(copies):
     assert_same(two, one, "sft")
 
 
-DROPOUT = {"sft": (), "dpo": ("dpo.trainer.disable_dropout=false",), "grpo": ()}
+DROPOUT = {
+    "sft": ("sft.trainer.train_sampling_strategy=group_by_length",),
+    "dpo": ("dpo.trainer.disable_dropout=false",),
+    "grpo": (),
+}
 
 
 def keep_checkpoint(source: Path, target: Path, stage: str, step: int) -> None:
@@ -253,7 +284,7 @@ def keep_checkpoint(source: Path, target: Path, stage: str, step: int) -> None:
 
 
 def random_states(folder: Path, stage: str) -> list[Path]:
-    return sorted((folder / "runs/short" / stage / "work/checkpoint-2").glob("rng_state_*"))
+    return sorted((folder / "runs/short" / stage / "work/checkpoint-4").glob("rng_state_*"))
 
 
 def stopped(folder: Path) -> tuple[int | None, list[str]]:
