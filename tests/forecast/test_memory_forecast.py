@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import short_run
 import torch
 from accelerate.state import PartialState
 
@@ -140,14 +139,11 @@ def test_a_forecast_is_read_back_as_it_was_written(small):
     ],
 )
 def test_bad_input_is_one_sentence_with_a_hint(arguments, said, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_pipeline", "forecast", *arguments], cwd=tmp_path, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "hint:" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = short_run.ask(tmp_path, "forecast", *arguments)
+    assert code == 2
+    assert said in err
+    assert "hint:" in err
+    assert "Traceback" not in err
 
 
 def test_when_memory_runs_out_the_forecast_names_the_first_change(small, monkeypatch):
