@@ -87,6 +87,7 @@ def trainer_of(job: Job, args: Any, found: lengths.Lengths, folder: Path) -> Any
     if job.stage.facts.own_loop:
         args.total_episodes, args.num_sample_generations = None, 0
         args.stop_token = args.stop_token_id = None  # every reply is of full length
+        args.whiten_rewards = False  # it takes no time, and may need the episodes of all processes
         stored = stage.reward_artifacts(job, base, folder)
         shared = SharedBase(base, lora, None, stored, one_trunk=job.stage.value_model == "head")
         return PPOTrainer(args, tokenizer, shared, stage.Rewards(shared), train_dataset=rows)

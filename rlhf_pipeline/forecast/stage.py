@@ -227,6 +227,7 @@ def _ppo(
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, enough)
     args.num_mini_batches, args.num_ppo_epochs, args.max_steps = 1, 1, STEPS
     args.total_episodes, args.num_sample_generations = None, 0
+    args.whiten_rewards = False  # which takes nothing, and these may be too few episodes for it
     ledger.phase = UNCOUNTED
     stored = reward_artifacts(job, base, folder)
     ledger.phase = "load"

@@ -207,11 +207,8 @@ class PPOConfig(TrainingArguments):
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError("`total_episodes` and `max_steps` exclude each other")
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        mini_batch = batch // self.num_mini_batches
         if batch % self.num_mini_batches:
             raise ValueError(f"a batch of {batch} episodes cannot be divided into {self.num_mini_batches} mini-batches")
-        if self.whiten_rewards and mini_batch < 8:
-            raise ValueError(f"`whiten_rewards` needs mini-batches of at least 8 episodes, and they have {mini_batch}")
         if self.fp16:
             raise ValueError("PPO does not train in float16, whose gradients overflow: use bfloat16 or float32")
 

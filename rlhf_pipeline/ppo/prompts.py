@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rlhf_pipeline.ppo.config import PPOConfig
 
+LEAST_WHITENED = 8  # episodes, as in TRL, which counts those of a process's mini-batch
+
 
 def check_data(
     args: PPOConfig,
@@ -18,7 +20,14 @@ def check_data(
     ptx_dataset: Dataset | None,
     processes: int = 1,
 ) -> None:
-    """See that there is enough of every kind of data that the settings ask for, for so many processes.
+    """See that there is enough of every kind of data that the settings ask for, and enough of it in an update.
+
+    Args:
+        args: the settings.
+        train_dataset: prompts.
+        eval_dataset: prompts that are held out; None where there are none.
+        ptx_dataset: demonstrations; None where there are none.
+        processes: how many train together. An update has the episodes of all, and rewards are whitened over them.
 
     Raises:
         ValueError: there is not.
@@ -30,6 +39,8 @@ def check_data(
             f"{len(train_dataset)} prompts are fewer than one batch of {batch}{of}: lower "
             "`per_device_train_batch_size` or `gradient_accumulation_steps`, or give more prompts"
         )
+    if args.whiten_rewards and batch < LEAST_WHITENED:
+        raise ValueError(f"`whiten_rewards` needs updates of at least {LEAST_WHITENED} episodes, and they have {batch}")
     if pc.min(pc.list_value_length(train_dataset.data.column("input_ids"))).as_py() == 0:
         raise ValueError("a prompt is empty: a reply needs at least one token to follow")
     if args.eval_strategy != "no" and eval_dataset is None:

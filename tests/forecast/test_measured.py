@@ -7,6 +7,7 @@ from rlhf_pipeline.forecast import measured, rows
 
 LEAST = [
     "evaluate=null", "ppo.trainer.per_device_train_batch_size=2", "ppo.trainer.response_length=4",
+    "ppo.trainer.whiten_rewards=true",  # which the run itself would refuse for so few episodes
     "dpo.trainer.per_device_train_batch_size=2", "dpo.trainer.max_steps=-1", "dpo.trainer.num_train_epochs=2",
 ]  # fmt: skip
 

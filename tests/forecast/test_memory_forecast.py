@@ -176,7 +176,10 @@ def test_a_forecast_leaves_the_gpu_alone(small, monkeypatch):
 
 
 def test_an_engine_takes_its_share_of_the_card_while_it_samples_and_no_cache_of_ours():
-    recipe = recipes.load("tiny", ["ppo.rollout.engine=vllm", "ppo.rollout.gpu_memory_utilization=0.25"])
+    vllm = ["ppo.rollout.engine=vllm", "ppo.rollout.gpu_memory_utilization=0.25"]
+    of_ones = ["ppo.trainer.whiten_rewards=true", "ppo.trainer.per_device_train_batch_size=1"]
+    of_ones += ["ppo.trainer.gradient_accumulation_steps=8", "ppo.trainer.local_rollout_forward_batch_size=1"]
+    recipe = recipes.load("tiny", vllm + of_ones)
     recipe.evaluate = None
     recipe.stages = {name: recipe.stages[name] for name in ("sft", "reward", "ppo")}
     known = work.forecast(recipe, cards.Card("8 GiB", 8 * GIB), advise=False).stages[-1]

@@ -126,10 +126,14 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
     config(**BATCH, num_mini_batches=16)
 
 
-def test_whitening_over_few_episodes_is_refused() -> None:
-    with pytest.raises(ValueError, match="`whiten_rewards` needs mini-batches of at least 8 episodes, and they have 4"):
-        config(**BATCH, whiten_rewards=True, num_mini_batches=4)
-    config(**BATCH, whiten_rewards=True, num_mini_batches=2)
+def test_whitening_over_few_episodes_of_all_processes_is_refused() -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6]] * 8})
+    few = config(per_device_train_batch_size=2, gradient_accumulation_steps=2, whiten_rewards=True)
+    with pytest.raises(ValueError, match="`whiten_rewards` needs updates of at least 8 episodes, and they have 4"):
+        check_data(few, rows, None, None)
+    check_data(few, rows, None, None, processes=2)
+    few.num_mini_batches = 4
+    check_data(few, rows, None, None, processes=2)
 
 
 def test_float16_is_refused() -> None:

@@ -112,7 +112,7 @@ def demonstrations() -> Dataset:
         (WHOLE, HALF, {"num_mini_batches": 1}),
         (WHOLE, HALF, {"num_mini_batches": 4, "value_warmup_updates": 1, "max_grad_norm": 0}),
         (WHOLE, batch(1, 4), {"normalize_scores": False, "kl_estimator": "k3", "logging_steps": 2}),
-        (batch(16, 1), batch(4, 2), {"num_mini_batches": 1, "whiten_rewards": True}),
+        (batch(8, 1), batch(4, 1), {"num_mini_batches": 2, "whiten_rewards": True}),
     ],
     ids=["one mini-batch", "four mini-batches, warm-up", "parts of one", "whitened rewards"],
 )
