@@ -23,6 +23,7 @@ import yaml
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 from rlhf_pipeline.run import machines, ranks, runner
+from rlhf_pipeline.rundir.layout import RunDirectory
 
 FIRST, SECOND = "10.77.3.1", "10.77.3.2"
 RECIPE = {
@@ -190,6 +191,68 @@ def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far):
     with pytest.raises(RunError, match="machine 0 has not begun within"):
         machines.follow(far, said.append)
     assert said == [f"machine 1 waits for machine 0 ({FIRST}) in {far.run}; Ctrl-C ends it"]
+
+
+def test_a_first_machine_that_is_refused_before_it_begins_ends_the_others(far, monkeypatch):
+    """It may also have been quicker than they are, where a cluster has started all together."""
+    at_first = far.model_copy(update={"launch": {**far.launch, "machine_rank": 0}})
+    folder = far.run / ".machines"
+
+    def refused(message: str = "the lock is held") -> None:
+        with contextlib.suppress(RunError), machines.telling(at_first):
+            raise RunError(message, hint="wait")
+
+    refused("of yesterday")
+    timer = threading.Timer(0.3, refused)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(RunError, match="the lock is held") as raised:
+        machines.follow(far, lambda _: None)
+    timer.join()
+    assert raised.value.hint == "wait" and time.monotonic() - began < machines.COME_S
+
+    said: list[str] = []
+    monkeypatch.setattr(machines, "REMIND_S", 0.3)
+    with pytest.raises(RunError, match="machine 0 has not begun within"):
+        machines.follow(far, said.append)
+    still = (
+        f"machine 1 still waits for machine 0 ({FIRST}) in {far.run}; its last run there ended with: the lock is held"
+    )
+    assert said[1:] == [still] * 3
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(RunError, match="machine 0 has not begun within"):
+        machines.follow(far, lambda _: None)
+    refused()
+    with pytest.raises(RunError, match="the lock is held"):
+        machines.follow(far, lambda _: None)
+    with machines.telling(far):  # one of the others
+        (folder / "last.json").unlink()
+    with machines.telling(at_first):
+        pass
+    assert not json.loads((folder / "last.json").read_text())["kind"]
+
+
+def test_a_first_machine_whose_run_directory_is_in_use_says_so_to_the_others(tmp_path):
+    """By the command, which also ends the one that waits for it."""
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(RECIPE))
+    loaded = recipes.load(str(tmp_path / "far.yaml"))
+    words = [sys.executable, "-m", "rlhf_pipeline", "run", "far.yaml"]
+    with RunDirectory(loaded.run).locked():
+        ends = [
+            subprocess.Popen(
+                [*words, f"launch.machine_rank={rank}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                env=os.environ | {"SLURM_JOB_ID": "7"},
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+        try:
+            said = [one.communicate(timeout=60)[1] for one in ends]
+        finally:
+            for one in ends:
+                one.kill()
+    assert [one.returncode for one in ends] == [1, 1], said
+    assert all("is in use" in one for one in said)
 
 
 def test_a_first_machine_that_falls_silent_is_said(far, monkeypatch):

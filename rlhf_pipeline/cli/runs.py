@@ -57,7 +57,7 @@ def run(
     current step, with a checkpoint; the same command resumes from there. A second one stops at once.
     """
     from rlhf_pipeline import recipe as recipes
-    from rlhf_pipeline.run import runner
+    from rlhf_pipeline.run import machines, runner
     from rlhf_pipeline.terminal import live, tables
     from rlhf_pipeline.terminal.console import Console
 
@@ -65,7 +65,7 @@ def run(
     first = loaded.machine_rank == 0  # of several machines, this one shows and reports
     following = live.following(loaded.run, say, recipe=loaded, verbose=verbose)
     try:
-        with following if first else contextlib.nullcontext(say) as above:
+        with machines.telling(loaded), following if first else contextlib.nullcontext(say) as above:
             plans = runner.run(
                 loaded,
                 until=until,

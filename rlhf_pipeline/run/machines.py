@@ -1,8 +1,9 @@
 """Several machines that run one recipe together, in a run directory that all of them see. No torch.
 
 The first one, machine 0, holds the lock and decides everything, as a machine alone does. The others wait for the jobs
-that it tells them of, start their ranks for each, and end when it ends, as it ended. Each counts in a file of its own,
-and all listen: whoever has been silent for half a minute is taken for dead. No clocks of two machines are compared.
+that it tells them of, start their ranks for each, and end when it ends, as it ended, also where that was before it
+began. Each counts in a file of its own, and all listen: whoever has been silent for half a minute is taken for dead. No
+clocks of two machines are compared.
 """
 
 import contextlib
@@ -26,8 +27,12 @@ from rlhf_pipeline.rundir.layout import MACHINES, RANKS, log_of_machine, read_js
 BEAT_S = 2.0
 SILENT_S = 30.0
 COME_S = 600.0  # for the others to come at all: a cluster starts them one after the other
+REMIND_S = 60.0  # between two sentences on what is waited for
 POLL_S = 0.5
-RUN, JOB = "run.json", "job.json"  # in the folder: how the run goes, and what is to be done now
+# In the folder: how the run goes, what is to be done now, and how the first machine has ended, at work or before.
+RUN, JOB, LAST = "run.json", "job.json", "last.json"
+# What a cluster gives all processes that it starts together.
+TOGETHER = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SKYPILOT_TASK_ID")
 
 
 def several(recipe: Recipe) -> int:
@@ -118,19 +123,41 @@ def leading(recipe: Recipe) -> Iterator[None]:
     (folder / JOB).unlink(missing_ok=True)
     run: dict[str, Any] = {"id": uuid.uuid4().hex, "over": None}
     _write(folder / RUN, run)
+    with beating(folder, 0), _noting_the_end(folder / RUN, lambda over: run | {"over": over}):
+        yield
+
+
+@contextlib.contextmanager
+def telling(recipe: Recipe) -> Iterator[None]:
+    """Tell other machines, if there are others, how this first one has ended, whether or not it came to lead them."""
+    folder = recipe.run / MACHINES
+    if several(recipe) == 1 or recipe.machine_rank > 0:
+        yield
+        return
+    with _noting_the_end(folder / LAST, lambda over: {"id": uuid.uuid4().hex, "together": _together()} | over):
+        yield
+
+
+@contextlib.contextmanager
+def _noting_the_end(file: Path, note: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Write to a file how the block ends, as `_end_as` reads it."""
     over = {"kind": "RunError", "message": "machine 0 has ended", "hint": None}
-    with beating(folder, 0):
-        try:
-            yield
-            over = {"kind": "", "message": "", "hint": None}
-        except BaseException as error:
-            message = str(getattr(error, "message", None) or error)
-            hint = error.then if isinstance(error, Interrupted) else getattr(error, "hint", None)
-            over = {"kind": type(error).__name__, "message": message, "hint": hint}
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                _write(folder / RUN, run | {"over": over})
+    try:
+        yield
+        over = {"kind": "", "message": "", "hint": None}
+    except BaseException as error:
+        message = str(getattr(error, "message", None) or error)
+        hint = error.then if isinstance(error, Interrupted) else getattr(error, "hint", None)
+        over = {"kind": type(error).__name__, "message": message, "hint": hint}
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write(file, note(over))
+
+
+def _together() -> list[str | None]:
+    return [os.environ.get(name) for name in TOGETHER]
 
 
 def announce(run: Path, job_file: Path) -> None:
@@ -165,6 +192,7 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
         Waiting: people have to label first.
     """
     folder, machine = recipe.run / MACHINES, recipe.machine_rank
+    before = read_json(folder / LAST)
     refuse_if_taken(folder, machine)
     job: subprocess.Popen[bytes] | None = None
     stopping = False
@@ -182,8 +210,12 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
         with beating(folder, machine), signals.stopping(at_work, stop, say):
             first = Ear(folder, 0)
             where = (recipe.launch or {}).get("main_process_ip")
-            say(f"machine {machine} waits for machine 0 ({where}) in {recipe.run}; Ctrl-C ends it")
-            run = _wait_for_run(folder, first)
+            waits = f"waits for machine 0 ({where}) in {recipe.run}"
+            say(f"machine {machine} {waits}; Ctrl-C ends it")
+            ended = f"; its last run there ended with: {before['message']}" if before and before["kind"] else ""
+            run = _wait_for_run(folder, first, before, lambda: say(f"machine {machine} still {waits}{ended}"))
+            if run is None:
+                return None
             done: str | None = None
             while True:
                 now = read_json(folder / RUN) or run
@@ -225,13 +257,33 @@ def _say_that_it_ended(job_file: Path, machine: int, code: int) -> None:
         )
 
 
-def _wait_for_run(folder: Path, first: Ear) -> dict[str, Any]:
-    """Wait until machine 0 is at work."""
-    deadline = time.monotonic() + COME_S
-    while time.monotonic() < deadline:
-        run = read_json(folder / RUN)
+def _wait_for_run(
+    folder: Path, first: Ear, before: dict[str, Any] | None, remind: Callable[[], None]
+) -> dict[str, Any] | None:
+    """Wait until machine 0 is at work.
+
+    Args:
+        folder: what all machines share.
+        first: listens to machine 0.
+        before: how machine 0 had ended when this one came.
+        remind: says what is waited for.
+
+    Returns:
+        How the run goes; None where machine 0 is done with it already.
+    """
+    if before and before["kind"] and any(_together()) and before["together"] == _together():
+        before = None  # it has failed already, quicker than this one came
+    began, reminded = time.monotonic(), 0
+    while (waited := time.monotonic() - began) < COME_S:
+        run, last = read_json(folder / RUN), read_json(folder / LAST)
+        if last is not None and (before is None or last["id"] != before["id"]):
+            _end_as(last)
+            return None
         if run is not None and run["over"] is None and first.has_come:
             return run
+        if waited > (reminded + 1) * REMIND_S:
+            reminded += 1
+            remind()
         time.sleep(POLL_S)
     raise RunError(
         f"machine 0 has not begun within {COME_S / 60:.0f} minutes",
