@@ -254,7 +254,7 @@ def test_one_with_other_libraries_is_named_before_anything_is_trained(recipe):
 
 
 EVALUATE = (
-    "evaluate={data: tiny:prompts, judge: 'judged:judge', ai_judge: {model: 'judged:prefer'}, n: 3, batch_size: 2, "
+    "evaluate={data: tiny:prompts, judge: 'of_ranks:judge', ai_judge: {model: 'of_ranks:prefer'}, n: 3, batch_size: 2, "
     "max_new_tokens: 8, temperature: 0}"
 )
 JUDGE = """
@@ -282,7 +282,7 @@ def divided(_index: int) -> None:
 
 def test_what_is_divided_is_judged_by_all_also_later(tmp_path, recipe):
     """Where the judge had failed, and where `evaluate` has changed; with no process that holds the base whole."""
-    judge, launch = tmp_path / "judged.py", "launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
+    judge, launch = tmp_path / "of_ranks.py", "launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
     judge.write_text(JUDGE.format('raise ValueError(f"no opinion on {len(completions)}")'))
     said: list[str] = []
 
