@@ -281,7 +281,7 @@ def divided(_index: int) -> None:
 
 
 def test_what_is_divided_is_judged_by_all_also_later(tmp_path, recipe):
-    """Where the judge had failed, and where `evaluate` has changed; with no process that holds the base whole."""
+    """Where the judge had failed, and where `evaluate` has changed."""
     judge, launch = tmp_path / "of_ranks.py", "launch={num_processes: 2, fsdp_config: {fsdp_version: 2}}"
     judge.write_text(JUDGE.format('raise ValueError(f"no opinion on {len(completions)}")'))
     said: list[str] = []
