@@ -58,6 +58,7 @@ class StageForecast:
         changes: what to change where it does not fit, one after the other until it does, or nothing is left.
         notes: what the forecast does not know, or took for granted.
         engine_share: the share of the card that an engine of its own takes while it samples; see `on`.
+        divided_by: the key of `launch` by which processes divide what they hold, which is not counted; None without.
     """
 
     name: str
@@ -70,6 +71,7 @@ class StageForecast:
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
     engine_share: float = 0.0
+    divided_by: str | None = None
 
     def on(self, usable: int | None) -> "StageForecast":
         """The same on a card, where an engine takes its share of that while it samples."""
@@ -105,6 +107,13 @@ class StageForecast:
             replace(one, parts={part: n for part, n in one.parts.items() if part != "engine"}) for one in self.phases
         ]
         return replace(self, phases=tuple(phases), largest_batch=None, changes=())
+
+    @property
+    def way_out(self) -> str:
+        """Where it does not fit."""
+        if self.divided_by:
+            return f"`{self.divided_by}` divides that among processes, which is not counted"
+        return "`rlhf-pipeline forecast` says what to change"
 
     def phase(self, name: str) -> Phase | None:
         """One phase; None where the stage has no such."""
@@ -144,7 +153,7 @@ class Forecast:
         """A sentence on each stage that does not fit."""
         return [
             f"stages.{stage.name} is forecast to take {memory(stage.peak)} in {stage.highest.name}, and {self.card} "
-            f"has {memory(self.usable)}: `rlhf-pipeline forecast` says what to change"
+            f"has {memory(self.usable)}: {stage.way_out}"
             for stage in self.stages
             if self.usable is not None and stage.peak > self.usable
         ]
@@ -166,7 +175,8 @@ class Forecast:
         for one in said["stages"]:
             phases = tuple(Phase(phase["name"], phase["parts"]) for phase in one["phases"])
             changes = tuple(Change(change["overrides"], change["peak"], change["costs"]) for change in one["changes"])
-            names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch", "engine_share")
+            names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch", "engine_share",
+                     "divided_by")  # fmt: skip
             own = {name: one[name] for name in names}
             stages.append(StageForecast(**own, phases=phases, changes=changes, notes=tuple(one["notes"])))
         return cls(said["card"], said["usable"], tuple(stages), tuple(said["notes"]), said["advised"])

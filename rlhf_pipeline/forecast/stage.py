@@ -135,6 +135,9 @@ def _settings(job: Job, folder: Path) -> Any:
         for key in ("packing", "padding_free"):
             setattr(args, key, False)
     args.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
+    if "generation_batch_size" in job.stage.trainer:  # of all processes
+        for key in ("generation_batch_size", "steps_per_generation"):
+            setattr(args, key, max(1, getattr(args, key) // job.recipe.processes(job.name)))
     return args
 
 

@@ -20,6 +20,7 @@ from rlhf_pipeline.models import layer_count
 from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.recipe.launch import SHARDING
 from rlhf_pipeline.recipe.schema import Model, Recipe
 
 
@@ -108,6 +109,10 @@ class _Work:
             for place, reward in enumerate(one.rewards)
             if reward.model is not None
         ]
+        divided_by = next(filter(recipe.launch_of(name).get, SHARDING), None)
+        if (processes := recipe.processes(name)) > 1:
+            what = f"`{divided_by}` divides what they hold, which is not counted" if divided_by else "each takes this"
+            notes.append(f"it is trained by {processes} processes: {what}")
         split = self._all_layers(lambda layers: self._peaks(recipe, name, found, layers))
         phases = tuple(Phase(phase, self._with_overhead(split[phase])) for phase in PHASES if phase in split)
         sampled = one.sampling.batch_size if one.sampling else one.judge.batch_size if one.judge else None
@@ -118,7 +123,8 @@ class _Work:
                 f"vLLM takes {share:.0%} of the card while it samples, which is not counted: name one with `--gpu`"
             )
         texts = found.prompt, found.whole
-        made = StageForecast(name, one.kind, phases, *texts, batch, notes=tuple(notes), engine_share=share)
+        made = StageForecast(name, one.kind, phases, *texts, batch, notes=tuple(notes), engine_share=share,
+                             divided_by=divided_by)  # fmt: skip
         return made.on(self.usable)
 
     def _with_overhead(self, split: dict[str, int]) -> dict[Part, int]:

@@ -57,7 +57,9 @@ def prepare(job: Job, config: type[Config]) -> Inputs:
     args: Any = job.trainer_config(config)
     data = job.reader.read(rows.prompts_with_rows if job.reads_rows else rows.prompts, job.stage.data)
     job.require_eval_data(args, data.held_out)
-    replies = args.generation_batch_size // ranks.count() * job.recipe.processes(job.name)  # TRL's are of those here
+    # Unless the recipe says how many replies all processes sample, TRL's number is of those that are here.
+    of_all = args.generation_batch_size // ranks.count() * job.recipe.processes(job.name)
+    replies = job.stage.trainer.get("generation_batch_size") or of_all
     batch = replies // args.num_generations
     if len(data.train) < batch:
         raise InputError(

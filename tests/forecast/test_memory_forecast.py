@@ -14,6 +14,7 @@ from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.forecast import advice, cards, work
 from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
 from rlhf_pipeline.rundir.words import memory
+from rlhf_pipeline.terminal import forecasts
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -173,6 +174,36 @@ def test_a_forecast_leaves_the_gpu_alone(small, monkeypatch):
     assert work.forecast(recipe, cards.ANY, advise=False) == expected
     assert torch.cuda.is_available()
     assert state == kept | {"device": torch.device("cuda", 0)}
+
+
+def test_of_several_processes_it_is_said_what_one_takes_and_what_is_not_counted(small):
+    recipe = small()
+    alone = work.forecast(recipe, cards.ANY, advise=False)
+    recipe.stages["sft"].launch = {"num_processes": 4}
+    several = work.forecast(recipe, cards.ANY, advise=False)
+    assert several.stages[0].phases == alone.stages[0].phases, "a process has the batch that the recipe says"
+    assert several.stages[0].notes == ("it is trained by 4 processes: each takes this",)
+    assert forecasts.in_short(several) == forecasts.in_short(alone)
+    recipe.stages["sft"].launch |= {"fsdp_config": {"fsdp_version": 2}}
+    divided = work.forecast(recipe, cards.Card("1 MiB", 2**20), advise=False)
+    assert divided.stages[0].notes == (
+        "it is trained by 4 processes: `fsdp_config` divides what they hold, which is not counted",
+    )
+    assert divided.doubts[0].endswith("`fsdp_config` divides that among processes, which is not counted")
+    assert "(that processes divide what sft takes is not counted)" in forecasts.in_short(divided)
+    assert Forecast.from_json(divided.as_json()) == divided
+
+
+def test_replies_that_all_processes_sample_are_divided_by_them():
+    each = ["grpo.trainer.per_device_train_batch_size=16", "grpo.trainer.gradient_accumulation_steps=4"]
+    of_all = [each[0], "grpo.trainer.generation_batch_size=64"]
+    launch = "grpo.launch={num_processes: 4}"
+    alone, one_of_four, said = (
+        work.forecast(recipes.load("tiny-grpo", overrides), cards.ANY, advise=False).stages[-1].phase("sampling")
+        for overrides in (of_all, [*of_all, launch], [*each, launch])
+    )
+    assert alone == said
+    assert one_of_four.total < alone.total
 
 
 def test_an_engine_takes_its_share_of_the_card_while_it_samples_and_no_cache_of_ours():

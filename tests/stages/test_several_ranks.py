@@ -366,3 +366,10 @@ def test_two_ranks_that_sample_the_same_replies_end_as_one_process(copies, monke
     assert_same(one, two, stage, but=() if "grpo.trainer.gradient_accumulation_steps=1" in more else OF_TOKENS)
     assert second == {}
     assert first.keys() == alone.keys()
+
+
+def test_a_batch_of_replies_that_is_given_is_of_all_ranks(copies):
+    """Seven prompts are enough for fourteen replies in groups of two, by however many ranks."""
+    of_all = ("grpo.trainer.generation_batch_size=14", "grpo.trainer.per_device_train_batch_size=1")
+    job = new_job(copies[0], "grpo", *of_all, "grpo.launch={num_processes: 7, use_cpu: true}")
+    assert len(stages.BY_KIND["grpo"].prepare(job).data.train) == 7
