@@ -27,7 +27,7 @@ import yaml
 from rlhf_pipeline import cli, kinds, recipe
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.ppo.config import PPOConfig
-from rlhf_pipeline.recipe import TINY, gates, library_keys
+from rlhf_pipeline.recipe import TINY, gates, library_keys, schema
 from rlhf_pipeline.recipe.yaml import parse_document
 from rlhf_pipeline.run.launch import Launcher
 from rlhf_pipeline.stages.check import check
@@ -187,6 +187,26 @@ def test_every_key_at_the_top_of_a_recipe_is_explained():
     for key in recipe.Recipe.model_fields:
         assert re.search(rf"^(# )?{key}:", explained, re.MULTILINE), key
         assert re.search(rf"^\|.*`{key}[`.].* \|", table, re.MULTILINE), key
+
+
+SECTIONS = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, schema._Strict)]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_key_is_in_the_recipe_that_explains_all(section):
+    explained = recipe.shipped()["full-pipeline"].read_text(encoding="utf-8")
+    assert [key for key in section.model_fields if not re.search(rf"(?<![\w-]){key}:", explained)] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "section"),
+    [("stages.NAME", schema.Stage), ("model", schema.Model), ("evaluate", schema.Evaluate), ("watch", schema.Watch),
+     ("rounds", schema.Rounds)],
+)  # fmt: skip
+def test_the_row_of_a_section_names_all_of_its_keys(row, section):
+    table = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").partition("\n## Keys\n")[2]
+    said = re.search(rf"^\| `{row}` \| (.*) \|$", table, re.MULTILINE)[1]
+    assert [key for key in section.model_fields if f"`{key}`" not in said] == []
 
 
 # The tutorial, from top to bottom
