@@ -196,7 +196,6 @@ def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far):
 def test_a_first_machine_that_is_refused_before_it_begins_ends_the_others(far, monkeypatch):
     """It may also have been quicker than they are, where a cluster has started all together."""
     at_first = far.model_copy(update={"launch": {**far.launch, "machine_rank": 0}})
-    folder = far.run / ".machines"
 
     def refused(message: str = "the lock is held") -> None:
         with contextlib.suppress(RunError), machines.telling(at_first):
@@ -220,17 +219,44 @@ def test_a_first_machine_that_is_refused_before_it_begins_ends_the_others(far, m
     )
     assert said[1:] == [still] * 3
 
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     with pytest.raises(RunError, match="machine 0 has not begun within"):
         machines.follow(far, lambda _: None)
     refused()
     with pytest.raises(RunError, match="the lock is held"):
         machines.follow(far, lambda _: None)
-    with machines.telling(far):  # one of the others
-        (folder / "last.json").unlink()
-    with machines.telling(at_first):
-        pass
-    assert not json.loads((folder / "last.json").read_text())["kind"]
+
+    monkeypatch.delenv("SLURM_STEP_ID")
+
+    def done() -> None:
+        with machines.telling(at_first):
+            pass
+
+    timer = threading.Timer(0.3, done)
+    timer.start()
+    assert machines.follow(far, lambda _: None) is None, "it needed nobody"
+    timer.join()
+
+
+def test_one_of_the_others_that_fails_before_it_comes_ends_the_first_one(far):
+    folder = far.run / ".machines"
+
+    def fails(message: str) -> None:
+        with contextlib.suppress(InputError), machines.telling(far):
+            raise InputError(message, hint="fewer processes")
+
+    fails("of yesterday")
+    with machines.leading(far):
+        assert machines.has_failed(folder, 1) is None
+        with contextlib.suppress(Interrupted), machines.telling(far):
+            raise Interrupted("it comes again")
+        assert machines.has_failed(folder, 1) is None
+        fails("no GPU here")
+        job = job_of(far)
+        words = [sys.executable, "-m", "rlhf_pipeline.run.ranks", str(job), str(os.getpid()), "0"]
+        assert subprocess.run(words, timeout=30, check=False).returncode == 1
+    result = json.loads(job.with_name("result.json").read_text())
+    assert (result["message"], result["hint"]) == ("machine 1: no GPU here", "fewer processes")
 
 
 def test_a_first_machine_whose_run_directory_is_in_use_says_so_to_the_others(tmp_path):
@@ -242,7 +268,7 @@ def test_a_first_machine_whose_run_directory_is_in_use_says_so_to_the_others(tmp
         ends = [
             subprocess.Popen(
                 [*words, f"launch.machine_rank={rank}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                env=os.environ | {"SLURM_JOB_ID": "7"},
+                env=os.environ | {"SLURM_STEP_ID": "0"},
             )
             for rank in (0, 1)
         ]  # fmt: skip
@@ -298,7 +324,7 @@ def job_of(far: recipes.Recipe) -> Path:
     """A job that machine 0 has told of, as a file, with the folder of its ranks."""
     job = far.run / "sft" / "work" / "job.json"
     (job.parent / "ranks").mkdir(parents=True)
-    (far.run / ".machines").mkdir()
+    (far.run / ".machines").mkdir(exist_ok=True)
     found = {"recipe": far.model_dump(), "launch": far.launch_of("sft"), "log": str(far.run / "sft" / "log.txt")}
     job.write_text(json.dumps(found))
     return job

@@ -29,10 +29,9 @@ SILENT_S = 30.0
 COME_S = 600.0  # for the others to come at all: a cluster starts them one after the other
 REMIND_S = 60.0  # between two sentences on what is waited for
 POLL_S = 0.5
-# In the folder: how the run goes, what is to be done now, and how the first machine has ended, at work or before.
-RUN, JOB, LAST = "run.json", "job.json", "last.json"
-# What a cluster gives all processes that it starts together.
-TOGETHER = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SKYPILOT_TASK_ID")
+RUN, JOB = "run.json", "job.json"  # in the folder: how the run goes, and what is to be done now
+# What a cluster gives all processes that it starts together; the first two tell that it did.
+TOGETHER = ("SLURM_STEP_ID", "SKYPILOT_TASK_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
 
 
 def several(recipe: Recipe) -> int:
@@ -121,7 +120,8 @@ def leading(recipe: Recipe) -> Iterator[None]:
     folder = recipe.run / MACHINES
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JOB).unlink(missing_ok=True)
-    run: dict[str, Any] = {"id": uuid.uuid4().hex, "over": None}
+    before = {str(machine): last_end(folder, machine) for machine in range(1, several(recipe))}
+    run: dict[str, Any] = {"id": uuid.uuid4().hex, "over": None, "before": before}
     _write(folder / RUN, run)
     with beating(folder, 0), _noting_the_end(folder / RUN, lambda over: run | {"over": over}):
         yield
@@ -129,13 +129,41 @@ def leading(recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling(recipe: Recipe) -> Iterator[None]:
-    """Tell other machines, if there are others, how this first one has ended, whether or not it came to lead them."""
-    folder = recipe.run / MACHINES
-    if several(recipe) == 1 or recipe.machine_rank > 0:
+    """Tell other machines, if there are others, how this one has ended, whether or not it came to work with them."""
+    if several(recipe) == 1:
         yield
         return
-    with _noting_the_end(folder / LAST, lambda over: {"id": uuid.uuid4().hex, "together": _together()} | over):
+    file = _file_of_end(recipe.run / MACHINES, recipe.machine_rank)
+    with _noting_the_end(file, lambda over: {"id": uuid.uuid4().hex, "together": _together()} | over):
         yield
+
+
+def last_end(folder: Path, machine: int) -> dict[str, Any] | None:
+    """How a machine has ended last, as it told in `telling`; None where it never did."""
+    return read_json(_file_of_end(folder, machine))
+
+
+def has_ended(last: dict[str, Any] | None, before: dict[str, Any] | None) -> bool:
+    """Whether a machine has ended since this one has looked, or at once where both were started together.
+
+    Args:
+        last: from `last_end`, now.
+        before: the same, when this one came.
+    """
+    if last is None or before is None or last["id"] != before["id"]:
+        return last is not None
+    return bool(last["kind"]) and any(_together()[:2]) and last["together"] == _together()
+
+
+def has_failed(folder: Path, machine: int) -> dict[str, Any] | None:
+    """How one of the others has ended with an error since the run began; None where it has not."""
+    last, before = last_end(folder, machine), (read_json(folder / RUN) or {}).get("before", {}).get(str(machine))
+    failed = last is not None and last["kind"] not in ("", "Interrupted", "KeyboardInterrupt", "Waiting")
+    return last if failed and has_ended(last, before) else None
+
+
+def _file_of_end(folder: Path, machine: int) -> Path:
+    return folder / f"{machine}.end.json"
 
 
 @contextlib.contextmanager
@@ -192,7 +220,7 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
         Waiting: people have to label first.
     """
     folder, machine = recipe.run / MACHINES, recipe.machine_rank
-    before = read_json(folder / LAST)
+    before = last_end(folder, 0)
     refuse_if_taken(folder, machine)
     job: subprocess.Popen[bytes] | None = None
     stopping = False
@@ -271,12 +299,10 @@ def _wait_for_run(
     Returns:
         How the run goes; None where machine 0 is done with it already.
     """
-    if before and before["kind"] and any(_together()) and before["together"] == _together():
-        before = None  # it has failed already, quicker than this one came
     began, reminded = time.monotonic(), 0
     while (waited := time.monotonic() - began) < COME_S:
-        run, last = read_json(folder / RUN), read_json(folder / LAST)
-        if last is not None and (before is None or last["id"] != before["id"]):
+        run, last = read_json(folder / RUN), last_end(folder, 0)
+        if last is not None and has_ended(last, before):
             _end_as(last)
             return None
         if run is not None and run["over"] is None and first.has_come:

@@ -109,14 +109,17 @@ class Ranks:
         """Wait, on the first machine, until the others are there.
 
         Raises:
-            LookupError: one did not come.
+            LookupError: one did not come; with its number, and how it ended before it could, or None.
         """
         folder = self.run / MACHINES
         self._ears = {machine: machines.Ear(folder, machine) for machine in range(1, self.machines)}
         deadline = time.monotonic() + machines.COME_S
         while absent := [machine for machine, ear in self._ears.items() if not ear.has_come]:
+            for machine in absent:
+                if end := machines.has_failed(folder, machine):
+                    raise LookupError(machine, end)
             if time.monotonic() > deadline or self.stopping:
-                raise LookupError(absent[0])
+                raise LookupError(absent[0], None)
             time.sleep(POLL_S)
 
     def is_over(self, ended: Collection[int]) -> bool:
@@ -182,9 +185,12 @@ def main(job_file: Path, machine: int | None = None) -> int:
         try:
             machines.announce(ranks.run, job_file)
             ranks.listen()
-        except LookupError as absent:
+        except LookupError as error:
+            absent, end = error.args
             if ranks.stopping:
                 return STOPPED
+            if end is not None:
+                return _fail(ranks, f"machine {absent}: {end['message']}", end["hint"])
             return _fail(ranks, f"machine {absent} has not come within {machines.COME_S / 60:.0f} minutes",
                          f"run the same command there, with `launch.machine_rank={absent}`")  # fmt: skip
         signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
