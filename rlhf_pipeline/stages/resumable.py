@@ -423,6 +423,7 @@ class Resumable(Trainer):
         """Take up the sums where the checkpoint left them; Transformers has just set them to zero."""
         if self._memory is None:
             return
+        self.state.compute_steps(self.args, self.state.max_steps)  # Transformers takes over how often it was done then
         memory, self._memory = self._memory, None
         with durable.taking_up(self._checkpoint):
             self._take_up(memory)

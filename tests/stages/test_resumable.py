@@ -355,6 +355,22 @@ def test_only_so_many_checkpoints_are_kept(prepared, tmp_path):
     assert {path.name for path in job.work.glob("*checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
 
 
+def test_what_resumes_is_saved_and_logged_as_often_as_the_recipe_says_now(prepared, tmp_path):
+    """Transformers would have it as the checkpoint has it."""
+
+    def begun(every: int) -> Job:
+        folder = Path(shutil.copytree(prepared, tmp_path / str(every)))
+        trainer = f"{{max_steps: 6, save_steps: {every}, logging_steps: {every}, per_device_train_batch_size: 2}}"
+        return new_job(folder, "sft", f"sft.trainer={trainer}")
+
+    former, job = begun(2), begun(1)
+    run(former)
+    shutil.copytree(former.work / "checkpoint-4", job.work / "checkpoint-4")
+    run(job)
+    assert [row["step"] for row in logged(job) if "loss" in row] == [5, 6]
+    assert {path.name for path in job.work.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
+
+
 @pytest.mark.parametrize(("kind", "left"), [("sft", 0.1), ("reward", 0.0), ("dpo", 0.0)])
 def test_dropout_that_a_model_passes_to_functions_is_off_where_trl_switches_dropout_off(
     tmp_path, tokenizer, kind, left
