@@ -1,6 +1,8 @@
 """Several processes that train together, as `accelerate launch` starts them, but forked from the test's own process."""
 
 import faulthandler
+import importlib
+import json
 import multiprocessing
 import os
 import signal
@@ -22,6 +24,9 @@ FSDP = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "ACCELERATE_TORCH_DEVICE": "cpu",
 }  # fmt: skip
+# What ZeRO-3 keeps in one piece for a while, so and so many numbers: by default, all of a tiny model.
+KEPT = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+OF_A_STEP = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def together(function: Callable[..., Any], *args: Any, processes: int = 2, seconds: float = 120.0) -> list[Any]:
@@ -65,12 +70,30 @@ def divide() -> None:
     build = AcceleratorState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         build(self, *args, **kwargs)
 
     os.environ.update(FSDP)
     AcceleratorState.__init__ = init
+
+
+def divide_by_deepspeed(stage: int, folder: Path) -> None:
+    """Have DeepSpeed divide what is trained in this process, by a stage of ZeRO; a file of its own says so.
+
+    It does without the kernels that it would compile for a CPU.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    connect()
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm").init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    build = AcceleratorState.__init__
+    AcceleratorState.__init__ = lambda *args, **kwargs: build(*args, **kwargs | {"cpu": False})
+    zero = {"stage": stage} | {f"stage3_{key}": 0 for key in KEPT}
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": zero} | dict.fromkeys(OF_A_STEP, "auto")))
+    del os.environ["ACCELERATE_USE_CPU"]
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 
 def _run(function: Callable[..., Any], args: tuple, rank: int, processes: int, port: int, folder: Path) -> None:

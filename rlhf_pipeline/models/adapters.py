@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_pipeline import ranks
+from rlhf_pipeline.models import divided
 from rlhf_pipeline.models.layers import untouched
 from rlhf_pipeline.models.score_head import HEAD, draw
 from rlhf_pipeline.rundir.layout import WEIGHTS as WEIGHTS
@@ -247,10 +248,7 @@ def whole_weights(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
 
     Where ranks have divided the model among them, each must take part in collecting them.
     """
-    state = get_peft_model_state_dict(model, adapter_name=adapter)
-    pieces = {name: tensor.detach() for name, tensor in state.items()}
-    whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in pieces.items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in whole.items()}
+    return divided.whole(get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter))
 
 
 def save_weights(model: PeftModel, adapter: str, folder: Path) -> None:

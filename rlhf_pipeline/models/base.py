@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_pipeline import hub
 from rlhf_pipeline.errors import InputError
-from rlhf_pipeline.models import experts, loading
+from rlhf_pipeline.models import divided, experts, loading
 from rlhf_pipeline.models.reply_end import as_eos_token_id, stop_tokens
 from rlhf_pipeline.models.score_head import backbone_name, with_score_head
 from rlhf_pipeline.recipe import model_files
@@ -239,22 +239,31 @@ def _unreachable(spec: Model, error: Exception) -> InputError:
     )
 
 
-def load_base(spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "causal") -> PreTrainedModel:
+def load_base(
+    spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "causal", to_divide: bool = False
+) -> PreTrainedModel:
     """Load the base and freeze it.
 
     Args:
         spec: the recipe's `model`.
         tokenizer: the one from `load_tokenizer`; its pad becomes the model's, and its EOS one of what ends a text.
         head: `causal`, or `score` for a reward model, whose head is freshly drawn; see `score_head`.
+        to_divide: ranks divide it among them, where they train so: until then it is in the memory of the machine, but
+            for one that is quantized.
 
     Returns:
-        The model on `device()`, in evaluation mode, no parameter trainable.
+        The model on `device()`, but for that, in evaluation mode, no parameter trainable.
 
     Raises:
         InputError: see `load_config`, `loading.load` and `require_causal`.
     """
-    with experts.quantized_as_well():
-        model = loading.load(spec, load_config(spec), device(), resolve_dtype(spec.dtype))
+    # What is divided later goes to the GPU in parts. In few bits it is small, and GPUs alone quantize fast.
+    later = to_divide and spec.quantization == "none" and (divided.by_fsdp() or divided.by_zero_3())
+    place = torch.device("cpu") if later else device()
+    with experts.quantized_as_well(), divided.loading_whole():
+        model = loading.load(spec, load_config(spec), place, resolve_dtype(spec.dtype))
+    if later:
+        vars(model).pop("hf_device_map", None)  # by which Transformers would take it for one that is to stay there
     require_causal(model, spec)
     return frozen(model, tokenizer, head)
 

@@ -6,7 +6,6 @@ to a log. Here it is an error.
 """
 
 import copy
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from rlhf_pipeline.errors import InputError
+from rlhf_pipeline.models import divided
 from rlhf_pipeline.recipe import model_files
 from rlhf_pipeline.recipe.schema import Model
 
@@ -165,7 +165,7 @@ def quantization_config(spec: Model, dtype: torch.dtype) -> BitsAndBytesConfig |
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             # FSDP divides what is stored as numbers of 16 or 32 bits, and would leave bytes whole.
-            bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
+            bnb_4bit_quant_storage=dtype if divided.by_fsdp() else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
 

@@ -16,6 +16,7 @@ from rlhf_pipeline import devices
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe import library_keys
+from rlhf_pipeline.recipe.deepspeed import zero_stage
 from rlhf_pipeline.recipe.origins import Origin, Problems, Source
 from rlhf_pipeline.recipe.schema import Recipe
 from rlhf_pipeline.recipe.validation import check_section
@@ -23,6 +24,7 @@ from rlhf_pipeline.recipe.yaml import KeyPath, Mark, dump_inline, read_document,
 
 KEY = "launch"
 SHARDING = {"fsdp_config": "FSDP", "deepspeed_config": "DeepSpeed"}  # keys, and what divides the model by them
+INSTALL = "pip install 'deepspeed>=0.19', as the extra `deepspeed` does"
 BATCH = "per_device_train_batch_size"
 # What `accelerate config` writes for a key that says nothing.
 _UNSET: tuple[Any, ...] = (None, False, "no", "NO", "main", {}, [], {"dynamo_backend": "NO"}, {"dynamo_backend": "no"})
@@ -355,6 +357,21 @@ def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Proble
             f"vLLM loads the base whole on one GPU, and the processes that train stage `{name}` divide it among them",
             "set `engine: transformers`: then all of them sample",
         )  # fmt: skip
+    if recipe.divides(name) and recipe.model.quantization == "int8":
+        key = next(key for key in SHARDING if key in keys)
+        problems.add(
+            (*path, key),
+            f"`{key}` cannot divide 8-bit weights: bitsandbytes keeps them in one piece",
+            "set `model.quantization` to `nf4`, or to `none`", of_key=True,
+        )  # fmt: skip
+    if zero_stage(keys.get("deepspeed_config") or {}) == 3:
+        for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if (stage.trainer.get(key) or {}).get("use_reentrant") is False:
+                problems.add(
+                    ("stages", name, "trainer", key),
+                    "with DeepSpeed's ZeRO-3, checkpoints are reentrant: others find frozen weights divided again",
+                    f"remove `use_reentrant: false` from `{key}`", of_key=True,
+                )  # fmt: skip
     _require_whole_base(recipe, name, path, keys, problems)
 
 
@@ -388,7 +405,7 @@ def require_devices(recipe: Recipe, names: Sequence[str]) -> None:
         where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
         if keys.get("deepspeed_config") and importlib.util.find_spec("deepspeed") is None:
             place = recipe.place(*where, "deepspeed_config")
-            raise InputError("DeepSpeed is not installed", place=place, hint="pip install deepspeed")
+            raise InputError("DeepSpeed is not installed", place=place, hint=INSTALL)
         needed = 0 if keys.get("use_cpu") else keys["num_processes"] // keys.get("num_machines", 1)
         if there < needed and (there or devices.can_be_counted()):
             few = f"there {'is' if there == 1 else 'are'} {there or 'none'}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from rlhf_pipeline.kinds import NAMES, ROWS, WATCHED, Kind, Rows, get, numbered
+from rlhf_pipeline.recipe.deepspeed import zero_stage
 from rlhf_pipeline.recipe.yaml import KeyPath
 
 BASE = "base"  # as a value of `init`: start from the bare base
@@ -684,7 +685,8 @@ class Recipe(_Strict):
 
     def divides(self, name: str) -> bool:
         """Whether the processes that train a stage divide its base among them; then they judge its policy together."""
-        return bool(self.launch_of(name).get("fsdp_config"))
+        keys = self.launch_of(name)
+        return bool(keys.get("fsdp_config")) or zero_stage(keys.get("deepspeed_config") or {}) == 3
 
     def processes(self, name: str) -> int:
         """How many processes train a stage, on all machines together."""

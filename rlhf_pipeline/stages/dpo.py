@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -20,6 +19,7 @@ from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS
+from rlhf_pipeline.stages import sharded
 from rlhf_pipeline.stages.evaluate import judge_policy
 from rlhf_pipeline.stages.job import Inputs, Job
 from rlhf_pipeline.stages.resumable import Resumable, with_room_for_replies
@@ -82,7 +82,8 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
         datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
         known = load_file(file) if ranks.gathered(file.is_file())[0] else {}
         if not known:
-            known = {name: self._reference_log_probs(rows) for name, rows in datasets.items() if rows is not None}
+            with sharded.computing(self.model, self.accelerator):
+                known = {name: self._reference_log_probs(rows) for name, rows in datasets.items() if rows is not None}
             if ranks.is_first():
                 durable.write_bytes(file, save(known))
         for name, (chosen, rejected) in known.items():
@@ -92,20 +93,29 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
     def _reference_log_probs(self, dataset: Dataset) -> Tensor:
         """The log-probabilities of all chosen and all rejected replies under the reference, float32 `[2, pairs]`."""
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        own = dataset.select(range(len(dataset))[ranks.share(len(dataset))])
+        own = range(len(dataset))[ranks.share(len(dataset))]
         self.model.eval()
-        batches = [torch.empty(2, 0)]
-        for batch in DataLoader(own, size, collate_fn=self.data_collator):
-            batches.append(
-                torch.stack(self.compute_ref_log_probs(self.model, self._prepare_inputs(batch))).float().cpu()
-            )
-        return torch.cat(ranks.gathered(torch.cat(batches, dim=1)), dim=1)
+        found = [torch.empty(2, 0)]
+        for some in batched(own, size):
+            batch = self.data_collator([dataset[row] for row in some or (0,)])
+            said = torch.stack(self.compute_ref_log_probs(self.model, self._prepare_inputs(batch)))
+            found.append(said[:, : len(some)].float().cpu())
+        return torch.cat(ranks.gathered(torch.cat(found, dim=1)), dim=1)
 
     def _prepare_dataset(self, dataset: Dataset, _tokenizer: Any, args: DPOConfig, _name: str) -> Dataset:
         return with_room_for_replies(dataset, args.max_length) if args.truncation_mode == "keep_start" else dataset
 
 
 TRAINER = EncodedDPOTrainer
+
+
+def batched(own: range, size: int) -> list[range]:
+    """Rows of this rank in batches, of which all ranks have as many: with a divided model, none can do without another.
+
+    The last ones may be empty.
+    """
+    most = max(ranks.gathered(len(own)))
+    return [own[start : start + size] for start in range(0, most, size)]
 
 
 def prepare(job: Job) -> Inputs:
@@ -125,7 +135,8 @@ def run(job: Job) -> dict[str, Any]:
     job.progress.tell("loading")
     args, tokenizer, data, _ = prepare(job)
     set_seed(job.recipe.seed)
-    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
+    base = load_base(job.recipe.model, tokenizer, to_divide=True)
+    model = adapters.with_policy_adapter(base, job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = EncodedDPOTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
     if job.stage.reference is not None:

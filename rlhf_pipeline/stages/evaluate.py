@@ -212,7 +212,7 @@ def judge_artifact(job: Job, artifact: Path) -> dict[str, float]:
         return {}
     job.progress.tell("loading")
     tokenizer = load_tokenizer(job.recipe.model)
-    base = load_base(job.recipe.model, tokenizer)
+    base = load_base(job.recipe.model, tokenizer, to_divide=True)
     policy = adapters.with_policy_adapter(base, job.stage.lora, artifact)
     return judge_policy(job, sharded.divide(policy), tokenizer)
 

@@ -20,8 +20,8 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import library_keys, outside
 from rlhf_pipeline.recipe.schema import BASE, Data, Recipe, Stage
 from rlhf_pipeline.rundir import durable, strict_json
-from rlhf_pipeline.rundir.layout import ADAPTER, STAGED_ROWS, TRAINED, WORK, read_json
-from rlhf_pipeline.stages import liger
+from rlhf_pipeline.rundir.layout import ADAPTER, STAGED_ROWS, TRAINED, WORK
+from rlhf_pipeline.stages import liger, sharded
 
 Config = TypeVar("Config", bound=TrainingArguments)
 Read = Callable[[Data, PreTrainedTokenizerBase, int, Known | None], Prepared]  # a function of `data.prepare`
@@ -158,7 +158,6 @@ class Job:
         Raises:
             InputError: with TRL's or Transformers' own complaint.
         """
-        self._require_a_known_division()
         dtype = resolve_dtype(self.recipe.model.dtype)
         accepted = library_keys.accepted(self.stage.kind)
         reentrant = (self.stage.trainer.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
@@ -195,26 +194,9 @@ class Job:
                 hint="use `steps` or `epoch`; PPO has `kl_budget`",
             )
         try:
-            return config(**settings)
+            return sharded.with_fitting_checkpoints(config(**settings))
         except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
             raise InputError(str(error).strip().splitlines()[0], place=f"stages.{self.name}.trainer") from None
-
-    def _require_a_known_division(self) -> None:
-        """See that the base is divided among processes, if at all, in a way that stages can work with.
-
-        Raises:
-            InputError: it is not.
-        """
-        config = self.recipe.launch_of(self.name).get("deepspeed_config") or {}
-        stage = config.get("zero_stage")
-        if isinstance(file := config.get("deepspeed_config_file"), str):
-            stage = ((read_json(Path(file)) or {}).get("zero_optimization") or {}).get("stage")
-        if str(stage) == "3":
-            raise InputError(
-                "DeepSpeed's ZeRO-3 divides a base before it gets its adapter, which cannot be done then",
-                place=f"stages.{self.name}",
-                hint="`fsdp_config: {fsdp_version: 2}` divides it, too; `zero_stage: 2` the optimizer's state",
-            )
 
     def checkpoints(self) -> Checkpoints:
         """The callback that asks for checkpoints, by time where the recipe's `save_*` keys say nothing."""

@@ -196,7 +196,8 @@ def run(job: Job) -> dict[str, Any]:
     job.progress.tell("loading")
     args, tokenizer, data, _ = prepare(job)
     set_seed(job.recipe.seed)
-    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
+    base = load_base(job.recipe.model, tokenizer, to_divide=True)
+    model = adapters.with_policy_adapter(base, job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = EncodedKTOTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
     if job.stage.reference is not None:

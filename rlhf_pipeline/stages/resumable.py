@@ -29,7 +29,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_pipeline import ranks
 from rlhf_pipeline.kinds import Kind, Over
-from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models import adapters, divided
 from rlhf_pipeline.models.adapters import DivergedError
 from rlhf_pipeline.models.base import remove_dropout
 from rlhf_pipeline.ppo.checkpoint import Kept, random_states
@@ -376,6 +376,8 @@ class Resumable(Trainer):
                 TrainerState.load_from_json(str(self._checkpoint / durable.STATE))
                 if self.is_deepspeed_enabled:  # which restores the weights itself, from files of its own
                     self._load_memory(self._checkpoint)
+        if divided.by_zero_3():
+            sharded.divide_by_zero_3(self.model, self.accelerator)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -89,7 +89,7 @@ def run(job: Job) -> dict[str, Any]:
     job.progress.tell("loading")
     inputs = prepare(job)
     set_seed(job.recipe.seed)
-    base = load_base(job.recipe.model, inputs.tokenizer, head="score")
+    base = load_base(job.recipe.model, inputs.tokenizer, head="score", to_divide=True)
     if job.stage.members:
         return run_ensemble(job, base, inputs, job.stage.members)
     trainer = train(job, base, inputs)

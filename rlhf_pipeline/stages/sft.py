@@ -1,10 +1,11 @@
 """Supervised fine-tuning: TRL's SFTTrainer on demonstrations, loss on replies only."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_pipeline import kinds, ranks
@@ -12,7 +13,7 @@ from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.kinds import Over
-from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models import adapters, divided
 from rlhf_pipeline.models.base import hide_router_logits, load_base
 from rlhf_pipeline.rundir.layout import METRICS
 from rlhf_pipeline.stages import soundness
@@ -36,6 +37,19 @@ class ResumableSFTTrainer(Resumable, SFTTrainer):
 
 
 TRAINER = ResumableSFTTrainer
+
+
+class AtStart(TrainerCallback):
+    """Looks at the model when it is ready to be trained."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        """Look at it, and leave it in the mode that it is in."""
+        was_training = model.training
+        self.check()
+        model.train(was_training)
 
 
 def prepare(job: Job) -> Inputs:
@@ -62,12 +76,18 @@ def run(job: Job) -> dict[str, Any]:
     job.progress.tell("loading")
     args, tokenizer, data, _ = prepare(job)
     set_seed(job.recipe.seed)
-    model = adapters.with_policy_adapter(load_base(job.recipe.model, tokenizer), job.stage.lora, job.init)
+    base = load_base(job.recipe.model, tokenizer, to_divide=True)
+    model = adapters.with_policy_adapter(base, job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = ResumableSFTTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)
     if args.padding_free or (args.packing and args.packing_strategy != WRAPPED):
         place = f"stages.{job.name}.trainer.{'packing' if args.packing else 'padding_free'}"
-        soundness.check_packing(model, trainer.data_collator, data.train[: soundness.ROWS]["input_ids"], place)
+        some = data.train[: soundness.ROWS]["input_ids"]
+        check = functools.partial(soundness.check_packing, model, trainer.data_collator, some, place)
+        if divided.by_fsdp() or divided.by_zero_3():
+            trainer.add_callback(AtStart(check))  # only then it is divided, and is on the GPU
+        else:
+            check()
     trainer.train(resume_from_checkpoint=job.last_checkpoint())
     if data.held_out is not None:
         trainer.evaluate()

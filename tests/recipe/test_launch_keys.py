@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rlhf_pipeline import recipe
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, stage_inputs
 from rlhf_pipeline.recipe import library_keys
-from rlhf_pipeline.recipe.launch import options, require_devices
+from rlhf_pipeline.recipe.launch import INSTALL, options, require_devices
 from rlhf_pipeline.recipe.show import origin_of
 from rlhf_pipeline.terminal.tables import say_processes
 
@@ -225,7 +226,9 @@ def test_deepspeed_that_is_not_installed_is_said_before_anything_trains(tmp_path
     loaded = load(tmp_path, "launch: {num_processes: 2, deepspeed_config: {zero_stage: 2}}")
     with pytest.raises(InputError, match="DeepSpeed is not installed") as raised:
         require_devices(loaded, ["sft"])
-    assert (raised.value.hint, "launch.deepspeed_config" in str(raised.value.place)) == ("pip install deepspeed", True)
+    assert (raised.value.hint, "launch.deepspeed_config" in str(raised.value.place)) == (INSTALL, True)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert f"pip install '{project['optional-dependencies']['deepspeed'][0]}'" in INSTALL
 
 
 def test_a_file_of_deepspeed_counts_by_what_it_holds(tmp_path):
@@ -237,6 +240,16 @@ def test_a_file_of_deepspeed_counts_by_what_it_holds(tmp_path):
     assert found[1] == found[2] != found[0]
     with pytest.raises(InputError, match="there is no file"):
         load(tmp_path, launch.replace("ds.json", "other.json"))
+
+
+@pytest.mark.parametrize(
+    ("config", "divides"),
+    [("zero_stage: 3", True), ("zero_stage: 2", False), ("zero_stage: 2, deepspeed_config_file: ds.json", True)],
+)
+def test_zero_3_divides_the_base_also_where_a_file_of_deepspeed_says_so(tmp_path, config, divides):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    loaded = load(tmp_path, f"launch: {{num_processes: 2, deepspeed_config: {{{config}}}}}")
+    assert loaded.divides("sft") is divides
 
 
 def test_the_keys_are_those_of_the_installed_accelerate():
