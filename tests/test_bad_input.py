@@ -252,6 +252,19 @@ def test_a_sound_recipe_passes_the_check(tmp_path, monkeypatch):
     assert not loaded.run.exists()
 
 
+@pytest.mark.slow
+def test_a_recipe_for_more_gpus_than_there_are_here_is_valid_and_does_not_run(tmp_path, monkeypatch, warm_server):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    write(tmp_path, GOOD)
+    code, out, err = short_run.ask(tmp_path, "validate", "r.yaml", "launch.num_processes=2", server=warm_server)
+    assert code == 0, err
+    assert "sft, reward, ppo, dpo: trained by 2 processes; `run` refuses that here: 2 processes on this machine" in out
+    code, out, err = short_run.ask(tmp_path, "run", "r.yaml", "launch.num_processes=2", server=warm_server)
+    assert code == 2
+    assert "2 processes on this machine need a GPU each, and there is 1 here" in err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "needed"),
     [

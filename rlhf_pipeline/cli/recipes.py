@@ -112,7 +112,8 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, gpu: Gpu = Non
     from rlhf_pipeline import recipe as recipes
     from rlhf_pipeline.forecast import cards
     from rlhf_pipeline.run import runner
-    from rlhf_pipeline.terminal import forecasts
+    from rlhf_pipeline.terminal import forecasts, tables
+    from rlhf_pipeline.terminal.console import Console
 
     card = cards.find(gpu)
     loaded = recipes.load(recipe, overrides or [])
@@ -122,6 +123,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, gpu: Gpu = Non
         say(f"warning: {warning}")
     if forecast:
         say(f"GPU memory: {forecasts.in_short(forecast)}")
+    tables.say_processes(loaded, Console())
     count = f"{len(warnings) or 'no'} warning{'s' * (len(warnings) != 1)}"
     typer.echo(f"{recipe}: {len(loaded.stages)} stages, no errors, {count}")
 

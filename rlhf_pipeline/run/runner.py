@@ -131,6 +131,7 @@ def run(
             wanted = find_to_do(plans)
             to_check = [stage for stage in plans if wanted.stages.get(stage.name) in to_do.RUNS]
             if to_check:
+                require_devices(recipe, [stage.name for stage in to_check])
                 directory.note("checking settings and data")
                 say("check   settings and data of every stage")
                 card = cards.find(None)
@@ -311,7 +312,6 @@ def _scratch() -> Iterator[Path]:
 
 def _check(recipe: Recipe, stages: list[StagePlan], launcher: Launcher, scratch: Path, card: Card | None) -> Checked:
     """Check the stages; with a card, forecast the recipe's memory, too, unless that is known."""
-    require_devices(recipe, [stage.name for stage in stages])
     forecast = known.find(recipe, card) if card else None
     done = jobs.do(
         recipe, launcher, "check", scratch / "check.json", scratch / "check.log", "the check of settings and data",
