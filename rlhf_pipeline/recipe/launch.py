@@ -41,6 +41,11 @@ _FORMER = {
     "ipex_config": "Accelerate does not read it any more",
 }
 _FORMS = "`auto`, or a mapping: {num_processes: 2}"
+# Keys that Accelerate does not take beside a file of DeepSpeed's own, where they stand.
+_OF_DEEPSPEED = {
+    "zero_stage", "gradient_accumulation_steps", "gradient_clipping", "offload_optimizer_device",
+    "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path", "zero3_save_16bit_model",
+}  # fmt: skip
 # What PyYAML, by which Accelerate reads its files, takes for true or false, and recipes take for words.
 _BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 _LAST = 999  # the level of files that are no recipes: what is wrong with them is said after the recipes' own faults
@@ -109,8 +114,25 @@ def _locate_deepspeed(values: dict[str, Any], path: KeyPath, problems: Problems)
         of_name: KeyPath = (*path, "deepspeed_config", "deepspeed_config_file")
         file = resolved(problems.origins.folder(of_name) / expanded(name))
         values["deepspeed_config"]["deepspeed_config_file"] = str(file)
+        for key in [key for key in values["deepspeed_config"] if key in _OF_DEEPSPEED]:
+            said = f"`{key}` is what the `deepspeed_config_file` says, and Accelerate takes one of the two"
+            problems.add((*path, "deepspeed_config", key), said, "remove one of them", of_key=True)
         if not file.is_file():
             problems.add(of_name, f"there is no file {file}", "the path starts from the folder of the file that has it")
+
+
+def _require_what_deepspeed_takes(
+    recipe: Recipe, name: str, path: KeyPath, keys: dict[str, Any], problems: Problems
+) -> None:
+    """See that `deepspeed_config` contradicts nothing in a stage's `trainer:`, with which training would not begin."""
+    stage, config = recipe.stages[name], keys.get("deepspeed_config") or {}
+    for key, own in (("gradient_accumulation_steps",) * 2, ("gradient_clipping", "max_grad_norm")):
+        said, ours = config.get(key), stage.trainer.get(own, library_keys.keys(stage.kind)[own].default)
+        if isinstance(said, int | float) and said != ours:
+            problems.add(
+                (*path, "deepspeed_config", key), f"`{key}: {said}` contradicts `{own}: {ours}` of stage `{name}`",
+                f"remove it: `{own}` of the stage says it", of_key=True,
+            )  # fmt: skip
 
 
 def _checked(written: dict[str, Any], path: KeyPath, content: dict[str, Any], problems: Problems) -> dict[str, Any]:
@@ -364,6 +386,7 @@ def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Proble
             f"`{key}` cannot divide 8-bit weights: bitsandbytes keeps them in one piece",
             "set `model.quantization` to `nf4`, or to `none`", of_key=True,
         )  # fmt: skip
+    _require_what_deepspeed_takes(recipe, name, path, keys, problems)
     if zero_stage(keys.get("deepspeed_config") or {}) == 3:
         for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if (stage.trainer.get(key) or {}).get("use_reentrant") is False:

@@ -205,15 +205,32 @@ def main(job_file: Path, machine: int | None = None) -> int:
         end_children()
 
 
-def _start(ranks: Ranks, port: int) -> subprocess.Popen[bytes]:
-    """Have Accelerate start the ranks of this machine."""
+def accelerate_config(ranks: Ranks, port: int) -> dict[str, Any]:
+    """What `accelerate launch` is told on this machine, as a file of `accelerate config` says it.
+
+    Args:
+        ranks: those to start.
+        port: on which all find each other.
+    """
     keys = {key: value for key, value in ranks.keys.items() if key != "config_file"}
-    sharded = "FSDP" if keys.get("fsdp_config") else "DEEPSPEED" if keys.get("deepspeed_config") else "MULTI_GPU"
-    config = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": sharded, "mixed_precision": "no",
-        **({"same_network": True, "rdzv_backend": "static"} if ranks.machines > 1 else {}), **keys,
+    by_deepspeed = keys.get("deepspeed_config")
+    sharded = "FSDP" if keys.get("fsdp_config") else "DEEPSPEED" if by_deepspeed else "MULTI_GPU"
+    if ranks.machines > 1:
+        keys = {"same_network": True, "rdzv_backend": "static"} | keys
+        if by_deepspeed:  # each machine starts its own; DeepSpeed would start all from one
+            keys["deepspeed_config"] = by_deepspeed | {"deepspeed_multinode_launcher": "standard"}
+    if "deepspeed_config_file" not in (by_deepspeed or {}):  # beside which Accelerate does not take it
+        keys["mixed_precision"] = "no"
+    return {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": sharded, **keys,
         "machine_rank": ranks.machine, "num_machines": ranks.machines, "main_process_port": port,
     }  # fmt: skip
+
+
+def _start(ranks: Ranks, port: int) -> subprocess.Popen[bytes]:
+    """Have Accelerate start the ranks of this machine."""
+    config = accelerate_config(ranks, port)
+    keys = ranks.keys
     file = ranks.folder / f"accelerate-{ranks.machine}.json"
     file.write_text(json.dumps(config))
     variables = {

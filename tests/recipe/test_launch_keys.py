@@ -244,7 +244,7 @@ def test_a_file_of_deepspeed_counts_by_what_it_holds(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "divides"),
-    [("zero_stage: 3", True), ("zero_stage: 2", False), ("zero_stage: 2, deepspeed_config_file: ds.json", True)],
+    [("zero_stage: 3", True), ("zero_stage: 2", False), ("deepspeed_config_file: ds.json", True)],
 )
 def test_zero_3_divides_the_base_also_where_a_file_of_deepspeed_says_so(tmp_path, config, divides):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from together import divide
 
 from rlhf_pipeline import plan
@@ -302,6 +304,26 @@ def test_what_is_divided_is_judged_by_all_also_later(tmp_path, recipe):
     again = runner._judge(*of("evaluate.n=5"), Launcher(divided), tmp_path, said.append)
     assert again.metrics["judge_replies"] == 5 and again.metrics["loss"] == record.metrics["loss"]
     assert read_json(recipe.run / "sft/work/judging/ranks/1.result.json")["metrics"] == {}
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("by_file", [False, True])
+def test_accelerate_starts_the_ranks_of_one_machine_also_where_deepspeed_has_a_file_of_its_own(
+    tmp_path, machines, by_file
+):
+    """Beside such a file it refuses `mixed_precision`; and DeepSpeed would start all machines from the first."""
+    of_deepspeed = {"deepspeed_config_file": str(tmp_path / "zero.json")} if by_file else {"zero_stage": 3}
+    launch = {"num_processes": 4, "num_machines": machines, "main_process_ip": "10.0.0.1"}
+    launch["deepspeed_config"] = of_deepspeed | {"deepspeed_multinode_launcher": "pdsh"}
+    job, file = tmp_path / JOB, tmp_path / "accelerate.json"
+    job.write_text(json.dumps({"launch": launch, "log": LOG, "recipe": {"output_dir": "runs", "name": "run"}}))
+    file.write_text(json.dumps(ranks.accelerate_config(ranks.Ranks(job), 29500)))
+    args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "module"])
+    args, _, says_precision = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ""
+    command, variables = prepare_deepspeed_cmd_env(args)
+    assert (command, args.nproc_per_node) == (None, str(4 // machines))
+    assert variables["ACCELERATE_USE_DEEPSPEED"] == "true" and says_precision is not by_file
 
 
 def test_a_stop_leaves_one_checkpoint_of_all(recipe):
