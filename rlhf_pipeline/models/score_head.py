@@ -94,7 +94,9 @@ def draw(head: nn.Linear) -> None:
     After Stiennon et al. 2020, "Learning to summarize from human feedback", and Huang et al. 2024, "The N+
     Implementation Details of RLHF with PPO".
     """
-    nn.init.normal_(head.weight, std=(head.weight.shape[-1] + 1) ** -0.5)
+    drawn = torch.empty(head.weight.shape)  # on the CPU, so that they are the same numbers wherever the head is
+    nn.init.normal_(drawn, std=(head.weight.shape[-1] + 1) ** -0.5)
+    head.weight.data.copy_(drawn)
 
 
 def new_head(model: PreTrainedModel) -> nn.Linear:
