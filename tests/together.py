@@ -79,21 +79,26 @@ def divide() -> None:
 
 
 def divide_by_deepspeed(stage: int, folder: Path) -> None:
-    """Have DeepSpeed divide what is trained in this process, by a stage of ZeRO; a file of its own says so.
+    """Have DeepSpeed divide what this process trains, which is a fork, by a stage of ZeRO; a file of its own says so.
 
     It does without the kernels that it would compile for a CPU.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    connect()
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    importlib.import_module("deepspeed.comm").init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    build = AcceleratorState.__init__
-    AcceleratorState.__init__ = lambda *args, **kwargs: build(*args, **kwargs | {"cpu": False})
     zero = {"stage": stage} | {f"stage3_{key}": 0 for key in KEPT}
     file = folder / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": zero} | dict.fromkeys(OF_A_STEP, "auto")))
-    del os.environ["ACCELERATE_USE_CPU"]
-    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
+    }  # fmt: skip
+    build = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        PartialState(cpu=True)
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        importlib.import_module("deepspeed.comm").init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        build(self, *args, **kwargs | {"cpu": False})
+
+    AcceleratorState.__init__ = init
 
 
 def _run(function: Callable[..., Any], args: tuple, rank: int, processes: int, port: int, folder: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from together import divide
+from together import divide, divide_by_deepspeed
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
@@ -304,6 +304,15 @@ def test_what_is_divided_is_judged_by_all_also_later(tmp_path, recipe):
     again = runner._judge(*of("evaluate.n=5"), Launcher(divided), tmp_path, said.append)
     assert again.metrics["judge_replies"] == 5 and again.metrics["loss"] == record.metrics["loss"]
     assert read_json(recipe.run / "sft/work/judging/ranks/1.result.json")["metrics"] == {}
+
+
+def test_a_base_that_deepspeed_divides_is_trained(tmp_path, recipe):
+    pytest.importorskip("deepspeed")
+    recipe.stages["sft"].trainer |= {"max_steps": 2, "save_steps": 1}
+    done = train(recipe, Launcher(lambda _: divide_by_deepspeed(3, tmp_path)))
+    assert done.result["metrics"]["loss"] > 0
+    work = recipe.run / "sft/work"
+    assert (work / "adapter/adapter_model.safetensors").is_file() and (work / "checkpoint-2/global_step2").is_dir()
 
 
 @pytest.mark.parametrize("machines", [1, 2])
