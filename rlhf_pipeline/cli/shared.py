@@ -123,6 +123,8 @@ def quiet_libraries() -> Iterator[None]:
         os.environ.update({"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     # On some processors it asks for a package that computes in 4 bits faster, and less exactly; see models.loading.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Accelerate imports it where it is installed, and it writes to standard output, where data are.
+    logging.getLogger("DeepSpeed").disabled = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own use of each other
         yield
