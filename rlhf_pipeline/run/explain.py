@@ -1,6 +1,7 @@
 """What went wrong in a stage, in one sentence, and what to do about it. No torch."""
 
 import errno
+import os
 import resource
 import shutil
 import signal
@@ -75,6 +76,11 @@ def recognise(
     if number in _TOO_MANY_FILES:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many files are open at once, and the limit is {limit}", f"raise it: `ulimit -n 4096`; {safe}"
+    if name is None and number in (errno.ENOENT, errno.ENOTDIR) and _is_above(error, recipe.run):
+        return (
+            f"the run directory {recipe.run} cannot be made ({text})",
+            "set `output_dir` to a folder that can be made",
+        )
     if number == errno.ENOENT and "temporary directory" in text:
         return "there is no folder to write temporary files to", f"set TMPDIR to one that has room; {safe}"
     return None
@@ -186,6 +192,12 @@ def memory_hint(recipe: Recipe, name: str, saving: str | None = None) -> str:
     steps.append(f"shorter texts by `{kind.reply_limit or 'max_length'}`")
     tried = f"{f'set {saving}; or ' if saving else ''}try, in this order, {', '.join(steps)}"
     return f"{tried}; a change of any other setting retrains the stages that use it, and the rest stays usable"
+
+
+def _is_above(error: BaseException, run: Path) -> bool:
+    """Whether an error is of a run directory or of a folder that it would be in."""
+    file = getattr(error, "filename", None)
+    return isinstance(file, str | os.PathLike) and run.is_relative_to(file)
 
 
 def oom_kills() -> int:

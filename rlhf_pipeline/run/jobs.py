@@ -9,12 +9,14 @@ from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run.explain import SAFE, explain_no_room, explain_signal, explain_vanished, full_disk, oom_kills
 from rlhf_pipeline.run.launch import STOP_SIGNAL, STOPPED, WAITING, Launcher
 from rlhf_pipeline.rundir import durable
-from rlhf_pipeline.rundir.layout import RESULT, log_of_rank, read_json
+from rlhf_pipeline.rundir.layout import RESULT, end_of, log_of_rank, logged_since, read_json
 from rlhf_pipeline.rundir.secrets import redact, scrub
 
 # What a log holds besides what went wrong: progress bars, and warnings with the line of code below each.
 _NOISE = re.compile(
-    r"^.*?\d+%\|[^|\n]*\|[^]\n]*\]?|^\S+:\d+: \w*Warning: .*(\n  .*)?|^(\[rank\d+\]:)?\[W\d.*", re.MULTILINE
+    r"^.*?\d+%\|[^|\n]*\|[^]\n]*\]?|^\S+:\d+: \w*Warning: .*(\n  .*)?|^(\[rank\d+\]:)?\[W\d.*"
+    r"|^Failed to load CPU gemm_4bit_forward .*",  # of bitsandbytes, which then has its own
+    re.MULTILINE,
 )
 
 
@@ -55,9 +57,12 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     job = {"task": task, "recipe": recipe.model_dump(), "folders": [str(one) for one in recipe.folders], **details}
     processes = details.get("launch", {}).get("num_processes", 1)
     job |= {"log": str(log)} if details.get("launch") else {}
+    logs = [log_of_rank(log, rank) for rank in range(processes)]
+    ends = [end_of(one) for one in logs]
     code = launcher.run(job, job_file, log)
-    for rank in range(processes):
-        scrub(log_of_rank(log, rank))
+    said = [redact(logged_since(one, end)) for one, end in zip(logs, ends, strict=True)]
+    for one in logs:
+        scrub(one)
     result = read_json(file)
     if code == 0 and result is not None:
         return Ended(result, stopped=False)
@@ -71,7 +76,8 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     stopped = code == STOPPED and (result is not None or launcher.stopping)
     if stopped or (launcher.stopping and (code == -STOP_SIGNAL or task != "train")):
         return Ended(result or {}, stopped=True)
-    raise _failure(recipe, what, code, result, log, oom_kills() > killed_before, details.get("stage"), task == "train")
+    ran_out = oom_kills() > killed_before
+    raise _failure(recipe, what, code, result, logs, said, ran_out, details.get("stage"), task == "train")
 
 
 def _failure(
@@ -79,18 +85,19 @@ def _failure(
     what: str,
     code: int,
     result: dict[str, Any] | None,
-    log: Path,
+    logs: list[Path],
+    said: list[str],
     memory_ran_out: bool,
     name: str | None,
     keep_log: bool,
 ) -> RunError:
     """Say what failed, with the end of the log where that may tell more; of several processes, also which one did."""
-    of_rank = ""
+    rank, of_rank = 0, ""
     if result is not None and "rank" in result:
-        code, log = result["code"], log_of_rank(log, result["rank"])
-        of_rank = f" in rank {result['rank']} of {result['ranks']}"
-    text = log.read_text(errors="replace") if log.exists() else ""
-    tail = [line for line in _NOISE.sub("", text).splitlines() if line.strip()][-8:]
+        code, rank = result["code"], result["rank"]
+        of_rank = f" in rank {rank} of {result['ranks']}"
+    log = logs[rank]
+    tail = [line for line in _NOISE.sub("", said[rank]).splitlines() if line.strip()][-8:]
     if code < 0:
         cause, hint = explain_signal(-code, memory_ran_out, recipe, name)
     elif result is not None and "message" in result:

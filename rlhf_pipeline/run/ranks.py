@@ -30,7 +30,7 @@ from rlhf_pipeline.run.launch import (
     end_children,
 )
 from rlhf_pipeline.rundir import durable, strict_json
-from rlhf_pipeline.rundir.layout import MACHINES, RANKS, RESULT, log_of_rank, read_json
+from rlhf_pipeline.rundir.layout import MACHINES, RANKS, RESULT, end_of, log_of_rank, logged_since, read_json
 
 POLL_S = 0.1
 GRACE_S = 3.0  # for the others to end by themselves when one has failed
@@ -75,6 +75,8 @@ class Ranks:
         self.stopping = False
         self.silent: int | None = None
         self._told: set[int] = set()
+        self._logs = [log_of_rank(self.log, rank) for rank in range(self.count)]
+        self._ends = [end_of(log) for log in self._logs]
         self._ears: dict[int, machines.Ear] = {}
 
     def of(self, machine: int) -> range:
@@ -94,11 +96,13 @@ class Ranks:
     def said(self, rank: int, code: int) -> str:
         """What a rank that failed says of it: its result, or what NCCL writes to the log as it aborts the process."""
         message = str(self.result(rank).get("message") or "")
-        log = log_of_rank(self.log, rank)
-        if not message and code == -signal.SIGABRT and log.exists():
-            end = log.read_text(errors="replace")[-20_000:]
-            message = next((line for line in end.splitlines() if _TIMED_OUT.search(line)), "")
+        if not message and code == -signal.SIGABRT:
+            message = next((line for line in self.logged(rank).splitlines() if _TIMED_OUT.search(line)), "")
         return message
+
+    def logged(self, rank: int) -> str:
+        """What a rank has written to its log."""
+        return logged_since(self._logs[rank], self._ends[rank])
 
     def refusal(self) -> dict[str, Any] | None:
         """Why another machine has not started its ranks; None where it says nothing."""
@@ -307,7 +311,7 @@ def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: sub
     if running and all(map(_TIMED_OUT.search, said.values())):
         ranks.end(signal.SIGABRT)  # its log then says where it is
         time.sleep(0.5)
-        at = _was_at(log_of_rank(ranks.log, running[0]))
+        at = _was_at(ranks.logged(running[0]))
         return _fail(ranks, f"it did not answer, and the others waited for it in vain{at}", None, rank=running[0])
     culprit = min(failed, key=lambda rank: (bool(_OF_OTHERS.search(said[rank])), failed[rank]["at"]))
     result = ranks.result(culprit)
@@ -317,9 +321,9 @@ def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: sub
     return _finish(ranks, result, code if code > 0 else 1)
 
 
-def _was_at(log: Path) -> str:
+def _was_at(log: str) -> str:
     """Where a rank was when it was ended, in Python, by its log."""
-    stacks = log.read_text(errors="replace").split("Current thread") if log.exists() else []
+    stacks = log.split("Current thread")
     found = re.search(r'^  File "(.+)", line (\d+) in (\w+)', stacks[-1], re.MULTILINE) if len(stacks) > 1 else None
     return f"; it was in `{found[3]}`, {found[1]}:{found[2]}" if found else ""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import shutil
 import time
@@ -57,6 +58,20 @@ def log_of_rank(log: Path, rank: int) -> Path:
 def log_of_machine(stage: Path, machine: int) -> Path:
     """The log of what starts the processes of another machine than the first one."""
     return stage / f"log.machine-{machine}.txt"
+
+
+def end_of(log: Path) -> int:
+    """How long a log is, in bytes; 0 where there is none."""
+    return log.stat().st_size if log.exists() else 0
+
+
+def logged_since(log: Path, end: int) -> str:
+    """What was written to a log since it ended there, by `end_of`: it has what earlier attempts wrote, too."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(end)
+        return io.TextIOWrapper(file, encoding="utf-8", errors="replace").read()
 
 
 @dataclass(frozen=True)

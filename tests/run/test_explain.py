@@ -167,6 +167,18 @@ def test_a_full_disk_names_former_results_where_there_are_some(tmp_path: Path, m
     assert explain(error, recipe, None, recipe.run)[0].startswith("the disk of /elsewhere is full")
 
 
+def test_a_run_directory_that_cannot_be_made_is_said_without_what_would_resume(tmp_path: Path) -> None:
+    recipe = load(tmp_path, f"output_dir={tmp_path / 'file' / 'runs'}")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as raised:
+        recipe.run.mkdir(parents=True)
+    message, hint = explain(raised.value, recipe, None, recipe.run)
+    assert message.startswith(f"the run directory {recipe.run} cannot be made ([Errno 20] Not a directory")
+    assert hint == "set `output_dir` to a folder that can be made"
+    gone = FileNotFoundError(errno.ENOENT, "No such file or directory", str(recipe.run / "sft" / "stage.json"))
+    assert explain(gone, recipe, None, recipe.run)[1] == SAFE
+
+
 def test_what_cannot_be_written_is_named_by_what_is_there(tmp_path: Path) -> None:
     recipe = load(tmp_path)
     (tmp_path / "there").touch()

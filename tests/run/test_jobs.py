@@ -24,7 +24,8 @@ class Played:
         self.code, self.result, self.stopping = code, result, stopping
 
     def run(self, job: dict[str, Any], job_file: Path, log: Path) -> int:
-        log.write_text(self.log)
+        with log.open("a") as file:
+            file.write(self.log)
         if self.result is not None:
             job_file.with_name("result.json").write_text(json.dumps(self.result))
         return self.code
@@ -92,6 +93,16 @@ def test_a_worker_that_says_what_is_wrong_is_believed(do: Any) -> None:
         do("judge", Played(-11))
 
 
+def test_of_a_log_what_an_earlier_attempt_has_written_is_not_shown(do: Any) -> None:
+    with pytest.raises(RunError):
+        do("train", Played(-9))
+    played = Played(-9)
+    played.log = "it began again\n"
+    with pytest.raises(RunError) as caught:
+        do("train", played)
+    assert caught.value.message.splitlines()[1:-1] == ["  | it began again"]
+
+
 def test_of_a_log_progress_bars_and_warnings_are_not_shown(do: Any) -> None:
     played = Played(-9)
     played.log = (
@@ -100,6 +111,7 @@ def test_of_a_log_progress_bars_and_warnings_are_not_shown(do: Any) -> None:
         "/x/modeling_utils.py:3312: FutureWarning: `a` is deprecated\n  warnings.warn(\n"
         "[rank1]:[W1129 17:16:35.900249701 reducer.cpp:1529] Warning: find_unused_parameters=True\n"
         "  3%|▎         | 3/100 [00:00<00:05, 18it/s]Traceback (most recent call last):\n"
+        "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'. Please install it\n"
         "UserWarning: which somebody raised\n"
     )
     with pytest.raises(RunError) as caught:
