@@ -61,7 +61,9 @@ def resolve_launch(recipe: Recipe, content: dict[str, Any], problems: Problems) 
         content: what it was made of, for hints.
         problems: takes what is wrong.
     """
-    if recipe.launch is not None:
+    own = [stage for stage in recipe.stages.values() if stage.launch is not None and stage.facts.trains]
+    only_number = recipe.launch is not None and recipe.launch.keys() == {"machine_rank"} and bool(own)
+    if recipe.launch is not None and not only_number:
         recipe.launch = _resolved(recipe, recipe.launch, (KEY,), content, problems)
     for name, stage in recipe.stages.items():
         path: KeyPath = ("stages", name, KEY)
@@ -75,6 +77,23 @@ def resolve_launch(recipe: Recipe, content: dict[str, Any], problems: Problems) 
                 problems.add((*path, "machine_rank"), "a machine has one number in a whole run", hint, of_key=True)
         if not problems.within(path):
             _require_possible(recipe, name, path, problems)
+    broken = any(problems.within(("stages", name, KEY)) for name in recipe.stages)
+    if recipe.launch is not None and only_number and not broken:  # of the machines that stages are trained on
+        machines = max((stage.launch or {}).get("num_machines", 1) for stage in own)
+        if machines == 1:
+            recipe.launch = _resolved(recipe, recipe.launch, (KEY,), content, problems)
+            return
+        recipe.launch = _checked(recipe.launch, (KEY,), content, problems)
+        if not problems.within((KEY,)):
+            _require_machine(recipe.launch, machines, (KEY,), problems)
+
+
+def _require_machine(values: dict[str, Any], machines: int, path: KeyPath, problems: Problems) -> None:
+    """See that there is a machine of this number."""
+    rank = values.get("machine_rank", 0)
+    if rank >= machines:
+        most = f"it is from 0 to {machines - 1}" if machines > 1 else "set `num_machines`, too"
+        problems.add((*path, "machine_rank"), f"there is no machine {rank} among {machines}", most)
 
 
 def _resolved(
@@ -315,7 +334,7 @@ def _check_precision(recipe: Recipe, values: dict[str, Any], path: KeyPath, prob
 
 def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
     """Work out how many processes there are, and see that they fit on the machines; in place."""
-    machines, rank = values.get("num_machines", 1), values.get("machine_rank", 0)
+    machines = values.get("num_machines", 1)
     number: KeyPath = (*path, "num_processes")
     processes = values.get("num_processes")
     if processes is None:
@@ -334,9 +353,7 @@ def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Prob
         )  # fmt: skip
     elif processes % machines:
         problems.add(number, f"{processes} processes do not divide by {machines} machines", "each starts as many")
-    if rank >= machines:
-        most = f"it is from 0 to {machines - 1}" if machines > 1 else "set `num_machines`, too"
-        problems.add((*path, "machine_rank"), f"there is no machine {rank} among {machines}", most)
+    _require_machine(values, machines, path, problems)
     if machines > 1 and not values.get("main_process_ip"):
         problems.add(
             (*path, "main_process_ip"), "`main_process_ip` is missing, by which other machines find the first one",

@@ -193,6 +193,23 @@ def test_auto_is_as_many_as_there_are_gpus_or_one_without(tmp_path, monkeypatch)
     assert load(tmp_path, "launch: auto").launch_of("sft") == {}
 
 
+def test_the_number_of_a_machine_is_enough_at_the_top_where_a_stage_has_several(tmp_path):
+    own = ", launch: {num_processes: 2, use_cpu: true, num_machines: 2, main_process_ip: there}"
+    second = load(tmp_path, "", "launch.machine_rank=1", own=own)
+    assert (second.machine_rank, second.launch_of("dpo")["machine_rank"], second.launch_of("sft")) == (1, 1, {})
+    again = recipe.load(_written(second, tmp_path))
+    assert (again.machine_rank, again.launch_of("dpo")) == (1, second.launch_of("dpo"))
+    for rank, own_keys, said in (
+        (2, own, "there is no machine 2 among 2"),
+        ("two", own, "got 'two'"),
+        (1, ", launch: {num_processes: 2}", "`num_processes` is missing"),
+        (1, "", "`num_processes` is missing"),
+    ):
+        with pytest.raises(InputError, match=said) as refused:
+            load(tmp_path, "", f"launch.machine_rank={rank}", own=own_keys)
+        assert len(refused.value.all) == 1
+
+
 def test_fewer_gpus_than_processes_are_said_before_anything_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     loaded = load(tmp_path, "launch: {num_processes: 2}")
