@@ -21,7 +21,7 @@ import short_run
 import yaml
 
 from rlhf_pipeline import recipe as recipes
-from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
+from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError, Waiting
 from rlhf_pipeline.run import machines, ranks, runner
 from rlhf_pipeline.rundir.layout import RunDirectory
 
@@ -173,6 +173,26 @@ def test_the_others_end_as_the_first_one_does(far):
     assert str(ends(far, ZeroDivisionError("h")).message) == "h"
 
 
+def test_all_faults_that_the_first_one_found_are_said_with_their_places(far):
+    faults = [InputError("it is empty", place="rows.jsonl: row 1", hint="fill it"), InputError("so is it", place="b")]
+    found = ends(far, InputErrors(faults))
+    assert [(str(one), one.hint) for one in found.all] == [(str(one), one.hint) for one in faults]
+    assert str(ends(far, faults[0])) == "rows.jsonl: row 1: it is empty"
+
+
+def test_a_machine_that_is_stopped_while_it_waits_leaves_nothing_behind(tmp_path):
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(RECIPE))
+    words = [sys.executable, "-m", "rlhf_pipeline", "run", "far.yaml", "launch.machine_rank=1"]
+    waiting = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert "waits for machine 0" in waiting.stderr.readline()
+    waiting.send_signal(signal.SIGINT)
+    said = waiting.communicate(timeout=30)[1]
+    assert said == (
+        "machine 1 was stopped while it waited for machine 0\nnothing had begun; the same command waits again\n"
+    )
+    assert waiting.returncode == 130 and not (tmp_path / "runs").exists()
+
+
 def test_a_machine_does_not_wait_where_there_is_nothing_to_do(far, monkeypatch):
     monkeypatch.setattr(runner.to_do, "find", lambda *_, **__: runner.ToDo({}, compares=False))
     began = time.monotonic()
@@ -241,9 +261,9 @@ def test_a_first_machine_that_is_refused_before_it_begins_ends_the_others(far, m
 def test_one_of_the_others_that_fails_before_it_comes_ends_the_first_one(far):
     folder = far.run / ".machines"
 
-    def fails(message: str) -> None:
+    def fails(message: str, place: str | None = None) -> None:
         with contextlib.suppress(InputError), machines.telling(far):
-            raise InputError(message, hint="fewer processes")
+            raise InputError(message, place=place, hint="fewer processes")
 
     fails("of yesterday")
     with machines.leading(far):
@@ -251,12 +271,12 @@ def test_one_of_the_others_that_fails_before_it_comes_ends_the_first_one(far):
         with contextlib.suppress(Interrupted), machines.telling(far):
             raise Interrupted("it comes again")
         assert machines.has_failed(folder, 1) is None
-        fails("no GPU here")
+        fails("no GPU here", place="r.yaml:3")
         job = job_of(far)
         words = [sys.executable, "-m", "rlhf_pipeline.run.ranks", str(job), str(os.getpid()), "0"]
         assert subprocess.run(words, timeout=30, check=False).returncode == 1
     result = json.loads(job.with_name("result.json").read_text())
-    assert (result["message"], result["hint"]) == ("machine 1: no GPU here", "fewer processes")
+    assert (result["message"], result["hint"]) == ("machine 1: r.yaml:3: no GPU here", "fewer processes")
 
 
 def test_a_first_machine_whose_run_directory_is_in_use_says_so_to_the_others(tmp_path):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
+from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import signals
 from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, STOPPED, all_devices, command, environment, with_devices
@@ -133,9 +133,18 @@ def telling(recipe: Recipe) -> Iterator[None]:
     if several(recipe) == 1:
         yield
         return
+    made = [folder for folder in (recipe.run, *recipe.run.parents) if not folder.exists()]
     file = _file_of_end(recipe.run / MACHINES, recipe.machine_rank)
-    with _noting_the_end(file, lambda over: {"id": uuid.uuid4().hex, "together": _together()} | over):
-        yield
+    try:
+        with _noting_the_end(file, lambda over: {"id": uuid.uuid4().hex, "together": _together()} | over):
+            yield
+    except (Interrupted, KeyboardInterrupt):
+        if made and recipe.machine_rank and not (file.parent / RUN).exists():  # nobody has begun
+            with contextlib.suppress(OSError):  # something else is there by now
+                file.unlink(missing_ok=True)
+                for folder in (file.parent, *made):
+                    folder.rmdir()
+        raise
 
 
 def last_end(folder: Path, machine: int) -> dict[str, Any] | None:
@@ -169,7 +178,7 @@ def _file_of_end(folder: Path, machine: int) -> Path:
 @contextlib.contextmanager
 def _noting_the_end(file: Path, note: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
     """Write to a file how the block ends, as `_end_as` reads it."""
-    over = {"kind": "RunError", "message": "machine 0 has ended", "hint": None}
+    over: dict[str, Any] = {"kind": "RunError", "message": "machine 0 has ended", "hint": None}
     try:
         yield
         over = {"kind": "", "message": "", "hint": None}
@@ -177,6 +186,8 @@ def _noting_the_end(file: Path, note: Callable[[dict[str, Any]], dict[str, Any]]
         message = str(getattr(error, "message", None) or error)
         hint = error.then if isinstance(error, Interrupted) else getattr(error, "hint", None)
         over = {"kind": type(error).__name__, "message": message, "hint": hint}
+        if isinstance(error, InputError):
+            over["errors"] = [{"message": one.message, "place": one.place, "hint": one.hint} for one in error.all]
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -237,11 +248,17 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
     try:
         with beating(folder, machine), signals.stopping(at_work, stop, say):
             first = Ear(folder, 0)
-            where = (recipe.launch or {}).get("main_process_ip")
-            waits = f"waits for machine 0 ({where}) in {recipe.run}"
-            say(f"machine {machine} {waits}; Ctrl-C ends it")
+            addresses = (recipe.launch_of(name).get("main_process_ip") for name in recipe.stages)
+            waits = f"waits for machine 0 ({next(filter(None, addresses), None)}) in {recipe.run}"
             ended = f"; its last run there ended with: {before['message']}" if before and before["kind"] else ""
-            run = _wait_for_run(folder, first, before, lambda: say(f"machine {machine} still {waits}{ended}"))
+            try:
+                say(f"machine {machine} {waits}; Ctrl-C ends it")
+                run = _wait_for_run(folder, first, before, lambda: say(f"machine {machine} still {waits}{ended}"))
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"machine {machine} was stopped while it waited for machine 0",
+                    then="nothing had begun; the same command waits again",
+                ) from None
             if run is None:
                 return None
             done: str | None = None
@@ -337,8 +354,9 @@ def _end_as(over: dict[str, Any]) -> None:
         raise Interrupted(message or "interrupted", **({"then": hint} if hint else {}))
     if over["kind"] == "Waiting":
         raise Waiting(message, hint=hint)
-    if over["kind"] in ("InputError", "InputErrors", "ColumnsError"):
-        raise InputError(message, hint=hint)
+    errors = [InputError(**error) for error in over.get("errors", ())]
+    if errors:
+        raise InputErrors(errors) if len(errors) > 1 else errors[0]
     raise RunError(message, hint=hint)
 
 

@@ -194,7 +194,8 @@ def main(job_file: Path, machine: int | None = None) -> int:
             if ranks.stopping:
                 return STOPPED
             if end is not None:
-                return _fail(ranks, f"machine {absent}: {end['message']}", end["hint"])
+                place = next((f"{error['place']}: " for error in end.get("errors", ()) if error["place"]), "")
+                return _fail(ranks, f"machine {absent}: {place}{end['message']}", end["hint"])
             return _fail(ranks, f"machine {absent} has not come within {machines.COME_S / 60:.0f} minutes",
                          f"run the same command there, with `launch.machine_rank={absent}`")  # fmt: skip
         signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
