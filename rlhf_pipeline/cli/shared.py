@@ -152,7 +152,7 @@ def require_web(what: str, modules: Mapping[str, str]) -> None:
     if missing:
         raise InputError(
             f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            hint='pip install "rlhf-pipeline[arena]"',
+            hint=f"pip install {' '.join(missing)}, as the extra `arena` does",
         )
 
 

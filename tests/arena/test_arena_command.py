@@ -157,7 +157,7 @@ def test_what_is_not_installed_is_said(say: Say, tmp_path: Path, monkeypatch) ->
     assert (code, err) == (
         2,
         "error: the page needs starlette and markdown-it-py, which are not installed\n"
-        'hint: pip install "rlhf-pipeline[arena]"\n',
+        "hint: pip install starlette markdown-it-py, as the extra `arena` does\n",
     )
 
 
