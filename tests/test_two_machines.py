@@ -340,6 +340,37 @@ def test_a_machine_alone_tells_nobody(tmp_path):
         assert not (loaded.run / ".machines").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sft.trainer.learning_rate=1e-3", "`sft.trainer.learning_rate` is 0.001 in the recipe here, and nothing in"),
+        ("launch.num_processes=4", "`launch.num_processes` is 4 in the recipe here, and 2 in that of machine 0"),
+        ("sft.trainer={max_steps: 9}", "`sft.trainer.max_steps` is 9 in the recipe here, and 400 in that of machine 0 "
+         "(and 2 more keys)"),
+    ],
+)  # fmt: skip
+def test_a_machine_with_another_recipe_takes_no_part_and_says_why_on_both(far, tmp_path, monkeypatch, override, said):
+    job = job_of(far)
+    other = recipes.load(str(tmp_path / "far.yaml"), ["launch.machine_rank=1", override])
+    monkeypatch.setattr(machines, "_start", lambda *_: pytest.fail("it has begun"))
+
+    def lead() -> None:
+        with machines.leading(far):
+            machines.announce(far.run, job)
+            time.sleep(1.0)
+
+    thread = threading.Thread(target=lead)
+    thread.start()
+    with pytest.raises(RunError, match=re.escape(f"machine 1: {said}")) as raised:
+        machines.follow(other, lambda _: None)
+    thread.join()
+    first = ranks.Ranks(job, machine=0)
+    first.listen()  # which does not wait for it any more
+    assert ranks._outcome(first, ranks._wait(first, Launched()), Launched()) == 1  # type: ignore[arg-type]
+    result = json.loads(job.with_name("result.json").read_text())
+    assert (result["message"], result["hint"]) == (raised.value.message, raised.value.hint)
+
+
 def job_of(far: recipes.Recipe) -> Path:
     """A job that machine 0 has told of, as a file, with the folder of its ranks."""
     job = far.run / "sft" / "work" / "job.json"

@@ -20,6 +20,7 @@ from typing import Any
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import signals
+from rlhf_pipeline.run.agreement import difference
 from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, STOPPED, all_devices, command, environment, with_devices
 from rlhf_pipeline.rundir import strict_json
 from rlhf_pipeline.rundir.layout import MACHINES, RANKS, log_of_machine, read_json
@@ -277,6 +278,7 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
                 if told is not None and told["id"] != done:
                     _end(job)  # machine 0 is done with the former one
                     done, stopping = told["id"], False
+                    _require_same(recipe, told["job"], machine)
                     job = _start(recipe, told["job"], machine)
                     say(f"machine {machine} takes its part in {Path(told['job']).parts[0]}")
                 elif job is not None and job.poll() not in (None, 0, STOPPED) and told is not None:
@@ -332,6 +334,21 @@ def _wait_for_run(
         f"machine 0 has not begun within {COME_S / 60:.0f} minutes",
         hint="the same command runs there with `launch.machine_rank=0`; both have to see the same `output_dir`",
     )
+
+
+def _require_same(recipe: Recipe, job: str, machine: int) -> None:
+    """See that a job is one of this machine's recipe, and tell machine 0 where it is not.
+
+    Raises:
+        RunError: it is not.
+    """
+    file, hint = recipe.run / job, "start the same command on all machines, but for `launch.machine_rank`"
+    told = (read_json(file) or {}).get("recipe")
+    why = told and difference(recipe.model_dump(mode="json"), told)
+    if why:
+        with contextlib.suppress(OSError):  # a network's file system shows a new folder late
+            refuse(file.with_name(RANKS), machine, why, hint)
+        raise RunError(f"machine {machine}: {why}", hint=hint)
 
 
 def _start(recipe: Recipe, job: str, machine: int) -> subprocess.Popen[bytes]:

@@ -119,6 +119,8 @@ class Ranks:
         self._ears = {machine: machines.Ear(folder, machine) for machine in range(1, self.machines)}
         deadline = time.monotonic() + machines.COME_S
         while absent := [machine for machine, ear in self._ears.items() if not ear.has_come]:
+            if self.refusal():
+                return
             for machine in absent:
                 if end := machines.has_failed(folder, machine):
                     raise LookupError(machine, end)
