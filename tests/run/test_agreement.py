@@ -19,7 +19,7 @@ def loaded(*overrides: str) -> dict:
     [
         (("model", "revision"), None, "0123abc"),
         (("model", "path"), "/home/a/model", "/mnt/model"),
-        (("output_dir",), "/home/a/runs", "/mnt/runs"),
+        (("output_dir",), "/home/a/runs", "/mnt/shared"),
         (("stages", "ppo", "init"), "org/adapter", "org/adapter@0123abc"),
         (("stages", "sft", "trainer", "warmup_steps"), 1, 1.0),
         (("launch", "main_process_ip"), "10.0.0.1", "localhost"),
