@@ -22,8 +22,10 @@ import yaml
 
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError, Waiting
-from rlhf_pipeline.run import machines, ranks, runner
+from rlhf_pipeline.run import machines, ranks, runner, signals
 from rlhf_pipeline.rundir.layout import RunDirectory
+from rlhf_pipeline.terminal.live import plain_line
+from rlhf_pipeline.terminal.watching import RunView
 
 FIRST, SECOND = "10.77.3.1", "10.77.3.2"
 RECIPE = {
@@ -338,6 +340,44 @@ def test_a_machine_alone_tells_nobody(tmp_path):
     loaded = recipes.load(str(tmp_path / "far.yaml"))
     with machines.leading(loaded):
         assert not (loaded.run / ".machines").exists()
+
+
+def test_what_the_first_machine_waits_for_is_said_and_shown_and_a_stop_is_of_no_step(far, monkeypatch):
+    monkeypatch.setattr(machines, "REMIND_S", 0.1)
+    first, said = ranks.Ranks(job_of(far), machine=0), list[str]()
+    view = RunView(far.run, far)
+    (far.run / "sft" / "stage.json").write_text('{"name": "sft", "kind": "sft", "state": "running"}')
+
+    def stop() -> None:
+        first.stopping = True
+        stopping.append(machines.absent(far.run))
+
+    stopping: list[list[int]] = []
+    timer = threading.Timer(0.7, stop)
+    timer.start()
+    with machines.leading(far), machines.reminding(far, said.append), pytest.raises(LookupError):
+        first.listen()
+    timer.join()
+    waits = "machine 0 waits for machine 1; the same command runs there with `launch.machine_rank=1`"
+    assert set(said) == {waits} and len(said) > 1 and stopping == [[1]]
+    view.refresh()
+    assert plain_line(view.at_work) == "sft     waiting for machine 1"
+
+    monkeypatch.setattr(machines, "COME_S", 60.0)
+    lines: list[str] = []
+    with signals.stopping(lambda: True, lambda: None, lines.append, lambda: not machines.absent(far.run)):
+        signal.raise_signal(signal.SIGTERM)
+        machines.note_absent(far.run, [])
+        signal.raise_signal(signal.SIGTERM)
+    assert [line.partition(";")[0] for line in lines] == ["stopping", "stopping after this step, with a checkpoint"]
+
+
+def test_a_machine_that_is_there_is_not_waited_for_aloud(far):
+    first, said = ranks.Ranks(job_of(far), machine=0), list[str]()
+    with machines.leading(far), machines.reminding(far, said.append), machines.beating(far.run / ".machines", 1):
+        first.listen()
+        time.sleep(0.2)
+    assert not said and not first.job_file.with_name("progress.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ SILENT_S = 30.0
 COME_S = 600.0  # for the others to come at all: a cluster starts them one after the other
 REMIND_S = 60.0  # between two sentences on what is waited for
 POLL_S = 0.5
-RUN, JOB = "run.json", "job.json"  # in the folder: how the run goes, and what is to be done now
+# In the folder: how the run goes, what is to be done now, and which machines that waits for.
+RUN, JOB, ABSENT = "run.json", "job.json", "absent.json"
 # What a cluster gives all processes that it starts together; the first two tell that it did.
 TOGETHER = ("SLURM_STEP_ID", "SKYPILOT_TASK_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
 
@@ -120,7 +121,8 @@ def leading(recipe: Recipe) -> Iterator[None]:
         return
     folder = recipe.run / MACHINES
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JOB).unlink(missing_ok=True)
+    for file in (JOB, ABSENT):
+        (folder / file).unlink(missing_ok=True)
     before = {str(machine): last_end(folder, machine) for machine in range(1, several(recipe))}
     run: dict[str, Any] = {"id": uuid.uuid4().hex, "over": None, "before": before}
     _write(folder / RUN, run)
@@ -198,6 +200,52 @@ def _noting_the_end(file: Path, note: Callable[[dict[str, Any]], dict[str, Any]]
 
 def _together() -> list[str | None]:
     return [os.environ.get(name) for name in TOGETHER]
+
+
+@contextlib.contextmanager
+def reminding(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
+    """Say on machine 0, at once and every minute, which machines it waits for, as its ranks note it."""
+    if several(recipe) == 1:
+        yield
+        return
+    over = threading.Event()
+
+    def remind() -> None:
+        due = 0.0
+        while not over.wait(POLL_S):
+            missing = absent(recipe.run)
+            if not missing:
+                due = 0.0
+            elif time.monotonic() >= due:
+                due = time.monotonic() + REMIND_S
+                own = f"={missing[0]}" if len(missing) == 1 else " of its own"
+                say(
+                    f"machine 0 waits for {named(missing)}; the same command runs there with `launch.machine_rank{own}`"
+                )
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def named(numbers: Sequence[int]) -> str:
+    """Machines in words."""
+    return f"machine{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def note_absent(run: Path, numbers: Sequence[int]) -> None:
+    """Tell `absent` which machines the ranks of machine 0 wait for."""
+    with contextlib.suppress(OSError):
+        _write(run / MACHINES / ABSENT, {"machines": list(numbers)})
+
+
+def absent(run: Path) -> list[int]:
+    """The machines that a job waits for."""
+    return (read_json(run / MACHINES / ABSENT) or {}).get("machines", [])
 
 
 def announce(run: Path, job_file: Path) -> None:

@@ -30,7 +30,7 @@ from rlhf_pipeline.run.launch import (
     end_children,
 )
 from rlhf_pipeline.rundir import durable, strict_json
-from rlhf_pipeline.rundir.layout import MACHINES, RANKS, RESULT, end_of, log_of_rank, logged_since, read_json
+from rlhf_pipeline.rundir.layout import MACHINES, PROGRESS, RANKS, RESULT, end_of, log_of_rank, logged_since, read_json
 
 POLL_S = 0.1
 GRACE_S = 3.0  # for the others to end by themselves when one has failed
@@ -117,16 +117,27 @@ class Ranks:
         """
         folder = self.run / MACHINES
         self._ears = {machine: machines.Ear(folder, machine) for machine in range(1, self.machines)}
-        deadline = time.monotonic() + machines.COME_S
+        began, noted = time.monotonic(), list[int]()
         while absent := [machine for machine, ear in self._ears.items() if not ear.has_come]:
             if self.refusal():
                 return
             for machine in absent:
                 if end := machines.has_failed(folder, machine):
                     raise LookupError(machine, end)
-            if time.monotonic() > deadline or self.stopping:
+            waited = time.monotonic() - began
+            if waited > machines.COME_S or self.stopping:
                 raise LookupError(absent[0], None)
+            if waited > 2.5 * machines.BEAT_S and absent != noted:  # one that is there was heard by then
+                noted = absent
+                machines.note_absent(self.run, absent)
+                self._show(f"waiting for {machines.named(absent)}")
             time.sleep(POLL_S)
+
+    def _show(self, phase: str) -> None:
+        """Tell those who watch the stage what it does before its ranks do."""
+        said = {"phase": phase, "step": 0, "of": None, "time": round(time.time(), 3)}
+        with contextlib.suppress(OSError):
+            self.job_file.with_name(PROGRESS).write_text(json.dumps(said))
 
     def is_over(self, ended: Collection[int]) -> bool:
         """Whether there is nothing to wait for: another machine is gone or refuses, or the first one has decided.
@@ -190,7 +201,10 @@ def main(job_file: Path, machine: int | None = None) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
         try:
             machines.announce(ranks.run, job_file)
-            ranks.listen()
+            try:
+                ranks.listen()
+            finally:
+                machines.note_absent(ranks.run, [])
         except LookupError as error:
             absent, end = error.args
             if ranks.stopping:

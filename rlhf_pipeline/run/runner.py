@@ -123,9 +123,15 @@ def run(
         with (
             _scratch() as scratch,
             Launcher(scratch / "server.log") as launcher,
-            signals.stopping(lambda: launcher.at_work and not launcher.stopping, launcher.stop, say),
+            signals.stopping(
+                lambda: launcher.at_work and not launcher.stopping,
+                launcher.stop,
+                say,
+                lambda: not machines.absent(recipe.run),
+            ),
             directory.locked(),
             machines.leading(recipe),
+            machines.reminding(recipe, say),
         ):
             plans = make_plan(at_work=False)  # another run may have finished meanwhile; what it did counts
             wanted = find_to_do(plans)

@@ -10,13 +10,19 @@ from rlhf_pipeline.run.launch import STOP_SIGNAL
 
 
 @contextlib.contextmanager
-def stopping(can_wait: Callable[[], bool], stop: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
+def stopping(
+    can_wait: Callable[[], bool],
+    stop: Callable[[], None],
+    say: Callable[[str], None],
+    has_begun: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
     """Have a first signal stop what is at work where it can resume, and a second one end it all.
 
     Args:
         can_wait: whether something is at work, and was not yet asked to stop. Else a signal ends all at once.
         stop: asks it to stop.
         say: takes a line about that.
+        has_begun: whether what is at work takes steps yet.
 
     Raises:
         KeyboardInterrupt: in the block, for a signal that ends all at once.
@@ -28,7 +34,8 @@ def stopping(can_wait: Callable[[], bool], stop: Callable[[], None], say: Callab
     def taken(_number: int, _frame: FrameType | None) -> None:
         if not can_wait():
             raise KeyboardInterrupt
-        say("stopping after this step, with a checkpoint; Ctrl-C once more stops at once")
+        when = " after this step, with a checkpoint" if has_begun() else ""
+        say(f"stopping{when}; Ctrl-C once more stops at once")
         stop()
 
     before = {}

@@ -395,7 +395,7 @@ def _how_far(stage: StageView, unknown: str | None = None) -> str:
         stage: at work.
         unknown: shown until the pace is known; None to leave it out.
     """
-    if stage.phase in ("starting", "loading"):
+    if stage.phase in ("starting", "loading") or stage.phase.startswith("waiting"):
         return stage.phase
     step = f"{'step' if stage.phase == 'training' else stage.phase} {stage.step}"
     member = f" of member {stage.member[0]}/{stage.member[1]}" if stage.member else ""
