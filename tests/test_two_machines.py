@@ -372,6 +372,26 @@ def test_what_the_first_machine_waits_for_is_said_and_shown_and_a_stop_is_of_no_
     assert [line.partition(";")[0] for line in lines] == ["stopping", "stopping after this step, with a checkpoint"]
 
 
+@pytest.mark.slow
+def test_the_first_machine_is_stopped_while_it_waits(tmp_path):
+    """By the command, which says what it waits for."""
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(RECIPE))
+    first = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_pipeline", "run", "far.yaml"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    late = threading.Timer(90, first.kill)
+    late.start()
+    try:
+        said = next((line for line in first.stderr if "waits for" in line), "")
+        first.send_signal(signal.SIGTERM)
+        rest = first.communicate(timeout=60)[1]
+    finally:
+        late.cancel()
+        first.kill()
+    assert said.startswith("machine 0 waits for machine 1; the same command runs there") and first.returncode == 130
+    assert "stopping; Ctrl-C once more" in rest and "after this step" not in rest
+
+
 def test_a_machine_that_is_there_is_not_waited_for_aloud(far):
     first, said = ranks.Ranks(job_of(far), machine=0), list[str]()
     with machines.leading(far), machines.reminding(far, said.append), machines.beating(far.run / ".machines", 1):
