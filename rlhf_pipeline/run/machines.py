@@ -20,8 +20,8 @@ from typing import Any
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError, Waiting
 from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import signals
-from rlhf_pipeline.run.agreement import difference
 from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, STOPPED, all_devices, command, environment, with_devices
+from rlhf_pipeline.run.same_recipe import difference
 from rlhf_pipeline.rundir import strict_json
 from rlhf_pipeline.rundir.layout import MACHINES, RANKS, log_of_machine, read_json
 

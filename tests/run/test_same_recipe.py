@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rlhf_pipeline import recipe
-from rlhf_pipeline.run.agreement import difference
+from rlhf_pipeline.run.same_recipe import difference
 
 
 def loaded(*overrides: str) -> dict:
