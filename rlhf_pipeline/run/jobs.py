@@ -60,7 +60,6 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     logs = [log_of_rank(log, rank) for rank in range(processes)]
     ends = [end_of(one) for one in logs]
     code = launcher.run(job, job_file, log)
-    said = [redact(logged_since(one, end)) for one, end in zip(logs, ends, strict=True)]
     for one in logs:
         scrub(one)
     result = read_json(file)
@@ -77,7 +76,7 @@ def do(recipe: Recipe, launcher: Launcher, task: str, job_file: Path, log: Path,
     if stopped or (launcher.stopping and (code == -STOP_SIGNAL or task != "train")):
         return Ended(result or {}, stopped=True)
     ran_out = oom_kills() > killed_before
-    raise _failure(recipe, what, code, result, logs, said, ran_out, details.get("stage"), task == "train")
+    raise _failure(recipe, what, code, result, logs, ends, ran_out, details.get("stage"), task == "train")
 
 
 def _failure(
@@ -86,18 +85,21 @@ def _failure(
     code: int,
     result: dict[str, Any] | None,
     logs: list[Path],
-    said: list[str],
+    ends: list[int],
     memory_ran_out: bool,
     name: str | None,
     keep_log: bool,
 ) -> RunError:
-    """Say what failed, with the end of the log where that may tell more; of several processes, also which one did."""
+    """Say what failed, with the end of the log where that may tell more; of several processes, also which one did.
+
+    Of each log, only what was written since it ended at `ends` is of this job.
+    """
     rank, of_rank = 0, ""
     if result is not None and "rank" in result:
         code, rank = result["code"], result["rank"]
         of_rank = f" in rank {rank} of {result['ranks']}"
     log = logs[rank]
-    tail = [line for line in _NOISE.sub("", said[rank]).splitlines() if line.strip()][-8:]
+    tail = [line for line in _NOISE.sub("", logged_since(log, ends[rank])).splitlines() if line.strip()][-8:]
     if code < 0:
         cause, hint = explain_signal(-code, memory_ran_out, recipe, name)
     elif result is not None and "message" in result:
