@@ -440,7 +440,8 @@ def require_devices(recipe: Recipe, names: Sequence[str]) -> None:
     launches = {name: keys for name in names if (keys := recipe.launch_of(name))}
     if not launches:
         return
-    there = len(devices.gpus(os.environ))
+    on_gpus = any(not keys.get("use_cpu") for keys in launches.values())
+    there = len(devices.gpus(os.environ)) if on_gpus else 0  # asking for them takes a moment
     for name, keys in launches.items():
         where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
         if keys.get("deepspeed_config") and importlib.util.find_spec("deepspeed") is None:

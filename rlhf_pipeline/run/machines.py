@@ -44,10 +44,9 @@ def several(recipe: Recipe) -> int:
 @contextlib.contextmanager
 def beating(folder: Path, machine: int) -> Iterator[None]:
     """Give signs of life while the block runs."""
-    over = threading.Event()
     mine = {"of": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
 
-    def beat() -> None:
+    def beat(over: threading.Event) -> None:
         count = 0
         while True:
             with contextlib.suppress(OSError):  # a disk that is full for a moment
@@ -57,13 +56,10 @@ def beating(folder: Path, machine: int) -> Iterator[None]:
                 return
 
     folder.mkdir(parents=True, exist_ok=True)
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
     try:
-        yield
+        with _beside(beat):
+            yield
     finally:
-        over.set()
-        thread.join()
         with contextlib.suppress(OSError):
             (folder / f"{machine}.beat").unlink(missing_ok=True)
 
@@ -208,9 +204,8 @@ def reminding(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
     if several(recipe) == 1:
         yield
         return
-    over = threading.Event()
 
-    def remind() -> None:
+    def remind(over: threading.Event) -> None:
         due = 0.0
         while not over.wait(POLL_S):
             missing = absent(recipe.run)
@@ -223,7 +218,15 @@ def reminding(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
                     f"machine 0 waits for {named(missing)}; the same command runs there with `launch.machine_rank{own}`"
                 )
 
-    thread = threading.Thread(target=remind, daemon=True)
+    with _beside(remind):
+        yield
+
+
+@contextlib.contextmanager
+def _beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Have work done in a thread while the block runs; it ends when its event is set, which is waited for."""
+    over = threading.Event()
+    thread = threading.Thread(target=work, args=(over,), daemon=True)
     thread.start()
     try:
         yield
