@@ -260,9 +260,15 @@ def test_undo_reload_and_a_key_held_down(browser, arena):
     page.keyboard.up("ArrowRight")
     page.reload()
     expect(page.locator("#number")).to_have_text("pair 3")
+    undoing: list[Route] = []
+    page.route("**/api/undo", lambda route: undoing.append(route))  # held back until the key was pressed twice
     page.keyboard.press("u")
     page.keyboard.press("u")
+    expect(page.locator("#status")).to_have_text("Taking it back…")
+    undoing[0].continue_()
     expect(page.locator("#prompt")).to_have_text(before)
+    expect(page.locator("#status")).to_contain_text("Taken back")
+    assert len(undoing) == 1
     made = [label for label in one.labels.of(STAGE, undone=True) if label.person == "anna"]
     assert [bool(label.undone_at) for label in made] == [False, True, True]
     assert made[2].reason == "half a reas"
