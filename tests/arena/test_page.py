@@ -123,7 +123,6 @@ def plums(count: int) -> list[Item]:
 def opened(browser: Browser, link: str, width: int = 1440, scheme: Any = "light") -> tuple[Page, list[str]]:
     """The page behind a link, and all that goes wrong on it."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    context.set_default_timeout(5000)
     page = context.new_page()
     wrong: list[str] = []
     host = link.split("?")[0]
