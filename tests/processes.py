@@ -31,9 +31,10 @@ from rlhf_pipeline.run.launch import ENVIRONMENT, PREFERENCES, Launcher
 def context() -> ForkServerContext:
     """What makes processes; the first call starts the one that they are forked from."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["rlhf_pipeline.run.worker", "rlhf_pipeline.cli"])
+    found.set_forkserver_preload(["preloaded"])
     before = dict(os.environ)
-    os.environ.update(PREFERENCES | {"OMP_NUM_THREADS": "1"} | before | ENVIRONMENT)
+    here = os.pathsep.join(filter(None, (str(Path(__file__).parent), before.get("PYTHONPATH"))))
+    os.environ.update(PREFERENCES | {"OMP_NUM_THREADS": "1"} | before | ENVIRONMENT | {"PYTHONPATH": here})
     try:
         forkserver.ensure_running()
     finally:
@@ -61,6 +62,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _answer(end: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
+        assert "preloaded" in sys.modules  # the server passes over what it cannot import
         end.send((function(*arguments), None))
     except Exception as error:
         traceback.print_exc()
@@ -137,6 +139,7 @@ def _serve_for_tests(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    assert "preloaded" in sys.modules
     if prepare:
         prepare()
     _become_server(requests.fileno(), answers.fileno(), log)
