@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from fixtures import lora_of
 from torch.testing import assert_close
 
 from rlhf_pipeline.data.encode import row_of
@@ -20,7 +21,6 @@ from rlhf_pipeline.ppo.numbers import of_rewards, write_samples
 from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.rewards.functions import Function
 from rlhf_pipeline.rewards.mixture import Part, Rewards, combined
-from tests.conftest import lora_of
 
 PROMPTS = [[7, 8, 9], [10, 11], [12, 13, 14, 15], [16]]
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from fixtures import Artifacts, lora_of
 from torch import Tensor
 from trl import GRPOConfig, RLOOConfig
 
@@ -15,7 +16,6 @@ from rlhf_pipeline.ppo.rollout import Episodes
 from rlhf_pipeline.recipe.schema import Reward
 from rlhf_pipeline.stages import grpo, rloo
 from rlhf_pipeline.stages.groups import GroupTrainer
-from tests.conftest import Artifacts, lora_of
 
 pytestmark = pytest.mark.slow
 
