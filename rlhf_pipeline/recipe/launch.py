@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rlhf_pipeline.local import expanded, resolved
 from rlhf_pipeline.recipe import library_keys
 from rlhf_pipeline.recipe.deepspeed import zero_stage
 from rlhf_pipeline.recipe.origins import Origin, Problems, Source
-from rlhf_pipeline.recipe.schema import Recipe
+from rlhf_pipeline.recipe.schema import Recipe, Stage
 from rlhf_pipeline.recipe.validation import check_section
 from rlhf_pipeline.recipe.yaml import KeyPath, Mark, dump_inline, read_document, shown
 
@@ -46,6 +46,12 @@ _OF_DEEPSPEED = {
     "zero_stage", "gradient_accumulation_steps", "gradient_clipping", "offload_optimizer_device",
     "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path", "zero3_save_16bit_model",
 }  # fmt: skip
+# Which policy of dividing a model by layers reads a key.
+_OF_POLICY = {
+    "fsdp_min_num_params": "SIZE_BASED_WRAP", "fsdp_transformer_layer_cls_to_wrap": "TRANSFORMER_BASED_WRAP",
+}  # fmt: skip
+# By which DeepSpeed's own launchers start processes on several machines.
+_OF_STARTING = ("deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter")
 # What PyYAML, by which Accelerate reads its files, takes for true or false, and recipes take for words.
 _BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 _LAST = 999  # the level of files that are no recipes: what is wrong with them is said after the recipes' own faults
@@ -64,6 +70,7 @@ def resolve_launch(recipe: Recipe, content: dict[str, Any], problems: Problems) 
     own = [stage for stage in recipe.stages.values() if stage.launch is not None and stage.facts.trains]
     only_number = recipe.launch is not None and recipe.launch.keys() == {"machine_rank"} and bool(own)
     if recipe.launch is not None and not only_number:
+        _require_stage_without_own(recipe, own, problems)
         recipe.launch = _resolved(recipe, recipe.launch, (KEY,), content, problems)
     for name, stage in recipe.stages.items():
         path: KeyPath = ("stages", name, KEY)
@@ -88,6 +95,20 @@ def resolve_launch(recipe: Recipe, content: dict[str, Any], problems: Problems) 
             _require_machine(recipe.launch, machines, (KEY,), problems)
 
 
+def _require_stage_without_own(recipe: Recipe, own: Sequence[Stage], problems: Problems) -> None:
+    """See that a stage is trained by what `launch` at the top says."""
+    if problems.within(("stages",)) or any(
+        stage.facts.trains and stage.launch is None for stage in recipe.stages.values()
+    ):
+        return
+    if own:
+        message = "each stage that trains has a `launch` of its own, so this one would change nothing"
+        hint = "set it in a stage, or remove it; `machine_rank` alone may stand here"
+    else:
+        message, hint = "no stage of this recipe trains, so `launch` would change nothing", "remove it"
+    problems.add((KEY,), message, hint, of_key=True)
+
+
 def _require_machine(values: dict[str, Any], machines: int, path: KeyPath, problems: Problems) -> None:
     """See that there is a machine of this number."""
     rank = values.get("machine_rank", 0)
@@ -105,7 +126,9 @@ def _resolved(
     file = values.pop("config_file", None)
     if file is not None:
         of_file: KeyPath = (*path, "config_file")
-        found = _checked(_read(file, of_file, problems), of_file, content, problems)
+        unset = [key for key, value in written.items() if value is None]  # so that a file's own can be taken back
+        of_it = {key: value for key, value in _read(file, of_file, problems).items() if key not in unset}
+        found = _checked(of_it, of_file, content, problems)
         _locate_deepspeed(found, of_file, problems)
         for key in found.keys() - values.keys():
             problems.origins.derived[*path, key] = f"from {Path(file).name}"
@@ -115,15 +138,48 @@ def _resolved(
         return values
     if "fsdp_config" in values and "deepspeed_config" in values:
         problems.add(path, "`fsdp_config` and `deepspeed_config` exclude each other", "remove one of them")
-    for key in SHARDING:
-        if key in values and values.get("use_cpu"):
-            message = (
-                f"Accelerate divides a model among GPUs alone, so that beside `use_cpu` `{key}` would change nothing"
-            )
-            problems.add((*path, key), message, "remove one of the two", of_key=True)
+    _require_what_the_cpu_takes(values, path, problems)
+    _require_what_divides(values, path, problems)
     _check_precision(recipe, values, path, problems)
     _count(recipe, values, path, problems)
     return values
+
+
+def _require_what_the_cpu_takes(values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """See that nothing stands beside `use_cpu` that is about GPUs alone."""
+    about_gpus = dict.fromkeys(SHARDING, "Accelerate divides a model among GPUs alone")
+    about_gpus["gpu_ids"] = "no process gets a GPU"
+    about_gpus["enable_cpu_affinity"] = "Accelerate gives a process the cores that are near its GPU"
+    for key, why in about_gpus.items():
+        if values.get("use_cpu") and values.get(key) not in (None, False, "all"):
+            message = f"{why}, so that beside `use_cpu` `{key}` would change nothing"
+            problems.add((*path, key), message, "remove one of the two", of_key=True)
+
+
+def _require_what_divides(values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """See that each key of `fsdp_config` and `deepspeed_config` changes something beside the others."""
+
+    def refuse(section: str, key: str, why: str, hint: str) -> None:
+        problems.add((*path, section, key), f"`{key}` would change nothing: {why}", hint, of_key=True)
+
+    fsdp, deepspeed = values.get("fsdp_config") or {}, values.get("deepspeed_config") or {}
+    policy = str(fsdp.get("fsdp_auto_wrap_policy")).upper()
+    for key, needed in _OF_POLICY.items():
+        if fsdp.get(key) and policy != needed:
+            refuse("fsdp_config", key, f"only `fsdp_auto_wrap_policy: {needed}` reads it", "set that, or remove it")
+    for key in filter(deepspeed.get, _OF_STARTING):
+        hint = "remove it, and start the same command on each machine"
+        refuse("deepspeed_config", key, "each machine starts its own processes, on the GPUs that it sees", hint)
+    stage = zero_stage(deepspeed)
+    for what, least in (("optimizer", 1), ("param", 3)):
+        device, file = f"offload_{what}_device", f"offload_{what}_nvme_path"
+        if deepspeed.get(device) in (None, "none") or stage is None or "deepspeed_config_file" in deepspeed:
+            continue
+        if stage < least:
+            hint = f"set `zero_stage: {least}`, or remove it"
+            refuse("deepspeed_config", device, f"ZeRO-{stage} does not divide what it is about", hint)
+        if deepspeed.get(file) and deepspeed[device] != "nvme":
+            refuse("deepspeed_config", file, f"`{device}` is `{deepspeed[device]}`", f"set `{device}: nvme`")
 
 
 def _locate_deepspeed(values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
@@ -343,7 +399,7 @@ def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Prob
         problems.add(number, "`num_processes` is missing", hint)
         return
     if processes == "auto":
-        here = 0 if values.get("use_cpu") else len(devices.gpus(os.environ))
+        here = 0 if values.get("use_cpu") else len(set(gpu_names(values)) or devices.gpus(os.environ))
         processes = max(1, here) * machines
     values["num_processes"] = processes
     if processes < machines:
@@ -360,16 +416,41 @@ def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Prob
             "set it to the address of the machine with `machine_rank: 0`",
         )  # fmt: skip
     if machines == 1:
-        for key in ("main_process_ip", "same_network", "machine_rank"):  # `accelerate config` writes them anyway
+        # With a `num_machines: 1` that was written down it is known that there are no others: scripts for any number of
+        # machines say so, and `accelerate config` writes the other two anyway.
+        if values.get("main_process_ip") and "num_machines" not in values:
+            message = "`main_process_ip` is of several machines, and without `num_machines` there is one"
+            problems.add((*path, "main_process_ip"), message, "set `num_machines`, or remove it", of_key=True)
+        for key in ("main_process_ip", "same_network", "machine_rank"):
             values.pop(key, None)
-    listed = values.get("gpu_ids")
-    if listed in (None, "all"):
+    alone = processes == 1 and not SHARDING.keys() & values.keys()
+    if values.get("gpu_ids") in (None, "all") or (alone and values["gpu_ids"] == "0"):
         values.pop("gpu_ids", None)
-    elif len(listed.split(",")) < processes // machines:
+    if alone:
+        _require_several(values, path, problems)
+    named = len(set(gpu_names(values)))
+    if "gpu_ids" in values and named < processes // machines:
         problems.add(
-            (*path, "gpu_ids"), f"`gpu_ids` names {len(listed.split(','))} of the {processes // machines} GPUs that "
-            "the processes of a machine need", "name one for each, or remove it",
+            (*path, "gpu_ids"), f"`gpu_ids` names {named} of the {processes // machines} GPUs that the processes of a "
+            "machine need", "name one for each, or remove it",
         )  # fmt: skip
+
+
+def _require_several(values: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """See that nothing is said of the GPUs of several processes where there is one, which Accelerate does not start."""
+    if "gpu_ids" in values:
+        first = next(iter(gpu_names(values)), "0")
+        message = "`gpu_ids` is of several processes: one alone trains on the first GPU that it sees"
+        hint = f"remove it, and start the command with CUDA_VISIBLE_DEVICES={first} to train on that one"
+        problems.add((*path, "gpu_ids"), message, hint, of_key=True)
+    if values.get("enable_cpu_affinity"):
+        message = "`enable_cpu_affinity` is of several processes, and one trains"
+        problems.add((*path, "enable_cpu_affinity"), message, "remove it", of_key=True)
+
+
+def gpu_names(keys: Mapping[str, Any]) -> list[str]:
+    """The GPUs that `gpu_ids` names; none where it names all."""
+    return [name.strip() for name in (keys.get("gpu_ids") or "").split(",") if name.strip() not in ("", "all")]
 
 
 def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Problems) -> None:
@@ -441,7 +522,8 @@ def require_devices(recipe: Recipe, names: Sequence[str]) -> None:
     if not launches:
         return
     on_gpus = any(not keys.get("use_cpu") for keys in launches.values())
-    there = len(devices.gpus(os.environ)) if on_gpus else 0  # asking for them takes a moment
+    seen = devices.gpus(os.environ) if on_gpus else []  # asking for them takes a moment
+    there = len(seen)
     for name, keys in launches.items():
         where = ("stages", name, KEY) if recipe.stages[name].launch else (KEY,)
         if keys.get("deepspeed_config") and importlib.util.find_spec("deepspeed") is None:
@@ -454,6 +536,14 @@ def require_devices(recipe: Recipe, names: Sequence[str]) -> None:
                 f"{needed} process{'es' * (needed != 1)} on this machine need a GPU each, and {few} here",
                 place=recipe.place(*where),
                 hint="lower `num_processes`, or write `launch: auto`; `use_cpu: true` trains on the processor",
+            )
+        # Others than numbers, as a UUID, may be other names for what is seen.
+        hidden = [name for name in gpu_names(keys) if name.isdecimal() and name not in seen]
+        if hidden and all(name.isdecimal() for name in seen) and devices.can_be_counted():
+            raise InputError(
+                f"`gpu_ids` names GPU {hidden[0]}, and those that are visible here are {', '.join(seen)}",
+                place=recipe.place(*where, "gpu_ids"),
+                hint="name others, or set CUDA_VISIBLE_DEVICES to those that it names",
             )
 
 

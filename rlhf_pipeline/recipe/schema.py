@@ -675,13 +675,14 @@ class Recipe(_Strict):
         return None if judge and judge.stage in names[names.index(name) :] else judge
 
     def launch_of(self, name: str) -> dict[str, Any]:
-        """Accelerate's keys by which a stage is trained; empty where one process trains it alone."""
+        """Accelerate's keys by which a stage is trained; empty where one process trains it as without them."""
         stage = self.stages[name]
         keys = (stage.launch if stage.launch is not None else self.launch) if stage.facts.trains else None
-        several = keys and (
-            keys.get("num_processes", 1) != 1 or keys.get("fsdp_config") or keys.get("deepspeed_config")
+        by_accelerate = keys and (
+            keys.get("num_processes", 1) != 1
+            or any(keys.get(key) for key in ("use_cpu", "fsdp_config", "deepspeed_config"))
         )
-        return {**keys, "machine_rank": self.machine_rank} if keys and several else {}
+        return {**keys, "machine_rank": self.machine_rank} if keys and by_accelerate else {}
 
     def divides(self, name: str) -> bool:
         """Whether the processes that train a stage divide its base among them; then they judge its policy together."""

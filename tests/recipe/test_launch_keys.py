@@ -11,7 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from rich.console import Console
 
-from rlhf_pipeline import recipe
+from rlhf_pipeline import devices, recipe
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, stage_inputs
 from rlhf_pipeline.recipe import library_keys
@@ -147,6 +147,49 @@ def test_words_in_a_file_are_true_or_false_where_accelerate_takes_them_so(tmp_pa
     assert load(tmp_path, "launch: a.yaml").launch == {"num_processes": 2, "fsdp_config": divided}
     with pytest.raises(InputError, match="expected true or false, got 'no'"):
         load(tmp_path, "launch: {num_processes: 2, use_cpu: no}")
+
+
+def test_what_accelerate_config_writes_of_one_machine_and_what_scripts_for_any_number_say_is_accepted(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(ASKED | {"gpu_ids": "all", "main_process_ip": None}))
+    assert load(tmp_path, "launch: a.yaml").processes("sft") == 4
+    asked = {"distributed_type": "NO", "num_processes": 1, "gpu_ids": "0", "machine_rank": 0, "num_machines": 1}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(asked))
+    assert load(tmp_path, "launch: a.yaml").launch_of("sft") == {}
+    of_any = [f"launch.{one}" for one in ("num_processes=2", "num_machines=1", "machine_rank=0", "main_process_ip=a")]
+    assert load(tmp_path, "", *of_any).launch == {"num_processes": 2, "num_machines": 1}
+
+
+def test_a_key_of_a_file_can_be_taken_back(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"num_processes": 2, "gpu_ids": "0,1"}))
+    with pytest.raises(InputError, match="beside `use_cpu` `gpu_ids` would change nothing"):
+        load(tmp_path, "", "launch=a.yaml", "launch.use_cpu=true")
+    found = load(tmp_path, "", "launch=a.yaml", "launch.use_cpu=true", "launch.gpu_ids=null").launch
+    assert found == {"num_processes": 2, "use_cpu": True}
+
+
+def test_one_process_on_the_cpu_is_started_without_a_gpu(tmp_path):
+    loaded = load(tmp_path, "launch: {num_processes: 1, use_cpu: true}")
+    assert loaded.launch_of("sft") == {"num_processes": 1, "use_cpu": True, "machine_rank": 0}
+    assert inputs(loaded) == inputs(load(tmp_path))
+
+
+def test_launch_in_a_recipe_that_trains_nothing_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: tiny}\nlaunch: auto\nstages:\n  one: {kind: sample, data: tiny:prompts}\n"
+    )
+    with pytest.raises(InputError, match="no stage of this recipe trains") as refused:
+        recipe.load(str(tmp_path / "r.yaml"))
+    assert str(refused.value.place).endswith("r.yaml:2:1: launch")
+
+
+def test_gpus_that_are_named_and_not_visible_are_said_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "can_be_counted", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    require_devices(load(tmp_path, "launch: {num_processes: 2, gpu_ids: '6, 4'}"), ["sft"])
+    with pytest.raises(InputError, match="`gpu_ids` names GPU 1, and those that are visible here are 4, 5, 6") as one:
+        require_devices(load(tmp_path, "launch: {num_processes: 2, gpu_ids: '4,1'}"), ["sft"])
+    assert str(one.value.place).endswith(": launch.gpu_ids")
+    assert load(tmp_path, "launch: {num_processes: auto, gpu_ids: '4,5'}").processes("sft") == 2
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.json"])
