@@ -23,6 +23,7 @@ import yaml
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.errors import InputError, InputErrors, Interrupted, RunError, Waiting
 from rlhf_pipeline.run import machines, ranks, runner, signals
+from rlhf_pipeline.rundir import state
 from rlhf_pipeline.rundir.layout import RunDirectory
 from rlhf_pipeline.terminal.live import plain_line
 from rlhf_pipeline.terminal.watching import RunView
@@ -195,6 +196,16 @@ def test_a_machine_that_is_stopped_while_it_waits_leaves_nothing_behind(tmp_path
     assert waiting.returncode == 130 and not (tmp_path / "runs").exists()
 
 
+def test_a_stop_while_another_process_is_looked_for_is_said_alike(far, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machines, "refuse_if_taken", interrupt)
+    with pytest.raises(Interrupted, match="machine 1 was stopped while it waited for machine 0") as raised:
+        machines.follow(far, lambda _: None)
+    assert raised.value.then == "nothing had begun; the same command waits again"
+
+
 def test_a_machine_does_not_wait_where_there_is_nothing_to_do(far, monkeypatch):
     monkeypatch.setattr(runner.to_do, "find", lambda *_, **__: runner.ToDo({}, compares=False))
     began = time.monotonic()
@@ -204,15 +215,20 @@ def test_a_machine_does_not_wait_where_there_is_nothing_to_do(far, monkeypatch):
     assert time.monotonic() - began < machines.COME_S and not (far.run / ".machines").exists()
 
 
-def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far):
+def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far, monkeypatch):
     folder = far.run / ".machines"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"id": "of yesterday", "over": null}')
     (folder / "0.beat").write_text('{"of": "yesterday", "count": 7}')
+    monkeypatch.setattr(machines, "REMIND_S", 0.7)
     said: list[str] = []
     with pytest.raises(RunError, match="machine 0 has not begun within"):
         machines.follow(far, said.append)
-    assert said == [f"machine 1 waits for machine 0 ({FIRST}) in {far.run}; Ctrl-C ends it"]
+    waits = f"for machine 0 ({FIRST}) in {far.run}; "
+    assert said == [
+        f"machine 1 waits {waits}Ctrl-C ends it",
+        f"machine 1 still waits {waits}see there whether the same command is at work, or has ended with an error",
+    ]
 
 
 def test_a_first_machine_that_is_refused_before_it_begins_ends_the_others(far, monkeypatch):
@@ -236,9 +252,8 @@ def test_a_first_machine_that_is_refused_before_it_begins_ends_the_others(far, m
     monkeypatch.setattr(machines, "REMIND_S", 0.3)
     with pytest.raises(RunError, match="machine 0 has not begun within"):
         machines.follow(far, said.append)
-    still = (
-        f"machine 1 still waits for machine 0 ({FIRST}) in {far.run}; its last run there ended with: the lock is held"
-    )
+    waits = f"machine 1 still waits for machine 0 ({FIRST}) in {far.run}; "
+    still = f"{waits}its last run there ended with: the lock is held"
     assert said[1:] == [still] * 3
 
     monkeypatch.setenv("SLURM_STEP_ID", "0")
@@ -303,6 +318,64 @@ def test_a_first_machine_whose_run_directory_is_in_use_says_so_to_the_others(tmp
     assert all("is in use" in one for one in said)
 
 
+def test_a_recipe_that_one_machine_cannot_read_ends_the_others(far, tmp_path):
+    """By the command, where one waits for it; where nobody does, nothing is left behind."""
+    file, words = tmp_path / "far.yaml", [sys.executable, "-m", "rlhf_pipeline", "run", "far.yaml"]
+
+    def refused(*more: str) -> str:
+        code = subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert code.returncode == 2
+        return code.stderr
+
+    file.write_text(yaml.safe_dump(RECIPE | {"sede": 1}))
+    refused()
+    assert not far.run.exists()
+    file.write_text(yaml.safe_dump(RECIPE))
+    second = subprocess.Popen(
+        [*words, "launch.machine_rank=1"], cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert "waits for machine 0" in second.stderr.readline()
+        said = refused("launch.machine_rank=0", "sft.trainr.max_steps=1", "sft.data.path=nowhere.jsonl")
+        found = second.communicate(timeout=60)[1]
+    finally:
+        second.kill()
+    assert said.count("error: ") == 2 and found == said.replace("error: ", "error: machine 0: ")
+    assert second.returncode == 2
+
+
+def test_a_first_machine_hears_of_a_recipe_that_another_cannot_read(far, tmp_path):
+    file = str(tmp_path / "far.yaml")
+    with machines.leading(far.model_copy(update={"launch": {**far.launch, "machine_rank": 0}})):
+        folder = far.run / ".machines"
+        fault = InputError("unknown key", place="far.yaml:3:1")
+        for override, heard in (
+            ("name=[]", False), ("launch.machine_rank=7", False), ("launch.num_machines=two", False),
+            ("launch.machine_rnk=1", False), ("output_dir=1", False), ("sede=1", True),
+        ):  # fmt: skip
+            overrides = ["launch.machine_rank=1"] * (override != "launch.machine_rnk=1") + [override]
+            with pytest.raises(InputError):
+                recipes.load(file, overrides)
+            machines.tell_of_recipe(recipes.as_far_as_read(file, overrides), fault)
+            assert (machines.has_failed(folder, 1) is not None) is heard, override
+        assert machines.has_failed(folder, 1)["errors"][0]["place"] == "far.yaml:3:1"
+        assert not machines.has_failed(folder, 0)
+
+
+def test_a_second_process_of_a_machine_ends_nobody(far, monkeypatch):
+    """It is refused, or cannot read its recipe; the one that is at work is heard."""
+    folder = far.run / ".machines"
+    first = ranks.Ranks(job_of(far), machine=0)
+    with machines.leading(far), machines.beating(folder, 1):
+        with pytest.raises(RunError, match="is at work on this run already"), machines.telling(far):
+            machines.follow(far, lambda _: None)
+        machines.tell_of_recipe(far, InputError("unknown key"))
+        assert machines.last_end(folder, 1) is None
+        with contextlib.suppress(InputError), machines.telling(far):
+            raise InputError("no GPU here")
+        first.listen()
+
+
 def test_a_first_machine_that_falls_silent_is_said(far, monkeypatch):
     folder, counts, said = far.run / ".machines", itertools.count(), threading.Event()
     folder.mkdir(parents=True)
@@ -350,9 +423,12 @@ def test_what_the_first_machine_waits_for_is_said_and_shown_and_a_stop_is_of_no_
 
     def stop() -> None:
         first.stopping = True
-        stopping.append(machines.absent(far.run))
+        stopping.append(RunDirectory(far.run).absent_machines())
+        with RunDirectory(far.run).locked():
+            states.extend(f"{stage.state}: {stage.reason}" for stage in state.read(far.run).stages)
 
     stopping: list[list[int]] = []
+    states: list[str] = []
     timer = threading.Timer(0.7, stop)
     timer.start()
     with machines.leading(far), machines.reminding(far, said.append), pytest.raises(LookupError):
@@ -362,10 +438,13 @@ def test_what_the_first_machine_waits_for_is_said_and_shown_and_a_stop_is_of_no_
     assert set(said) == {waits} and len(said) > 1 and stopping == [[1]]
     view.refresh()
     assert plain_line(view.at_work) == "sft     waiting for machine 1"
+    assert states == ["running: waits for machine 1"]
 
     monkeypatch.setattr(machines, "COME_S", 60.0)
     lines: list[str] = []
-    with signals.stopping(lambda: True, lambda: None, lines.append, lambda: not machines.absent(far.run)):
+    with signals.stopping(
+        lambda: True, lambda: None, lines.append, lambda: not RunDirectory(far.run).absent_machines()
+    ):
         signal.raise_signal(signal.SIGTERM)
         machines.note_absent(far.run, [])
         signal.raise_signal(signal.SIGTERM)

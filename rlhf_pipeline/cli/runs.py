@@ -61,7 +61,11 @@ def run(
     from rlhf_pipeline.terminal import live, tables
     from rlhf_pipeline.terminal.console import Console
 
-    loaded = recipes.load(recipe, overrides or [])
+    try:
+        loaded = recipes.load(recipe, overrides or [])
+    except InputError as error:
+        machines.tell_of_recipe(recipes.as_far_as_read(recipe, overrides or []), error)
+        raise
     first = loaded.machine_rank == 0  # of several machines, this one shows and reports
     following = live.following(loaded.run, say, recipe=loaded, verbose=verbose)
     try:

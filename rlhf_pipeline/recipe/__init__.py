@@ -19,13 +19,13 @@ from rlhf_pipeline.local import resolved
 from rlhf_pipeline.recipe import gates, outside
 from rlhf_pipeline.recipe.launch import resolve_launch
 from rlhf_pipeline.recipe.layers import OF_SOURCE, read
-from rlhf_pipeline.recipe.origins import Origins
+from rlhf_pipeline.recipe.origins import Origins, Problems
 from rlhf_pipeline.recipe.paths import resolve_paths
 from rlhf_pipeline.recipe.resolve import resolve_stages
 from rlhf_pipeline.recipe.schema import BASE, AIJudge, Data, Evaluate, Model, Recipe, Stage
 from rlhf_pipeline.recipe.shipped import PACKAGE, TINY, find, shipped, shipped_folder
 from rlhf_pipeline.recipe.validation import check_library_keys, validate
-from rlhf_pipeline.recipe.yaml import dump, parse_document
+from rlhf_pipeline.recipe.yaml import KeyPath, dump, parse_document
 
 __all__ = [
     "BASE",
@@ -36,6 +36,7 @@ __all__ = [
     "Model",
     "Recipe",
     "Stage",
+    "as_far_as_read",
     "content_of",
     "find",
     "is_run",
@@ -70,6 +71,39 @@ def load(recipe: str, overrides: Sequence[str] = (), *, weights: bool = True) ->
 
 def load_with_origins(recipe: str, overrides: Sequence[str] = (), *, weights: bool = True) -> tuple[Recipe, Origins]:
     """As `load`, with the origin of each value."""
+    loaded, origins, problems = _read(recipe, overrides, weights)
+    problems.raise_if_any()
+    loaded._place, loaded._as_written = origins.place, origins.as_written
+    loaded.locate_rows()
+    return loaded, origins
+
+
+def as_far_as_read(recipe: str, overrides: Sequence[str] = ()) -> Recipe | None:
+    """A recipe in which something is wrong, as far as it tells where its run is and which of several machines this is.
+
+    Args:
+        recipe: see `load`.
+        overrides: see `load`.
+
+    Returns:
+        The recipe; other things in it may be stand-ins. None where it does not tell that.
+    """
+    try:
+        loaded, _, problems = _read(recipe, overrides, weights=True)
+    except InputError:
+        return None
+    needed: list[KeyPath] = [("name",), ("output_dir",), ("launch", "machine_rank"), ("launch", "num_machines")]
+    needed += [("stages", name, "launch", "num_machines") for name in loaded.stages]
+    says = "machine_rank" in (loaded.launch or {}) or not problems.within(("launch",))
+    return loaded if says and not any(problems.is_broken(path) for path in needed) else None
+
+
+def _read(recipe: str, overrides: Sequence[str], weights: bool) -> tuple[Recipe, Origins, Problems]:
+    """A recipe, the origin of each value, and what is wrong.
+
+    Raises:
+        InputError: what is wrong leaves nothing to check further.
+    """
     run = Path(recipe) if recipe not in shipped() and is_run(Path(recipe)) else None
     file, folder = _file_of_run(run) if run else find(recipe)
     content, origins, problems = read(file, folder, overrides)
@@ -85,10 +119,7 @@ def load_with_origins(recipe: str, overrides: Sequence[str] = (), *, weights: bo
     gates.check(loaded, problems)
     resolve_paths(loaded, problems, weights)
     resolve_launch(loaded, content, problems)
-    problems.raise_if_any()
-    loaded._place, loaded._as_written = origins.place, origins.as_written
-    loaded.locate_rows()
-    return loaded, origins
+    return loaded, origins, problems
 
 
 def run_directory(text: str) -> Path:

@@ -694,6 +694,12 @@ class Recipe(_Strict):
         return self.launch_of(name).get("num_processes", 1)
 
     @property
+    def machines(self) -> int:
+        """How many machines it is run on."""
+        said = [self.launch, *(stage.launch for stage in self.stages.values() if stage.facts.trains)]
+        return max((launch or {}).get("num_machines", 1) for launch in said)
+
+    @property
     def machine_rank(self) -> int:
         """Which of several machines this is; the first one, 0, decides all that happens."""
         return (self.launch or {}).get("machine_rank", 0)

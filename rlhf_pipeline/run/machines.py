@@ -22,23 +22,17 @@ from rlhf_pipeline.recipe import Recipe
 from rlhf_pipeline.run import signals
 from rlhf_pipeline.run.launch import END_SIGNAL, STOP_SIGNAL, STOPPED, all_devices, command, environment, with_devices
 from rlhf_pipeline.run.same_recipe import difference
-from rlhf_pipeline.rundir import strict_json
-from rlhf_pipeline.rundir.layout import MACHINES, RANKS, log_of_machine, read_json
+from rlhf_pipeline.rundir import strict_json, words
+from rlhf_pipeline.rundir.layout import ABSENT, MACHINES, RANKS, RunDirectory, log_of_machine, read_json
 
 BEAT_S = 2.0
 SILENT_S = 30.0
 COME_S = 600.0  # for the others to come at all: a cluster starts them one after the other
 REMIND_S = 60.0  # between two sentences on what is waited for
 POLL_S = 0.5
-# In the folder: how the run goes, what is to be done now, and which machines that waits for.
-RUN, JOB, ABSENT = "run.json", "job.json", "absent.json"
+RUN, JOB = "run.json", "job.json"  # in the folder: how the run goes, and what is to be done now
 # What a cluster gives all processes that it starts together; the first two tell that it did.
 TOGETHER = ("SLURM_STEP_ID", "SKYPILOT_TASK_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-
-
-def several(recipe: Recipe) -> int:
-    """How many machines a recipe is run on."""
-    return max(recipe.launch_of(name).get("num_machines", 1) for name in recipe.stages)
 
 
 @contextlib.contextmanager
@@ -64,18 +58,22 @@ def beating(folder: Path, machine: int) -> Iterator[None]:
             (folder / f"{machine}.beat").unlink(missing_ok=True)
 
 
+class Taken(RunError):  # noqa: N818  it is of the same family
+    """Another process is this machine; it alone tells the others how it ends."""
+
+
 def refuse_if_taken(folder: Path, machine: int) -> None:
     """See that no other process is this machine, which takes a moment where one was ended before it could say so.
 
     Raises:
-        RunError: one is.
+        Taken: one is.
     """
     file = folder / f"{machine}.beat"
     ear, deadline = Ear(folder, machine), time.monotonic() + 2.5 * BEAT_S
     while file.exists() and time.monotonic() < deadline:
         if ear.has_come:
             other = read_json(file) or {}
-            raise RunError(
+            raise Taken(
                 f"machine {machine} is at work on this run already: process {other.get('process')} on "
                 f"{other.get('host')}",
                 hint="each machine has a `launch.machine_rank` of its own",
@@ -112,14 +110,14 @@ class Ear:
 @contextlib.contextmanager
 def leading(recipe: Recipe) -> Iterator[None]:
     """Tell other machines how the run goes, if there are others."""
-    if several(recipe) == 1:
+    if recipe.machines == 1:
         yield
         return
     folder = recipe.run / MACHINES
     folder.mkdir(parents=True, exist_ok=True)
     for file in (JOB, ABSENT):
         (folder / file).unlink(missing_ok=True)
-    before = {str(machine): last_end(folder, machine) for machine in range(1, several(recipe))}
+    before = {str(machine): last_end(folder, machine) for machine in range(1, recipe.machines)}
     run: dict[str, Any] = {"id": uuid.uuid4().hex, "over": None, "before": before}
     _write(folder / RUN, run)
     with beating(folder, 0), _noting_the_end(folder / RUN, lambda over: run | {"over": over}):
@@ -129,7 +127,7 @@ def leading(recipe: Recipe) -> Iterator[None]:
 @contextlib.contextmanager
 def telling(recipe: Recipe) -> Iterator[None]:
     """Tell other machines, if there are others, how this one has ended, whether or not it came to work with them."""
-    if several(recipe) == 1:
+    if recipe.machines == 1:
         yield
         return
     made = [folder for folder in (recipe.run, *recipe.run.parents) if not folder.exists()]
@@ -144,6 +142,25 @@ def telling(recipe: Recipe) -> Iterator[None]:
                 for folder in (file.parent, *made):
                     folder.rmdir()
         raise
+
+
+def tell_of_recipe(recipe: Recipe | None, error: InputError) -> None:
+    """Tell other machines, if there are others, that this one cannot read its recipe.
+
+    Nothing is left behind where nobody waits for it, and no cluster has started all together.
+
+    Args:
+        recipe: as far as it can be read, by `recipe.as_far_as_read`.
+        error: what is wrong with it.
+    """
+    folder = recipe.run / MACHINES if recipe else Path()
+    if recipe is None or recipe.machines == 1 or not (folder.is_dir() or any(_together()[:2])):
+        return
+    where = "" if recipe.machine_rank else "machine 0: "  # who hears of another one says which it is
+    faults = [InputError(one.message, place=f"{where}{one.place or ''}", hint=one.hint) for one in error.all]
+    with contextlib.suppress(InputError, RunError, OSError), telling(recipe):
+        refuse_if_taken(folder, recipe.machine_rank)
+        raise InputErrors(faults)
 
 
 def last_end(folder: Path, machine: int) -> dict[str, Any] | None:
@@ -177,10 +194,13 @@ def _file_of_end(folder: Path, machine: int) -> Path:
 @contextlib.contextmanager
 def _noting_the_end(file: Path, note: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
     """Write to a file how the block ends, as `_end_as` reads it."""
-    over: dict[str, Any] = {"kind": "RunError", "message": "machine 0 has ended", "hint": None}
+    over: dict[str, Any] | None = {"kind": "RunError", "message": "machine 0 has ended", "hint": None}
     try:
         yield
         over = {"kind": "", "message": "", "hint": None}
+    except Taken:
+        over = None
+        raise
     except BaseException as error:
         message = str(getattr(error, "message", None) or error)
         hint = error.then if isinstance(error, Interrupted) else getattr(error, "hint", None)
@@ -190,8 +210,9 @@ def _noting_the_end(file: Path, note: Callable[[dict[str, Any]], dict[str, Any]]
         raise
     finally:
         with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write(file, note(over))
+            if over is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _write(file, note(over))
 
 
 def _together() -> list[str | None]:
@@ -201,22 +222,23 @@ def _together() -> list[str | None]:
 @contextlib.contextmanager
 def reminding(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
     """Say on machine 0, at once and every minute, which machines it waits for, as its ranks note it."""
-    if several(recipe) == 1:
+    if recipe.machines == 1:
         yield
         return
+
+    directory = RunDirectory(recipe.run)
 
     def remind(over: threading.Event) -> None:
         due = 0.0
         while not over.wait(POLL_S):
-            missing = absent(recipe.run)
+            missing = directory.absent_machines()
             if not missing:
                 due = 0.0
             elif time.monotonic() >= due:
                 due = time.monotonic() + REMIND_S
                 own = f"={missing[0]}" if len(missing) == 1 else " of its own"
-                say(
-                    f"machine 0 waits for {named(missing)}; the same command runs there with `launch.machine_rank{own}`"
-                )
+                waits = f"machine 0 waits for {words.machines(missing)}"
+                say(f"{waits}; the same command runs there with `launch.machine_rank{own}`")
 
     with _beside(remind):
         yield
@@ -235,20 +257,10 @@ def _beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
         thread.join()
 
 
-def named(numbers: Sequence[int]) -> str:
-    """Machines in words."""
-    return f"machine{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-
-
 def note_absent(run: Path, numbers: Sequence[int]) -> None:
-    """Tell `absent` which machines the ranks of machine 0 wait for."""
+    """Note which machines the ranks of machine 0 wait for, as `RunDirectory.absent_machines` reads it."""
     with contextlib.suppress(OSError):
         _write(run / MACHINES / ABSENT, {"machines": list(numbers)})
-
-
-def absent(run: Path) -> list[int]:
-    """The machines that a job waits for."""
-    return (read_json(run / MACHINES / ABSENT) or {}).get("machines", [])
 
 
 def announce(run: Path, job_file: Path) -> None:
@@ -284,7 +296,8 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
     """
     folder, machine = recipe.run / MACHINES, recipe.machine_rank
     before = last_end(folder, 0)
-    refuse_if_taken(folder, machine)
+    with _before_anything_begins(machine):
+        refuse_if_taken(folder, machine)
     job: subprocess.Popen[bytes] | None = None
     stopping = False
 
@@ -302,15 +315,12 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
             first = Ear(folder, 0)
             addresses = (recipe.launch_of(name).get("main_process_ip") for name in recipe.stages)
             waits = f"waits for machine 0 ({next(filter(None, addresses), None)}) in {recipe.run}"
-            ended = f"; its last run there ended with: {before['message']}" if before and before["kind"] else ""
-            try:
+            why = "see there whether the same command is at work, or has ended with an error"
+            if before and before["kind"]:
+                why = f"its last run there ended with: {before['message']}"
+            with _before_anything_begins(machine):
                 say(f"machine {machine} {waits}; Ctrl-C ends it")
-                run = _wait_for_run(folder, first, before, lambda: say(f"machine {machine} still {waits}{ended}"))
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    f"machine {machine} was stopped while it waited for machine 0",
-                    then="nothing had begun; the same command waits again",
-                ) from None
+                run = _wait_for_run(folder, first, before, lambda: say(f"machine {machine} still {waits}; {why}"))
             if run is None:
                 return None
             done: str | None = None
@@ -337,6 +347,18 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
                 time.sleep(POLL_S)
     finally:
         _end(job)
+
+
+@contextlib.contextmanager
+def _before_anything_begins(machine: int) -> Iterator[None]:
+    """Say of a Ctrl-C in the block that nothing had begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"machine {machine} was stopped while it waited for machine 0",
+            then="nothing had begun; the same command waits again",
+        ) from None
 
 
 def _end(job: subprocess.Popen[bytes] | None) -> None:
@@ -372,11 +394,11 @@ def _wait_for_run(
     began, reminded = time.monotonic(), 0
     while (waited := time.monotonic() - began) < COME_S:
         run, last = read_json(folder / RUN), last_end(folder, 0)
+        if run is not None and run["over"] is None and first.has_come:
+            return run
         if last is not None and has_ended(last, before):
             _end_as(last)
             return None
-        if run is not None and run["over"] is None and first.has_come:
-            return run
         if waited > (reminded + 1) * REMIND_S:
             reminded += 1
             remind()

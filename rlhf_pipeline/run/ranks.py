@@ -29,7 +29,7 @@ from rlhf_pipeline.run.launch import (
     die_with,
     end_children,
 )
-from rlhf_pipeline.rundir import durable, strict_json
+from rlhf_pipeline.rundir import durable, strict_json, words
 from rlhf_pipeline.rundir.layout import MACHINES, PROGRESS, RANKS, RESULT, end_of, log_of_rank, logged_since, read_json
 
 POLL_S = 0.1
@@ -121,16 +121,19 @@ class Ranks:
         while absent := [machine for machine, ear in self._ears.items() if not ear.has_come]:
             if self.refusal():
                 return
-            for machine in absent:
+            waited = time.monotonic() - began
+            heard = (
+                waited > 2.5 * machines.BEAT_S
+            )  # one that is there was heard by then, whatever a second process says
+            for machine in absent if heard else ():
                 if end := machines.has_failed(folder, machine):
                     raise LookupError(machine, end)
-            waited = time.monotonic() - began
             if waited > machines.COME_S or self.stopping:
                 raise LookupError(absent[0], None)
-            if waited > 2.5 * machines.BEAT_S and absent != noted:  # one that is there was heard by then
+            if heard and absent != noted:
                 noted = absent
                 machines.note_absent(self.run, absent)
-                self._show(f"waiting for {machines.named(absent)}")
+                self._show(f"waiting for {words.machines(absent)}")
             time.sleep(POLL_S)
 
     def _show(self, phase: str) -> None:

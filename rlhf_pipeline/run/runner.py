@@ -127,7 +127,7 @@ def run(
                 lambda: launcher.at_work and not launcher.stopping,
                 launcher.stop,
                 say,
-                lambda: not machines.absent(recipe.run),
+                lambda: not directory.absent_machines(),
             ),
             directory.locked(),
             machines.leading(recipe),

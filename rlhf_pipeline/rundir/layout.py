@@ -48,6 +48,7 @@ RANKS = "ranks"  # a folder with what each of several processes has to say to th
 # In a run directory while a run goes on:
 DOING = ".doing"  # what the run does where no stage is at work, one line
 MACHINES = ".machines"  # a folder with what several machines that run it together tell each other
+ABSENT = "absent.json"  # in that: which of them the first one waits for
 
 
 def log_of_rank(log: Path, rank: int) -> Path:
@@ -405,6 +406,11 @@ class RunDirectory:
             return (self.path / DOING).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
+
+    def absent_machines(self) -> list[int]:
+        """Of several machines that run it together, the numbers of those that the first one waits for."""
+        found = (read_json(self.path / MACHINES / ABSENT) or {}).get("machines")
+        return [one for one in found if type(one) is int] if isinstance(found, list) else []
 
     def refuse_if_locked(self) -> None:
         """Raise `RunError`, naming the process, if a run is going on here."""

@@ -15,6 +15,7 @@ from rlhf_pipeline.rundir.file_digests import FileDigests
 from rlhf_pipeline.rundir.labels import LABELS
 from rlhf_pipeline.rundir.layout import CHOICES, RECIPE, RECORD, Progress, RunDirectory
 from rlhf_pipeline.rundir.record import GATE_CLOSED, Record
+from rlhf_pipeline.rundir.words import machines
 
 State = Literal[
     "done", "done, gate closed", "done, to be judged again",
@@ -37,7 +38,8 @@ class StageState:
             `done, to be judged again` was judged by other settings than the recipe's, which only a plan knows; `stale`
             was made, or begun, with other inputs; `partial` was interrupted and can be resumed; `failed` was
             interrupted and has to be retrained from the start; `missing` never ran; `blocked` waits for a stage that is
-            partial, failed or waiting, or whose gate is closed; `running` is at work now; `waiting` waits for people.
+            partial, failed or waiting, or whose gate is closed; `running` is at work now, or waits for other machines;
+            `waiting` waits for people.
         reason: why it is in that state, as old → new values where something changed.
         record: its record; an empty one where there is none.
         is_current: its artifact is whole and was built on the weights that are there now, whatever its gates, and those
@@ -233,7 +235,8 @@ def find_state(
         InputError: a file of its artifact, its labels, or what the recipe says of these cannot be read.
     """
     if stage.name == at_work:
-        stage.state, stage.reason = "running", "at work now"
+        absent = directory.absent_machines()
+        stage.state, stage.reason = "running", f"waits for {machines(absent)}" if absent else "at work now"
     elif stage.record.is_finished:
         stage.state, stage.reason = _of_finished(stage, parents, directory, digests, changes)
         if stage.state == "done" and stage.until is not None:

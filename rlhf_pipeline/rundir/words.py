@@ -76,6 +76,11 @@ def memory_beside(measured: int | None, forecast: int | None) -> str:
     return f"{memory(measured)} (forecast {memory(forecast)}, {error})"
 
 
+def machines(numbers: Sequence[int]) -> str:
+    """Machines by their numbers: machine 1, or machines 1, 2."""
+    return f"machine{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """Where a row of logged values began and where it ended: means over a twentieth of it, for one batch is noise.
 
