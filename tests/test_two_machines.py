@@ -365,12 +365,16 @@ def test_a_first_machine_hears_of_a_recipe_that_another_cannot_read(far, tmp_pat
 def test_a_second_process_of_a_machine_ends_nobody(far, monkeypatch):
     """It is refused, or cannot read its recipe; the one that is at work is heard."""
     folder = far.run / ".machines"
-    first = ranks.Ranks(job_of(far), machine=0)
-    with machines.leading(far), machines.beating(folder, 1):
+    monkeypatch.setattr(machines, "BEAT_S", 0.4)
+    with machines.beating(folder, 1):
+        while not (folder / "1.beat").exists():
+            time.sleep(0.01)
         with pytest.raises(RunError, match="is at work on this run already"), machines.telling(far):
             machines.follow(far, lambda _: None)
         machines.tell_of_recipe(far, InputError("unknown key"))
         assert machines.last_end(folder, 1) is None
+    first = ranks.Ranks(job_of(far), machine=0)
+    with machines.leading(far), machines.beating(folder, 1):
         with contextlib.suppress(InputError), machines.telling(far):
             raise InputError("no GPU here")
         first.listen()
