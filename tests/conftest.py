@@ -1,4 +1,4 @@
-"""Which tests are slow, how they are shared out, and where what they have in common comes from: `fixtures.py`."""
+"""Which tests are slow, how they are shared out, and where what they have in common comes from: `shared.py`."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import what the tests share, which takes seconds; not where other processes run them."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         gc.disable()  # a collector that walks what is being imported takes a fifth of the time
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from fixtures import lora_of
+from shared import lora_of
 from torch.testing import assert_close
 
 from rlhf_pipeline.data.encode import row_of

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from fixtures import Artifacts, lora_of
+from shared import Artifacts, lora_of
 from torch import Tensor
 from trl import GRPOConfig, RLOOConfig
 
