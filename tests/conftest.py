@@ -11,12 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # The files that take longest, the longest first.
 LONG = (
-    "test_tiny_run", "test_watching", "test_faults", "test_sweep", "test_loading", "test_docs", "test_roles",
-    "test_architectures", "test_kill", "test_stages", "test_groups", "test_shrink", "test_smoke", "test_base",
-    "test_gate_metrics", "test_check", "test_evaluation", "test_launch", "test_score_head", "test_closed_form",
-    "test_resume", "test_measure", "test_stop", "test_runner", "test_served", "test_sample", "test_ensemble",
-    "test_training", "test_bad", "test_resumable", "test_same_as_trl", "test_safe_to_open", "test_packaging",
-    "test_checkpoints", "test_report_page", "test_report_many", "test_report_browser", "test_cli", "test_docs_ci",
+    "test_sharded", "test_tiny_run", "test_faults", "test_several_ranks", "test_over_ranks", "test_two_machines",
+    "test_sweep", "test_resumable", "test_watching", "test_two_processes", "test_ranks_at_work", "test_runner",
+    "test_stop", "test_bad", "test_memory_forecast", "test_gate_metrics", "test_stages", "test_docs", "test_training",
+    "test_loading", "test_recipes", "test_shrink", "test_roles", "test_groups", "test_measure", "test_report_page",
+    "test_resume", "test_kill", "test_architectures", "test_check", "test_smoke", "test_launch", "test_evaluation",
+    "test_closed_form", "test_ensemble", "test_served", "test_packaging", "test_safe_to_open", "test_plan",
+    "test_checkpoints", "test_page", "test_report_many", "test_report_browser", "test_cli",
 )  # fmt: skip
 START_PROCESSES = {"warm_server", "tiny_run"}  # fixtures
 

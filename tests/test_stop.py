@@ -16,10 +16,11 @@ from short_run import Command
 
 pytestmark = pytest.mark.slow
 
-# More steps and longer replies than the shortest, so that a signal finds each stage at work.
+# More steps and longer replies than the shortest, so that a signal finds PPO and DPO at work.
 LONGER = (
-    "sft.trainer.max_steps=16",
-    "reward.trainer.max_steps=16",
+    "sft.trainer.max_steps=3",
+    "reward.trainer.max_steps=3",
+    "evaluate.along=0",
     "ppo.trainer.total_episodes=48",
     "dpo.trainer.max_steps=16",
     "evaluate.max_new_tokens=48",

@@ -1,10 +1,9 @@
-"""`rlhf-pipeline run` with two processes that `accelerate launch` starts: as with one, also when it is interrupted.
+"""`rlhf-pipeline run` with two processes that `accelerate launch` starts: as with one, also when it is stopped.
 
-What can happen to one of them is in tests/run/test_ranks_at_work.py, where they cost less.
+What can happen to one of them, as that it is killed, is in tests/run/test_ranks_at_work.py, where they cost less.
 """
 
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -14,8 +13,8 @@ import short_run
 from short_run import Command
 
 pytestmark = pytest.mark.slow
-TWO = ("launch.num_processes=2", "launch.use_cpu=true", "--only", "sft", "sft.trainer.max_steps=40")
-STEPS = 40
+TWO = ("launch.num_processes=2", "launch.use_cpu=true", "--only", "sft", "sft.trainer.max_steps=24", "evaluate.along=0")
+STEPS = 24
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def work(command: Command) -> Path:
     return command.run / "sft" / "work"
 
 
-def test_two_processes_are_killed_and_stopped_and_end_as_one_process_does(tmp_path, run, warm_server):
+def test_two_processes_are_stopped_and_end_as_one_process_does(tmp_path, run, warm_server):
     """That one has a batch as large as both of theirs, and nothing interrupts it."""
     alone, both = tmp_path / "alone", tmp_path / "both"
     for folder in (alone, both):
@@ -48,18 +47,9 @@ def test_two_processes_are_killed_and_stopped_and_end_as_one_process_does(tmp_pa
     command = run(both)
     assert command.wait_for(lambda: (work(command) / "checkpoint-4").exists()), command.said
     assert short_run.read(work(command) / "progress.json")["phase"] == "training"
-    os.kill(int((work(command) / "ranks" / "1.pid").read_text()), signal.SIGKILL)
-    assert command.end(60) == 1, command.said
-    assert re.search(r"^sft     training, from base, with 2 processes$", command.said, re.MULTILINE)
-    assert "error: stage `sft` failed in rank 1 of 2: its worker was ended by signal 9, from outside" in command.said
-    step = short_run.sound_step(work(command))
-    assert step is not None and step < STEPS
-
-    command = run(both)
-    assert command.wait_for(lambda: (work(command) / f"checkpoint-{step + 4}").exists()), command.said
     command.signal_all(signal.SIGINT)
     assert command.end(60) == 130, command.said
-    assert re.search(rf"^sft     resumes from step {step} of {STEPS}$", command.said, re.MULTILINE)
+    assert re.search(r"^sft     training, from base, with 2 processes$", command.said, re.MULTILINE)
     stopped = re.search(r"^stage `sft` stopped, with a checkpoint at step (\d+)$", command.said, re.MULTILINE)
     assert stopped and short_run.sound_step(work(command)) == int(stopped[1]) < STEPS, command.said
 
@@ -70,7 +60,7 @@ def test_two_processes_are_killed_and_stopped_and_end_as_one_process_does(tmp_pa
     steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, STEPS + 1), STEPS], "once each, and what is said at the end"
     assert (stage / "log.rank-1.txt").exists() and not (stage / "work").exists()
-    said = short_run.ask(both, "plan", "tiny", *short_run.OVERRIDES, *TWO[:2], TWO[-1])
+    said = short_run.ask(both, "plan", "tiny", *short_run.OVERRIDES, *TWO[:2], *TWO[4:])
     assert "sft, reward, ppo, dpo: trained by 2 processes" in said.out
     assert re.search(r"^sft +sft +base +done", said.out, re.MULTILINE)
     ours, theirs = (short_run.weights(folder / "runs" / "tiny" / "sft") for folder in (both, alone))

@@ -49,6 +49,9 @@ def _work(job_file: str, index: int, folder: Path, parent: int) -> NoReturn:
         os.dup2(output, 1)
         os.dup2(output, 2)
         faulthandler.enable()  # so that the log of one that is ended because it hangs says where
+        from rlhf_pipeline.run.server import import_all
+
+        import_all()
         from rlhf_pipeline.callbacks.checkpoints import REQUEST, Stopped
         from rlhf_pipeline.run import worker
 

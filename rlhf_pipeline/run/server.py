@@ -71,7 +71,7 @@ def serve(runner: int, fork: bool) -> None:
         signal.signal(number, signal.SIG_IGN)  # they may reach the whole process group; the runner decides
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})  # until a worker listens, its request waits
     if fork:
-        _import_all()
+        import_all()
     signal.signal(END_SIGNAL, _end)  # not before: it ends what still imports, at once
     for line in sys.stdin:
         request = json.loads(line)
@@ -94,8 +94,8 @@ def _end(_number: int, _frame: FrameType | None) -> None:
     os._exit(1)
 
 
-def _import_all() -> None:
-    """Import what workers need: seconds, which every fork then is spared."""
+def import_all() -> None:
+    """Import what workers need: seconds, which every fork of this process then is spared."""
     gc.disable()  # a collector that walks what is being imported takes a fifth of the time
     from rlhf_pipeline.run import worker  # noqa: F401
 

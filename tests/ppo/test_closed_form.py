@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-BETA = 0.1  # far from the reference; tests/sweep has three larger ones
+BETA = 0.1  # far from the reference; tests/sweep has two larger ones
 UPDATES = 48  # the benchmark takes more; hence the wider tolerance
 
 

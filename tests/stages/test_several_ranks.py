@@ -1,9 +1,10 @@
 """Two ranks with half the batch each train as one process with the whole: same rows, same adapters, same numbers."""
 
+import functools
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,19 @@ def assert_same(folder: Path, other: Path, stage: str, within: float = 1e-4, but
         assert row == pytest.approx(again, rel=1e-4, abs=1e-5)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that trains a stage by two ranks, and returns the folder; once for each stage and its settings."""
+
+    @functools.cache
+    def trained(stage: str, *overrides: str) -> Path:
+        folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("uninterrupted") / "one"))
+        together(train, folder, stage, *overrides)
+        return folder
+
+    return trained
+
+
 @pytest.fixture
 def copies(prepared: Path, tmp_path: Path) -> tuple[Path, Path]:
     return Path(shutil.copytree(prepared, tmp_path / "one")), Path(shutil.copytree(prepared, tmp_path / "two"))
@@ -241,12 +255,12 @@ BY_PASS = (f"sft.trainer={{{TRAINER.replace('save_steps: 1', 'save_strategy: epo
 @pytest.mark.parametrize(
     ("stage", "step", "more"), [("sft", 1, ()), ("sft", 2, ()), ("sft", 2, BY_PASS), ("dpo", 1, ()), ("grpo", 1, ())]
 )
-def test_two_ranks_resume_with_the_random_numbers_and_the_replies_of_each(copies, stage, step, more):
+def test_two_ranks_resume_with_the_random_numbers_and_the_replies_of_each(copies, uninterrupted, stage, step, more):
     """Bit for bit: amid a pass, where one ends, and of grpo amid a batch of replies."""
-    one, two = copies
+    _, two = copies
     size = f"{stage}.trainer.per_device_train_batch_size={2 if stage == 'grpo' else 1}"
-    overrides = (*more, size, "lora.lora_dropout=0.2", *DROPOUT[stage])
-    together(train, one, stage, *overrides)
+    overrides = (*more, size, "lora.lora_dropout=0.2", *RESUMED[stage])
+    one = uninterrupted(stage, *overrides)
     keep_checkpoint(one, two, stage, step)
     together(train, two, stage, *overrides)
     assert_same(one, two, stage, within=0)
@@ -264,9 +278,9 @@ def test_another_number_of_ranks_resumes_on_the_same_rows(copies):
     assert_same(two, one, "sft")
 
 
-DROPOUT = {
-    "sft": ("sft.trainer.train_sampling_strategy=group_by_length",),
-    "dpo": ("dpo.trainer.disable_dropout=false",),
+RESUMED = {
+    "sft": ("sft.trainer.train_sampling_strategy=group_by_length", "sft.trainer.eval_strategy=no"),
+    "dpo": ("dpo.trainer.disable_dropout=false", "dpo.trainer.eval_strategy=no"),
     "grpo": (),
 }
 

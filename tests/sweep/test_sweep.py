@@ -20,7 +20,7 @@ from rlhf_pipeline.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
-BETAS = (0.3, 1.0, 3.0)
+BETAS = (0.3, 3.0)
 KEY = "ppo.trainer.kl_coef"
 SWEEP = (f"{KEY}={','.join(map(str, BETAS))}", "--minimize", "ppo.objective/kl")
 
@@ -106,15 +106,15 @@ def test_the_same_command_again_trains_nothing_and_prints_the_table(table):
     code, out, err = sweep(table.folder.parents[1], "words.yaml", *SWEEP)
     assert time.process_time() - began < 3
     assert code == 0, err
-    assert err.splitlines() == [f"run {i} of 3  {KEY}={beta}: is done" for i, beta in enumerate(BETAS, 1)]
+    assert err.splitlines() == [f"run {i} of 2  {KEY}={beta}: is done" for i, beta in enumerate(BETAS, 1)]
     assert {file: file.stat().st_mtime_ns for file in table.folder.rglob("*") if file.name != ".sweep"} == before
     lines = out.splitlines()
     assert lines[0] == "stage ppo, start → end; sft is the same in all"
     assert lines[1].split() == ["kl_coef", "score", "KL", "time", "state"]
-    assert [line.split()[0] for line in lines[2:5]] == ["0.3", "1.0", "3.0"]
-    assert lines[4].rstrip().endswith("done, best")
-    assert lines[5] == f"the best by ppo.objective/kl: {KEY}=3.0"
-    assert lines[6].startswith(f"  rlhf-pipeline run words.yaml {KEY}=3.0 ")
+    assert [line.split()[0] for line in lines[2:4]] == ["0.3", "3.0"]
+    assert lines[3].rstrip().endswith("done, best")
+    assert lines[4] == f"the best by ppo.objective/kl: {KEY}=3.0"
+    assert lines[5].startswith(f"  rlhf-pipeline run words.yaml {KEY}=3.0 ")
 
 
 def test_the_command_for_the_best_takes_all_from_the_sweep(table):
@@ -131,7 +131,12 @@ def test_the_report_has_the_frontier_over_all_runs(table):
     assert "3.0: " in page and ", the best. Start: " in page
 
 
-SHORT = ("ppo.trainer.max_steps=8", "ppo.trainer.save_steps=1", "ppo.trainer.per_device_train_batch_size=48")
+SHORT = (
+    "sft.trainer.max_steps=20",
+    "ppo.trainer.max_steps=8",
+    "ppo.trainer.save_steps=1",
+    "ppo.trainer.per_device_train_batch_size=48",
+)
 TWO = ("words.yaml", f"{KEY}=0.3,3.0", *SHORT)
 
 
@@ -184,7 +189,7 @@ def test_a_sweep_that_is_killed_or_stopped_goes_on_and_trains_nothing_twice(fold
 def test_two_at_a_time_share_what_was_trained_before_and_a_closed_gate_ends_one_run_alone(folder, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    gate = "ppo.gates.objective/kl='<= 0.15'"
+    gate = "ppo.gates.objective/kl='<= 0.5'"
     code, out, err = sweep(folder, *TWO, gate, "--jobs", "2")
     assert code == 1, err
     found = records(folder / "runs" / "words.sweep")

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +15,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
+from processes import Started
 
 from rlhf_pipeline import cli
 from rlhf_pipeline import recipe as recipes
 from rlhf_pipeline.data.encode import encode_records
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models.tiny import world
-from rlhf_pipeline.run.launch import command, environment
 from rlhf_pipeline.use import serve as serving
 from rlhf_pipeline.use import web
 from rlhf_pipeline.use.score import Scorer
@@ -269,17 +268,17 @@ def test_an_empty_token_is_refused(monkeypatch, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "host"), [(signal.SIGTERM, "127.0.0.1"), (signal.SIGINT, "0.0.0.0")])
 def test_the_command_ends_when_all_who_have_asked_are_answered(
-    tiny_run: Path, number: signal.Signals, host: str
+    tiny_run: Path, tmp_path: Path, number: signal.Signals, host: str
 ) -> None:
     """A request that is under way when the signal comes gets its scores, and the command ends with 0."""
-    words = command("rlhf_pipeline", "serve", str(tiny_run), "--port", "0", "--batch-size", "1", "--token", TOKEN)
-    words += ["--host", host]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
+    words = ["serve", str(tiny_run), "--port", "0", "--batch-size", "1", "--token", TOKEN, "--host", host]
+    read_end, write_end = os.pipe()
+    with (tmp_path / "said.txt").open("w") as said:
+        process = Started(words, tmp_path, {}, said.fileno(), write_end)
+    os.close(write_end)
+    with os.fdopen(read_end) as out:
         try:
-            url = process.stdout.readline().strip()
+            url = out.readline().strip()
             assert url.startswith(f"http://{web.reached_at(host)}:")
             port = int(url.rpartition(":")[2].partition("/")[0])
             while True:
@@ -297,11 +296,11 @@ def test_the_command_ends_when_all_who_have_asked_are_answered(
                 until = time.monotonic() + 30
                 while not ask(port, "/health").body["waiting"] and time.monotonic() < until:
                     time.sleep(0.001)
-                os.kill(process.pid, number)
+                process.send_signal(number)
                 answers = [one.result() for one in under_way]
             assert [answer.status for answer in answers] == [200, 200]
             assert [len(answer.body["scores"]) for answer in answers] == [60, 60]
             assert process.wait(30) == 0
-            assert process.stderr.read().endswith("ended\n")
+            assert (tmp_path / "said.txt").read_text().endswith("ended\n")
         finally:
             process.kill()
