@@ -240,7 +240,11 @@ def _unreachable(spec: Model, error: Exception) -> InputError:
 
 
 def load_base(
-    spec: Model, tokenizer: PreTrainedTokenizerBase, head: Head = "causal", to_divide: bool = False
+    spec: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    head: Head = "causal",
+    to_divide: bool = False,
+    computes_whole: bool = False,
 ) -> PreTrainedModel:
     """Load the base and freeze it.
 
@@ -248,8 +252,9 @@ def load_base(
         spec: the recipe's `model`.
         tokenizer: the one from `load_tokenizer`; its pad becomes the model's, and its EOS one of what ends a text.
         head: `causal`, or `score` for a reward model, whose head is freshly drawn; see `score_head`.
-        to_divide: ranks divide it among them, where they train so: until then it is in the memory of the machine, but
-            for one that is quantized.
+        to_divide: ranks divide it among them, where they train so: until then it is in the memory of the machine, of
+            the first rank alone, see `divided.from_first`; but for one that is quantized.
+        computes_whole: before it is divided, each rank makes passes through it.
 
     Returns:
         The model on `device()`, but for that, in evaluation mode, no parameter trainable.
@@ -259,12 +264,21 @@ def load_base(
     """
     # What is divided later goes to the GPU in parts. In few bits it is small, and GPUs alone quantize fast.
     later = to_divide and spec.quantization == "none" and (divided.by_fsdp() or divided.by_zero_3())
-    place = torch.device("cpu") if later else device()
-    with experts.quantized_as_well(), divided.loading_whole():
-        model = loading.load(spec, load_config(spec), place, resolve_dtype(spec.dtype))
-    if later:
-        vars(model).pop("hf_device_map", None)  # by which Transformers would take it for one that is to stay there
-    require_causal(model, spec)
+
+    def load(place: torch.device) -> PreTrainedModel:
+        with experts.quantized_as_well(), divided.loading_whole():
+            model = loading.load(spec, load_config(spec), place, resolve_dtype(spec.dtype))
+        if later:
+            vars(model).pop("hf_device_map", None)  # by which Transformers would take it for one that is to stay there
+            divided.keep_buffers(model)
+        if place.type != "meta":
+            require_causal(model, spec)
+        return model
+
+    if later and divided.first_alone_reads() and not computes_whole:
+        model = divided.from_first(load)
+    else:
+        model = load(torch.device("cpu") if later else device())
     return frozen(model, tokenizer, head)
 
 

@@ -1,14 +1,21 @@
-"""A model that ranks divide among them: it is loaded whole by each, gets its adapters, and is divided for training."""
+"""A model that ranks divide among them: the first loads it whole, it gets its adapters, and is divided for training.
+
+The others make it of weights that take no memory, and get their parts when it is divided.
+"""
 
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from accelerate.utils import DeepSpeedPlugin
-from torch import Tensor
+import torch
+from accelerate.utils import DeepSpeedPlugin, str_to_bool
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
+
+from rlhf_pipeline import ranks
 
 
 def by_fsdp() -> bool:
@@ -19,6 +26,58 @@ def by_fsdp() -> bool:
 def by_zero_3() -> bool:
     """Whether DeepSpeed's ZeRO-3 does."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and int(DeepSpeedPlugin().zero_stage) == 3
+
+
+def first_alone_reads() -> bool:
+    """Whether what divides a model gives all ranks the weights of the first one, so that no other needs to have them.
+
+    FSDP2 does unless `fsdp_cpu_ram_efficient_loading` is false, and ZeRO-3 always.
+    """
+    efficient = str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))
+    return bool(efficient) if by_fsdp() else by_zero_3()
+
+
+def from_first(load: Callable[[torch.device], PreTrainedModel]) -> PreTrainedModel:
+    """Have the first rank alone load a model that is not divided yet; see `first_alone_reads`.
+
+    The others wait for it, however long it reads.
+
+    Args:
+        load: loads it on a device: on the CPU, and on other ranks than the first on `meta`, where nothing is read.
+
+    Returns:
+        The model on the CPU. On other ranks its weights are zeros that take no memory until one is written to, and its
+        buffers, which nothing divides, are those of the first.
+    """
+    loaded: list[PreTrainedModel] = []
+
+    def read() -> tuple[dict[str, torch.dtype], dict[str, Tensor]]:
+        loaded.append(load(torch.device("cpu")))
+        dtypes = {name: parameter.dtype for name, parameter in loaded[0].named_parameters()}
+        return dtypes, dict(loaded[0].named_buffers(remove_duplicate=False))
+
+    dtypes, buffers = ranks.from_first(read)
+    if ranks.is_first():
+        return loaded[0]
+    model = load(torch.device("meta"))
+    zeros = {parameter: _zeros(parameter, dtypes[name]) for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        module._parameters.update({name: zeros[one] for name, one in module._parameters.items() if one is not None})
+    for name, buffer in buffers.items():
+        module, _, own = name.rpartition(".")
+        model.get_submodule(module)._buffers[own] = buffer
+    return model
+
+
+def keep_buffers(model: nn.Module) -> None:
+    """Have all buffers count as what is not saved: Accelerate looks for a part of each other one, and finds none."""
+    for module in model.modules():
+        module._non_persistent_buffers_set.update(module._buffers)
+
+
+def _zeros(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter of the same shape that has room for one number."""
+    return nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from rlhf_pipeline import kinds, ranks
 from rlhf_pipeline.callbacks.metrics import MetricsLog, final
 from rlhf_pipeline.data import prepare as rows
 from rlhf_pipeline.kinds import Over
-from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models import adapters, divided
 from rlhf_pipeline.models.base import load_base
 from rlhf_pipeline.rundir import durable
 from rlhf_pipeline.rundir.layout import METRICS
@@ -135,7 +135,8 @@ def run(job: Job) -> dict[str, Any]:
     job.progress.tell("loading")
     args, tokenizer, data, _ = prepare(job)
     set_seed(job.recipe.seed)
-    base = load_base(job.recipe.model, tokenizer, to_divide=True)
+    whole = args.precompute_ref_log_probs and not divided.by_zero_3()  # which divides it before; see `add_reference`
+    base = load_base(job.recipe.model, tokenizer, to_divide=True, computes_whole=whole)
     model = adapters.with_policy_adapter(base, job.stage.lora, job.init)
     callbacks = [MetricsLog(job.folder / METRICS), job.checkpoints(), job.progress]
     trainer = EncodedDPOTrainer.over(model, args, tokenizer, data.train, data.held_out, callbacks)

@@ -35,7 +35,7 @@ def _is_divided_by_zero_3(model: nn.Module) -> bool:
 
 
 def divide(model: PeftModel) -> PeftModel:
-    """Divide a model that each rank holds whole as training does, if that does, and have it compute; in place."""
+    """Divide a model of `load_base` as training does, if that does, and have it compute; in place."""
     if divided.by_fsdp():
         model = fsdp2_prepare_model(Accelerator(), model)
         with torch.no_grad():
@@ -60,7 +60,7 @@ def with_fitting_checkpoints(args: Config) -> Config:
 
 
 def divide_by_zero_3(model: PeftModel, accelerator: Accelerator) -> None:
-    """Divide a model that each rank holds whole, parameter by parameter; in place, and only once.
+    """Divide a model parameter by parameter, of each those of the first rank; in place, and only once.
 
     DeepSpeed would do so itself when training begins, but first move all of it to the GPU.
 
@@ -68,11 +68,19 @@ def divide_by_zero_3(model: PeftModel, accelerator: Accelerator) -> None:
         model: on any device. Its parts are then on that of this rank, and so are its buffers, which stay whole.
         accelerator: knows DeepSpeed's settings.
     """
-    dtype = model.get_base_model().dtype
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)  # as DeepSpeed has it: it updates others, in float32
+    dtype, parameters = model.get_base_model().dtype, [*model.parameters()]
+
+    def one_by_one(**_: Any) -> Iterator[nn.Parameter]:
+        for parameter in parameters:
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)  # as DeepSpeed has it: it updates others, in float32
+            if not parameter.is_contiguous():  # zeros without memory, see `divided.from_first`
+                parameter.data = parameter.data.contiguous()
+            yield parameter  # which is divided before the next one is asked for
+
+    vars(model)["parameters"] = one_by_one
     importlib.import_module("deepspeed").zero.Init(module=model, config_dict_or_path=_settings(accelerator))
+    del vars(model)["parameters"]
     for buffer in model.buffers():
         buffer.data = buffer.data.to(accelerator.device)
 

@@ -26,7 +26,8 @@ from together import divide, divide_by_deepspeed
 
 from rlhf_pipeline import plan
 from rlhf_pipeline import recipe as recipes
-from rlhf_pipeline.errors import RunError
+from rlhf_pipeline.errors import InputError, RunError
+from rlhf_pipeline.models import base
 from rlhf_pipeline.run import jobs, meeting, rank, ranks, runner, worker
 from rlhf_pipeline.run.launch import STOP_SIGNAL, adopt_orphans
 from rlhf_pipeline.rundir.layout import JOB, LOG, RunDirectory, read_json
@@ -304,6 +305,36 @@ def test_what_is_divided_is_judged_by_all_also_later(tmp_path, recipe):
     again = runner._judge(*of("evaluate.n=5"), Launcher(divided), tmp_path, said.append)
     assert again.metrics["judge_replies"] == 5 and again.metrics["loss"] == record.metrics["loss"]
     assert read_json(recipe.run / "sft/work/judging/ranks/1.result.json")["metrics"] == {}
+
+
+def reading(of_the_first: Callable[[], Any]) -> Sabotage:
+    """Have the ranks divide the base, of which the first alone reads the weights; something happens when it has."""
+
+    def sabotage(index: int) -> None:
+        divide()
+        usual = base.require_causal
+
+        def require_causal(*args: Any) -> None:
+            assert index == 0
+            usual(*args)
+            of_the_first()
+
+        base.require_causal = require_causal
+
+    return sabotage
+
+
+def test_others_wait_for_the_first_one_however_long_it_reads(recipe, monkeypatch):
+    monkeypatch.setenv(meeting.TIMEOUT, "3")
+    assert train(recipe, Launcher(reading(lambda: time.sleep(4.5)))).result["metrics"]["loss"] > 0
+
+
+def test_what_the_first_one_finds_wrong_with_a_base_is_what_the_run_says(recipe):
+    def find() -> None:
+        raise InputError("its weights are spoilt", place="model.path")
+
+    said = failure(recipe, reading(find))
+    assert said.startswith("stage `sft` failed in rank 0 of 2: model.path: its weights are spoilt\n"), said
 
 
 def test_a_base_that_deepspeed_divides_is_trained(tmp_path, recipe):

@@ -5,6 +5,7 @@ The CPU passes for GPUs here; all else is as `accelerate launch` has it.
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_pipeline import ranks
 from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models.base import load_base
+from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.ppo.rollout import sample
+from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.recipe.schema import Model
 from rlhf_pipeline.stages import evaluate, soundness
 from rlhf_pipeline.stages import sharded as stage_sharded
 from rlhf_pipeline.stages.resumable import Resumable
@@ -54,16 +59,20 @@ def samples(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [row for row in rows if "judge" in row]
 
 
+EACH_READS = "FSDP2, and each rank reads"
+
+
 def divide_by(how: str, folder: Path) -> None:
     """Have this process divide what it trains."""
-    if how == "FSDP2":
+    if how in ("FSDP2", EACH_READS):
         divide()
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(how == "FSDP2").lower()
     else:
         divide_by_deepspeed(int(how[-1]), folder)
 
 
 def skip_without(how: str) -> None:
-    if how != "FSDP2":
+    if "FSDP2" not in how:
         pytest.importorskip("deepspeed")
 
 
@@ -73,7 +82,7 @@ def sharded(how: str, folder: Path, stage: str, *overrides: str) -> dict[str, An
 
     def finish_and_look(self: Any, *args: Any, **kwargs: Any) -> Any:
         layers = [one for name, one in self.model.named_parameters() if ".layers." in name]
-        if how == "FSDP2":
+        if "FSDP2" in how:
             assert isinstance(self.model, FSDPModule) and all(isinstance(one, DTensor) for one in layers)
         else:
             assert {one.numel() == 0 for one in layers} == {how == "ZeRO-3"}
@@ -101,6 +110,8 @@ CASES = [
     [
         ("FSDP2", "sft", 1, ()),
         *[("FSDP2", *case) for case in CASES],
+        (EACH_READS, "sft", 1, ()),
+        (EACH_READS, "dpo", 1, LN_2),
         ("ZeRO-3", "sft", 1, PACKED),
         *[("ZeRO-3", *case) for case in CASES],
         ("ZeRO-2", "dpo", 1, LN_2),
@@ -113,7 +124,7 @@ def test_two_ranks_that_divide_the_model_end_as_one_process(copies, how, stage, 
     """
     skip_without(how)
     one, two = map(with_judge, copies)
-    judged = stage != "reward" and (how == "FSDP2" or more == PACKED)
+    judged = stage != "reward" and ("FSDP2" in how or more == PACKED)
     more += (f"{stage}.trainer.num_train_epochs=1", *[EVALUATE.format("judge", 0)] * judged)
     size = f"{stage}.trainer.per_device_train_batch_size="
     alone = train(one, stage, f"{size}{2 * of_each}", f"{stage}.trainer.per_device_eval_batch_size=2", *more)
@@ -160,6 +171,83 @@ def test_a_divided_model_resumes_from_any_of_its_checkpoints(copies, how, stage,
     together(sharded, how, two, stage, size)
     assert_same(one, two, stage, within=0)
     assert adapter(one, stage).keys() == adapter(two, stage).keys()
+
+
+class HeldError(Exception):
+    """How many bytes the weights of the base's layers take in this rank's memory."""
+
+
+def held(how: str, folder: Path, stage: str, *overrides: str) -> int:
+    """The same, just before a stage divides the base, or one that is to be judged is divided."""
+
+    def look(model: torch.nn.Module) -> None:
+        layers = [one for name, one in model.named_parameters() if ".layers." in name and "lora_" not in name]
+        raise HeldError(sum(one.untyped_storage().nbytes() for one in layers))
+
+    connect()
+    divide_by(how, folder)
+    Resumable.train = lambda self, *_, **__: look(self.model)
+    stage_sharded.divide = look
+    stage_sharded.divide_by_zero_3 = lambda model, _: look(model)  # before `train`, where a reference is computed
+    with pytest.raises(HeldError) as found:
+        (judge if stage == "start" else train)(folder, *[stage] * (stage != "start"), *overrides)
+    return found.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "stage", "more", "alone"),
+    [
+        ("FSDP2", "reward", (), True),
+        ("FSDP2", "dpo", PRECOMPUTED, False),  # each rank makes passes through all of it
+        ("FSDP2", "start", (EVALUATE.format("judge", 0),), True),
+        (EACH_READS, "sft", (), False),
+        ("ZeRO-3", "dpo", PRECOMPUTED, True),
+    ],
+)
+def test_the_first_rank_alone_holds_the_base_until_it_is_divided(copies, how, stage, more, alone):
+    skip_without(how)
+    first, second = together(held, how, with_judge(copies[0]), stage, *more)
+    assert first > 1_000_000
+    assert second < first / 1000 if alone else second == first
+
+
+def logits(folder: Path, head: str) -> torch.Tensor:
+    """What a model says, with an adapter and, of `score`, a head, that are drawn on each rank alike or otherwise."""
+    tokenizer = load_tokenizer(Model(path=str(TINY / "checkpoint")))
+    base = load_base(Model(path=str(folder), quantization="none", dtype="float32"), tokenizer, head, to_divide=True)
+    torch.manual_seed(ranks.index())
+    make = adapters.with_reward_adapter if head == "score" else adapters.with_policy_adapter
+    model = make(base, {"r": 4, "target_modules": "all-linear"}, None)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        model = stage_sharded.divide(model).eval()
+        return model(input_ids=torch.arange(5, 45).view(2, 20), use_cache=False).logits
+
+
+def divided_logits(how: str, folder: Path, head: str) -> torch.Tensor:
+    connect()
+    divide_by(how, folder)
+    return logits(folder, head)
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "head"),
+    [("FSDP2", "gpt2", "causal"), ("FSDP2", "deepseek_v3", "score"), ("ZeRO-3", "deepseek_v3", "causal")],
+)
+def test_all_ranks_get_weights_adapters_and_buffers_of_the_first(tmp_path, how, name, head):
+    """GPT-2's embeddings are tied; of DeepSeek-V3 a buffer is in the checkpoint, and others are computed."""
+    skip_without(how)
+    model = model_of(name)
+    for buffer_name, buffer in model.named_buffers():
+        if "correction" in buffer_name:
+            torch.nn.init.normal_(buffer)
+    model.save_pretrained(tmp_path)
+    alone = logits(tmp_path, head)
+    assert alone.std() > 0.1
+    for one in together(divided_logits, how, tmp_path, head):
+        torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-5)
 
 
 def judge(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -20,13 +20,27 @@ OWN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "rwkv": {"attention_hidden_size": 64},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
 }
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model, with weights large enough that its tokens have something to say to each other."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL, **OWN.get(name, {}))).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL | OWN.get(name, {}))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)
