@@ -270,7 +270,8 @@ def load_base(
             model = loading.load(spec, load_config(spec), place, resolve_dtype(spec.dtype))
         if later:
             vars(model).pop("hf_device_map", None)  # by which Transformers would take it for one that is to stay there
-            divided.keep_buffers(model)
+        if to_divide and divided.by_fsdp():
+            divided.fit_for_fsdp(model)
         if place.type != "meta":
             require_causal(model, spec)
         return model

@@ -69,10 +69,16 @@ def from_first(load: Callable[[torch.device], PreTrainedModel]) -> PreTrainedMod
     return model
 
 
-def keep_buffers(model: nn.Module) -> None:
-    """Have all buffers count as what is not saved: Accelerate looks for a part of each other one, and finds none."""
+def fit_for_fsdp(model: PreTrainedModel) -> None:
+    """Take from a model what Accelerate looks for in vain.
+
+    It wants a part of each buffer that is saved, and buffers have none; and a layer of each class that the model may be
+    divided at, though the text model of one that reads pictures has none of those that do.
+    """
     for module in model.modules():
         module._non_persistent_buffers_set.update(module._buffers)
+    classes = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = {*(model._no_split_modules or ())} & classes
 
 
 def _zeros(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:

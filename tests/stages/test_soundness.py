@@ -20,6 +20,7 @@ OWN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "rwkv": {"attention_hidden_size": 64},
+    "gemma4_text": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16},
     "deepseek_v3": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
