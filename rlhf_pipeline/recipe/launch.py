@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,16 @@ _OF_DEEPSPEED = {
 # Which policy of dividing a model by layers reads a key.
 _OF_POLICY = {
     "fsdp_min_num_params": "SIZE_BASED_WRAP", "fsdp_transformer_layer_cls_to_wrap": "TRANSFORMER_BASED_WRAP",
+}  # fmt: skip
+# What keys of the two sections take, where Accelerate would only fail as it starts processes, or take it for a default.
+_SWITCH = (True, False)
+_DEVICES = ("none", "cpu", "nvme")
+_TAKES: dict[str, tuple[Any, ...]] = {
+    "fsdp_offload_params": _SWITCH, "fsdp_reshard_after_forward": _SWITCH, "fsdp_activation_checkpointing": _SWITCH,
+    "fsdp_activation_checkpointing_offload": _SWITCH,
+    "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"),
+    "zero_stage": (0, 1, 2, 3), "offload_optimizer_device": _DEVICES, "offload_param_device": _DEVICES,
+    "zero3_init_flag": _SWITCH, "zero3_save_16bit_model": _SWITCH,
 }  # fmt: skip
 # By which DeepSpeed's own launchers start processes on several machines.
 _OF_STARTING = ("deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter")
@@ -219,10 +230,16 @@ def _checked(written: dict[str, Any], path: KeyPath, content: dict[str, Any], pr
         if not isinstance(config, dict):
             continue
         known = options(section)
+        is_former = str(config.get("fsdp_version", config.get("version", 2))) != "2"  # which is said below
         for key in list(config):
             name = f"fsdp_{key}" if section == "fsdp_config" and not str(key).startswith("fsdp_") else str(key)
             if name in known:
                 config[name] = config.pop(key)
+                takes = None if is_former else _TAKES.get(name)
+                if takes and not any(type(config[name]) is type(one) and config[name] == one for one in takes):
+                    expected = " or ".join([", ".join(map(dump_inline, takes[:-1])), dump_inline(takes[-1])])
+                    message = f"expected {expected}, got {shown(config[name])}"
+                    problems.add((*path, section, key), message, "see `accelerate config`")
             else:  # `accelerate launch` would pass over it in silence
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean `{near[0]}`?" if near else f"the keys are {', '.join(known)}"
@@ -410,7 +427,18 @@ def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Prob
     elif processes % machines:
         problems.add(number, f"{processes} processes do not divide by {machines} machines", "each starts as many")
     _require_machine(values, machines, path, problems)
-    if machines > 1 and not values.get("main_process_ip"):
+    address = values.get("main_process_ip") or ""
+    if re.search(r"[\s/]|^[^:]*:[^:]*$", address):
+        problems.add(
+            (*path, "main_process_ip"), f"expected an IP address or the name of a machine, got {shown(address)}",
+            "a port has a key of its own, `main_process_port`" if ":" in address else None,
+        )  # fmt: skip
+    if machines > 1 and values.get("main_process_port") == 0:
+        message = "of several machines none would know which port another one has found free"
+        problems.add(
+            (*path, "main_process_port"), message, "set it to one that is free on the first machine, or remove it"
+        )
+    if machines > 1 and not address:
         problems.add(
             (*path, "main_process_ip"), "`main_process_ip` is missing, by which other machines find the first one",
             "set it to the address of the machine with `machine_rank: 0`",

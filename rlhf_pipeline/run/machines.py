@@ -37,19 +37,22 @@ TOGETHER = ("SLURM_STEP_ID", "SKYPILOT_TASK_ID", "SLURM_JOB_ID", "SLURM_RESTART_
 
 @contextlib.contextmanager
 def beating(folder: Path, machine: int) -> Iterator[None]:
-    """Give signs of life while the block runs."""
+    """Give signs of life while the block runs.
+
+    Raises:
+        OSError: not even the first one can be written; later a disk may be full for a moment.
+    """
     mine = {"of": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
 
     def beat(over: threading.Event) -> None:
         count = 0
-        while True:
-            with contextlib.suppress(OSError):  # a disk that is full for a moment
-                _write(folder / f"{machine}.beat", mine | {"count": count})
+        while not over.wait(BEAT_S):
             count += 1
-            if over.wait(BEAT_S):
-                return
+            with contextlib.suppress(OSError):
+                _write(folder / f"{machine}.beat", mine | {"count": count})
 
     folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{machine}.beat", mine | {"count": 0})
     try:
         with _beside(beat):
             yield

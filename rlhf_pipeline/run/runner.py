@@ -112,7 +112,10 @@ def run(
         return plans
     if recipe.machine_rank:  # the first machine holds the lock and does the rest
         require_devices(recipe, list(wanted.stages))
-        machines.follow(recipe, say)
+        try:
+            machines.follow(recipe, say)
+        except OSError as error:
+            raise _explained(error, recipe) from None
         return make_plan()
     directory.refuse_if_locked()
     if to_do.WAIT in list(wanted.stages.values())[:1]:
@@ -177,9 +180,14 @@ def run(
                 directory.note("comparing the policies")
                 _compare(recipe, directory, launcher, scratch, say)
     except OSError as error:  # the runner's own; a worker explains its own
-        message, hint = explain(error, recipe, None, directory.path)
-        raise RunError(message, hint=hint) from None
+        raise _explained(error, recipe) from None
     return make_plan()
+
+
+def _explained(error: OSError, recipe: Recipe) -> RunError:
+    """What an error of the disk in the runner itself is about."""
+    message, hint = explain(error, recipe, None, recipe.run)
+    return RunError(message, hint=hint)
 
 
 def _waits(stage: StagePlan, directory: RunDirectory) -> Waiting:
