@@ -51,7 +51,8 @@ def beating(folder: Path, machine: int) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 _write(folder / f"{machine}.beat", mine | {"count": count})
 
-    folder.mkdir(parents=True, exist_ok=True)
+    for made in (folder.parent, folder):  # so that an error names the run directory
+        made.mkdir(parents=True, exist_ok=True)
     _write(folder / f"{machine}.beat", mine | {"count": 0})
     try:
         with _beside(beat):
