@@ -438,6 +438,9 @@ def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Prob
         problems.add(
             (*path, "main_process_port"), message, "set it to one that is free on the first machine, or remove it"
         )
+    if machines > 1 and values.get("rdzv_backend", "static") != "static":
+        message = f"`{values['rdzv_backend']}` numbers machines as they come, and here `machine_rank` does"
+        problems.add((*path, "rdzv_backend"), message, "set `rdzv_backend: static`, or remove it")
     if machines > 1 and not address:
         problems.add(
             (*path, "main_process_ip"), "`main_process_ip` is missing, by which other machines find the first one",
@@ -449,7 +452,7 @@ def _count(recipe: Recipe, values: dict[str, Any], path: KeyPath, problems: Prob
         if values.get("main_process_ip") and "num_machines" not in values:
             message = "`main_process_ip` is of several machines, and without `num_machines` there is one"
             problems.add((*path, "main_process_ip"), message, "set `num_machines`, or remove it", of_key=True)
-        for key in ("main_process_ip", "same_network", "machine_rank"):
+        for key in ("main_process_ip", "same_network", "machine_rank", "rdzv_backend"):
             values.pop(key, None)
     alone = processes == 1 and not SHARDING.keys() & values.keys()
     if values.get("gpu_ids") in (None, "all") or (alone and values["gpu_ids"] == "0"):
