@@ -178,6 +178,14 @@ def _require_what_divides(values: dict[str, Any], path: KeyPath, problems: Probl
     for key, needed in _OF_POLICY.items():
         if fsdp.get(key) and policy != needed:
             refuse("fsdp_config", key, f"only `fsdp_auto_wrap_policy: {needed}` reads it", "set that, or remove it")
+    for key in ("fsdp_activation_checkpointing", "fsdp_activation_checkpointing_offload"):
+        if (
+            fsdp.get(key) is True
+        ):  # Accelerate's wrapper renames the adapters' weights, and draws other masks of dropout
+            message = (
+                f"`{key}` is not used here: `gradient_checkpointing` in a stage's `trainer`, on by default, does it"
+            )
+            problems.add((*path, "fsdp_config", key), message, "remove it", of_key=True)
     for key in filter(deepspeed.get, _OF_STARTING):
         hint = "remove it, and start the same command on each machine"
         refuse("deepspeed_config", key, "each machine starts its own processes, on the GPUs that it sees", hint)
@@ -514,6 +522,13 @@ def _require_possible(recipe: Recipe, name: str, path: KeyPath, problems: Proble
             (*path, key),
             f"`{key}` cannot divide 8-bit weights: bitsandbytes keeps them in one piece",
             "set `model.quantization` to `nf4`, or to `none`", of_key=True,
+        )  # fmt: skip
+    if (keys.get("fsdp_config") or {}).get("fsdp_offload_params") is True and recipe.evaluate and stage.facts.is_policy:
+        problems.add(
+            (*path, "fsdp_config", "fsdp_offload_params"),
+            f"the policy of stage `{name}` is judged, and replies cannot be sampled by weights that FSDP2 keeps in the "
+            "machine's memory",
+            "remove it, or `evaluate`", of_key=True,
         )  # fmt: skip
     _require_what_deepspeed_takes(recipe, name, path, keys, problems)
     if zero_stage(keys.get("deepspeed_config") or {}) == 3:
