@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_pipeline import kinds, plan
+from rlhf_pipeline import hub, kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
-from rlhf_pipeline.errors import Interrupted, RunError, Waiting
+from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
 from rlhf_pipeline.fingerprint import pin
 from rlhf_pipeline.forecast import cards, known
 from rlhf_pipeline.forecast.cards import Card
@@ -24,6 +24,7 @@ from rlhf_pipeline.forecast.result import Forecast
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
 from rlhf_pipeline.recipe.launch import require_devices
+from rlhf_pipeline.recipe.schema import Model
 from rlhf_pipeline.run import jobs, machines, signals, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain
 from rlhf_pipeline.run.launch import Launcher
@@ -258,6 +259,7 @@ def foresee(recipe: Recipe, card: Card) -> Forecast:
     before = known.find(recipe, card)
     if before is not None and (before.advised or card.usable is None):
         return before
+    _require_model(recipe.model)
     with _scratch() as scratch, Launcher(scratch / "server.log", fork=False) as launcher:
         done = jobs.do(
             recipe, launcher, "forecast", scratch / "forecast.json", scratch / "forecast.log", "the forecast",
@@ -268,6 +270,16 @@ def foresee(recipe: Recipe, card: Card) -> Forecast:
     found = Forecast.from_json(done.result["forecast"])
     known.keep(recipe, found)
     return found
+
+
+def _require_model(spec: Model) -> None:
+    """See that a pinned model is somewhere, before a worker imports all that reads it, which takes seconds."""
+    if not Path(spec.path).exists() and not hub.is_commit(spec.revision):
+        raise InputError(
+            "this is neither a model folder nor a hub model that can be reached",
+            place=spec.place,
+            hint="check the spelling, the network and, for gated models, `hf auth login`",
+        )
 
 
 def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:
