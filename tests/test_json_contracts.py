@@ -275,7 +275,7 @@ def test_forecast():
     """The object alone: tests/forecast has the command make one, which takes its time."""
     phases = Phase("load", {"weights": 5, "overhead": 1}), Phase("backward", {"weights": 5, "logits": 7})
     change = forecasts.Change({"sft.trainer.max_length": 8}, 9, "shorter texts")
-    one = StageForecast("sft", "sft", phases, 2, 4, 8, 16, (change,), ("a note",))
+    one = StageForecast("sft", "sft", phases, 2, 4, 8, 16, (change,), ("a note",), uncounted=("fsdp_offload_params",))
     other = StageForecast("asked", "judge", phases, 2, 4, None)
     outputs = [Forecast("24 GB", 10, (one, other), ("a note",)).as_json(), Forecast("a GPU", None, (one,)).as_json()]
     for output in outputs:

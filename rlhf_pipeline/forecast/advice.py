@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_pipeline.forecast.result import Change, StageForecast
+from rlhf_pipeline.recipe.launch import KEY
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 
 BATCH, EVAL = "per_device_train_batch_size", "per_device_eval_batch_size"
+POLICY = "fsdp_auto_wrap_policy"
 MOST = 256  # rows at once: more are hardly faster
 Look = Callable[[Recipe, str], StageForecast]
 TIME, RESULT = "time alone", "another result"
@@ -123,6 +125,10 @@ def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str
         yield {f"{name}.sampling.batch_size": stage.sampling.batch_size // 2}, TIME
     if phase in ("backward", "scoring", "sampling") and stage.facts.trains and batch >= 2 * _of_groups(stage):
         yield {f"{own}.{BATCH}": batch // 2, f"{own}.gradient_accumulation_steps": 2 * steps}, TIME
+    if found.divided_by == "fsdp_config":  # without a policy, all layers are gathered at once
+        where = KEY if stage.launch is None else f"{name}.{KEY}"
+        if str(recipe.launch_of(name)["fsdp_config"].get(POLICY) or "NO_WRAP") == "NO_WRAP":
+            yield {f"{where}.fsdp_config.{POLICY}": "TRANSFORMER_BASED_WRAP"}, TIME
     if recipe.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}, RESULT
     if recipe.model.quantization != "nf4":
@@ -148,7 +154,7 @@ def _with(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
             continue
         holder: Any = changed.stages[first] if first in changed.stages else getattr(changed, first)
         for part in rest[:-1]:
-            holder = getattr(holder, part)
+            holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
         if isinstance(holder, dict):
             holder[rest[-1]] = value
         else:

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from rlhf_pipeline.rundir.words import memory
 
-Part = Literal["weights", "adapters", "optimizer", "activations", "logits", "cache", "engine", "overhead"]
-PARTS: tuple[Part, ...] = ("weights", "adapters", "optimizer", "activations", "logits", "cache", "engine", "overhead")
+Part = Literal["weights", "gathered", "adapters", "optimizer", "activations", "logits", "cache", "engine", "overhead"]
+PARTS: tuple[Part, ...] = get_args(Part)
 # In the order in which a stage comes to them.
 PHASES = ("load", "sampling", "scoring", "backward", "optimizer", "evaluation", "judging")
 
@@ -58,7 +58,9 @@ class StageForecast:
         changes: what to change where it does not fit, one after the other until it does, or nothing is left.
         notes: what the forecast does not know, or took for granted.
         engine_share: the share of the card that an engine of its own takes while it samples; see `on`.
-        divided_by: the key of `launch` by which processes divide what they hold, which is not counted; None without.
+        divided_by: the key of `launch` by which processes divide what they hold; None without.
+        processes: how many train it; all numbers are of one of them.
+        uncounted: keys of `launch` by which a process holds less than is said here.
     """
 
     name: str
@@ -72,6 +74,8 @@ class StageForecast:
     notes: tuple[str, ...] = ()
     engine_share: float = 0.0
     divided_by: str | None = None
+    processes: int = 1
+    uncounted: tuple[str, ...] = ()
 
     def on(self, usable: int | None) -> "StageForecast":
         """The same on a card, where an engine takes its share of that while it samples."""
@@ -111,8 +115,8 @@ class StageForecast:
     @property
     def way_out(self) -> str:
         """Where it does not fit."""
-        if self.divided_by:
-            return f"`{self.divided_by}` divides that among processes, which is not counted"
+        if self.uncounted:
+            return f"what {' and '.join(f'`{key}`' for key in self.uncounted)} saves is not counted"
         return "`rlhf-pipeline forecast` says what to change"
 
     def phase(self, name: str) -> Phase | None:
@@ -176,7 +180,8 @@ class Forecast:
             phases = tuple(Phase(phase["name"], phase["parts"]) for phase in one["phases"])
             changes = tuple(Change(change["overrides"], change["peak"], change["costs"]) for change in one["changes"])
             names = ("name", "kind", "prompt_tokens", "whole_tokens", "batch_size", "largest_batch", "engine_share",
-                     "divided_by")  # fmt: skip
+                     "divided_by", "processes")  # fmt: skip
             own = {name: one[name] for name in names}
-            stages.append(StageForecast(**own, phases=phases, changes=changes, notes=tuple(one["notes"])))
+            stages.append(StageForecast(**own, phases=phases, changes=changes, notes=tuple(one["notes"]),
+                                        uncounted=tuple(one["uncounted"])))  # fmt: skip
         return cls(said["card"], said["usable"], tuple(stages), tuple(said["notes"]), said["advised"])

@@ -267,6 +267,11 @@ def _as_shape(one: Tensor) -> Tensor:
     return (torch.ones if one.dtype == torch.bool else torch.zeros)(one.shape, dtype=one.dtype)
 
 
+def _blocks(size: int) -> int:
+    """Bytes that the allocator gives for so many."""
+    return -(-size // BLOCK) * BLOCK
+
+
 class Ledger(TorchDispatchMode):
     """Counts the bytes that are held, by what they are for, and keeps the split at the peak of each phase.
 
@@ -301,8 +306,8 @@ class Ledger(TorchDispatchMode):
                 self.count(one)
         return found
 
-    def count(self, tensor: Tensor, part: str | None = None) -> None:
-        """Count a tensor's storage, unless it is; with `part`, as that from now on."""
+    def count(self, tensor: Tensor, part: str | None = None, size: int | None = None) -> None:
+        """Count a tensor's storage, unless it is; with `part`, as that from now on; with `size`, as so many bytes."""
         storage = (tensor.twin if isinstance(tensor, Shape) else tensor).untyped_storage()
         known = self._parts.get(storage._cdata)
         if known is not None:
@@ -311,14 +316,23 @@ class Ledger(TorchDispatchMode):
                 self.held[part] += known[1]
                 known[0] = part
             return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        if not size:
+        if not storage.nbytes():
             return
+        size = _blocks(storage.nbytes() if size is None else size)
         part = part or self.making or ("logits" if self._is_logits(tensor) else "activations")
         entry = self._parts[storage._cdata] = [part, size]
         weakref.finalize(storage, self._free, storage._cdata, entry).atexit = False
         self.held[part] += size
         self.total += size
+        self.note()
+
+    def hold(self, tensor: Tensor, size: int, part: str) -> None:
+        """Count a tensor that is counted already as so many bytes, and as that part, from now on."""
+        entry = self._parts[(tensor.twin if isinstance(tensor, Shape) else tensor).untyped_storage()._cdata]
+        self._free_of(entry)
+        entry[:] = part, _blocks(size)
+        self.held[part] += entry[1]
+        self.total += entry[1]
         self.note()
 
     def note(self) -> None:
@@ -333,6 +347,9 @@ class Ledger(TorchDispatchMode):
     def _free(self, key: int, entry: list[Any]) -> None:
         if self._parts.get(key) is entry:
             del self._parts[key]
+        self._free_of(entry)
+
+    def _free_of(self, entry: list[Any]) -> None:
         self.held[entry[0]] -= entry[1]
         self.total -= entry[1]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -21,9 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_pipeline import stages
 from rlhf_pipeline.forecast import lengths as longest
 from rlhf_pipeline.forecast import model as bases
+from rlhf_pipeline.forecast.divided import Fsdp2, Zero, in_place
 from rlhf_pipeline.forecast.lengths import Lengths
 from rlhf_pipeline.forecast.shapes import Ledger
 from rlhf_pipeline.models import adapters
+from rlhf_pipeline.models import divided as models_divided
 from rlhf_pipeline.models.base import Head
 from rlhf_pipeline.models.roles import PolicyView, Roles, SharedBase
 from rlhf_pipeline.models.score_head import new_head
@@ -31,6 +33,7 @@ from rlhf_pipeline.ppo.forward import member_scores
 from rlhf_pipeline.ppo.numbers import Scores
 from rlhf_pipeline.ppo.rollout import TOKENS_AT_ONCE, Episodes, sample
 from rlhf_pipeline.ppo.trainer import PPOTrainer
+from rlhf_pipeline.recipe.deepspeed import zero_stage
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Rollout
 from rlhf_pipeline.stages.job import Job
 
@@ -66,8 +69,13 @@ def peaks(
     head: Head = "score" if job.stage.facts.makes == "reward" else "causal"
     base = bases.build(recipe.model, config, tokenizer, getattr(torch, recipe.model.dtype), layers, head)
     with tempfile.TemporaryDirectory(prefix="rlhf-pipeline-") as folder, ledger, _optimizer_steps(ledger):
-        for tensor in (*base.parameters(), *base.buffers()):
+        arrives_in_parts = _arrives_in_parts(job)
+        for tensor in base.parameters():
+            ledger.count(tensor, "weights", 0 if arrives_in_parts else None)
+        for tensor in base.buffers():
             ledger.count(tensor, "weights")
+        if arrives_in_parts:
+            ledger.phase = UNCOUNTED  # of the memory of the machine
         ledger.making = "adapters"
         if not job.stage.facts.trains:
             _rows_of_replies(job, base, lengths, ledger)
@@ -128,7 +136,9 @@ def _optimizer_steps(ledger: Ledger) -> Iterator[None]:
 
 def _settings(job: Job, folder: Path) -> Any:
     """The stage's own settings, for a few steps on shapes."""
-    args: Any = job.trainer_config(stages.BY_KIND[job.stage.kind].CONFIG)
+    by_zero_3 = zero_stage(job.recipe.launch_of(job.name).get("deepspeed_config") or {}) == 3
+    with in_place(models_divided, "by_zero_3", lambda: by_zero_3):
+        args: Any = job.trainer_config(stages.BY_KIND[job.stage.kind].CONFIG)
     only_train(args, STEPS, folder)
     args.dataloader_pin_memory = False
     if job.recipe.model.needs_kernel:  # rows without padding are as many tokens; no kernel reads shapes
@@ -154,13 +164,15 @@ def only_train(args: Any, steps: int, folder: Path) -> None:
     args.eval_on_start = False
 
 
-def _begin(trainer: Any, model: torch.nn.Module, ledger: Ledger) -> None:
+def _begin(trainer: Any, model: torch.nn.Module, ledger: Ledger, division: Fsdp2 | Zero | None = None) -> None:
     """Have a trainer's optimizer as it is after its first step, so that the next one is like all others."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before, ledger.phase, ledger.making = ledger.phase, UNCOUNTED, "optimizer"
     if trainer.optimizer is None:
         trainer.create_optimizer_and_scheduler(num_training_steps=STEPS)
-    for parameter in trained:
+    if division is not None:
+        division.take_over(trainer.optimizer)
+    for parameter in trained if division is None else division.trained:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
@@ -185,7 +197,8 @@ def _texts(
     if job.stage.facts.reads == "feedback":
         args.desirable_weight = args.undesirable_weight = 1.0
     trainer = stages.BY_KIND[job.stage.kind].TRAINER.over(model, args, tokenizer, rows, held_out)
-    _begin(trainer, model, ledger)
+    division = _divided(job, trainer, model, ledger)
+    _begin(trainer, model, ledger, division)
     with ledger.during("backward"):
         trainer.train()
     if held_out is not None:
@@ -194,7 +207,36 @@ def _texts(
     if job.stage.facts.makes == "reward":
         return None
     trainer.optimizer = trainer.lr_scheduler = None  # as it is where the trainer is over, and `judge_policy` begins
+    if division is not None and job.recipe.evaluate is not None:
+        with ledger.during("judging"):
+            division.gather_rest()  # as `stages.sharded.in_step` does
     return PolicyView(Roles(model, {"policy": "default"}), "policy")
+
+
+def _arrives_in_parts(job: Job) -> bool:
+    """Whether the base waits in the memory of the machine until it is divided; see `models.base.load_base`."""
+    by_fsdp = bool(job.recipe.launch_of(job.name).get("fsdp_config"))
+    needs_whole = by_fsdp and job.stage.trainer.get("precompute_ref_log_probs")  # see `stages.sharded.computing`
+    several = job.recipe.processes(job.name) > 1 and job.recipe.divides(job.name)
+    return several and job.recipe.model.quantization == "none" and not needs_whole
+
+
+def _divided(job: Job, trainer: Any, model: PeftModel, ledger: Ledger) -> Fsdp2 | Zero | None:
+    """What divides a stage's model among processes, at the start of training; None where nothing does."""
+    processes, dtype = job.recipe.processes(job.name), getattr(torch, job.recipe.model.dtype)
+    keys = job.recipe.launch_of(job.name)
+    fsdp, zero = keys.get("fsdp_config") or {}, keys.get("deepspeed_config")
+    if processes == 1 or not (fsdp or zero):
+        return None
+    if job.recipe.divides(job.name):
+        ledger.phase = "load"
+    if zero:
+        hidden = model.config.get_text_config().hidden_size
+        return Zero(model, zero, processes, dtype, hidden, ledger) if zero_stage(zero) in (1, 2, 3) else None
+    computes_in = None if dtype == torch.float32 else dtype  # as Accelerate's mixed precision has it
+    made = Fsdp2(model, fsdp, processes, computes_in, ledger, not _arrives_in_parts(job))
+    made.syncs = lambda: bool(trainer.accelerator.sync_gradients)
+    return made
 
 
 def rows_of(job: Job, count: int, lengths: Lengths) -> Dataset:

@@ -6,6 +6,7 @@ import gc
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -14,14 +15,19 @@ from transformers.utils import logging
 
 from rlhf_pipeline.forecast import advice, lengths, stage
 from rlhf_pipeline.forecast.cards import CONTEXT, Card
+from rlhf_pipeline.forecast.divided import is_true, most_gathered
 from rlhf_pipeline.forecast.lengths import EVALUATE, Known
 from rlhf_pipeline.forecast.result import PARTS, PHASES, Change, Forecast, Part, Phase, StageForecast
 from rlhf_pipeline.models import layer_count
 from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import TINY
+from rlhf_pipeline.recipe.deepspeed import offloads, zero_stage
 from rlhf_pipeline.recipe.launch import SHARDING
 from rlhf_pipeline.recipe.schema import Model, Recipe
+
+# Of `fsdp_config`, what saves memory in a way that no forecast knows.
+SAVE = ("fsdp_offload_params", "fsdp_activation_checkpointing", "fsdp_activation_checkpointing_offload")
 
 
 def forecast(
@@ -109,11 +115,20 @@ class _Work:
             for place, reward in enumerate(one.rewards)
             if reward.model is not None
         ]
-        divided_by = next(filter(recipe.launch_of(name).get, SHARDING), None)
-        if (processes := recipe.processes(name)) > 1:
-            what = f"`{divided_by}` divides what they hold, which is not counted" if divided_by else "each takes this"
+        launch, processes = recipe.launch_of(name), recipe.processes(name)
+        divided_by = next(filter(launch.get, SHARDING), None) if processes > 1 else None
+        uncounted = _uncounted(launch) if divided_by else []
+        if processes > 1:
+            what = f"this is what each has that {_divided(launch)}" if divided_by else "each takes this"
             notes.append(f"it is trained by {processes} processes: {what}")
+        if uncounted:
+            notes.append(f"what {' and '.join(f'`{key}`' for key in uncounted)} saves is not counted")
         split = self._all_layers(lambda layers: self._peaks(recipe, name, found, layers))
+        if zero_stage(launch.get("deepspeed_config") or {}) == 3:
+            text, dtype = self.config.get_text_config(), getattr(torch, recipe.model.dtype)
+            most = most_gathered(launch["deepspeed_config"], text.hidden_size, text.vocab_size, dtype)
+            for parts in split.values():
+                parts["gathered"] = min(parts.get("gathered", 0), most)
         phases = tuple(Phase(phase, self._with_overhead(split[phase])) for phase in PHASES if phase in split)
         sampled = one.sampling.batch_size if one.sampling else one.judge.batch_size if one.judge else None
         batch = advice.batch_size(one) if one.facts.trains else sampled
@@ -124,7 +139,7 @@ class _Work:
             )
         texts = found.prompt, found.whole
         made = StageForecast(name, one.kind, phases, *texts, batch, notes=tuple(notes), engine_share=share,
-                             divided_by=divided_by)  # fmt: skip
+                             divided_by=divided_by, processes=processes, uncounted=tuple(uncounted))  # fmt: skip
         return made.on(self.usable)
 
     def _with_overhead(self, split: dict[str, int]) -> dict[Part, int]:
@@ -155,6 +170,20 @@ class _Work:
             }
             for phase, split in some.items()
         }
+
+
+def _divided(launch: dict[str, Any]) -> str:
+    """What processes have that divide a model, in words."""
+    stage = zero_stage(launch.get("deepspeed_config") or {})
+    if stage is None:
+        return "FSDP2 divides"
+    return f"DeepSpeed's ZeRO-{stage} divides" + (", with all that it may gather at once" if stage == 3 else "")
+
+
+def _uncounted(launch: dict[str, Any]) -> list[str]:
+    """Keys by which processes hold less than is forecast."""
+    fsdp, zero = launch.get("fsdp_config") or {}, launch.get("deepspeed_config") or {}
+    return [key for key in SAVE if is_true(fsdp, key, default=False)] + offloads(zero)
 
 
 @contextlib.contextmanager

@@ -63,9 +63,9 @@ def verdict(stage: StageForecast, forecast: Forecast) -> str:
 def in_short(forecast: Forecast) -> str:
     """What each stage takes, and whether it fits, in one line."""
     sizes = ", ".join(f"{stage.name} {memory(stage.peak)}" for stage in forecast.stages)
-    divided = ", ".join(stage.name for stage in forecast.stages if stage.divided_by)
-    if divided:
-        sizes += f" (that processes divide what {divided} takes is not counted)"
+    less = ", ".join(stage.name for stage in forecast.stages if stage.uncounted)
+    if less:
+        sizes += f" (what is moved off the GPU, or computed anew, in {less} is not counted)"
     if forecast.usable is None or not sizes:
         return sizes or "no stage holds a model"
     room = f"the {memory(forecast.usable)} of {forecast.card}"

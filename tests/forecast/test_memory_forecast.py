@@ -176,7 +176,7 @@ def test_a_forecast_leaves_the_gpu_alone(small, monkeypatch):
     assert state == kept | {"device": torch.device("cuda", 0)}
 
 
-def test_of_several_processes_it_is_said_what_one_takes_and_what_is_not_counted(small):
+def test_of_several_processes_it_is_said_what_one_takes(small):
     recipe = small()
     alone = work.forecast(recipe, cards.ANY, advise=False)
     recipe.stages["sft"].launch = {"num_processes": 4}
@@ -184,14 +184,6 @@ def test_of_several_processes_it_is_said_what_one_takes_and_what_is_not_counted(
     assert several.stages[0].phases == alone.stages[0].phases, "a process has the batch that the recipe says"
     assert several.stages[0].notes == ("it is trained by 4 processes: each takes this",)
     assert forecasts.in_short(several) == forecasts.in_short(alone)
-    recipe.stages["sft"].launch |= {"fsdp_config": {"fsdp_version": 2}}
-    divided = work.forecast(recipe, cards.Card("1 MiB", 2**20), advise=False)
-    assert divided.stages[0].notes == (
-        "it is trained by 4 processes: `fsdp_config` divides what they hold, which is not counted",
-    )
-    assert divided.doubts[0].endswith("`fsdp_config` divides that among processes, which is not counted")
-    assert "(that processes divide what sft takes is not counted)" in forecasts.in_short(divided)
-    assert Forecast.from_json(divided.as_json()) == divided
 
 
 def test_replies_that_all_processes_sample_are_divided_by_them():
