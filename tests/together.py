@@ -1,6 +1,7 @@
 """Several processes that train together, as `accelerate launch` starts them, but forked from the test's own process."""
 
 import faulthandler
+import gc
 import importlib
 import json
 import multiprocessing
@@ -110,6 +111,7 @@ def _run(function: Callable[..., Any], args: tuple, rank: int, processes: int, p
     for state in (AcceleratorState, PartialState, GradientState):  # those of the process that this one is forked from
         state._reset_state()
     torch.set_num_threads(1)
+    gc.freeze()  # trainers look for garbage, which need not be that of the process that this one is forked from
     error = (folder / f"{rank}.error").open("w")
     faulthandler.enable(error)
     try:
