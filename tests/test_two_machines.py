@@ -227,7 +227,8 @@ def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far, mon
     waits = f"for machine 0 ({FIRST}) in {far.run}; "
     assert said == [
         f"machine 1 waits {waits}Ctrl-C ends it",
-        f"machine 1 still waits {waits}see there whether the same command is at work, or has ended with an error",
+        f"machine 1 still waits {waits}see whether the same command is at work there, and sees this folder, or has ended "
+        "with an error",
     ]
 
 
@@ -418,7 +419,7 @@ def test_a_machine_that_cannot_write_to_what_all_share_says_so(far):
         pytest.fail("it gives no signs of life")
     blocked = far.model_copy(update={"output_dir": str(far.run / "file")})
     Path(blocked.output_dir).write_text("")
-    with pytest.raises(RunError, match="the run directory .* cannot be made"):
+    with pytest.raises(RunError, match=r"the run directory .* cannot be made"):
         runner.run(blocked, say=lambda _: None)
 
 
@@ -449,7 +450,8 @@ def test_what_the_first_machine_waits_for_is_said_and_shown_and_a_stop_is_of_no_
     with machines.leading(far), machines.reminding(far, said.append), pytest.raises(LookupError):
         first.listen()
     timer.join()
-    waits = "machine 0 waits for machine 1; the same command runs there with `launch.machine_rank=1`"
+    waits = "machine 0 waits for machine 1; the same command runs there with `launch.machine_rank=1`, and sees "
+    waits += str(far.run)
     assert set(said) == {waits} and len(said) > 1 and stopping == [[1]]
     view.refresh()
     assert plain_line(view.at_work) == "sft     waiting for machine 1"
@@ -587,6 +589,47 @@ def test_one_that_only_misses_the_store_of_a_stopped_one_has_not_failed(far):
     (here.folder / "1.result.json").write_text(json.dumps({"message": said}))
     ended = {0: {"code": ranks.STOPPED, "at": 1.0}, 1: {"code": 1, "at": 1.1}}
     assert ranks._outcome(here, ended, Launched()) == ranks.STOPPED  # type: ignore[arg-type]
+
+
+def test_a_machine_that_was_started_anew_has_lost_its_ranks(far):
+    first = ranks.Ranks(job_of(far), machine=0)
+    folder = far.run / ".machines"
+    first._ears = {1: machines.Ear(folder, 1)}
+    with machines.beating(folder, 1):
+        assert not first.is_over(ended=[])
+    with machines.beating(folder, 1):
+        assert first.is_over(ended=[])
+        assert ranks._outcome(first, {}, Launched()) == 1  # type: ignore[arg-type]
+    result = json.loads(first.job_file.with_name("result.json").read_text())
+    assert (result["message"], result["known"]) == ("machine 1 was started anew", True)
+
+
+def test_one_of_the_others_takes_part_in_a_run_that_is_begun_anew(far, monkeypatch):
+    """Machine 0 was killed, and started again before it was missed."""
+    job, started, said = job_of(far), [], list[str]()
+
+    def start(_recipe: object, told: str, _machine: int) -> subprocess.Popen:
+        started.append(told)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+
+    monkeypatch.setattr(machines, "_start", start)
+
+    def lead() -> None:
+        with contextlib.suppress(OSError), machines.leading(far):
+            machines.announce(far.run, job)
+            while not started:
+                time.sleep(0.02)
+            run = json.loads((far.run / ".machines" / "run.json").read_text())
+            (far.run / ".machines" / "run.json").write_text(json.dumps(run | {"id": "another"}))
+            machines.announce(far.run, job)
+            while len(started) < 2:
+                time.sleep(0.02)
+
+    first = threading.Thread(target=lead, daemon=True)
+    first.start()
+    machines.follow(far, said.append)
+    first.join(5)
+    assert len(started) == 2 and "machine 0 has begun anew" in said
 
 
 def test_a_machine_is_missed_only_while_its_ranks_are(far, monkeypatch):

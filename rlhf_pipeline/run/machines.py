@@ -96,6 +96,13 @@ class Ear:
     def __init__(self, folder: Path, machine: int) -> None:
         self._file, self._heard, self._at = folder / f"{machine}.beat", 0, time.monotonic()
         self._last = read_json(self._file)
+        self._process: Any = None
+
+    @property
+    def is_another(self) -> bool:
+        """Whether another process has taken the place of the one that was heard first, which then is gone."""
+        self.silence()
+        return self._heard > 0 and (self._last or {}).get("of") != self._process
 
     @property
     def has_come(self) -> bool:
@@ -107,6 +114,7 @@ class Ear:
         """How long it has given no sign, in seconds."""
         count = read_json(self._file)
         if count is not None and count != self._last:
+            self._process = self._process if self._heard else count.get("of")
             self._last, self._at, self._heard = count, time.monotonic(), self._heard + 1
         return time.monotonic() - self._at
 
@@ -242,7 +250,7 @@ def reminding(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
                 due = time.monotonic() + REMIND_S
                 own = f"={missing[0]}" if len(missing) == 1 else " of its own"
                 waits = f"machine 0 waits for {words.machines(missing)}"
-                say(f"{waits}; the same command runs there with `launch.machine_rank{own}`")
+                say(f"{waits}; the same command runs there with `launch.machine_rank{own}`, and sees {recipe.run}")
 
     with _beside(remind):
         yield
@@ -319,7 +327,7 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
             first = Ear(folder, 0)
             addresses = (recipe.launch_of(name).get("main_process_ip") for name in recipe.stages)
             waits = f"waits for machine 0 ({next(filter(None, addresses), None)}) in {recipe.run}"
-            why = "see there whether the same command is at work, or has ended with an error"
+            why = "see whether the same command is at work there, and sees this folder, or has ended with an error"
             if before and before["kind"]:
                 why = f"its last run there ended with: {before['message']}"
             with _before_anything_begins(machine):
@@ -331,7 +339,9 @@ def follow(recipe: Recipe, say: Callable[[str], None]) -> None:
             while True:
                 now = read_json(folder / RUN) or run
                 if now["id"] != run["id"]:
-                    raise RunError("machine 0 has begun another run", hint="run the same command here again")
+                    _end(job)
+                    run, job, done = now, None, None
+                    say("machine 0 has begun anew")
                 if now["over"] is not None:
                     return _end_as(now["over"])
                 if first.silence() > SILENT_S:

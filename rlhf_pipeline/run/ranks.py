@@ -60,7 +60,7 @@ class Ranks:
         count: how many there are, on all machines together.
         mine: those of this machine.
         stopping: they were asked to stop.
-        silent: a machine that has given no sign for too long.
+        silent: a machine that has given no sign for too long, or was started anew.
     """
 
     def __init__(self, job_file: Path, machine: int | None = None) -> None:
@@ -151,8 +151,13 @@ class Ranks:
         if self.machine == 0 and self.refusal():
             return True
         missed = {m: ear for m, ear in self._ears.items() if any(rank not in ended for rank in self.of(m))}
-        self.silent = next((m for m, ear in missed.items() if ear.silence() > machines.SILENT_S), None)
+        gone = (m for m, ear in missed.items() if ear.silence() > machines.SILENT_S or ear.is_another)
+        self.silent = next(gone, None)
         return self.silent is not None or (self.machine > 0 and (self.folder / OVER).exists())
+
+    def is_anew(self) -> bool:
+        """Whether `silent` was started anew, and so has not the ranks any more that this one works with."""
+        return self.silent in self._ears and self._ears[self.silent].is_another
 
     def tell(self) -> None:
         """Ask the ranks of this machine to stop that were not yet asked, once they are there; and other machines."""
@@ -216,7 +221,8 @@ def main(job_file: Path, machine: int | None = None) -> int:
                 place = next((f"{error['place']}: " for error in end.get("errors", ()) if error["place"]), "")
                 return _fail(ranks, f"machine {absent}: {place}{end['message']}", end["hint"])
             return _fail(ranks, f"machine {absent} has not come within {machines.COME_S / 60:.0f} minutes",
-                         f"run the same command there, with `launch.machine_rank={absent}`")  # fmt: skip
+                         f"run the same command there, with `launch.machine_rank={absent}`; both have to see the same "
+                         "`output_dir`")  # fmt: skip
         signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
     launcher = _start(ranks, port or _free_port())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})  # the ranks have it blocked until they listen
@@ -316,7 +322,8 @@ def _outcome(ranks: Ranks, ended: Mapping[int, Mapping[str, Any]], launcher: sub
         return _finish(ranks, next((one for one in found if one.get("step")), {"step": None}), STOPPED)
     if ranks.silent is not None:
         hint = "the same command on all machines resumes from the last checkpoint"
-        return _fail(ranks, f"machine {ranks.silent} has given no sign for {machines.SILENT_S:.0f} s", hint)
+        how = "was started anew" if ranks.is_anew() else f"has given no sign for {machines.SILENT_S:.0f} s"
+        return _fail(ranks, f"machine {ranks.silent} {how}", hint)
     running = [rank for rank in range(ranks.count) if rank not in ended]
     if not failed and (refusal := ranks.refusal()):
         return _finish(ranks, refusal, 1)
