@@ -227,8 +227,8 @@ def test_a_first_machine_that_does_not_come_is_waited_for_and_then_said(far, mon
     waits = f"for machine 0 ({FIRST}) in {far.run}; "
     assert said == [
         f"machine 1 waits {waits}Ctrl-C ends it",
-        f"machine 1 still waits {waits}see whether the same command is at work there, and sees this folder, or has ended "
-        "with an error",
+        f"machine 1 still waits {waits}see whether the same command is at work there, and sees this folder, or has "
+        "ended with an error",
     ]
 
 
