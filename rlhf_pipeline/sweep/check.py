@@ -93,6 +93,7 @@ class Loader:
                 problems += self.as_written(error, values)
         places = [f"override `{one.written}`" for one in self.swept]
         _raise(sorted(problems, key=lambda one: places.index(one.place) if one.place in places else -1))
+        _raise([error for _, one in loaded for error in _asks_machines(one)])
         first = loaded[0][1]
         self.folder = first.run.parent / f"{first.name}{SWEEP}"
         self.words = words_for(self.swept, first)
@@ -228,6 +229,14 @@ def _asks_people(recipe: Recipe) -> list[InputError]:
         for name, stage in recipe.stages.items()
         if stage.facts.by_people
     ]
+
+
+def _asks_machines(recipe: Recipe) -> list[InputError]:
+    """What is wrong with stages that several machines train: the others would not know which run is at work."""
+    if recipe.machines == 1:
+        return []
+    message = f"the runs of a sweep are on one machine, and this recipe is run on {recipe.machines}"
+    return [InputError(message, place="launch.num_machines", hint="set `launch.num_machines=1`, and fewer processes")]
 
 
 def _ask(
