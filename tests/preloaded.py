@@ -2,10 +2,12 @@
 
 import gc
 from importlib.util import find_spec
+from pathlib import Path
 
 gc.disable()  # a collector that walks what is being imported takes a fifth of the time
 
-if find_spec("deepspeed"):  # Accelerate imports it, where it is, to see what a model is wrapped in
+# Accelerate imports it, where it is, to see what wraps a model. It looks for GPUs, which forks then could not use.
+if find_spec("deepspeed") and not Path("/proc/driver/nvidia").exists():
     import deepspeed  # noqa: F401
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
