@@ -25,6 +25,10 @@ LEAST_NUMBERS = 10**8  # `--fsdp_min_num_params` of `accelerate launch`
 WRAPS = dict(zip(FSDP_AUTO_WRAP_POLICY, (transformer_auto_wrap_policy, size_based_auto_wrap_policy, None), strict=True))
 
 
+# Between the name of a phase and that of a moment in it, at which what each layer adds is not what it adds elsewhere.
+MOMENT = "/"
+
+
 class Weight:
     """A parameter that processes divide by its first dimension, as FSDP2 does.
 
@@ -154,13 +158,11 @@ class Fsdp2:
     def _arrive(self, unit: Unit) -> None:
         if unit.arriving is None:
             return
-        if unit.state == "forward":
-            self.sent = None
         for one in unit.weights:
             self.ledger.hold(one.parameter, one.bytes, "gathered")
         unit.gathered = True
         if unit.state == "forward":
-            self.sent = unit.arriving
+            self.sent = unit.arriving  # the one before is let go now, when the weights have been copied
         unit.arriving = None
 
     def _divide(self, unit: Unit) -> None:
@@ -178,8 +180,9 @@ class Fsdp2:
             return args, kwargs
         begins, unit.state = unit.state != "forward", "forward"
         self.iterates = self.iterates or unit
-        self._send(unit)
-        self._arrive(unit)
+        with self.ledger.during(f"{self.ledger.phase}{MOMENT}gathered"):
+            self._send(unit)
+            self._arrive(unit)
         if not (begins and torch.is_grad_enabled()):
             return args, kwargs
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.requires_grad]
@@ -263,9 +266,7 @@ class Fsdp2:
 
     def _watch_head(self) -> None:
         """TRL's losses that do without logits gather the output embedding themselves, for as long as they need it."""
-        causal: Any = self.model
-        while not isinstance(causal, PreTrainedModel):
-            causal = causal.base_model if causal is self.model else causal.model
+        causal = _causal(self.model)
         head = causal.get_output_embeddings()
         unit = next((unit for unit in self.units if head in unit.modules), None)
         if unit is None:
@@ -331,12 +332,13 @@ class Zero:
         self.bytes = 0
         if self.of_weights:
             threshold = settings["stage3_param_persistence_threshold"]
+            head = getattr(_causal(model).get_output_embeddings(), "weight", None)  # TRL's loss gathers it again
             for one in parameters:
                 part = "adapters" if one.requires_grad else "weights"
                 self.kept.append(empty(-(-one.numel() // processes), dtype=one.dtype))
                 ledger.count(self.kept[-1], part)
                 if one.numel() > threshold:
-                    self.bytes += one.numel() * one.dtype.itemsize
+                    self.bytes += one.numel() * one.dtype.itemsize * (2 if one is head else 1)
                     ledger.hold(one, 0, "gathered")
             if computes_in == torch.float32:
                 ledger.count(self.trained[0], "optimizer", 0)  # they are the parts themselves
@@ -401,6 +403,11 @@ class _Mark(torch.autograd.Function):
         return None, *gradients
 
 
+def _causal(model: Any) -> Any:
+    """The base inside a `PeftModel`."""
+    return model.base_model.model if not isinstance(model, PreTrainedModel) else model
+
+
 def _convert(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     """Make a parameter one of another type, in place; small ones are real."""
     other = parameter.data.to(dtype)
@@ -425,9 +432,9 @@ def _units(model: nn.Module, keys: dict[str, Any]) -> list[tuple[tuple[nn.Module
         set_auto_wrap_policy=lambda _: None,
         reshard_after_forward=is_true(keys, "fsdp_reshard_after_forward", default=True),
         cpu_offload=None, mixed_precision_policy=None, ignored_modules=None, cpu_ram_efficient_loading=False,
-        auto_wrap_policy=WRAPS[str(keys.get("fsdp_auto_wrap_policy") or "NO_WRAP").upper()],
+        auto_wrap_policy=WRAPS.get(str(keys.get("fsdp_auto_wrap_policy")).upper()),
         transformer_cls_names_to_wrap=names.split(",") if isinstance(names, str) else names,
-        min_num_params=int(keys.get("fsdp_min_num_params") or LEAST_NUMBERS),
+        min_num_params=int(float(keys.get("fsdp_min_num_params") or LEAST_NUMBERS)),
     )  # fmt: skip
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), torch_device_mesh=None, mixed_precision="no", is_main_process=False

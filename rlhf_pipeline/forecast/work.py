@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from rlhf_pipeline.forecast import advice, lengths, stage
 from rlhf_pipeline.forecast.cards import CONTEXT, Card
-from rlhf_pipeline.forecast.divided import is_true, most_gathered
+from rlhf_pipeline.forecast.divided import MOMENT, is_true, most_gathered
 from rlhf_pipeline.forecast.lengths import EVALUATE, Known
 from rlhf_pipeline.forecast.result import PARTS, PHASES, Change, Forecast, Part, Phase, StageForecast
 from rlhf_pipeline.models import layer_count
@@ -160,16 +160,25 @@ class _Work:
         layers, few = text.num_hidden_layers, layer_count.of_every_kind(text)
         more = few + layer_count.period(text)
         if layers <= more:
-            return peaks(layers)
+            return _by_phase(peaks(layers))
         least, some = peaks(few), peaks(more)
         share = (layers - more) / (more - few)
-        return {
+        moments = {
             phase: {
                 part: max(0, round(split.get(part, 0) + share * (split.get(part, 0) - least[phase].get(part, 0))))
                 for part in {*split, *least[phase]}
             }
             for phase, split in some.items()
         }
+        return _by_phase(moments)
+
+
+def _by_phase(moments: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Of each phase the moment at which most is held."""
+    found: dict[str, dict[str, int]] = {}
+    for name, split in sorted(moments.items(), key=lambda one: sum(one[1].values())):
+        found[name.partition(MOMENT)[0]] = split
+    return found
 
 
 def _divided(launch: dict[str, Any]) -> str:

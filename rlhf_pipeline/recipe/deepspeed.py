@@ -26,11 +26,13 @@ def zero_settings(config: Mapping[str, Any], hidden: int) -> dict[str, Any]:
         config: of a stage's `launch`.
         hidden: the model's hidden size.
     """
-    found = _of_file(config)
-    found = DEFAULTS | {"overlap_comm": zero_stage(config) == 3} | {
-        name: value for name, value in found.items() if value is not None and (value != "auto" or name in AUTO)
-    }  # fmt: skip
-    return {name: AUTO[name](hidden) if value == "auto" else value for name, value in found.items()}
+    found = DEFAULTS | {"overlap_comm": zero_stage(config) == 3}
+    for name, value in _of_file(config).items():
+        if value == "auto" and name in AUTO:
+            found[name] = AUTO[name](hidden)
+        elif name in found and isinstance(value, int | float):  # what is none, DeepSpeed says better
+            found[name] = value
+    return found
 
 
 def offloads(config: Mapping[str, Any]) -> list[str]:

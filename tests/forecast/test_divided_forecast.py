@@ -61,11 +61,12 @@ def test_without_a_policy_all_layers_are_gathered_at_once_and_the_policy_is_advi
     assert found.changes[0].peak < by_layer.peak < all_at_once.peak
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_few_layers_tell_of_all_where_they_are_divided(stage, monkeypatch, quantization):
-    by_few = stage(2, quantization, fsdp_config=BY_LAYER)
+@pytest.mark.parametrize(("quantization", "keys"), [("nf4", BY_LAYER), ("none", {"fsdp_version": 2})])
+def test_few_layers_tell_of_all_where_they_are_divided(stage, monkeypatch, quantization, keys):
+    """Also where all are gathered at once: then the most is held at another moment the more there are."""
+    by_few = stage(2, quantization, layers=24, fsdp_config=keys)
     monkeypatch.setattr(work.layer_count, "of_every_kind", lambda _: 99)
-    assert stage(2, quantization, fsdp_config=BY_LAYER).peak == pytest.approx(by_few.peak, rel=1e-3)
+    assert stage(2, quantization, layers=24, fsdp_config=keys).peak == pytest.approx(by_few.peak, rel=5e-3)
 
 
 def test_a_quantized_base_is_whole_on_each_gpu_until_it_is_divided(stage):
@@ -92,7 +93,8 @@ def test_zero_3_gathers_as_much_as_its_keys_allow(stage, tmp_path):
     assert one.phase("backward").parts["gathered"] == 2 * (2 * 10**6 + 8192 * 512)
     assert "gathered" not in one.phase("optimizer").parts
     kept = stage(2, deepspeed_config=zero(3, tmp_path, **few | {"stage3_max_reuse_distance": 10**9}))
-    assert kept.phase("backward").parts["gathered"] == pytest.approx(alone.phase("load").parts["weights"], rel=0.05)
+    all_and_head = alone.phase("load").parts["weights"] + EMBEDDING
+    assert kept.phase("backward").parts["gathered"] == pytest.approx(all_and_head, rel=0.05)
 
 
 def test_what_is_divided_and_what_is_not_counted_is_said(small):
