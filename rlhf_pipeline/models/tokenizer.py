@@ -68,6 +68,12 @@ def load_tokenizer(model: Model | str) -> PreTrainedTokenizerBase:
             place=f"model.path: {path}",
             hint="a model folder needs its tokenizer files; a hub id needs the network once",
         ) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what Transformers makes of a folder without its files
+        raise InputError(
+            "no tokenizer could be loaded: it knows no tokens",
+            place=f"model.path: {path}",
+            hint="a model folder needs its tokenizer files",
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no EOS token, so replies could never end",

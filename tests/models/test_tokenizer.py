@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.models import adapters
@@ -105,6 +105,13 @@ class TestRefusals:
         with pytest.raises(InputError, match="EOS") as error:
             load_tokenizer(folder_with(["<pad>"], pad_token="<pad>"))
         assert "eos_token" in error.value.hint
+
+    def test_a_folder_without_a_tokenizer_s_files_has_none(self, tmp_path):
+        """Transformers makes one that knows no tokens of some, to which every text is empty."""
+        Qwen2Config().save_pretrained(tmp_path)
+        assert len(AutoTokenizer.from_pretrained(tmp_path)) == 1
+        with pytest.raises(InputError, match="no tokenizer could be loaded"):
+            load_tokenizer(str(tmp_path))
 
     def test_folder_without_tokenizer_is_an_input_error(self, tmp_path):
         """A model without its tokenizer files is refused in one line."""
