@@ -25,8 +25,10 @@ LEAST_NUMBERS = 10**8  # `--fsdp_min_num_params` of `accelerate launch`
 WRAPS = dict(zip(FSDP_AUTO_WRAP_POLICY, (transformer_auto_wrap_policy, size_based_auto_wrap_policy, None), strict=True))
 
 
-# Between the name of a phase and that of a moment in it, at which what each layer adds is not what it adds elsewhere.
+# Between the name of a phase and that of a moment in it, at which what each layer adds is not what it adds elsewhere: a
+# forecast from few layers has to look at each.
 MOMENT = "/"
+FIRST = f"{MOMENT}first"
 
 
 class Weight:
@@ -87,6 +89,7 @@ class Fsdp2:
         self.model, self.ledger, self.processes = model, ledger, processes
         self.order: list[Unit] = []
         self.sent: Tensor | None = None  # the last that arrived in a forward pass, which is let go with the next
+        self.sent_of: Unit | None = None
         self.reducing: Tensor | None = None
         self.head: Tensor | None = None
         self.iterates: Unit | None = None
@@ -111,6 +114,8 @@ class Fsdp2:
                 ledger.hold(one.parameter, 0, "gathered")
         for one in self.weights.values():
             ledger.hold(one.parameter, 0, "gathered")
+        embedding = _causal(model).get_input_embeddings()
+        self.first = next((unit for unit in self.units if embedding in unit.modules and unit.reshards), None)
         for unit in self.units:
             self._watch(unit)
         self._watch_head()
@@ -147,10 +152,20 @@ class Fsdp2:
             )
             module.register_forward_hook(lambda module, _, output: self._after(unit, module, output))
 
+    def _mark(self, *, sends: bool = False) -> None:
+        """Note a moment at which the embedding is there, which is larger than a layer, while few activations are."""
+        first = self.first
+        if first is None:
+            return
+        held = sends or first.gathered or first.arriving is not None or self.sent_of is first
+        self.ledger.phase = self.ledger.phase.removesuffix(FIRST) + FIRST * held
+
     def _send(self, unit: Unit) -> None:
         """All processes send their parts; one type is made of several on the way."""
         if unit.gathered or unit.arriving is not None:
             return
+        if unit is self.first:
+            self._mark(sends=True)
         unit.arriving = self._made(unit.bytes)
         if any(one.own.dtype != one.parameter.dtype for one in unit.weights):
             self._made(unit.bytes // self.processes)
@@ -162,13 +177,15 @@ class Fsdp2:
             self.ledger.hold(one.parameter, one.bytes, "gathered")
         unit.gathered = True
         if unit.state == "forward":
-            self.sent = unit.arriving  # the one before is let go now, when the weights have been copied
+            self.sent, self.sent_of = unit.arriving, unit  # the one before is let go after the weights were copied
         unit.arriving = None
+        self._mark()
 
     def _divide(self, unit: Unit) -> None:
         for one in unit.weights:
             self.ledger.hold(one.parameter, 0, "gathered")
         unit.gathered = False
+        self._mark()
 
     def _before(self, unit: Unit, args: Any, kwargs: dict[str, Any]) -> Any:
         """`_pre_forward`."""
@@ -183,6 +200,7 @@ class Fsdp2:
         with self.ledger.during(f"{self.ledger.phase}{MOMENT}gathered"):
             self._send(unit)
             self._arrive(unit)
+        self._mark()
         if not (begins and torch.is_grad_enabled()):
             return args, kwargs
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.requires_grad]
@@ -205,7 +223,8 @@ class Fsdp2:
                 if other.to_run and len(other.modules) > 1:
                     self._complete(other, output)
                     other.to_run.clear()
-            self.sent = self.iterates = None
+            self.sent = self.sent_of = self.iterates = None
+            self._mark()
             if not torch.is_grad_enabled():
                 self.head = None
 
@@ -262,6 +281,7 @@ class Fsdp2:
             unit.to_run.clear()
         self.order.clear()
         self.iterates = self.reducing = None
+        self._mark()
         self.ending = False
 
     def _watch_head(self) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_memory_forecast import small
+from test_memory_forecast import SMALL, small
 
 from rlhf_pipeline.forecast import cards, work
 from rlhf_pipeline.forecast.result import Forecast
@@ -22,8 +22,8 @@ LORA = 4 * 8 * ((512 + 512) * 2 + (512 + 128) * 2 + 3 * (512 + 1024))  # of a la
 def stage(small):
     """The forecast of a stage that so many processes train."""
 
-    def forecast(processes: int = 1, quantization: str = "none", layers: int = 7, **launch):
-        recipe = small(quantization, layers=layers)
+    def forecast(processes: int = 1, quantization: str = "none", layers: int = 7, batch: int = 2, **launch):
+        recipe = small(quantization, batch, layers)
         recipe.stages["sft"].launch = {"num_processes": processes, **launch}
         return work.forecast(recipe, cards.ANY, advise=False).stages[0]
 
@@ -64,9 +64,24 @@ def test_without_a_policy_all_layers_are_gathered_at_once_and_the_policy_is_advi
 @pytest.mark.parametrize(("quantization", "keys"), [("nf4", BY_LAYER), ("none", {"fsdp_version": 2})])
 def test_few_layers_tell_of_all_where_they_are_divided(stage, monkeypatch, quantization, keys):
     """Also where all are gathered at once: then the most is held at another moment the more there are."""
-    by_few = stage(2, quantization, layers=24, fsdp_config=keys)
+    by_few = stage(2, quantization, layers=24, batch=8, fsdp_config=keys)
     monkeypatch.setattr(work.layer_count, "of_every_kind", lambda _: 99)
-    assert stage(2, quantization, layers=24, fsdp_config=keys).peak == pytest.approx(by_few.peak, rel=5e-3)
+    all_layers = stage(2, quantization, layers=24, batch=8, fsdp_config=keys)
+    for phase in ("load", "backward", "optimizer"):
+        assert by_few.phase(phase).total == pytest.approx(all_layers.phase(phase).total, rel=5e-3)
+
+
+def test_a_large_embedding_hides_no_layers(small, monkeypatch):
+    """As in a base of 32B: of few layers most is held while the embedding is gathered, of all where activations are."""
+    shape = {"hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_key_value_heads": 8}
+    for key, value in (shape | {"vocab_size": 152064}).items():
+        monkeypatch.setitem(SMALL, key, value)
+    recipe = small("nf4", 1, 64)
+    recipe.stages["sft"].trainer["max_length"] = 2048
+    alone = work.forecast(recipe, cards.ANY, advise=False).stages[0].phase("backward").parts
+    recipe.stages["sft"].launch = {"num_processes": 2, "fsdp_config": BY_LAYER}
+    one = work.forecast(recipe, cards.ANY, advise=False).stages[0].phase("backward").parts
+    assert one["activations"] == pytest.approx(alone["activations"], rel=0.05)
 
 
 def test_a_quantized_base_is_whole_on_each_gpu_until_it_is_divided(stage):
