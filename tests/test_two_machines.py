@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -276,6 +277,22 @@ def test_a_first_machine_that_is_refused_before_it_begins_ends_the_others(far, m
     timer.join()
 
 
+def test_a_first_machine_that_does_not_reach_itself_by_its_address_says_so(far, monkeypatch):
+    """Its ranks would wait for minutes."""
+    monkeypatch.setattr(ranks, "REACH_S", 0.3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert ranks._unreached("127.0.0.1", port) is ranks._unreached("localhost", port) is None
+    job = job_of(far, "nowhere.invalid")
+    before = signal.getsignal(ranks.STOP_SIGNAL)
+    assert ranks.main(job, machine=0) == 1
+    signal.signal(ranks.STOP_SIGNAL, before)
+    said = json.loads(job.with_name("result.json").read_text())["message"]
+    assert said.startswith("this machine, the first one, does not reach itself by `main_process_ip: nowhere.invalid`: ")
+    assert ranks._unreached("192.0.2.1", port), "of nobody, by RFC 5737"
+
+
 def test_one_of_the_others_that_fails_before_it_comes_ends_the_first_one(far):
     folder = far.run / ".machines"
 
@@ -290,7 +307,7 @@ def test_one_of_the_others_that_fails_before_it_comes_ends_the_first_one(far):
             raise Interrupted("it comes again")
         assert machines.has_failed(folder, 1) is None
         fails("no GPU here", place="r.yaml:3")
-        job = job_of(far)
+        job = job_of(far, "127.0.0.1")
         words = [sys.executable, "-m", "rlhf_pipeline.run.ranks", str(job), str(os.getpid()), "0"]
         assert subprocess.run(words, timeout=30, check=False).returncode == 1
     result = json.loads(job.with_name("result.json").read_text())
@@ -473,8 +490,9 @@ def test_the_first_machine_is_stopped_while_it_waits(tmp_path):
     """By the command, which says what it waits for."""
     (tmp_path / "far.yaml").write_text(yaml.safe_dump(RECIPE))
     first = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_pipeline", "run", "far.yaml"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "rlhf_pipeline", "run", "far.yaml", "launch.main_process_ip=127.0.0.1"], cwd=tmp_path,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     late = threading.Timer(90, first.kill)
     late.start()
     try:
@@ -527,12 +545,16 @@ def test_a_machine_with_another_recipe_takes_no_part_and_says_why_on_both(far, t
     assert (result["message"], result["hint"]) == (raised.value.message, raised.value.hint)
 
 
-def job_of(far: recipes.Recipe) -> Path:
+def job_of(far: recipes.Recipe, address: str = FIRST) -> Path:
     """A job that machine 0 has told of, as a file, with the folder of its ranks."""
     job = far.run / "sft" / "work" / "job.json"
     (job.parent / "ranks").mkdir(parents=True)
     (far.run / ".machines").mkdir(exist_ok=True)
-    found = {"recipe": far.model_dump(), "launch": far.launch_of("sft"), "log": str(far.run / "sft" / "log.txt")}
+    found = {
+        "recipe": far.model_dump(),
+        "launch": far.launch_of("sft") | {"main_process_ip": address},
+        "log": str(far.run / "sft" / "log.txt"),
+    }
     job.write_text(json.dumps(found))
     return job
 

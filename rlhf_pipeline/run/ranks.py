@@ -37,6 +37,7 @@ GRACE_S = 3.0  # for the others to end by themselves when one has failed
 STOP_GRACE_S = 30.0  # and when one has stopped as it was asked to
 OVER, STOP = "over", "stop"  # files in the folder: the first machine has decided; all shall stop
 PORT = 29500  # torchrun's own
+REACH_S = 10.0  # for a machine to reach itself
 # What Gloo, NCCL and their store say where another rank did not answer in time, and what tells that one has ended.
 _TIMED_OUT = re.compile(
     "Timed out waiting|Application timeout|collective operation timeout|wait timeout after|Socket Timeout"
@@ -206,6 +207,10 @@ def main(job_file: Path, machine: int | None = None) -> int:
                          "set `launch.main_process_port` to another one on all of them")  # fmt: skip
         port = 0
     if ranks.machine == 0 and ranks.machines > 1:
+        address = ranks.keys["main_process_ip"]
+        if why := _unreached(address, port):
+            message = f"this machine, the first one, does not reach itself by `main_process_ip: {address}`: {why}"
+            return _fail(ranks, message, "set it to an address of this machine, on all of them")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
         try:
             machines.announce(ranks.run, job_file)
@@ -391,6 +396,23 @@ def _interface_to(address: str) -> str | None:
                 found = fcntl.ioctl(probe.fileno(), get_address, name.encode()[:15].ljust(256, b"\0"))
                 if socket.inet_ntoa(found[20:24]) == mine:
                     return name
+    return None
+
+
+def _unreached(address: str, port: int) -> str | None:
+    """Why this machine does not reach itself by an address, as its own ranks have to; None where it does."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        with (
+            socket.create_server(
+                ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+            ) as server,
+            socket.create_connection((address, port), timeout=REACH_S),
+        ):
+            server.settimeout(REACH_S)
+            server.accept()[0].close()
+    except OSError as error:
+        return error.strerror or str(error)
     return None
 
 
