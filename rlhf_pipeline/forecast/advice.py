@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_pipeline.forecast.result import Change, StageForecast
-from rlhf_pipeline.recipe.launch import KEY
+from rlhf_pipeline.recipe.launch_keys import KEY
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 

@@ -23,7 +23,7 @@ from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
 from rlhf_pipeline.recipe import TINY
 from rlhf_pipeline.recipe.deepspeed import offloads, zero_stage
-from rlhf_pipeline.recipe.launch import SHARDING
+from rlhf_pipeline.recipe.launch_keys import SHARDING
 from rlhf_pipeline.recipe.schema import Model, Recipe
 
 # Of `fsdp_config`, what saves memory in a way that no forecast knows.

@@ -11,8 +11,8 @@ from typing import Any
 from rlhf_pipeline import kinds
 from rlhf_pipeline.kinds import NAMES
 from rlhf_pipeline.recipe import library_keys
-from rlhf_pipeline.recipe.launch import KEY as LAUNCH
-from rlhf_pipeline.recipe.launch import SHARDING, options
+from rlhf_pipeline.recipe.launch_keys import KEY as LAUNCH
+from rlhf_pipeline.recipe.launch_keys import SHARDING, options
 from rlhf_pipeline.recipe.schema import BASE, Recipe, Stage
 
 # Text in place of a number or another value: with a variable in it, or a number with underscores.

@@ -23,7 +23,7 @@ from rlhf_pipeline.forecast.cards import Card
 from rlhf_pipeline.forecast.result import Forecast
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, Stage, gates, outside, to_yaml
-from rlhf_pipeline.recipe.launch import require_devices
+from rlhf_pipeline.recipe.launch_rules import require_devices
 from rlhf_pipeline.recipe.schema import Model
 from rlhf_pipeline.run import jobs, machines, signals, to_do, trackers
 from rlhf_pipeline.run.explain import SAFE, explain

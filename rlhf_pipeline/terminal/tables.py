@@ -15,7 +15,7 @@ from rlhf_pipeline.data import balance
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.plan import StagePlan
 from rlhf_pipeline.recipe import Recipe, outside
-from rlhf_pipeline.recipe.launch import require_devices
+from rlhf_pipeline.recipe.launch_rules import require_devices
 from rlhf_pipeline.run.to_do import ToDo
 from rlhf_pipeline.rundir import jsonl
 from rlhf_pipeline.rundir.headline import headline, series

@@ -15,7 +15,8 @@ from rlhf_pipeline import devices, recipe
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.fingerprint import Digests, stage_inputs
 from rlhf_pipeline.recipe import library_keys
-from rlhf_pipeline.recipe.launch import INSTALL, options, require_devices
+from rlhf_pipeline.recipe.launch_keys import options
+from rlhf_pipeline.recipe.launch_rules import INSTALL, require_devices
 from rlhf_pipeline.recipe.show import origin_of
 from rlhf_pipeline.terminal.tables import say_processes
 
