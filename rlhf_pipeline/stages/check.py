@@ -108,7 +108,7 @@ def check(recipe: Recipe, names: Sequence[str], current: Sequence[str] = ()) -> 
     found += [error for error in wrong if not any(str(one.place).startswith(f"{error.place}.") for one in found)]
     if found:
         raise InputErrors(found)
-    doubts = [*judge_of_nobody(recipe), *doubts]
+    doubts = [*judge_of_nobody(recipe), *all_layers_at_once(recipe, names), *doubts]
     return [*default_learning_rates(recipe, training), *levels_of_members(recipe, names), *doubts, *report["warnings"]]
 
 
@@ -189,6 +189,17 @@ def levels_of_members(recipe: Recipe, names: Sequence[str]) -> list[str]:
         "counts as disagreement: set `trainer.center_rewards_coefficient: 0.01` (`rlhf-pipeline docs reward`)"
         for name in names
         if recipe.stages[name].members and not recipe.stages[name].trainer.get("center_rewards_coefficient")
+    ]
+
+
+def all_layers_at_once(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """A line for each stage whose model FSDP2 divides as one, so that a pass gathers the whole of it."""
+    return [
+        f"stages.{name}: FSDP2 gathers all layers at once, and so saves little: set `fsdp_auto_wrap_policy: "
+        "TRANSFORMER_BASED_WRAP` in `fsdp_config`, and it gathers one after the other"
+        for name in names
+        if (keys := recipe.launch_of(name).get("fsdp_config"))
+        and str(keys.get("fsdp_auto_wrap_policy", "NO_WRAP")).upper() == "NO_WRAP"
     ]
 
 

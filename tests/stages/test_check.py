@@ -108,6 +108,20 @@ def test_a_stage_without_a_learning_rate_is_told_the_default_and_the_usual_one(l
     assert "default is used: 1e-06; usual is 5e-6 to 1e-5 (`rlhf-pipeline docs dpo`)" in warning
 
 
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("", True),
+        (", fsdp_auto_wrap_policy: NO_WRAP", True),
+        (", fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP", False),
+    ],
+)
+def test_a_model_that_is_divided_as_one_is_told_what_divides_it_by_layers(load, policy, said):
+    recipe = load(f"sft.launch={{num_processes: 2, fsdp_config: {{fsdp_version: 2{policy}}}}}")
+    warnings = [line for line in check(recipe, ["sft", "dpo"]) if "all layers at once" in line]
+    assert [line.partition(":")[0] for line in warnings] == ["stages.sft"] * said
+
+
 def test_each_address_of_a_judge_is_asked_once_before_anything_trains(tmp_path: Path) -> None:
     asked = 'kind: judge, data: "tiny:preferences", judge: {model: "%s", served_model: %s}'
     dead = "http://127.0.0.1:9"
