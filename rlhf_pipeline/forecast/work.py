@@ -26,9 +26,6 @@ from rlhf_pipeline.recipe.deepspeed import offloads, zero_stage
 from rlhf_pipeline.recipe.launch_keys import SHARDING
 from rlhf_pipeline.recipe.schema import Model, Recipe
 
-# Of `fsdp_config`, what saves memory in a way that no forecast knows.
-SAVE = ("fsdp_offload_params", "fsdp_activation_checkpointing", "fsdp_activation_checkpointing_offload")
-
 
 def forecast(
     recipe: Recipe, card: Card, *, advise: bool = True, rows: Known | None = None, on_gpu: bool = True
@@ -192,7 +189,8 @@ def _divided(launch: dict[str, Any]) -> str:
 def _uncounted(launch: dict[str, Any]) -> list[str]:
     """Keys by which processes hold less than is forecast."""
     fsdp, zero = launch.get("fsdp_config") or {}, launch.get("deepspeed_config") or {}
-    return [key for key in SAVE if is_true(fsdp, key, default=False)] + offloads(zero)
+    offloaded = "fsdp_offload_params"
+    return [offloaded] * is_true(fsdp, offloaded, default=False) + offloads(zero)
 
 
 @contextlib.contextmanager
