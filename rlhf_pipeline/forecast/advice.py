@@ -10,10 +10,12 @@ from rlhf_pipeline.forecast.result import Change, StageForecast
 from rlhf_pipeline.recipe.launch_keys import KEY
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Recipe, Stage
+from rlhf_pipeline.rundir.words import memory
 
 BATCH, EVAL = "per_device_train_batch_size", "per_device_eval_batch_size"
 POLICY = "fsdp_auto_wrap_policy"
 MOST = 256  # rows at once: more are hardly faster
+MOST_PROCESSES = 64
 Look = Callable[[Recipe, str], StageForecast]
 TIME, RESULT = "time alone", "another result"
 
@@ -31,7 +33,7 @@ def batch_size(stage: Stage) -> int:
 
 
 def advised(recipe: Recipe, found: StageForecast, usable: int | None, look: Look) -> StageForecast:
-    """The forecast of a stage with the largest batch, and with changes where it does not fit.
+    """The forecast of a stage with the largest batch, and with changes and a number of GPUs where it does not fit.
 
     Args:
         recipe: the recipe.
@@ -43,9 +45,30 @@ def advised(recipe: Recipe, found: StageForecast, usable: int | None, look: Look
         return found
     stage = recipe.stages[found.name]
     changes = tuple(_changes(recipe, found, usable, look))
+    if found.divided_by and found.peak > usable:
+        found = replace(found, notes=(*found.notes, _with_more_gpus(recipe, found, usable, look)))
     if not stage.facts.trains:
         return replace(found, changes=changes)
     return replace(found, changes=changes, largest_batch=_largest(recipe, found, usable, look))
+
+
+def _with_more_gpus(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> str:
+    """From how many processes on a divided stage fits, each with the batch that it has; or that it never does."""
+    key, more, fewer = f"{_place_of_launch(recipe, found.name)}.num_processes", found, found.processes
+    while more.peak > usable and 2 * more.processes <= MOST_PROCESSES:
+        fewer = more.processes
+        more = look(_with(recipe, {key: 2 * fewer}), found.name)
+    if more.peak > usable:
+        return (
+            f"more GPUs alone are not enough: of {more.processes}, each still takes {memory(more.peak)} in "
+            f"{more.highest.name}"
+        )
+    return f"it fits as it is on {more.processes} such GPUs, and not on {fewer}: {key}={more.processes}"
+
+
+def _place_of_launch(recipe: Recipe, name: str) -> str:
+    """Where the `launch` of a stage stands."""
+    return KEY if recipe.stages[name].launch is None else f"{name}.{KEY}"
 
 
 def _largest(recipe: Recipe, found: StageForecast, usable: int, look: Look) -> int:
@@ -126,7 +149,7 @@ def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str
     if phase in ("backward", "scoring", "sampling") and stage.facts.trains and batch >= 2 * _of_groups(stage):
         yield {f"{own}.{BATCH}": batch // 2, f"{own}.gradient_accumulation_steps": 2 * steps}, TIME
     if found.divided_by == "fsdp_config":  # without a policy, all layers are gathered at once
-        where = KEY if stage.launch is None else f"{name}.{KEY}"
+        where = _place_of_launch(recipe, name)
         if str(recipe.launch_of(name)["fsdp_config"].get(POLICY) or "NO_WRAP") == "NO_WRAP":
             yield {f"{where}.fsdp_config.{POLICY}": "TRANSFORMER_BASED_WRAP"}, TIME
     if recipe.model.dtype == "float32":

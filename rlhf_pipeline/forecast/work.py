@@ -116,8 +116,8 @@ class _Work:
         divided_by = next(filter(launch.get, SHARDING), None) if processes > 1 else None
         uncounted = _uncounted(launch) if divided_by else []
         if processes > 1:
-            what = f"this is what each has that {_divided(launch)}" if divided_by else "each takes this"
-            notes.append(f"it is trained by {processes} processes: {what}")
+            how = f", and {_divider(launch)} divides it among them" if divided_by else ""
+            notes.append(f"it is trained by {processes} processes{how}: each takes this")
         if uncounted:
             notes.append(f"what {' and '.join(f'`{key}`' for key in uncounted)} saves is not counted")
         split = self._all_layers(lambda layers: self._peaks(recipe, name, found, layers))
@@ -178,12 +178,10 @@ def _by_phase(moments: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _divided(launch: dict[str, Any]) -> str:
-    """What processes have that divide a model, in words."""
+def _divider(launch: dict[str, Any]) -> str:
+    """What divides a model among processes, in words."""
     stage = zero_stage(launch.get("deepspeed_config") or {})
-    if stage is None:
-        return "FSDP2 divides"
-    return f"DeepSpeed's ZeRO-{stage} divides" + (", with all that it may gather at once" if stage == 3 else "")
+    return "FSDP2" if stage is None else f"DeepSpeed's ZeRO-{stage}"
 
 
 def _uncounted(launch: dict[str, Any]) -> list[str]:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_memory_forecast import SMALL, small
+from test_memory_forecast import GIB, SMALL, small
 
-from rlhf_pipeline.forecast import cards, work
-from rlhf_pipeline.forecast.result import Forecast
+from rlhf_pipeline.forecast import advice, cards, work
+from rlhf_pipeline.forecast.result import Forecast, Phase, StageForecast
 from rlhf_pipeline.terminal import forecasts
 
 __all__ = ["small"]  # a fixture
@@ -59,6 +59,26 @@ def test_without_a_policy_all_layers_are_gathered_at_once_and_the_policy_is_advi
     key = "sft.launch.fsdp_config.fsdp_auto_wrap_policy"
     assert [change.overrides for change in found.changes] == [{key: "TRANSFORMER_BASED_WRAP"}]
     assert found.changes[0].peak < by_layer.peak < all_at_once.peak
+
+
+def test_what_does_not_fit_says_on_how_many_gpus_it_does(small):
+    """A stage that takes 1 GiB, and 16 that are divided, in the place of a real one."""
+    recipe = small("none", batch=1)
+    recipe.stages["sft"].launch = {"num_processes": 2, "fsdp_config": BY_LAYER}
+
+    def look(changed, name):
+        processes = changed.processes(name)
+        parts = {"activations": GIB, "weights": 16 * GIB // processes}
+        return StageForecast(name, "sft", (Phase("backward", parts),), 2, 4, 1, divided_by="fsdp_config",
+                             processes=processes)  # fmt: skip
+
+    def notes(gibibytes: float) -> tuple[str, ...]:
+        return advice.advised(recipe, look(recipe, "sft"), int(gibibytes * GIB), look).notes
+
+    assert notes(9) == ()
+    assert notes(8) == ("it fits as it is on 4 such GPUs, and not on 2: sft.launch.num_processes=4",)
+    assert notes(3) == ("it fits as it is on 8 such GPUs, and not on 4: sft.launch.num_processes=8",)
+    assert notes(1) == ("more GPUs alone are not enough: of 64, each still takes 1.2 GiB in backward",)
 
 
 @pytest.mark.parametrize(("quantization", "keys"), [("nf4", BY_LAYER), ("none", {"fsdp_version": 2})])
@@ -116,7 +136,7 @@ def test_what_is_divided_and_what_is_not_counted_is_said(small):
     recipe = small("none")
     recipe.stages["sft"].launch = {"num_processes": 4, "fsdp_config": BY_LAYER}
     found = work.forecast(recipe, cards.Card("1 MiB", 2**20), advise=False)
-    assert found.stages[0].notes[-1] == "it is trained by 4 processes: this is what each has that FSDP2 divides"
+    assert found.stages[0].notes[-1] == "it is trained by 4 processes, and FSDP2 divides it among them: each takes this"
     assert (found.stages[0].divided_by, found.stages[0].processes) == ("fsdp_config", 4)
     assert found.doubts[0].endswith("`rlhf-pipeline forecast` says what to change")
     assert "not counted" not in forecasts.in_short(found)
