@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +25,8 @@ START_PROCESSES = {"warm_server", "tiny_run"}  # fixtures
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import what the tests share, which takes seconds; not where other processes run them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: commands would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         gc.disable()  # a collector that walks what is being imported takes a fifth of the time
         config.pluginmanager.import_plugin("shared")
