@@ -65,7 +65,7 @@ def in_short(forecast: Forecast) -> str:
     sizes = ", ".join(f"{stage.name} {memory(stage.peak)}" for stage in forecast.stages)
     less = ", ".join(stage.name for stage in forecast.stages if stage.uncounted)
     if less:
-        sizes += f" (what is moved off the GPU, or computed anew, in {less} is not counted)"
+        sizes += f" (what is moved off the GPU in {less} is not counted)"
     if forecast.usable is None or not sizes:
         return sizes or "no stage holds a model"
     room = f"the {memory(forecast.usable)} of {forecast.card}"

@@ -145,7 +145,7 @@ def test_what_is_divided_and_what_is_not_counted_is_said(small):
     assert moved.stages[0].phases == found.stages[0].phases
     assert moved.stages[0].notes[-1] == "what `fsdp_offload_params` saves is not counted"
     assert moved.doubts[0].endswith("what `fsdp_offload_params` saves is not counted")
-    assert "(what is moved off the GPU, or computed anew, in sft is not counted)" in forecasts.in_short(moved)
+    assert "(what is moved off the GPU in sft is not counted)" in forecasts.in_short(moved)
     assert Forecast.from_json(json.loads(json.dumps(moved.as_json()))) == moved
 
 
