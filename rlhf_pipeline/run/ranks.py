@@ -123,9 +123,7 @@ class Ranks:
             if self.refusal():
                 return
             waited = time.monotonic() - began
-            heard = (
-                waited > 2.5 * machines.BEAT_S
-            )  # one that is there was heard by then, whatever a second process says
+            heard = waited > 2.5 * machines.BEAT_S  # by then, who is there was, whatever a second process says
             for machine in absent if heard else ():
                 if end := machines.has_failed(folder, machine):
                     raise LookupError(machine, end)
