@@ -9,7 +9,6 @@ where it is too low by more than that.
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -26,7 +25,6 @@ sys.path.append(str(ROOT / "tests"))
 import memory_forecast as alone  # noqa: E402
 import torch  # noqa: E402
 from together import OF_A_STEP, connect, divide, divide_by_deepspeed, together  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -74,23 +72,13 @@ CASES = [
     Case("sft", "qwen2", trainer=ON, tied=True, launch=FSDP),
     Case("sft", "llama", trainer=ON, launch={"fsdp_config": {"fsdp_version": 2}}),
     # So short that the most is held while the base, which is whole on each GPU, is divided.
-    Case(
-        "sft",
-        "llama",
-        batch=1,
-        prompt=8,
-        reply=8,
-        layers=16,
-        vocabulary=1024,
-        trainer=ON,
-        quantization="nf4",
-        launch=FSDP,
-    ),
+    Case("sft", "llama", layers=16, vocabulary=1024, quantization="nf4", batch=1, prompt=8, reply=8, trainer=ON,
+         launch=FSDP),
     *[Case(kind, "llama", trainer=ON, launch=zero(3)) for kind in ("sft", "dpo")],
     *[Case(kind, "llama", trainer=ON, launch=zero(3, **LITTLE)) for kind in ("sft", "dpo")],
     Case("sft", "llama", trainer=ON, dtype="bfloat16", launch=zero(3, **LITTLE)),
     Case("dpo", "llama", trainer=ON, launch=zero(2)),
-]
+]  # fmt: skip
 
 
 def main() -> int:
@@ -108,8 +96,7 @@ def main() -> int:
             off = forecast / held - 1
             bound = (case.launch.get("deepspeed_config") or {}).get("zero_stage") == 3
             worst = max(worst, -off if bound else abs(off))
-            line = f"{number:2} {case}: {forecast / 2**20:.1f} MiB in {phase}, measured {held / 2**20:.1f}, {off:+.1%}"
-            print(line, flush=True)
+            print(alone.line(number, case, forecast, held, phase), flush=True)
     return int(worst > 0.1)
 
 
@@ -152,7 +139,7 @@ def measure(recipe: Recipe, name: str, folder: Path) -> int:
     for its_name in ("all_gather_into_tensor", "all_gather_single"):  # of earlier versions of torch, and of later ones
         setattr(torch.distributed, its_name, gather_in_place)
     job = Job(recipe, name, recipe.run)
-    before = alive()
+    before = alone.alive()
     args: Any = job.trainer_config(stages.BY_KIND[name].CONFIG)
     on_shapes.only_train(args, 2, folder / "out")
     begins = AtBegin()
@@ -163,14 +150,7 @@ def measure(recipe: Recipe, name: str, folder: Path) -> int:
         else:
             begins.on_train_begin()
         trainer.train()
-    held = highest = begins.held - before
-    events = recorded.profiler.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == alone.LOADED)
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda one: one.start_ns()):
-        if event.start_ns() >= begin:
-            held += event.nbytes()
-            highest = max(highest, held)
-    return highest
+    return alone.most_held(recorded, begins.held - before)
 
 
 def gather_in_place(output_tensor: Any, input_tensor: Any, group: Any = None, async_op: bool = False) -> Any:
@@ -188,17 +168,9 @@ class AtBegin(TrainerCallback):
     held = 0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.held = alive()
+        self.held = alone.alive()
         with record_function(alone.LOADED):
             pass
-
-
-def alive() -> int:
-    """The bytes of all tensors; of one that is divided, of the part that is here."""
-    gc.collect()
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and not isinstance(one, DTensor)]
-    storages = [one.untyped_storage() for one in tensors if one.device.type != "meta"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
 
 if __name__ == "__main__":

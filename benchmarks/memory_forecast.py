@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -142,13 +143,18 @@ def main() -> int:
         off = forecast / measured - 1
         results.append((case, off))
         mark = "  held out" if case.held_out else ""
-        line = f"{number:2} {case}: {forecast / 2**20:.1f} MiB in {phase}, measured {measured / 2**20:.1f}, {off:+.1%}"
-        print(f"{line}{mark}", flush=True)
+        print(f"{line(number, case, forecast, measured, phase)}{mark}", flush=True)
         if options.out:
             with options.out.open("a") as lines:
                 figures = {"forecast": forecast, "measured": measured, "phase": phase}
                 lines.write(json.dumps(asdict(case) | figures) + "\n")
     return verdict(results)
+
+
+def line(number: int, case: Case, forecast: int, measured: int, phase: str) -> str:
+    """What is printed of a combination."""
+    off = forecast / measured - 1
+    return f"{number:2} {case}: {forecast / 2**20:.1f} MiB in {phase}, measured {measured / 2**20:.1f}, {off:+.1%}"
 
 
 def verdict(results: list[tuple[Case, float | None]]) -> int:
@@ -228,9 +234,14 @@ def measure(recipe: Recipe, name: str) -> int:
     ):
         loaded = train(job, Path(folder))
     gc.collect()
+    return most_held(recorded, loaded)
+
+
+def most_held(recorded: profile, held: int) -> int:
+    """The most bytes that were held at once after the mark `LOADED` in a profile, where so many were."""
     events = recorded.profiler.kineto_results.events()
     begin = next(event.start_ns() for event in events if event.name() == LOADED)
-    held = highest = loaded
+    highest = held
     for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda one: one.start_ns()):
         if event.start_ns() >= begin:
             held += event.nbytes()
@@ -239,10 +250,14 @@ def measure(recipe: Recipe, name: str) -> int:
 
 
 def alive() -> int:
-    """The bytes of all tensors: the profiler does not see the threads in which Transformers loads weights."""
+    """The bytes of all tensors: the profiler does not see the threads in which Transformers loads weights.
+
+    Of a tensor that processes divide, the part that is here is a tensor of its own.
+    """
     gc.collect()
-    storages = [one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and not isinstance(one, DTensor)]
+    storages = [one.untyped_storage() for one in tensors if one.device.type != "meta"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
 
 def train(job: Job, folder: Path) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_pipeline.errors import InputError
+
 if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo, ModelInfo
 
@@ -29,6 +31,13 @@ def ask(kind: Kind, name: str, revision: str | None, **options: Any) -> "ModelIn
 
     question = HfApi().model_info if kind == "model" else HfApi().dataset_info
     return question(name, revision=revision, timeout=TIMEOUT_S, **options)
+
+
+def unreachable(place: str, reason: str = "") -> InputError:
+    """What is said of a model that is nowhere."""
+    said = "this is neither a model folder nor a hub model that can be reached"
+    hint = "check the spelling, the network and, for gated models, `hf auth login`"
+    return InputError(f"{said}: {reason}" if reason else said, place=place, hint=hint)
 
 
 def go_offline() -> None:

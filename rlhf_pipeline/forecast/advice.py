@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_pipeline.forecast.result import Change, StageForecast
-from rlhf_pipeline.recipe.launch_keys import KEY
+from rlhf_pipeline.recipe.launch_keys import KEY, WRAP_POLICY, gathers_all_layers
 from rlhf_pipeline.recipe.library_keys import keys
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 from rlhf_pipeline.rundir.words import memory
 
 BATCH, EVAL = "per_device_train_batch_size", "per_device_eval_batch_size"
-POLICY = "fsdp_auto_wrap_policy"
 MOST = 256  # rows at once: more are hardly faster
 MOST_PROCESSES = 64
 Look = Callable[[Recipe, str], StageForecast]
@@ -148,10 +147,8 @@ def _candidates(recipe: Recipe, found: StageForecast) -> Iterator[tuple[dict[str
         yield {f"{name}.sampling.batch_size": stage.sampling.batch_size // 2}, TIME
     if phase in ("backward", "scoring", "sampling") and stage.facts.trains and batch >= 2 * _of_groups(stage):
         yield {f"{own}.{BATCH}": batch // 2, f"{own}.gradient_accumulation_steps": 2 * steps}, TIME
-    if found.divided_by == "fsdp_config":  # without a policy, all layers are gathered at once
-        where = _place_of_launch(recipe, name)
-        if str(recipe.launch_of(name)["fsdp_config"].get(POLICY) or "NO_WRAP") == "NO_WRAP":
-            yield {f"{where}.fsdp_config.{POLICY}": "TRANSFORMER_BASED_WRAP"}, TIME
+    if found.divided_by and gathers_all_layers(recipe.launch_of(name)):
+        yield {f"{_place_of_launch(recipe, name)}.fsdp_config.{WRAP_POLICY}": "TRANSFORMER_BASED_WRAP"}, TIME
     if recipe.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}, RESULT
     if recipe.model.quantization != "nf4":

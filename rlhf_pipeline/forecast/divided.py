@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from transformers import PreTrainedModel
 
-from rlhf_pipeline.forecast.shapes import Ledger, Shape, empty
+from rlhf_pipeline.forecast.shapes import UNCOUNTED, Ledger, Shape, empty
 from rlhf_pipeline.recipe.deepspeed import zero_settings, zero_stage
 
 LEAST_NUMBERS = 10**8  # `--fsdp_min_num_params` of `accelerate launch`
 WRAPS = dict(zip(FSDP_AUTO_WRAP_POLICY, (transformer_auto_wrap_policy, size_based_auto_wrap_policy, None), strict=True))
-
 
 # Between the name of a phase and that of a moment in it, at which what each layer adds is not what it adds elsewhere: a
 # forecast from few layers has to look at each.
@@ -95,19 +94,18 @@ class Fsdp2:
         self.iterates: Unit | None = None
         self.ending = False
         self.syncs: Callable[[], bool] = lambda: True
-        phase, ledger.phase = ledger.phase, "uncounted"
-        self.units = [
-            Unit(modules, weights, reshards)
-            for modules, parameters, reshards in _units(model, keys)
-            if (weights := [Weight(one, processes, computes_in) for one in parameters])
-        ]
-        self.weights = {one.parameter: one for unit in self.units for one in unit.weights}
-        for one in self.weights.values():
-            ledger.count(one.own, "adapters" if one.own.requires_grad else "weights")
-            ledger.count(one.parameter, "gathered")
-            if not on_gpu:
-                ledger.hold(one.parameter, 0, "gathered")
-        ledger.phase = phase
+        with ledger.during(UNCOUNTED):
+            self.units = [
+                Unit(modules, weights, reshards)
+                for modules, parameters, reshards in _units(model, keys)
+                if (weights := [Weight(one, processes, computes_in) for one in parameters])
+            ]
+            self.weights = {one.parameter: one for unit in self.units for one in unit.weights}
+            for one in self.weights.values():
+                ledger.count(one.own, "adapters" if one.own.requires_grad else "weights")
+                ledger.count(one.parameter, "gathered")
+                if not on_gpu:
+                    ledger.hold(one.parameter, 0, "gathered")
         for one in self.weights.values():
             ledger.hold(one.parameter, one.bytes, "gathered")  # Accelerate keeps what is there until all is divided
             if not on_gpu:
@@ -139,10 +137,9 @@ class Fsdp2:
             self._arrive(root)
 
     def _made(self, size: int) -> Tensor:
-        before, self.ledger.making = self.ledger.making, "gathered"
-        made = empty(size, dtype=torch.uint8)
-        self.ledger.count(made)
-        self.ledger.making = before
+        with self.ledger.as_part("gathered"):
+            made = empty(size, dtype=torch.uint8)
+            self.ledger.count(made)
         return made
 
     def _watch(self, unit: Unit) -> None:
@@ -262,14 +259,13 @@ class Fsdp2:
         whole = [one for one in unit.weights if one.parameter.grad is not None]
         if not whole:
             return
-        before, self.ledger.making = self.ledger.making, "optimizer"
-        self.reducing = empty(sum(one.bytes for one in whole), dtype=torch.uint8)
-        self.ledger.count(self.reducing)
-        for one in whole:
-            one.parameter.grad = None
-            one.own.grad = torch.empty_like(one.own)
-            self.ledger.count(one.own.grad)
-        self.ledger.making = before
+        with self.ledger.as_part("optimizer"):
+            self.reducing = empty(sum(one.bytes for one in whole), dtype=torch.uint8)
+            self.ledger.count(self.reducing)
+            for one in whole:
+                one.parameter.grad = None
+                one.own.grad = torch.empty_like(one.own)
+                self.ledger.count(one.own.grad)
 
     def _end(self) -> None:
         """`_root_post_backward_final_callback`."""
@@ -335,7 +331,7 @@ class Zero:
     ) -> None:
         self.ledger, self.of_weights = ledger, zero_stage(config) == 3
         settings = zero_settings(config, hidden)
-        phase, ledger.phase, ledger.making = ledger.phase, "uncounted", "optimizer"
+        phase, ledger.phase, ledger.making = ledger.phase, UNCOUNTED, "optimizer"
         parameters = list(model.parameters())
         for one in parameters:
             if one.is_floating_point() and one.dtype != computes_in:
@@ -374,9 +370,8 @@ class Zero:
     def gather_rest(self) -> None:
         """Passes are made now."""
         if self.bytes and self.gathered is None:
-            before, self.ledger.making = self.ledger.making, "gathered"
-            self.gathered = empty(self.bytes, dtype=torch.uint8)
-            self.ledger.making = before
+            with self.ledger.as_part("gathered"):
+                self.gathered = empty(self.bytes, dtype=torch.uint8)
 
     def take_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer update what this process holds, and nothing else."""
@@ -387,9 +382,8 @@ class Zero:
 
     def _begin_backward(self) -> None:
         if torch.is_grad_enabled() and not self.buckets:
-            before, self.ledger.making = self.ledger.making, "optimizer"
-            self.buckets = [empty(size, dtype=torch.uint8) for size in self.bucket_sizes]
-            self.ledger.making = before
+            with self.ledger.as_part("optimizer"):
+                self.buckets = [empty(size, dtype=torch.uint8) for size in self.bucket_sizes]
 
     def _begin_step(self) -> None:
         self.gathered = None
@@ -450,9 +444,9 @@ def _units(model: nn.Module, keys: dict[str, Any]) -> list[tuple[tuple[nn.Module
     names = keys.get("fsdp_transformer_layer_cls_to_wrap")
     plugin = SimpleNamespace(
         set_auto_wrap_policy=lambda _: None,
-        reshard_after_forward=is_true(keys, "fsdp_reshard_after_forward", default=True),
+        reshard_after_forward=keys.get("fsdp_reshard_after_forward", True),
         cpu_offload=None, mixed_precision_policy=None, ignored_modules=None, cpu_ram_efficient_loading=False,
-        auto_wrap_policy=WRAPS.get(str(keys.get("fsdp_auto_wrap_policy")).upper()),
+        auto_wrap_policy=WRAPS[keys.get("fsdp_auto_wrap_policy", "NO_WRAP")],
         transformer_cls_names_to_wrap=names.split(",") if isinstance(names, str) else names,
         min_num_params=int(float(keys.get("fsdp_min_num_params") or LEAST_NUMBERS)),
     )  # fmt: skip
@@ -472,11 +466,6 @@ def _units(model: nn.Module, keys: dict[str, Any]) -> list[tuple[tuple[nn.Module
     with in_place(torch.distributed.fsdp, "fully_shard", shard):
         fsdp2_prepare_model(accelerator, model)
     return found
-
-
-def is_true(keys: dict[str, Any], name: str, *, default: bool) -> bool:
-    """A key's value as Accelerate reads it, which may be a word."""
-    return str(keys.get(name, default)).lower() in ("true", "1", "yes", "on")
 
 
 @contextlib.contextmanager

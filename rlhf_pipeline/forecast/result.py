@@ -1,6 +1,7 @@
 """What a forecast says: stages, their phases, and the parts of each phase, in bytes. No torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
@@ -10,6 +11,11 @@ Part = Literal["weights", "gathered", "adapters", "optimizer", "activations", "l
 PARTS: tuple[Part, ...] = get_args(Part)
 # In the order in which a stage comes to them.
 PHASES = ("load", "sampling", "scoring", "backward", "optimizer", "evaluation", "judging")
+
+
+def not_counted(keys: Sequence[str]) -> str:
+    """What is said of keys of `launch` by which a process holds less than is forecast."""
+    return f"what {' and '.join(f'`{key}`' for key in keys)} saves is not counted"
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class StageForecast:
     def way_out(self) -> str:
         """Where it does not fit."""
         if self.uncounted:
-            return f"what {' and '.join(f'`{key}`' for key in self.uncounted)} saves is not counted"
+            return not_counted(self.uncounted)
         return "`rlhf-pipeline forecast` says what to change"
 
     def phase(self, name: str) -> Phase | None:

@@ -272,6 +272,9 @@ def _blocks(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
+UNCOUNTED = "uncounted"  # a phase that prepares one
+
+
 class Ledger(TorchDispatchMode):
     """Counts the bytes that are held, by what they are for, and keeps the split at the peak of each phase.
 
@@ -361,3 +364,12 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             self.phase = before
+
+    @contextlib.contextmanager
+    def as_part(self, part: str) -> Iterator[None]:
+        """Count whatever the block makes as one part."""
+        before, self.making = self.making, part
+        try:
+            yield
+        finally:
+            self.making = before

@@ -23,7 +23,7 @@ from rlhf_pipeline.forecast import lengths as longest
 from rlhf_pipeline.forecast import model as bases
 from rlhf_pipeline.forecast.divided import Fsdp2, Zero, in_place
 from rlhf_pipeline.forecast.lengths import Lengths
-from rlhf_pipeline.forecast.shapes import Ledger
+from rlhf_pipeline.forecast.shapes import UNCOUNTED, Ledger
 from rlhf_pipeline.models import adapters
 from rlhf_pipeline.models import divided as models_divided
 from rlhf_pipeline.models.base import Head
@@ -38,7 +38,6 @@ from rlhf_pipeline.recipe.schema import BASE, Recipe, Rollout
 from rlhf_pipeline.stages.job import Job
 
 TOKEN = 5  # any token that is no special one
-UNCOUNTED = "uncounted"  # a phase that prepares one
 STEPS = 1
 Split = dict[str, int]
 
@@ -456,9 +455,8 @@ class _Amid:
 
     def _read(self, ids: Tensor, mask: Tensor) -> Any:
         """The cache of all columns but the last."""
-        before, self.ledger.phase, self.ledger.making = self.ledger.phase, UNCOUNTED, "cache"
-        output = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1)
-        self.ledger.phase, self.ledger.making = before, None
+        with self.ledger.during(UNCOUNTED), self.ledger.as_part("cache"):
+            output = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1)
         return output.past_key_values
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any, **inputs: Any) -> Any:

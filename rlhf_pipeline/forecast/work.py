@@ -15,9 +15,18 @@ from transformers.utils import logging
 
 from rlhf_pipeline.forecast import advice, lengths, stage
 from rlhf_pipeline.forecast.cards import CONTEXT, Card
-from rlhf_pipeline.forecast.divided import MOMENT, is_true, most_gathered
+from rlhf_pipeline.forecast.divided import MOMENT, most_gathered
 from rlhf_pipeline.forecast.lengths import EVALUATE, Known
-from rlhf_pipeline.forecast.result import PARTS, PHASES, Change, Forecast, Part, Phase, StageForecast
+from rlhf_pipeline.forecast.result import (
+    PARTS,
+    PHASES,
+    Change,
+    Forecast,
+    Part,
+    Phase,
+    StageForecast,
+    not_counted,
+)
 from rlhf_pipeline.models import layer_count
 from rlhf_pipeline.models.base import load_config
 from rlhf_pipeline.models.tokenizer import load_tokenizer
@@ -119,7 +128,7 @@ class _Work:
             how = f", and {_divider(launch)} divides it among them" if divided_by else ""
             notes.append(f"it is trained by {processes} processes{how}: each takes this")
         if uncounted:
-            notes.append(f"what {' and '.join(f'`{key}`' for key in uncounted)} saves is not counted")
+            notes.append(not_counted(uncounted))
         split = self._all_layers(lambda layers: self._peaks(recipe, name, found, layers))
         if zero_stage(launch.get("deepspeed_config") or {}) == 3:
             text, dtype = self.config.get_text_config(), getattr(torch, recipe.model.dtype)
@@ -186,9 +195,8 @@ def _divider(launch: dict[str, Any]) -> str:
 
 def _uncounted(launch: dict[str, Any]) -> list[str]:
     """Keys by which processes hold less than is forecast."""
-    fsdp, zero = launch.get("fsdp_config") or {}, launch.get("deepspeed_config") or {}
-    offloaded = "fsdp_offload_params"
-    return [offloaded] * is_true(fsdp, offloaded, default=False) + offloads(zero)
+    fsdp = launch.get("fsdp_config") or {}
+    return [*filter(fsdp.get, ("fsdp_offload_params",)), *offloads(launch.get("deepspeed_config") or {})]
 
 
 @contextlib.contextmanager

@@ -232,11 +232,7 @@ def _not_understood(spec: Model, error: Exception) -> InputError:
 
 def _unreachable(spec: Model, error: Exception) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(
-        f"this is neither a model folder nor a hub model that can be reached: {reason}",
-        place=spec.place,
-        hint="check the spelling, the network and, for gated models, `hf auth login`",
-    )
+    return hub.unreachable(spec.place, reason)
 
 
 def load_base(

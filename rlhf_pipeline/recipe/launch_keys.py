@@ -6,7 +6,7 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from rlhf_pipeline.recipe.validation import check_section
 from rlhf_pipeline.recipe.yaml import KeyPath, Mark, dump_inline, read_document, shown
 
 KEY = "launch"
+WRAP_POLICY = "fsdp_auto_wrap_policy"
 SHARDING = {"fsdp_config": "FSDP", "deepspeed_config": "DeepSpeed"}  # keys, and what divides the model by them
 # What `accelerate config` writes for a key that says nothing.
 _UNSET: tuple[Any, ...] = (None, False, "no", "NO", "main", {}, [], {"dynamo_backend": "NO"}, {"dynamo_backend": "no"})
@@ -45,7 +46,7 @@ _DEVICES = ("none", "cpu", "nvme")
 _TAKES: dict[str, tuple[Any, ...]] = {
     "fsdp_offload_params": _SWITCH, "fsdp_reshard_after_forward": _SWITCH, "fsdp_activation_checkpointing": _SWITCH,
     "fsdp_activation_checkpointing_offload": _SWITCH,
-    "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"),
+    WRAP_POLICY: ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"),
     "zero_stage": (0, 1, 2, 3), "offload_optimizer_device": _DEVICES, "offload_param_device": _DEVICES,
     "zero3_init_flag": _SWITCH, "zero3_save_16bit_model": _SWITCH,
 }  # fmt: skip
@@ -210,6 +211,12 @@ def _tidied(values: dict[str, Any], path: KeyPath, problems: Problems) -> dict[s
             f"it may be {', '.join(fits)}", of_key=True,
         )  # fmt: skip
     return values
+
+
+def gathers_all_layers(launch: Mapping[str, Any]) -> bool:
+    """Whether FSDP2 divides a model as one, so that a pass gathers the whole of it; of a stage's `launch`."""
+    fsdp = launch.get("fsdp_config") or {}
+    return bool(fsdp) and fsdp.get(WRAP_POLICY, "NO_WRAP") == "NO_WRAP"
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from rlhf_pipeline import devices
 from rlhf_pipeline.errors import InputError
 from rlhf_pipeline.recipe import library_keys
 from rlhf_pipeline.recipe.deepspeed import zero_stage
-from rlhf_pipeline.recipe.launch_keys import KEY, SHARDING
+from rlhf_pipeline.recipe.launch_keys import KEY, SHARDING, WRAP_POLICY
 from rlhf_pipeline.recipe.origins import Problems
 from rlhf_pipeline.recipe.schema import Recipe, Stage
 from rlhf_pipeline.recipe.yaml import KeyPath, shown
@@ -68,10 +68,9 @@ def require_what_divides(values: dict[str, Any], path: KeyPath, problems: Proble
     fsdp, deepspeed = values.get("fsdp_config") or {}, values.get("deepspeed_config") or {}
     if fsdp and deepspeed:
         problems.add(path, "`fsdp_config` and `deepspeed_config` exclude each other", "remove one of them")
-    policy = str(fsdp.get("fsdp_auto_wrap_policy")).upper()
     for key, needed in _OF_POLICY.items():
-        if fsdp.get(key) and policy != needed:
-            refuse("fsdp_config", key, f"only `fsdp_auto_wrap_policy: {needed}` reads it", "set that, or remove it")
+        if fsdp.get(key) and fsdp.get(WRAP_POLICY) != needed:
+            refuse("fsdp_config", key, f"only `{WRAP_POLICY}: {needed}` reads it", "set that, or remove it")
     for key in ("fsdp_activation_checkpointing", "fsdp_activation_checkpointing_offload"):
         if fsdp.get(key) is True:  # Accelerate's wrapper renames adapters' weights, and draws other masks of dropout
             does = "`gradient_checkpointing` in a stage's `trainer`, on by default, does it"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from rlhf_pipeline import hub, kinds, plan
 from rlhf_pipeline.comparison import wanted as comparison
-from rlhf_pipeline.errors import InputError, Interrupted, RunError, Waiting
+from rlhf_pipeline.errors import Interrupted, RunError, Waiting
 from rlhf_pipeline.fingerprint import pin
 from rlhf_pipeline.forecast import cards, known
 from rlhf_pipeline.forecast.cards import Card
@@ -275,11 +275,7 @@ def foresee(recipe: Recipe, card: Card) -> Forecast:
 def _require_model(spec: Model) -> None:
     """See that a pinned model is somewhere, before a worker imports all that reads it, which takes seconds."""
     if not Path(spec.path).exists() and not hub.is_commit(spec.revision):
-        raise InputError(
-            "this is neither a model folder nor a hub model that can be reached",
-            place=spec.place,
-            hint="check the spelling, the network and, for gated models, `hf auth login`",
-        )
+        raise hub.unreachable(spec.place)
 
 
 def read_features(recipe: Recipe, init: str, items: Path, folder: Path) -> None:

@@ -26,6 +26,7 @@ from rlhf_pipeline.models.base import without_weights
 from rlhf_pipeline.models.loading import require_weights
 from rlhf_pipeline.models.reply_end import stop_tokens
 from rlhf_pipeline.recipe import outside
+from rlhf_pipeline.recipe.launch_keys import gathers_all_layers
 from rlhf_pipeline.recipe.rewards import key_of, uses_of_columns
 from rlhf_pipeline.recipe.schema import BASE, Data, Evaluate, Recipe, Stage
 from rlhf_pipeline.rewards.trial import try_rewards
@@ -198,8 +199,7 @@ def all_layers_at_once(recipe: Recipe, names: Sequence[str]) -> list[str]:
         f"stages.{name}: FSDP2 gathers all layers at once, and so saves little: set `fsdp_auto_wrap_policy: "
         "TRANSFORMER_BASED_WRAP` in `fsdp_config`, and it gathers one after the other"
         for name in names
-        if (keys := recipe.launch_of(name).get("fsdp_config"))
-        and str(keys.get("fsdp_auto_wrap_policy", "NO_WRAP")).upper() == "NO_WRAP"
+        if gathers_all_layers(recipe.launch_of(name))
     ]
 
 
