@@ -4,8 +4,8 @@ The CPU passes for GPUs, as in tests/stages/test_sharded.py: two processes, conn
 model by FSDP2 or DeepSpeed and take two optimizer steps of two passes each. What is compared is the most that rank 0
 held at once from the first step on, by torch's profiler, as in memory_forecast.py; what it has when training begins is
 the storages of all its tensors. What is gathered is broadcast part by part, since Gloo's own way makes a copy of all of
-it, and NCCL's does not. Exits with 1 where a forecast is more than 10 % off; of ZeRO-3, which is a bound from above,
-where it is too low by more than that.
+it, and NCCL's does not. Exits with 1 where a forecast is more than 10 % off; of ZeRO-3, where it is too low by more
+than that, as it often is: what a rank holds there differs from run to run.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def main() -> int:
         for case in [CASES[number], *[replace(CASES[number], launch={})] * options.alone]:
             forecast, held, phase = compare(case)
             off = forecast / held - 1
-            bound = (case.launch.get("deepspeed_config") or {}).get("zero_stage") == 3
-            worst = max(worst, -off if bound else abs(off))
+            by_zero_3 = (case.launch.get("deepspeed_config") or {}).get("zero_stage") == 3
+            worst = max(worst, -off if by_zero_3 else abs(off))
             print(alone.line(number, case, forecast, held, phase), flush=True)
     return int(worst > 0.1)
 

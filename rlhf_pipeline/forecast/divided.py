@@ -309,7 +309,8 @@ class Zero:
     """A model as DeepSpeed's ZeRO divides it: stages 1 and 2 gradients and the optimizer's state, 3 the weights, too.
 
     How long ZeRO-3 keeps weights that it has gathered follows from the order in which it has seen them be used, and is
-    not repeated here. All that it may have at once count while passes are made: a bound from above, see `most`.
+    not repeated here. All that its keys let it have at once counts while passes are made, see `most_gathered`. What a
+    rank was seen to hold is up to 30 % more, and differs from run to run: benchmarks/README.md.
 
     Args:
         model: with its adapters; it gets hooks.
